@@ -1,0 +1,99 @@
+"""Runs the async API from synchronous code, and a coroutine on the loop it belongs to.
+
+Synchronous calls run on fsspec's own event loop, which lives in a daemon thread as long as the process:
+filesystems bind themselves to a loop, and one that ends takes their connections with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import anyio
+from fsspec.asyn import get_loop
+
+__all__ = ["run", "run_on"]
+
+T = TypeVar("T")
+
+
+def run(func: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: Any) -> T:
+    """Runs ``func(*args, **kwargs)`` to its end and returns its result.
+
+    Works with or without a running event loop in the calling thread; a running one stands still meanwhile.
+    When the wait is interrupted (Ctrl-C), the coroutine is cancelled, and has cleaned up before the
+    interrupt goes on.
+
+    Raises:
+        RuntimeError: called on the loop that would have to run it.
+    """
+    loop = get_loop()
+    if loop is _running_loop():
+        raise RuntimeError("A synchronous torchferry call on fsspec's event loop would wait for itself: await the async one.")
+    done = threading.Event()
+    call = _Call(loop, partial(func, *args, **kwargs), done.set)
+    try:
+        done.wait()
+    except BaseException:
+        call.cancel()
+        done.wait()
+        raise
+    return call.result()
+
+
+async def run_on(
+    loop: asyncio.AbstractEventLoop | None, func: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: Any
+) -> T:
+    """Runs ``func(*args, **kwargs)`` on ``loop``, or right here where that is this loop or None.
+
+    A cancellation is passed on, and waits until the coroutine has cleaned up.
+    """
+    here = asyncio.get_running_loop()
+    if loop is None or loop is here:
+        return await func(*args, **kwargs)
+    done = asyncio.Event()
+    call = _Call(loop, partial(func, *args, **kwargs), lambda: here.call_soon_threadsafe(done.set))
+    try:
+        await done.wait()
+    except asyncio.CancelledError:
+        call.cancel()
+        with anyio.CancelScope(shield=True):
+            await done.wait()
+        raise
+    return call.result()
+
+
+class _Call(Generic[T]):
+    """A coroutine running on an event loop of another thread, in a copy of the context of the thread that started it."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        coroutine_function: Callable[[], Coroutine[Any, Any, T]],
+        on_done: Callable[[], object],
+    ) -> None:
+        self._loop = loop
+        self._coroutine_function = coroutine_function
+        self._on_done = on_done
+        self._task: asyncio.Task[T]
+        loop.call_soon_threadsafe(self._start)
+
+    def _start(self) -> None:
+        self._task = self._loop.create_task(self._coroutine_function())
+        self._task.add_done_callback(lambda _: self._on_done())
+
+    def cancel(self) -> None:
+        self._loop.call_soon_threadsafe(lambda: self._task.cancel())
+
+    def result(self) -> T:
+        return self._task.result()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

@@ -1,0 +1,64 @@
+"""Save and load options as values: for Flyte annotations, and to pass a choice around."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torchferry.storage.base import Plane
+
+__all__ = ["LoadOptions", "SaveOptions"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveOptions:
+    """How to save; the fields are the keyword arguments of :func:`torchferry.save`.
+
+    Hashable, so that it can stand in ``Annotated[...]``.
+    """
+
+    storage_options: Mapping[str, Any] | None = None
+    part_size: int | None = None
+    metadata: Mapping[str, str] | None = None
+    plane: Plane = "auto"
+
+    def __hash__(self) -> int:
+        return hash((_freeze(self.storage_options), self.part_size, _freeze(self.metadata), self.plane))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """How to load; the fields are the keyword arguments of :func:`torchferry.load`.
+
+    Hashable, so that it can stand in ``Annotated[...]``; a ``map_location`` that is a dict or a callable
+    hashes by what it holds.
+    """
+
+    keys: tuple[str, ...] | None = None
+    map_location: Any = None
+    weights_only: bool = True
+    verify: bool = True
+    storage_options: Mapping[str, Any] | None = None
+    plane: Plane = "auto"
+
+    def __hash__(self) -> int:
+        return hash(
+            (
+                self.keys,
+                _freeze(self.map_location),
+                self.weights_only,
+                self.verify,
+                _freeze(self.storage_options),
+                self.plane,
+            )
+        )
+
+
+def _freeze(value: Any) -> Hashable:
+    if isinstance(value, Mapping):
+        return frozenset((key, _freeze(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_freeze(item) for item in value)
+    hashable: Hashable = value
+    return hashable

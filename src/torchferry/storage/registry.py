@@ -1,0 +1,105 @@
+"""Finds the backend for a URL."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, get_args
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from torchferry.errors import BackendNotInstalledError, UnsupportedOptionError, UnsupportedURLError
+from torchferry.storage.base import Backend, Plane
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+__all__ = ["ENTRY_POINT_GROUP", "open_backend"]
+
+ENTRY_POINT_GROUP = "torchferry.storage_backends"
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+
+
+def open_backend(
+    url: str | os.PathLike[str],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    filesystem: AbstractFileSystem | None = None,
+    plane: Plane = "auto",
+) -> tuple[Backend, str]:
+    """Finds the backend for ``url`` and the path in it.
+
+    The backend is the entry point of the group ``torchferry.storage_backends`` that is named for the
+    filesystem's protocol; files of this machine and every other fsspec filesystem have built-in ones.
+    May import the store's library and so take a second: call it in a worker thread.
+
+    Args:
+        url: Any fsspec URL, or a local path.
+        storage_options: Arguments for the fsspec filesystem.
+        filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
+        plane: Which client moves the bytes. "auto" follows the environment variable ``TORCHFERRY_PLANE``,
+            which is "auto" by default.
+
+    Raises:
+        UnsupportedURLError: fsspec knows no such protocol.
+        BackendNotInstalledError: the protocol's library is not installed.
+        UnsupportedOptionError: the options contradict each other, or the forced plane cannot honour them.
+    """
+    url = os.fspath(url)
+    plane = _resolve_plane(plane)
+    if filesystem is None:
+        filesystem, path = _filesystem_for(url, storage_options or {})
+    elif storage_options:
+        raise UnsupportedOptionError(f"{url}: pass storage_options or a filesystem, not both.")
+    else:
+        path = filesystem._strip_protocol(url)
+    return _backend_class(filesystem).from_filesystem(filesystem, plane), path
+
+
+def _resolve_plane(plane: Plane) -> Plane:
+    chosen: Any = os.environ.get("TORCHFERRY_PLANE", "auto") if plane == "auto" else plane
+    if chosen not in get_args(Plane):
+        raise UnsupportedOptionError(f"Plane {chosen!r} is unknown: use one of {', '.join(get_args(Plane))}.")
+    resolved: Plane = chosen
+    return resolved
+
+
+def _filesystem_for(url: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
+    protocol = url.split("::", 1)[0].split("://", 1)[0]
+    try:
+        return url_to_fs(url, **storage_options)  # type: ignore[no-any-return]
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        hint = f"pip install 'torchferry[{extra}]'" if extra else f"install what fsspec needs for {protocol}://"
+        raise BackendNotInstalledError(f"{url}: {error}. To use {protocol}:// URLs, {hint}.") from error
+    except ValueError as error:
+        if protocol in fsspec.available_protocols():
+            raise UnsupportedOptionError(f"{url}: {error}") from error
+        raise UnsupportedURLError(
+            f"{url}: no filesystem is known for the protocol {protocol!r}. "
+            "fsspec.available_protocols() lists those that are."
+        ) from error
+
+
+def _backend_class(fs: AbstractFileSystem) -> type[Backend]:
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+    for protocol in protocols:
+        if entry := _entry_points().get(protocol):
+            backend_class: type[Backend] = entry.load()
+            return backend_class
+    if "file" in protocols:
+        from torchferry.storage.local import LocalBackend
+
+        return LocalBackend
+    from torchferry.storage.generic import GenericBackend
+
+    return GenericBackend
+
+
+@cache
+def _entry_points() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
