@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from functools import partial
-from typing import Any, Generic, TypeVar
+from functools import partial, wraps
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import anyio
 from fsspec.asyn import get_loop
 
-__all__ = ["run", "run_on"]
+__all__ = ["run", "run_on", "synchronous"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -32,7 +33,9 @@ def run(func: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: An
     """
     loop = get_loop()
     if loop is _running_loop():
-        raise RuntimeError("A synchronous torchferry call on fsspec's event loop would wait for itself: await the async one.")
+        raise RuntimeError(
+            "A synchronous torchferry call on fsspec's event loop would wait for itself: await the async one."
+        )
     done = threading.Event()
     call = _Call(loop, partial(func, *args, **kwargs), done.set)
     try:
@@ -42,6 +45,18 @@ def run(func: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: An
         done.wait()
         raise
     return call.result()
+
+
+def synchronous(func: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
+    """The synchronous twin of ``name_async``: a function ``name`` that runs it to its end with :func:`run`."""
+
+    @wraps(func)
+    def twin(*args: P.args, **kwargs: P.kwargs) -> T:
+        return run(func, *args, **kwargs)
+
+    twin.__name__ = func.__name__.removesuffix("_async")
+    twin.__qualname__ = func.__qualname__.removesuffix("_async")
+    return twin
 
 
 async def run_on(
@@ -67,7 +82,7 @@ async def run_on(
 
 
 class _Call(Generic[T]):
-    """A coroutine running on an event loop of another thread, in a copy of the context of the thread that started it."""
+    """A coroutine running on an event loop of another thread, in a copy of the starting thread's context."""
 
     def __init__(
         self,
@@ -86,7 +101,7 @@ class _Call(Generic[T]):
         self._task.add_done_callback(lambda _: self._on_done())
 
     def cancel(self) -> None:
-        self._loop.call_soon_threadsafe(lambda: self._task.cancel())
+        self._loop.call_soon_threadsafe(lambda: self._task.cancel())  # noqa: PLW0108  # there may be no task yet
 
     def result(self) -> T:
         return self._task.result()

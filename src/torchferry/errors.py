@@ -56,7 +56,7 @@ class CheckpointChangedError(StorageError):
 
 
 class CheckpointFormatError(TorchferryError, ValueError):
-    """The object is not a checkpoint, or one in a format that cannot be loaded this way; the message names the format."""
+    """The object is no checkpoint, or one in a format that cannot be loaded this way; the message names the format."""
 
 
 class CheckpointCorruptError(CheckpointFormatError):

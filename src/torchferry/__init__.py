@@ -1,0 +1,111 @@
+"""torchferry ferries PyTorch checkpoints between memory and object storage.
+
+No local file, no second copy in memory, never a half-written object. What it stores is byte for
+byte what ``torch.save`` writes, and it loads whatever ``torch.save`` wrote. Each function has an async
+twin; both run the same code.
+
+Names are imported when they are first used: ``import torchferry`` costs milliseconds, and imports neither
+torch nor flytekit nor a cloud library.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchferry.archive import Record
+    from torchferry.errors import (
+        BackendNotInstalledError,
+        CheckpointChangedError,
+        CheckpointCorruptError,
+        CheckpointFormatError,
+        CheckpointKeyError,
+        CheckpointNotFoundError,
+        StorageError,
+        StoragePermissionError,
+        StorageUnavailableError,
+        TorchferryError,
+        UnsafeCheckpointError,
+        UnsupportedOptionError,
+        UnsupportedURLError,
+    )
+    from torchferry.loading import Manifest, TensorInfo, inspect, inspect_async, load, load_async, verify, verify_async
+    from torchferry.options import LoadOptions, SaveOptions
+    from torchferry.saving import save, save_async
+    from torchferry.storage.base import ObjectStat
+
+_MODULES = {
+    "torchferry.archive": ("Record",),
+    "torchferry.errors": (
+        "BackendNotInstalledError",
+        "CheckpointChangedError",
+        "CheckpointCorruptError",
+        "CheckpointFormatError",
+        "CheckpointKeyError",
+        "CheckpointNotFoundError",
+        "StorageError",
+        "StoragePermissionError",
+        "StorageUnavailableError",
+        "TorchferryError",
+        "UnsafeCheckpointError",
+        "UnsupportedOptionError",
+        "UnsupportedURLError",
+    ),
+    "torchferry.loading": (
+        "Manifest",
+        "TensorInfo",
+        "inspect",
+        "inspect_async",
+        "load",
+        "load_async",
+        "verify",
+        "verify_async",
+    ),
+    "torchferry.options": ("LoadOptions", "SaveOptions"),
+    "torchferry.saving": ("save", "save_async"),
+    "torchferry.storage.base": ("ObjectStat",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "BackendNotInstalledError",
+    "CheckpointChangedError",
+    "CheckpointCorruptError",
+    "CheckpointFormatError",
+    "CheckpointKeyError",
+    "CheckpointNotFoundError",
+    "LoadOptions",
+    "Manifest",
+    "ObjectStat",
+    "Record",
+    "SaveOptions",
+    "StorageError",
+    "StoragePermissionError",
+    "StorageUnavailableError",
+    "TensorInfo",
+    "TorchferryError",
+    "UnsafeCheckpointError",
+    "UnsupportedOptionError",
+    "UnsupportedURLError",
+    "inspect",
+    "inspect_async",
+    "load",
+    "load_async",
+    "save",
+    "save_async",
+    "verify",
+    "verify_async",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

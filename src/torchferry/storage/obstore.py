@@ -1,0 +1,231 @@
+"""The obstore plane: bytes move through obstore (Rust, object_store), for every cloud alike.
+
+A cloud's module translates its fsspec filesystem into an obstore store; this one does the rest.
+Facts about obstore 0.12 that this relies on, each with a test: ``put_async`` sends the buffers of
+an async iterator without copying them, and aborts the multipart upload when the iterator raises;
+a cancelled ``put_async`` would leave the upload behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import obstore
+from obstore import exceptions as obstore_errors
+
+from torchferry.errors import (
+    CheckpointChangedError,
+    CheckpointNotFoundError,
+    StorageError,
+    StoragePermissionError,
+    StorageUnavailableError,
+)
+from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
+from torchferry.storage.multipart import part_size_for
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+    from obstore.store import ObjectStore
+
+__all__ = ["ObstoreBackend"]
+
+_PARTS_IN_FLIGHT = 12
+_ABORT_SECONDS = 30.0
+_STANDARD_ATTRIBUTES = frozenset(
+    {
+        "Content-Disposition",
+        "Content-Encoding",
+        "Content-Language",
+        "Content-Type",
+        "Cache-Control",
+        "Storage-Class",
+    }
+)
+
+
+class ObstoreBackend(Backend):
+    """An object store behind obstore.
+
+    Args:
+        protocol: The URL protocol, for messages.
+        open_store: Makes the obstore store of a bucket (or container). Called once for each.
+        max_parts: How many parts the store allows in one upload.
+    """
+
+    plane = "obstore"
+
+    def __init__(
+        self, protocol: str, open_store: Callable[[str], Awaitable[ObjectStore]], *, max_parts: int = 10_000
+    ) -> None:
+        self._protocol = protocol
+        self._open_store = open_store
+        self._max_parts = max_parts
+        self._stores: dict[str, ObjectStore] = {}
+
+    @classmethod
+    def from_filesystem(cls, fs: AbstractFileSystem, plane: Plane) -> Backend:
+        """Not for this class: a cloud's own backend makes one, with what it knows of its filesystem."""
+        raise TypeError(f"{cls.__name__} is made by a cloud's backend.")
+
+    def url(self, path: str) -> str:
+        return f"{self._protocol}://{path}"
+
+    async def stat(self, path: str) -> ObjectStat:
+        store, key = await self._locate(path)
+        with self._translated(path, "stat"):
+            result = await obstore.get_async(store, key, options={"head": True})
+        metadata = {name: value for name, value in result.attributes.items() if name not in _STANDARD_ATTRIBUTES}
+        return ObjectStat(self.url(path), result.meta["size"], result.meta["e_tag"], metadata)
+
+    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
+        store, key = await self._locate(path)
+        with self._translated(path, "read"):
+            result = await obstore.get_async(store, key, options={"range": (start, stop), "if_match": stat.etag})
+            data = memoryview(await result.buffer_async())
+        if len(data) != stop - start:
+            raise StorageUnavailableError(
+                f"{self.url(path)}: read {len(data)} bytes where {stop - start} were asked for ({start} to {stop})."
+            )
+        return data
+
+    async def write(
+        self,
+        path: str,
+        chunks: AsyncIterable[Chunk],
+        *,
+        size_hint: int,
+        part_size: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> ObjectStat:
+        store, key = await self._locate(path)
+        part_size = part_size_for(size_hint, part_size, max_parts=self._max_parts)
+        source = _Interruptible(chunks)
+        first = await source.take(part_size)
+        attributes = dict(metadata or {})
+        if source.exhausted:  # a single request puts it: no upload to complete or abort
+            body: Any = iter(first) if first else b""
+            put = obstore.put_async(store, key, body, attributes=attributes, use_multipart=False)
+        else:
+            source.prepend(first)
+            put = obstore.put_async(
+                store,
+                key,
+                source,
+                attributes=attributes,
+                use_multipart=True,
+                chunk_size=part_size,
+                max_concurrency=_PARTS_IN_FLIGHT,
+            )
+        with self._translated(path, "write"):
+            result = await _interruptible(put, source)
+        return ObjectStat(self.url(path), source.size, result["e_tag"], attributes)
+
+    async def delete(self, path: str) -> None:
+        store, key = await self._locate(path)
+        try:
+            with self._translated(path, "delete"):
+                await obstore.delete_async(store, key)
+        except CheckpointNotFoundError:
+            return
+
+    async def _locate(self, path: str) -> tuple[ObjectStore, str]:
+        bucket, _, key = path.partition("/")
+        if bucket not in self._stores:
+            with self._translated(path, "open"):
+                self._stores[bucket] = await self._open_store(bucket)
+        return self._stores[bucket], key
+
+    @contextmanager
+    def _translated(self, path: str, verb: str) -> Iterator[None]:
+        try:
+            yield
+        except (obstore_errors.BaseError, FileNotFoundError) as error:
+            raise _translate(self.url(path), verb, error) from error
+
+
+class _Interruptible(AsyncIterator["Chunk"]):
+    """Chunks on their way into obstore, which calls ``__anext__`` in tasks of its own.
+
+    A cancel cannot reach those, so :meth:`interrupt` makes the iterator raise: that is what obstore
+    aborts the upload for.
+    """
+
+    def __init__(self, chunks: AsyncIterable[Chunk]) -> None:
+        self._chunks = aiter(chunks)
+        self._ahead: list[Chunk] = []
+        self._pulling: asyncio.Task[Any] | None = None
+        self._interrupted = False
+        self.exhausted = False
+        self.size = 0
+
+    async def take(self, size: int) -> list[Chunk]:
+        """Takes chunks until they are more than ``size`` bytes together, or the end."""
+        taken: list[Chunk] = []
+        while self.size <= size and not self.exhausted:
+            try:
+                taken.append(await anext(self))
+            except StopAsyncIteration:
+                break
+        return taken
+
+    def prepend(self, chunks: list[Chunk]) -> None:
+        """Makes ``chunks``, taken before, the next ones again."""
+        self._ahead = chunks[::-1]
+
+    def interrupt(self) -> None:
+        """Makes the pending and every later ``__anext__`` raise."""
+        self._interrupted = True
+        if self._pulling is not None:
+            self._pulling.cancel()
+
+    async def __anext__(self) -> Chunk:
+        if self._interrupted:
+            raise InterruptedError("interrupted by the caller")
+        if self._ahead:
+            return self._ahead.pop()
+        self._pulling = asyncio.current_task()
+        try:
+            while not len(chunk := await anext(self._chunks)):  # obstore takes an empty buffer for the end
+                pass
+        except StopAsyncIteration:
+            self.exhausted = True
+            raise
+        except asyncio.CancelledError:
+            if self._interrupted:
+                raise InterruptedError("interrupted by the caller") from None
+            raise
+        finally:
+            self._pulling = None
+        self.size += len(chunk)
+        return chunk
+
+
+async def _interruptible(put: Awaitable[Any], source: _Interruptible) -> Any:
+    """Awaits ``put``; on cancel has it abort its upload, and waits for that, before the cancel goes on."""
+    future = asyncio.ensure_future(put)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        source.interrupt()
+        with anyio.move_on_after(_ABORT_SECONDS, shield=True):
+            await asyncio.wait([future])
+        raise
+
+
+def _translate(url: str, verb: str, error: BaseException) -> StorageError:
+    """The torchferry error for one of obstore's."""
+    reason = str(error).split("\n\nDebug source", 1)[0].strip()
+    if isinstance(error, FileNotFoundError):
+        missing = "the bucket or container does not exist" if "NoSuchBucket" in reason else "no such object"
+        return CheckpointNotFoundError(f"Cannot {verb} {url}: {missing}. {reason}")
+    if isinstance(error, obstore_errors.PermissionDeniedError | obstore_errors.UnauthenticatedError):
+        return StoragePermissionError(f"Cannot {verb} {url}: the store refused these credentials. {reason}")
+    if isinstance(error, obstore_errors.PreconditionError | obstore_errors.NotModifiedError):
+        return CheckpointChangedError(f"{url} was replaced while it was being read. {reason}")
+    if ("after" in reason and "retries" in reason) or "error sending request" in reason:
+        return StorageUnavailableError(f"Cannot {verb} {url}: the store is not available. {reason}")
+    return StorageError(f"Cannot {verb} {url}: {reason}")

@@ -1,0 +1,339 @@
+"""``torch.save`` as a stream of chunks.
+
+``torch.save`` runs in a thread and writes into a :class:`_Writer`. What it writes comes in three kinds
+(torch 2.13, ``torch/serialization.py`` and ``caffe2/serialize/inline_container.cc``):
+
+* a large CPU storage, whole and in one view of its own memory: handed on as it is, nothing is copied;
+* a large storage from another device, as a view of a temporary that torch frees after ``write`` returns,
+* and everything small (pickle, zip headers, small storages): both are copied, into blocks that are reused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import pickle
+import types
+import weakref
+from bisect import bisect_right, insort
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import torch
+from anyio import from_thread, to_thread
+
+from torchferry._budget import PROCESS_BUDGET, ByteBudget
+from torchferry._tasks import task_group
+from torchferry.storage.base import MIB, Chunk
+
+if TYPE_CHECKING:
+    from fsspec.callbacks import Callback
+
+__all__ = ["CheckpointStream"]
+
+_ZERO_COPY_FROM = MIB  # a smaller view is cheaper to copy than to hand over on its own
+_PIECE = 8 * MIB  # a large view is handed over in pieces: stores bound what is under way by counting what they get
+_BLOCK = 4 * MIB
+_TINY = 64 << 10  # what is cheaper to copy once more than to tie up a block for
+_QUEUE = 4  # chunks between torch.save and the store
+_RECORD_OVERHEAD = 256  # bytes of zip headers, padding and directory for a record, at most (64-byte alignment)
+
+
+class CheckpointStream(AsyncIterator["Chunk"]):
+    """The chunks of one ``torch.save``: made in a thread, taken on an event loop, while :meth:`running`.
+
+    Args:
+        obj: Anything that ``torch.save`` takes.
+        write_cost: How many bytes of memory the consumer will need, given the size of the stream in bytes.
+        part_size: How many bytes the consumer may hold back before it lets go of any (default 16 MiB).
+        callback: Told the size, and of bytes as they are taken.
+
+    Attributes:
+        size_hint: About how many bytes the chunks are together; known while running.
+    """
+
+    def __init__(
+        self,
+        obj: Any,
+        *,
+        write_cost: Callable[[int], int] = lambda _size: 0,
+        part_size: int | None = None,
+        callback: Callback | None = None,
+    ) -> None:
+        self.size_hint = 0
+        self._obj = obj
+        self._write_cost = write_cost
+        self._window = 2 * (part_size or 16 * MIB)
+        self._callback = callback
+        self._send, self._receive = anyio.create_memory_object_stream[Chunk](_QUEUE)
+        self._storages = _Storages()
+        self._blocks = _Blocks(self._window)
+        self._begun = anyio.Event()
+        self._reserved = 0
+        self._closed = False
+        self._failure: Exception | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[CheckpointStream]:
+        """Enters once the object is pickled and the process's memory budget has room for the stream.
+
+        On leaving, the thread has ended: by itself, or, where not all chunks were taken, with an error at its
+        next write.
+
+        Raises:
+            Exception: what ``torch.save`` raised; also when the consumer raised because of it.
+        """
+        try:
+            async with task_group() as tasks:
+                tasks.start_soon(self._produce)
+                try:
+                    await self._begun.wait()
+                    yield self
+                finally:
+                    self._close()
+        except Exception as error:
+            if self._failure is None or self._failure is error:
+                raise
+            raise self._failure from None  # a store's client may have wrapped it
+        finally:
+            PROCESS_BUDGET.give(self._reserved)
+
+    async def __anext__(self) -> Chunk:
+        try:
+            chunk = await self._receive.receive()
+        except anyio.EndOfStream:
+            if self._failure is not None:
+                raise self._failure from None
+            raise StopAsyncIteration from None
+        if self._callback is not None:
+            self._callback.relative_update(len(chunk))
+        return chunk
+
+    async def _produce(self) -> None:
+        try:
+            # A limiter of its own: streams that wait for the budget must not keep threads from those they wait for.
+            await to_thread.run_sync(self._torch_save, limiter=anyio.CapacityLimiter(1))
+        except Exception as error:  # noqa: BLE001  # it goes on from __anext__, so that the consumer cleans up
+            if not self._closed:
+                self._failure = error
+        except BaseException:
+            self._failure = InterruptedError("torch.save was interrupted")
+            raise
+        finally:
+            self._begun.set()
+            self._send.close()
+
+    def _torch_save(self) -> None:
+        writer = _Writer(self._storages, self._blocks, self._emit)
+        recorder = _recording_pickle(self._storages.add, self._begin)
+        torch.save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush is what it uses
+        writer.end()
+
+    def _begin(self, pickle_size: int) -> None:
+        """Called when the object is pickled and nothing is written: reserves memory, and lets the consumer begin."""
+        copied = pickle_size + self._storages.copied_bytes + _RECORD_OVERHEAD * (len(self._storages) + 8)
+        self.size_hint = copied + self._storages.lent_bytes
+        cost = min(copied, self._window) + self._write_cost(self.size_hint)
+        self._reserved = PROCESS_BUDGET.take(cost, abandoned=lambda: self._closed)
+        if self._callback is not None:
+            self._callback.set_size(self.size_hint)
+        from_thread.run_sync(self._begun.set)
+
+    def _emit(self, chunk: Chunk) -> None:
+        from_thread.run(self._send.send, chunk)
+
+    def _close(self) -> None:
+        self._closed = True
+        self._receive.close()
+        self._blocks.abandon()
+        PROCESS_BUDGET.wake()
+
+
+class _Writer:
+    """The file object that ``torch.save`` writes into."""
+
+    def __init__(self, storages: _Storages, blocks: _Blocks, emit: Callable[[Chunk], None]) -> None:
+        self._storages = storages
+        self._blocks = blocks
+        self._emit = emit
+        self._block = memoryview(b"")
+        self._filled = 0
+
+    def write(self, data: memoryview) -> int:
+        """Takes what torch writes; ``data`` is torch's again when this returns."""
+        size = len(data)
+        if size >= _ZERO_COPY_FROM and (lent := self._storages.lend(data)) is not None:
+            self._flush_block()
+            for start in range(0, size, _PIECE):
+                self._emit(lent[start : start + _PIECE])
+        elif self._filled + size <= len(self._block):  # the fast way for the many small writes
+            self._block[self._filled : self._filled + size] = data
+            self._filled += size
+        else:
+            self._copy(data)
+        return size
+
+    def flush(self) -> None:
+        """Called by torch at the end; nothing is held back for longer than :meth:`end` needs."""
+
+    def end(self) -> None:
+        """Emits what is left."""
+        self._flush_block()
+
+    def _copy(self, data: memoryview) -> None:
+        while len(data):
+            if self._filled == len(self._block):
+                self._flush_block()
+                self._block = self._blocks.take()
+            count = min(len(data), len(self._block) - self._filled)
+            self._block[self._filled : self._filled + count] = data[:count]
+            self._filled += count
+            data = data[count:]
+
+    def _flush_block(self) -> None:
+        if 0 < self._filled <= _TINY:
+            self._emit(bytes(self._block[: self._filled]))
+        elif self._filled:
+            self._emit(self._blocks.lend(self._block, self._filled))
+            self._block = memoryview(b"")
+        self._filled = 0
+
+
+class _Blocks:
+    """Blocks of memory that are filled, lent, and come back when nobody holds any part of them any more.
+
+    Reused, because filling memory for the first time is eight times slower than filling it again.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._budget = ByteBudget(total)
+        self._spare: deque[memoryview] = deque()
+        self._abandoned = False
+
+    def take(self) -> memoryview:
+        """A free block; waits for one if all are out."""
+        self._budget.take(_BLOCK, abandoned=lambda: self._abandoned)
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return memoryview(mmap.mmap(-1, _BLOCK))  # takes memory only as far as it is filled
+
+    def lend(self, block: memoryview, size: int) -> memoryview:
+        """The first ``size`` bytes of a block, which is free again when the last view or slice of them is gone."""
+        lent = (ctypes.c_char * size).from_buffer(block)
+        weakref.finalize(lent, self._came_back, block).atexit = False
+        return memoryview(lent).cast("B").toreadonly()
+
+    def abandon(self) -> None:
+        """Makes :meth:`take` raise ``InterruptedError``, also in a thread that waits in it."""
+        self._abandoned = True
+        self._budget.wake()
+
+    def _came_back(self, block: memoryview) -> None:
+        self._spare.append(block)
+        self._budget.give(_BLOCK)
+
+
+class _Storages:
+    """The storages that ``torch.save`` found in the object."""
+
+    def __init__(self) -> None:
+        self._by_address: list[tuple[int, int]] = []  # (address, position in _storages) of those that can be lent
+        self._storages: list[torch.UntypedStorage] = []
+        self._seen: set[str] = set()
+        self.copied_bytes = 0
+        self.lent_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def add(self, key: str, storage: torch.UntypedStorage) -> None:
+        """Notes a storage; ``key`` is its name in the archive."""
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        size = storage.nbytes()
+        if storage.device.type == "cpu" and size >= _ZERO_COPY_FROM:
+            insort(self._by_address, (storage.data_ptr(), len(self._storages)))
+            self._storages.append(storage)
+            self.lent_bytes += size
+        else:
+            self.copied_bytes += size
+
+    def lend(self, data: memoryview) -> memoryview | None:
+        """The same bytes as a view that keeps their storage alive, as ``data`` does not; None if in no CPU storage."""
+        address = _address(data)
+        found = bisect_right(self._by_address, address, key=lambda entry: entry[0]) - 1
+        if found < 0:
+            return None
+        start, position = self._by_address[found]
+        storage = self._storages[position]
+        if address + len(data) > start + storage.nbytes():
+            return None
+        lent = (ctypes.c_char * len(data)).from_address(address)
+        lent.storage = storage  # type: ignore[attr-defined]  # every view of `lent` keeps it, and it keeps the storage
+        return memoryview(lent).cast("B").toreadonly()
+
+
+def _recording_pickle(
+    on_storage: Callable[[str, torch.UntypedStorage], None], on_pickled: Callable[[int], None]
+) -> Any:
+    """A ``pickle_module`` for ``torch.save`` that tells what it pickles.
+
+    ``torch.save`` subclasses the module's ``Pickler`` and overrides ``persistent_id``, which returns
+    ``("storage", type, key, location, numel)`` for each storage; the bytes it writes are the pickle module's own.
+    """
+
+    class RecordingPickler(pickle.Pickler):
+        def __init_subclass__(cls) -> None:
+            torchs = cls.persistent_id
+
+            def persistent_id(self: Any, obj: Any) -> Any:
+                pid = torchs(self, obj)
+                if pid is not None:
+                    typed = isinstance(obj, torch.TypedStorage)
+                    on_storage(pid[2], obj._untyped_storage if typed else obj)  # noqa: SLF001  # .untyped() warns
+                return pid
+
+            cls.persistent_id = persistent_id  # type: ignore[method-assign]
+
+        def __init__(self, file: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(file, *args, **kwargs)
+            self._file = file
+
+        def dump(self, obj: Any) -> None:
+            super().dump(obj)
+            on_pickled(self._file.tell())
+
+    return types.SimpleNamespace(__name__=pickle.__name__, Pickler=RecordingPickler)
+
+
+class _PyBuffer(ctypes.Structure):
+    """``Py_buffer``; its layout is part of CPython's stable ABI since 3.11."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.py_object),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+def _address(data: memoryview) -> int:
+    """Where in memory ``data`` begins; ctypes' own ``from_buffer`` refuses read-only views, which torch's are."""
+    buffer = _PyBuffer()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(data), ctypes.byref(buffer), 0)
+    try:
+        return buffer.buf or 0
+    finally:
+        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
