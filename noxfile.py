@@ -1,0 +1,74 @@
+"""What can be run here: ``nox -s demo``, ``nox -s tests``, and the rest (``nox -l`` lists them)."""
+
+from __future__ import annotations
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.sessions = ["tests", "lint", "types"]
+nox.options.reuse_venv = "yes"
+
+LINTED = ("src", "storage_backends", "tests", "benchmarks", "examples", "conftest.py", "noxfile.py")
+
+# Oldest and newest of what pyproject.toml allows. flytekit's own bounds keep the pairs of the first rows together.
+MATRIX = {
+    "oldest": ["torch==2.7.0", "flytekit==1.15.0", "fsspec==2024.10.0", "s3fs==2024.10.0", "gcsfs==2024.10.0"],
+    "newest": ["torch", "flytekit", "fsspec", "s3fs", "gcsfs"],
+}
+
+
+def install(session: nox.Session, *extras: str) -> None:
+    """Installs torchferry from this checkout, editable, with everything at the versions of constraints.txt."""
+    session.install("-c", "constraints.txt", "-e", f".[{','.join(extras)}]")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train, evaluate and resume in a Flyte workflow whose checkpoints live in an S3 on this machine."""
+    install(session, "flyte", "test")
+    session.run("python", "examples/flyte_demo.py", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The whole test suite, against real object stores on 127.0.0.1 that it starts and stops."""
+    install(session, "all", "test")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """Only the storage backends, against the conformance suite that each must pass."""
+    install(session, "all", "test")
+    session.run("pytest", "tests/storage", *session.posargs)
+
+
+@nox.session(python=["3.11", "3.12"])
+@nox.parametrize("versions", list(MATRIX))
+def matrix(session: nox.Session, versions: str) -> None:
+    """The test suite on each Python, with the oldest and the newest libraries."""
+    session.install(*MATRIX[versions], "-e", ".[all,test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(name="matrix-engine", python=["3.13"])
+def matrix_engine(session: nox.Session) -> None:
+    """The engine on a Python that flytekit does not support yet: everything but Flyte."""
+    session.install("-e", ".[s3,gcs,azure,cli,test]")
+    session.run("pytest", "--ignore=tests/flyte", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style: ruff's linter and formatter."""
+    session.install("-c", "constraints.txt", "ruff")
+    session.run("ruff", "check", *LINTED)
+    session.run("ruff", "format", "--check", *LINTED)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types: mypy, strict."""
+    install(session, "all")
+    session.install("-c", "constraints.txt", "mypy")
+    session.run("mypy")

@@ -1,0 +1,241 @@
+"""``torch.save`` as a stream: the same bytes, no copies, bounded memory, no thread left behind."""
+
+from __future__ import annotations
+
+import collections
+import gc
+import io
+import threading
+import weakref
+from typing import Any
+
+import anyio
+import pytest
+import torch
+
+from torchferry._budget import PROCESS_BUDGET, ByteBudget
+from torchferry.storage.base import MIB
+from torchferry.stream import CheckpointStream
+
+
+async def chunks_of(obj: Any) -> list[bytes | bytearray | memoryview]:
+    stream = CheckpointStream(obj)
+    # The consumer lets go of copied chunks as it goes, as a store does: keep a copy of those.
+    async with stream.running():
+        return [bytes(chunk) async for chunk in stream]
+
+
+async def drain(stream: CheckpointStream) -> None:
+    async with stream.running():
+        async for _ in stream:
+            pass
+
+
+def torch_saved(obj: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(obj, file)
+    return file.getvalue()
+
+
+def shared_and_views() -> Any:
+    base = torch.randn(1500, 1000)
+    return {"base": base, "row": base[3], "column": base[:, 7], "transposed": base.t(), "strided": base[::2, ::3]}
+
+
+def low_precision() -> Any:
+    values = torch.randn(1200, 1024)
+    return [values.to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)]
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+class Settings:
+    def __init__(self) -> None:
+        self.weights = torch.randn(600, 600)
+
+
+def adam() -> Any:
+    module = torch.nn.Sequential(torch.nn.Linear(700, 700), torch.nn.BatchNorm1d(700))
+    optimizer = torch.optim.Adam(module.parameters())
+    module(torch.randn(4, 700)).sum().backward()
+    optimizer.step()
+    return {"module_state_dict": module.state_dict(), "optimizer_state_dict": optimizer.state_dict(), "epoch": 3}
+
+
+OBJECTS = {
+    "adam": adam,
+    "nested": lambda: {"a": [({"b": torch.randn(3)}, (torch.randn(700, 700),))], "c": collections.OrderedDict(x=1)},
+    "shared storages and views": shared_and_views,
+    "low precision": low_precision,
+    "complex and bool": lambda: (torch.randn(400, 400, dtype=torch.complex64), torch.rand(2000, 1000) > 0.5),
+    "zero-size": lambda: [torch.empty(0), torch.empty(3, 0, 5)],
+    "scalar": lambda: torch.tensor(3.0),
+    "meta": lambda: {"m": torch.empty(1000, 1000, device="meta"), "real": torch.ones(5)},
+    "sparse": lambda: [torch.eye(900).to_sparse(), torch.eye(900).to_sparse_csr()],
+    "subclass": lambda: torch.randn(600, 600).as_subclass(Tagged),
+    "parameter": lambda: torch.nn.Parameter(torch.randn(600, 600)),
+    "untyped storage": lambda: torch.randn(600, 600).untyped_storage(),
+    "custom class": Settings,
+    "no tensors": lambda: {"lr": 0.1, "name": "x"},
+    "none": lambda: None,
+    "large bytes": lambda: b"ab" * (5 * MIB),
+    "many small": lambda: [torch.full((1024,), float(i)) for i in range(3000)],
+    "exactly one block": lambda: torch.zeros(4 * MIB, dtype=torch.uint8),
+    "large": lambda: torch.arange(5 * MIB, dtype=torch.int64),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("kind", OBJECTS)
+async def test_the_stream_is_byte_for_byte_what_torch_save_writes(kind: str) -> None:
+    obj = OBJECTS[kind]()
+    assert b"".join(await chunks_of(obj)) == torch_saved(obj)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions.*:UserWarning")
+async def test_a_quantized_tensor_is_saved_as_torch_does() -> None:
+    obj = torch.quantize_per_channel(torch.randn(40, 9), torch.rand(40) + 0.1, torch.zeros(40), 0, torch.qint8)
+    assert b"".join(await chunks_of(obj)) == torch_saved(obj)
+
+
+async def test_a_large_cpu_storage_is_handed_on_without_a_copy() -> None:
+    tensor = torch.zeros(20 * MIB, dtype=torch.uint8)
+    stream = CheckpointStream(tensor)
+    large: list[memoryview] = []
+    async with stream.running():
+        large.extend([chunk async for chunk in stream if isinstance(chunk, memoryview) and len(chunk) >= MIB])
+    assert sum(map(len, large)) == 20 * MIB
+    tensor.fill_(7)  # seen through the chunks: they are the tensor's own memory
+    assert all(chunk[0] == chunk[-1] == 7 for chunk in large)
+
+
+async def test_a_chunk_keeps_its_storage_alive() -> None:
+    storage = torch.full((2 * MIB,), 5, dtype=torch.uint8).untyped_storage()
+    gone = weakref.ref(storage)
+    stream = CheckpointStream([storage])
+    async with stream.running():
+        chunk = await anext(aiter(chunk[100:200] async for chunk in stream if len(chunk) >= MIB))
+    del storage, stream
+    gc.collect()
+    assert gone() is not None
+    assert bytes(chunk) == b"\x05" * 100
+    del chunk
+    gc.collect()
+    assert gone() is None
+
+
+async def test_copied_chunks_are_not_overwritten_while_anyone_holds_a_slice_of_them() -> None:
+    tensors = [torch.full((MIB // 2,), i % 251, dtype=torch.uint8) for i in range(32)]
+    expected = torch_saved(tensors)
+    stream = CheckpointStream(tensors)  # 16 MiB of copies in a window of 32: all may be held at once
+    async with stream.running():
+        held = [memoryview(chunk)[:] async for chunk in stream]
+    assert b"".join(held) == expected
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+async def test_size_hint_is_at_least_the_size_and_hardly_more() -> None:
+    for make in OBJECTS.values():
+        obj = make()
+        size = len(torch_saved(obj))
+        stream = CheckpointStream(obj)
+        async with stream.running():
+            assert size <= stream.size_hint <= size * 1.02 + 300 * 3000
+            stream._close()
+
+
+async def test_an_error_of_torch_save_is_raised_as_it_is() -> None:
+    with pytest.raises(AttributeError, match="local object"):
+        await chunks_of([torch.zeros(3 * MIB), lambda: None])
+
+
+async def test_an_error_while_torch_save_writes_never_looks_like_the_end_of_the_stream() -> None:
+    stream = CheckpointStream(torch.zeros(30 * MIB))
+    stream._emit = lambda _chunk: 1 // 0  # type: ignore[method-assign, assignment]
+    with pytest.raises(RuntimeError):  # torch's own, from closing its zip file, stands in for the first one
+        await drain(stream)
+
+
+async def test_a_failing_consumer_ends_the_thread_and_its_error_goes_on() -> None:
+    stream = CheckpointStream(torch.zeros(100 * MIB))
+    ended: list[bool] = []
+    torch_save = stream._torch_save
+
+    def watched() -> None:
+        try:
+            torch_save()
+        finally:
+            ended.append(True)
+
+    stream._torch_save = watched  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="the store failed"):
+        async with stream.running():
+            await anext(stream)
+            raise OSError("the store failed")
+    assert ended
+    assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
+
+
+@pytest.mark.parametrize(
+    "obj", [torch.zeros(50 * MIB), [torch.zeros(1024) for _ in range(20_000)]], ids=["large", "small"]
+)
+async def test_a_cancelled_stream_leaves_nothing_behind(obj: Any) -> None:
+    async with anyio.create_task_group() as tasks:
+
+        async def consume() -> None:
+            async with CheckpointStream(obj).running() as stream:
+                await anext(stream)
+                started.set()
+                await anyio.sleep_forever()
+
+        started = anyio.Event()
+        tasks.start_soon(consume)
+        await started.wait()
+        tasks.cancel_scope.cancel()
+    assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
+    assert not PROCESS_BUDGET._line
+
+
+async def test_streams_wait_for_each_other_inside_the_process_budget() -> None:
+    """25 at once, each of which must copy more than its share: all finish, and never hold more than the budget."""
+    tensors = [torch.zeros(MIB // 2) for _ in range(16)]
+    held = peak = 0
+
+    async def consume() -> None:
+        nonlocal held, peak
+        stream = CheckpointStream(tensors, write_cost=lambda _size: 8 * MIB)
+        async with stream.running():
+            held += stream._reserved
+            peak = max(peak, held)
+            async for _ in stream:
+                pass
+            held -= stream._reserved
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(25):
+            tasks.start_soon(consume)
+    assert 0 < peak <= PROCESS_BUDGET._total
+
+
+def test_a_budget_serves_in_order_and_wakes_the_abandoned() -> None:
+    budget = ByteBudget(10)
+    assert budget.take(8, abandoned=lambda: False) == 8
+    abandoned = False
+    outcome: list[object] = []
+
+    def large() -> None:
+        try:
+            outcome.append(budget.take(100, abandoned=lambda: abandoned))
+        except InterruptedError as error:
+            outcome.append(error)
+
+    waiting = threading.Thread(target=large)
+    waiting.start()
+    abandoned = True
+    budget.wake()
+    waiting.join(10)
+    assert isinstance(outcome[0], InterruptedError)
+    budget.give(8)
+    assert budget.take(100, abandoned=lambda: False) == 10  # more than there is: waits for all of it
