@@ -1,0 +1,61 @@
+"""Lets what must not be cut in half run to its end when the caller is cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, TypeVar
+
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+__all__ = ["in_thread", "to_the_end"]
+
+T = TypeVar("T")
+
+
+async def to_the_end(func: Callable[..., Awaitable[T]], /, *args: object, patience: float | None = None) -> T:
+    """Awaits ``func(*args)`` to its end even when the caller is cancelled meanwhile; then the cancellation goes on.
+
+    A shielded scope alone would not do: it holds off anyio's scopes, but not :meth:`asyncio.Task.cancel`, which
+    is what ``asyncio.timeout``, a closing event loop and most callers use.
+
+    Args:
+        func: What to run.
+        *args: Its arguments.
+        patience: How many seconds it may take after a cancellation, before it is cancelled too. None for no limit.
+    """
+    task = asyncio.ensure_future(func(*args))
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError:
+        await _wait_through_cancellations(task, patience)
+        if not task.cancelled():
+            task.exception()  # looked at, so that asyncio does not log it as forgotten
+        raise
+    return task.result()
+
+
+async def _wait_through_cancellations(task: asyncio.Future[T], patience: float | None) -> None:
+    with anyio.CancelScope(shield=True):  # against anyio's cancellations; the except is for asyncio's
+        while not task.done():
+            try:
+                _, pending = await asyncio.wait([task], timeout=patience)
+            except asyncio.CancelledError:
+                continue
+            if pending:
+                task.cancel()
+                patience = None
+
+
+async def in_thread(func: Callable[..., T], /, *args: object) -> T:
+    """Runs ``func(*args)`` in a worker thread, and does not return before the thread is done with it.
+
+    A cancelled ``anyio.to_thread.run_sync`` can leave its thread working, on a file that its caller then closes.
+    """
+    return await to_the_end(_run_sync, func, *args)
+
+
+async def _run_sync(func: Callable[..., T], *args: object) -> T:
+    return await anyio.to_thread.run_sync(func, *args)

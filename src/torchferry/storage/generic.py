@@ -1,0 +1,224 @@
+"""Any fsspec filesystem: memory, sftp, hdfs, ... written under a temporary name and moved into place."""
+
+from __future__ import annotations
+
+import errno
+import secrets
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
+
+from torchferry.errors import (
+    CheckpointChangedError,
+    CheckpointNotFoundError,
+    StorageError,
+    StoragePermissionError,
+    StorageUnavailableError,
+    UnsupportedOptionError,
+)
+from torchferry.storage.base import MIB, Backend, Chunk, ObjectStat, Plane
+from torchferry.storage.cancellation import in_thread
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, Iterator, Mapping
+
+__all__ = ["GenericBackend"]
+
+_BLOCK_SIZE = 8 * MIB
+
+_VERSION_FIELDS = (
+    # What filesystems put into info() that changes with an object; fsspec has no common name for it.
+    *("ETag", "etag", "e_tag", "version_id", "VersionId", "generation", "checksum", "content_md5", "ino"),
+    *("mtime", "modified", "last_modified", "LastModified", "created"),
+)
+
+
+class GenericBackend(Backend):
+    """Files behind an fsspec filesystem that has no backend of its own.
+
+    Published by the filesystem's own move, or where it has none by its server-side copy: that is as atomic as the
+    store makes it. fsspec's other way, ``open(..., autocommit=False)``, is not used: many filesystems ignore it
+    and publish at once (memory, arrow), or have a ``discard`` that discards nothing (the base class).
+
+    A version is what the filesystem tells in ``info``: an etag, a modification time. Where it tells nothing, only
+    the size is checked while reading. User metadata is not stored.
+    """
+
+    plane = "fsspec"
+
+    def __init__(self, fs: AbstractFileSystem) -> None:
+        self._fs = _usable_in_threads(fs)
+
+    @classmethod
+    def from_filesystem(cls, fs: AbstractFileSystem, plane: Plane) -> Backend:
+        """A backend for any filesystem, on the fsspec plane.
+
+        Raises:
+            UnsupportedOptionError: ``plane`` is "obstore".
+        """
+        if plane == "obstore":
+            protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+            raise UnsupportedOptionError(f"The obstore plane does not reach {protocol}:// URLs: use plane='auto'.")
+        return cls(fs)
+
+    def url(self, path: str) -> str:
+        """The URL of ``path``, with the filesystem's protocol."""
+        url: str = self._fs.unstrip_protocol(path)
+        return url
+
+    def write_cost(self, size: int, part_size: int | None) -> int:
+        """The block that an fsspec file gathers before it sends it, and its copy."""
+        del size, part_size
+        return 2 * _BLOCK_SIZE
+
+    async def stat(self, path: str) -> ObjectStat:
+        """Looks a file up, past the filesystem's listings cache."""
+        return await in_thread(self._stat, path, "stat")
+
+    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
+        """Reads a range, and then asks for the file's version again."""
+        return await in_thread(self._read, path, start, stop, stat)
+
+    async def write(
+        self,
+        path: str,
+        chunks: AsyncIterable[Chunk],
+        *,
+        size_hint: int,
+        part_size: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> ObjectStat:
+        """Writes a hidden file in the same directory and moves it; missing directories are made."""
+        del size_hint, part_size
+        staged = _StagedFile(self._fs, path)
+        try:
+            with _translated(self.url(path), "write"):
+                await in_thread(staged.create)
+            size = 0
+            async for chunk in chunks:
+                with _translated(self.url(path), "write"):
+                    await in_thread(staged.append, chunk)
+                size += len(chunk)
+            with _translated(self.url(path), "write"):
+                await in_thread(staged.publish)
+        except BaseException:
+            await in_thread(staged.discard)
+            raise
+        written = await self.stat(path)
+        return ObjectStat(written.url, size, written.etag, dict(metadata or {}))
+
+    async def delete(self, path: str) -> None:
+        """Deletes a file."""
+        with suppress(CheckpointNotFoundError), _translated(self.url(path), "delete"):
+            await in_thread(self._fs.rm_file, path)
+
+    def _stat(self, path: str, verb: str) -> ObjectStat:
+        with _translated(self.url(path), verb):
+            self._fs.invalidate_cache(self._fs._parent(path))
+            info: dict[str, Any] = self._fs.info(path)
+        if info.get("type") == "directory":
+            raise StorageError(errno.EISDIR, f"{self.url(path)} is a directory.")
+        if info.get("size") is None:
+            raise StorageError(f"Cannot {verb} {self.url(path)}: the store does not tell its size.")
+        version = [f"{field}={info[field]}" for field in _VERSION_FIELDS if info.get(field) is not None]
+        etag = ";".join([*version, f"size={info['size']}"]) if version else None
+        return ObjectStat(self.url(path), int(info["size"]), etag)
+
+    def _read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
+        data: bytes = b""
+        if stop > start:
+            with _translated(self.url(path), "read"):
+                data = self._fs.cat_file(path, start=start, end=stop)
+        # Afterwards: a file replaced before or during the read shows now, whichever it was.
+        now = self._stat(path, "read")
+        if (now.etag, now.size) != (stat.etag, stat.size):
+            raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.")
+        if len(data) != stop - start:
+            raise StorageError(
+                f"Cannot read the bytes {start} to {stop} of {self.url(path)}: the store returned {len(data)} bytes."
+            )
+        return data
+
+
+class _StagedFile:
+    """A file under a temporary name beside its target. Its methods block."""
+
+    def __init__(self, fs: AbstractFileSystem, path: str) -> None:
+        self._fs = fs
+        self._path = path
+        parent: str = fs._parent(path)
+        self._parent = parent
+        self._temporary = f"{parent.rstrip('/')}/.torchferry-{secrets.token_hex(8)}.tmp"
+        self._file: Any = None
+
+    def create(self) -> None:
+        with suppress(FileNotFoundError):
+            if self._fs.info(self._path).get("type") == "directory":
+                raise IsADirectoryError(errno.EISDIR, "there is a directory of this name", self._path)
+        if self._parent.strip("/"):
+            with suppress(FileExistsError, NotImplementedError):  # stores without directories
+                self._fs.makedirs(self._parent, exist_ok=True)
+        self._file = self._fs.open(self._temporary, "wb", block_size=_BLOCK_SIZE)
+
+    def append(self, chunk: Chunk) -> None:
+        view = memoryview(chunk)
+        while view:
+            written = self._file.write(view[:_BLOCK_SIZE])  # in pieces: fsspec's files copy what they are given
+            view = view[_BLOCK_SIZE if written is None else written :]
+
+    def publish(self) -> None:
+        self._file.close()
+        if type(self._fs).mv is not AbstractFileSystem.mv:
+            self._fs.mv(self._temporary, self._path)
+        else:
+            # The base class's mv does the same, but takes "?", "*" and "[" in names for patterns.
+            self._fs.cp_file(self._temporary, self._path)
+            self._fs.rm_file(self._temporary)
+        self._file = None
+        self._fs.invalidate_cache(self._parent)
+
+    def discard(self) -> None:
+        """Removes what is there, which may be nothing; the error that is on its way says what went wrong."""
+        if self._file is not None:
+            with suppress(Exception):
+                self._file.close()
+            with suppress(Exception):
+                self._fs.rm_file(self._temporary)
+            self._file = None
+
+
+def _usable_in_threads(fs: AbstractFileSystem) -> AbstractFileSystem:
+    """``fs``, or where its methods only work inside of its user's event loop, its twin that works in threads."""
+    if isinstance(fs, AsyncFileSystem) and fs.asynchronous:
+        return type(fs)(*fs.storage_args, **{**fs.storage_options, "asynchronous": False, "loop": None})
+    return fs
+
+
+@contextmanager
+def _translated(url: str, verb: str) -> Iterator[None]:
+    """Turns what filesystems raise into torchferry's errors."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(errno.ENOENT, f"Cannot {verb} {url}: there is no such file.") from error
+    except NotImplementedError as error:
+        raise StoragePermissionError(
+            errno.EROFS, f"Cannot {verb} {url}: this filesystem is read-only, or cannot move files into place."
+        ) from error
+    except (ConnectionError, TimeoutError) as error:
+        raise StorageUnavailableError(f"Cannot {verb} {url}: {_describe(error)}") from error
+    except OSError as error:
+        message = f"Cannot {verb} {url}: {_describe(error)}"
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            raise StoragePermissionError(error.errno or errno.EACCES, message) from error
+        raise StorageError(error.errno or errno.EIO, message) from error
+    except Exception as error:  # a filesystem may raise whatever its client does
+        raise StorageError(f"Cannot {verb} {url}: {_describe(error)}") from error
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

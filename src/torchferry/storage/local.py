@@ -1,0 +1,198 @@
+"""Files of this machine: written under a temporary name, made durable, and put in place atomically."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat as stat_module
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchferry.errors import CheckpointChangedError, CheckpointNotFoundError, StorageError, StoragePermissionError
+from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
+from torchferry.storage.cancellation import in_thread
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, Iterator, Mapping
+
+    from fsspec import AbstractFileSystem
+
+__all__ = ["LocalBackend"]
+
+
+class LocalBackend(Backend):
+    """Files of this machine.
+
+    A file's version is its inode, modification time and size: a replaced file is a new inode, one changed in
+    place has a new time. User metadata is not stored. All file work happens in worker threads.
+    """
+
+    plane = "local"
+
+    @classmethod
+    def from_filesystem(cls, fs: AbstractFileSystem, plane: Plane) -> Backend:
+        """A backend for fsspec's local filesystem. There is one way to a local file, so every ``plane`` is that one."""
+        del fs, plane
+        return cls()
+
+    def url(self, path: str) -> str:
+        """The ``file://`` URL of ``path``."""
+        return f"file://{path}"
+
+    def local_path(self, path: str) -> Path:
+        """The file itself."""
+        return Path(path)
+
+    async def stat(self, path: str) -> ObjectStat:
+        """Looks a file up; a directory or device is not a checkpoint and raises a StorageError."""
+        return await in_thread(self._stat, path)
+
+    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
+        """Reads a range of the file, whose version is checked before and after."""
+        return await in_thread(self._read, path, start, stop, stat)
+
+    async def write(
+        self,
+        path: str,
+        chunks: AsyncIterable[Chunk],
+        *,
+        size_hint: int,
+        part_size: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> ObjectStat:
+        """Writes a hidden file in the same directory and renames it; missing directories are made."""
+        del size_hint, part_size
+        staged = _StagedFile()
+        try:
+            await in_thread(self._stage, path, staged)
+            async for chunk in chunks:
+                await in_thread(self._append, path, staged, chunk)
+            written = await in_thread(self._publish, path, staged)
+        except BaseException:
+            await in_thread(staged.discard)
+            raise
+        return replace(written, metadata=dict(metadata or {}))
+
+    async def delete(self, path: str) -> None:
+        """Deletes a file."""
+        await in_thread(self._delete, path)
+
+    def _stat(self, path: str) -> ObjectStat:
+        with _translated(self.url(path), "stat"):
+            return self._object_stat(path, os.stat(path))  # noqa: PTH116 - a path like fsspec's, not a Path
+
+    def _object_stat(self, path: str, result: os.stat_result) -> ObjectStat:
+        if not stat_module.S_ISREG(result.st_mode):
+            kind = "a directory" if stat_module.S_ISDIR(result.st_mode) else "not a regular file"
+            raise StorageError(errno.EISDIR if kind == "a directory" else errno.EINVAL, f"{self.url(path)} is {kind}.")
+        etag = f"{result.st_ino:x}-{result.st_mtime_ns:x}-{result.st_size:x}"
+        return ObjectStat(self.url(path), result.st_size, etag)
+
+    def _read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
+        with _translated(self.url(path), "read"), open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            self._check_version(path, file.fileno(), stat)
+            data = bytearray(stop - start)
+            view = memoryview(data)
+            done = 0
+            while done < len(data) and (count := os.preadv(file.fileno(), [view[done:]], start + done)):
+                done += count
+            self._check_version(path, file.fileno(), stat)
+        if done < len(data):
+            raise StorageError(
+                f"Cannot read the bytes {start} to {stop} of {self.url(path)}: it ends at {start + done}."
+            )
+        return data
+
+    def _check_version(self, path: str, fd: int, expected: ObjectStat) -> None:
+        if self._object_stat(path, os.fstat(fd)).etag != expected.etag:
+            raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.")
+
+    def _stage(self, path: str, staged: _StagedFile) -> None:
+        with _translated(self.url(path), "write"):
+            # A link stays a link: what it points to is replaced.
+            target = Path(os.path.realpath(path))
+            with suppress(FileNotFoundError):
+                self._object_stat(path, target.stat())  # raises for what must not be replaced
+            target.parent.mkdir(parents=True, exist_ok=True)
+            staged.create(target)
+
+    def _append(self, path: str, staged: _StagedFile, chunk: Chunk) -> None:
+        with _translated(self.url(path), "write"):
+            staged.append(chunk)
+
+    def _publish(self, path: str, staged: _StagedFile) -> ObjectStat:
+        with _translated(self.url(path), "write"):
+            return self._object_stat(path, staged.publish())
+
+    def _delete(self, path: str) -> None:
+        with _translated(self.url(path), "delete"), suppress(FileNotFoundError):
+            os.unlink(path)  # noqa: PTH108 - a path like fsspec's, not a Path
+
+
+class _StagedFile:
+    """A file under a temporary name in the directory of its target."""
+
+    def __init__(self) -> None:
+        self._target = Path()
+        self._temporary: Path | None = None
+        self._fd: int | None = None
+
+    def create(self, target: Path) -> None:
+        temporary = target.with_name(f".torchferry-{secrets.token_hex(8)}.tmp")
+        self._fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._target, self._temporary = target, temporary
+
+    def append(self, chunk: Chunk) -> None:
+        assert self._fd is not None  # noqa: S101 - created before
+        view = memoryview(chunk)
+        while view:
+            view = view[os.write(self._fd, view) :]
+
+    def publish(self) -> os.stat_result:
+        """Makes the bytes durable, then the name: a crash leaves the old file or the new one, never less."""
+        assert self._fd is not None  # noqa: S101 - created before
+        assert self._temporary is not None  # noqa: S101 - the same
+        with suppress(FileNotFoundError):
+            os.fchmod(self._fd, stat_module.S_IMODE(self._target.stat().st_mode))
+        os.fsync(self._fd)
+        result = os.fstat(self._fd)
+        self._temporary.replace(self._target)
+        self._temporary = None
+        self._close()
+        directory = os.open(self._target.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+        return result
+
+    def discard(self) -> None:
+        """Removes what is there, which may be nothing."""
+        self._close()
+        if self._temporary is not None:
+            self._temporary.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            os.close(fd)
+
+
+@contextmanager
+def _translated(url: str, verb: str) -> Iterator[None]:
+    """Turns the operating system's errors into torchferry's."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        number = error.errno or errno.EIO
+        message = f"Cannot {verb} {url}: {error.strerror or error}."
+        if isinstance(error, FileNotFoundError) or (verb in {"stat", "read"} and number == errno.ENOTDIR):
+            raise CheckpointNotFoundError(number, message) from error
+        if number in {errno.EACCES, errno.EPERM, errno.EROFS}:
+            raise StoragePermissionError(number, message) from error
+        raise StorageError(number, message) from error
