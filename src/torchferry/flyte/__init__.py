@@ -1,0 +1,24 @@
+"""torchferry in Flyte: the type transformer for ``PyTorchCheckpoint``, and the value that a task receives.
+
+Installing torchferry is enough: flytekit's own ``PyTorchCheckpoint`` annotation then uses it. These names are
+for code that wants them directly. They are imported when first used, because flytekit and torch are heavy and
+:mod:`torchferry.flyte.plugin` is loaded by every ``import flytekit``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchferry.flyte.checkpoint import LoadedCheckpoint, PyTorchCheckpoint, PyTorchCheckpointTransformer
+
+__all__ = ["LoadedCheckpoint", "PyTorchCheckpoint", "PyTorchCheckpointTransformer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module("torchferry.flyte.checkpoint"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,246 @@
+"""``PyTorchCheckpoint`` and its type transformer: flytekit's, with checkpoints streamed to and from the object store.
+
+Every name that ``flytekit.extras.pytorch.checkpoint`` documents can be imported from here. Importing this module
+registers the transformer.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, get_args
+
+import anyio
+import anyio.to_thread
+import msgpack  # type: ignore[import-untyped]  # no stubs exist
+from dataclasses_json import DataClassJsonMixin
+from flytekit.core.constants import MESSAGEPACK
+from flytekit.core.context_manager import FlyteContext, FlyteContextManager
+from flytekit.core.type_engine import AsyncTypeTransformer, TypeEngine, TypeTransformer, TypeTransformerFailedError
+from flytekit.exceptions.system import FlyteDownloadDataException, FlyteUploadDataException
+from flytekit.models.core.types import BlobType
+from flytekit.models.literals import Blob, BlobMetadata, Literal, Scalar
+from flytekit.models.types import LiteralType
+from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]  # flytekit's, without stubs
+
+from torchferry.errors import StorageUnavailableError, TorchferryError
+from torchferry.flyte import hooks
+from torchferry.flyte.annotations import options_of
+from torchferry.flyte.content import check_loadable, content_of
+from torchferry.flyte.plugin import taking_over
+from torchferry.flyte.transfer import download, upload
+from torchferry.flyte.values import FlytekitCheckpoint, IsDataclass, LoadedCheckpoint, PyTorchCheckpoint
+from torchferry.options import LoadOptions, SaveOptions
+
+if TYPE_CHECKING:
+    from flytekit.models.literals import Binary
+    from google.protobuf.struct_pb2 import Struct  # type: ignore[import-untyped]  # flytekit's, without stubs
+
+__all__ = [
+    "Any",
+    "Blob",
+    "BlobMetadata",
+    "DataClassJsonMixin",
+    "FlyteContext",
+    "IsDataclass",
+    "Literal",
+    "LiteralType",
+    "LoadedCheckpoint",
+    "NamedTuple",
+    "Protocol",
+    "PyTorchCheckpoint",
+    "PyTorchCheckpointTransformer",
+    "Scalar",
+    "TypeEngine",
+    "TypeTransformer",
+    "TypeTransformerFailedError",
+    "asdict",
+    "dataclass",
+    "fields",
+    "is_dataclass",
+]
+
+_logger = logging.getLogger("torchferry")
+
+
+class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # type: ignore[misc]  # flytekit has no types
+    """Turns checkpoints into Flyte literals and back.
+
+    The literal is flytekit's own: a single blob of the format ``PyTorchCheckpoint``, whose URI names what
+    ``torch.save`` wrote. Either side reads what the other wrote.
+    """
+
+    PYTORCH_CHECKPOINT_FORMAT = hooks.CHECKPOINT_FORMAT
+
+    def __init__(self) -> None:
+        # flytekit tags union literals with this name: it has to be the one that stock flytekit looks for.
+        super().__init__(name="PyTorch Checkpoint", t=PyTorchCheckpoint)
+
+    def assert_type(self, t: type[Any], v: Any) -> None:
+        """Checks that ``v`` may stand where ``t`` is declared.
+
+        flytekit's class and ours are one type here, and a checkpoint that was received is of every checkpoint type.
+
+        Raises:
+            TypeTransformerFailedError: it may not.
+        """
+        declared = _without_annotations(t)
+        if isinstance(v, LoadedCheckpoint):
+            return
+        accepted = FlytekitCheckpoint if declared is PyTorchCheckpoint else declared
+        if not (isinstance(accepted, type) and isinstance(v, accepted)):
+            hint = "; make a LoadedCheckpoint of it" if isinstance(v, dict) else ""
+            raise TypeTransformerFailedError(f"Expected a {_name(declared)}, given: a {_name(type(v))}{hint}.")
+
+    def get_literal_type(self, t: type[Any]) -> LiteralType:
+        """The Flyte type of a checkpoint.
+
+        Raises:
+            TypeTransformerFailedError: ``t`` is annotated with options that contradict each other.
+        """
+        options_of(t, SaveOptions)
+        options_of(t, LoadOptions)
+        return LiteralType(blob=_blob_type())
+
+    def guess_python_type(self, literal_type: LiteralType) -> type[PyTorchCheckpoint]:
+        """``PyTorchCheckpoint``, for the literal type of a checkpoint.
+
+        Raises:
+            ValueError: it is another type.
+        """
+        if not hooks.is_checkpoint_type(literal_type):
+            raise ValueError(f"{self} cannot reverse {literal_type}: it is no checkpoint's.")
+        return PyTorchCheckpoint
+
+    async def async_to_literal(
+        self,
+        ctx: FlyteContext,
+        python_val: Any,
+        python_type: type[Any],
+        expected: LiteralType | None = None,  # noqa: ARG002 - flytekit's signature
+    ) -> Literal:
+        """Saves a checkpoint under the raw output prefix, and returns the literal that names it.
+
+        ``SaveOptions`` on the annotation say how. ``LoadOptions(weights_only=False)`` on it lets values pass that
+        need the same to be loaded.
+
+        Raises:
+            TypeTransformerFailedError: this is no checkpoint, or one that cannot be saved, or not to there.
+            FlyteUploadDataException: the store is unavailable. Flyte runs the task again for this error, and
+                for no other.
+        """
+        # flytekit's unions call this with any value and hide the error: say no before doing anything.
+        if not isinstance(python_val, FlytekitCheckpoint):
+            raise TypeTransformerFailedError(f"Expected a PyTorchCheckpoint, given: a {_name(type(python_val))}.")
+        load_options = options_of(python_type, LoadOptions)
+        try:
+            content = await anyio.to_thread.run_sync(content_of, python_val)
+            if load_options.weights_only:
+                await anyio.to_thread.run_sync(check_loadable, content)
+            uri = await upload(ctx, content, options_of(python_type, SaveOptions))
+        except TypeTransformerFailedError:
+            raise
+        except StorageUnavailableError as error:
+            _logger.warning("Saving %r failed: %s", python_val, error)  # a union would hide it
+            raise FlyteUploadDataException(f"The checkpoint could not be uploaded: {error}") from error
+        except Exception as error:
+            _logger.warning("Saving %r failed: %s", python_val, error)
+            raise TypeTransformerFailedError(f"{python_val!r} could not be saved: {_message(error)}") from error
+        return Literal(scalar=Scalar(blob=Blob(metadata=BlobMetadata(type=_blob_type()), uri=uri)))
+
+    async def async_to_python_value(
+        self, ctx: FlyteContext, lv: Literal, expected_python_type: type[Any]
+    ) -> LoadedCheckpoint:
+        """Loads the checkpoint that a literal names.
+
+        ``LoadOptions`` on the annotation say how; without a ``map_location``, tensors go to the accelerator
+        of this process's rank, or stay on the CPU.
+
+        Raises:
+            TypeTransformerFailedError: the literal names no checkpoint, or one that cannot be loaded like this.
+            FlyteDownloadDataException: the store stayed unavailable through all retries.
+        """
+        return await self._load(ctx, _uri_of(lv), expected_python_type)
+
+    def from_binary_idl(self, binary_idl_object: Binary, expected_python_type: type[Any]) -> LoadedCheckpoint:
+        """Loads the checkpoint that an attribute of a dataclass or pydantic model names (MessagePack).
+
+        Raises:
+            TypeTransformerFailedError: the attribute is no checkpoint, or one that cannot be loaded.
+        """
+        return self._from_literal(Literal(scalar=Scalar(binary=binary_idl_object)), expected_python_type)
+
+    def from_generic_idl(self, generic: Struct, expected_python_type: type[Any]) -> LoadedCheckpoint:
+        """Loads the checkpoint that an attribute names in an input that the Flyte console made (a protobuf Struct).
+
+        Raises:
+            TypeTransformerFailedError: the attribute is no checkpoint, or one that cannot be loaded.
+        """
+        return self._from_literal(Literal(scalar=Scalar(generic=generic)), expected_python_type)
+
+    def _from_literal(self, lv: Literal, expected_python_type: type[Any]) -> LoadedCheckpoint:
+        loaded = self.to_python_value(FlyteContextManager.current_context(), lv, expected_python_type)
+        return cast("LoadedCheckpoint", loaded)
+
+    async def _load(self, ctx: FlyteContext, uri: str, expected_python_type: type[Any]) -> LoadedCheckpoint:
+        options = options_of(expected_python_type, LoadOptions)
+        try:
+            content = await download(ctx, uri, options)
+        except StorageUnavailableError as error:
+            _logger.warning("Loading %s failed: %s", uri, error)  # a union would hide it
+            raise FlyteDownloadDataException(f"The checkpoint could not be downloaded: {error}") from error
+        except TorchferryError as error:
+            _logger.warning("Loading %s failed: %s", uri, error)
+            raise TypeTransformerFailedError(str(error)) from error
+        if not isinstance(content, dict):
+            raise TypeTransformerFailedError(f"{uri} holds a {_name(type(content))}, not a checkpoint's dict.")
+        return LoadedCheckpoint(content, uri=uri)
+
+
+def _blob_type() -> BlobType:
+    # A new one each time: flytekit writes its tags into the types that it is given.
+    return BlobType(format=hooks.CHECKPOINT_FORMAT, dimensionality=BlobType.BlobDimensionality.SINGLE)
+
+
+def _uri_of(lv: Literal) -> str:
+    scalar = lv.scalar if lv is not None else None
+    reference: Any = None
+    if scalar is not None and scalar.blob is not None:
+        return str(scalar.blob.uri)
+    if scalar is not None and scalar.binary is not None and scalar.binary.tag == MESSAGEPACK:
+        reference = msgpack.unpackb(scalar.binary.value)
+    elif scalar is not None and scalar.generic is not None:
+        reference = MessageToDict(scalar.generic)
+    if isinstance(reference, dict) and isinstance(reference.get("path"), str):
+        return cast("str", reference["path"])
+    raise TypeTransformerFailedError(f"A checkpoint is a blob, or an attribute with a path; this literal is not: {lv}.")
+
+
+def _without_annotations(t: Any) -> Any:
+    return get_args(t)[0] if hasattr(t, "__metadata__") else t
+
+
+def _name(t: Any) -> str:
+    return getattr(t, "__qualname__", None) or str(t)
+
+
+def _message(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _register() -> None:
+    transformer = PyTorchCheckpointTransformer()
+    ours = (PyTorchCheckpoint, LoadedCheckpoint)
+    if not taking_over():
+        hooks.register(transformer, *ours)
+        return
+    hooks.register(transformer, *ours, FlytekitCheckpoint)
+    # Code that imports these from flytekit from now on gets ours; code that did before has flytekit's class, which
+    # the transformer takes as well.
+    for module in ("flytekit.extras.pytorch.checkpoint", "flytekit.extras.pytorch"):
+        hooks.rename(
+            module, PyTorchCheckpoint=PyTorchCheckpoint, PyTorchCheckpointTransformer=PyTorchCheckpointTransformer
+        )
+
+
+_register()

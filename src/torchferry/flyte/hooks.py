@@ -1,0 +1,96 @@
+"""Everything private of flytekit and mashumaro that torchferry touches, in one place.
+
+Read in flytekit 1.15 to 1.16.31 and mashumaro 3.15 to 3.23; ``tests/flyte/test_hooks.py`` checks that each of
+these is still what it was. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from flytekit.core.type_engine import TypeEngine, TypeTransformer
+from flytekit.models.core.types import BlobType
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from flytekit.core.context_manager import FlyteContext
+    from flytekit.models.types import LiteralType
+
+__all__ = ["CHECKPOINT_FORMAT", "execution_metadata", "is_checkpoint_type", "register", "register_guesser", "rename"]
+
+CHECKPOINT_FORMAT = "PyTorchCheckpoint"
+"""The blob format of a checkpoint: flytekit's name for it."""
+
+
+def is_checkpoint_type(literal_type: LiteralType) -> bool:
+    """Whether a Flyte type is that of a checkpoint: a single blob of our format."""
+    blob = literal_type.blob
+    return bool(
+        blob is not None
+        and blob.format == CHECKPOINT_FORMAT
+        and blob.dimensionality == BlobType.BlobDimensionality.SINGLE
+    )
+
+
+def register(transformer: TypeTransformer[Any], *types: type) -> None:
+    """Makes ``transformer`` the one for ``types``, ahead of all others.
+
+    Ahead, because flytekit guesses a python type by asking its transformers in the order of its registry, and
+    the one for FlyteFile claims every single blob.
+    """
+    others = {t: other for t, other in TypeEngine._REGISTRY.items() if t not in types and t is not _Unimported}
+    # A new dict, put in place in one step: another thread may be walking over the old one.
+    TypeEngine._REGISTRY = {**dict.fromkeys(types, transformer), **others}
+
+
+def register_guesser() -> None:
+    """Makes flytekit guess ``PyTorchCheckpoint`` for a checkpoint's literal type before torch is imported."""
+    if not any(is_ours(transformer) for transformer in TypeEngine._REGISTRY.values()):
+        TypeEngine._REGISTRY = {_Unimported: _Guesser(), **TypeEngine._REGISTRY}
+
+
+def is_ours(transformer: TypeTransformer[Any]) -> bool:
+    """Whether this is torchferry's transformer, or the guesser that holds its place."""
+    return type(transformer).__module__.startswith("torchferry.")
+
+
+def rename(module: str, **values: object) -> None:
+    """Sets names in a module that has been imported; one that has not is left alone."""
+    if module in sys.modules:
+        vars(sys.modules[module]).update(values)
+
+
+def execution_metadata(ctx: FlyteContext) -> Mapping[str, str]:
+    """What flytekit attaches to every object of this execution (``attach_execution_metadata``): its names and ids."""
+    return getattr(ctx.file_access, "_execution_metadata", None) or {}
+
+
+class _Unimported:
+    """Holds the place of ``PyTorchCheckpoint`` in flytekit's registry."""
+
+
+class _Guesser(TypeTransformer[Any]):  # type: ignore[misc]  # flytekit has no types
+    """Answers one question, and imports torch only when the answer is yes."""
+
+    def __init__(self) -> None:
+        super().__init__("PyTorch Checkpoint (not imported yet)", _Unimported)
+
+    def guess_python_type(self, literal_type: LiteralType) -> type[Any]:
+        if not is_checkpoint_type(literal_type):
+            raise ValueError(f"{literal_type} is no checkpoint's type.")
+        try:
+            from torchferry.flyte.checkpoint import PyTorchCheckpoint
+        except ImportError as error:  # ValueError is how a transformer passes
+            raise ValueError(f"Checkpoints cannot be read here: {error}") from error
+        return PyTorchCheckpoint
+
+    def get_literal_type(self, t: type[Any]) -> LiteralType:
+        raise ValueError(f"{t} has no values.")
+
+    def to_literal(self, *_args: Any) -> Any:
+        raise ValueError(f"{self.python_type} has no values.")
+
+    def to_python_value(self, *_args: Any) -> Any:
+        raise ValueError(f"{self.python_type} has no values.")

@@ -1,0 +1,136 @@
+"""Moves a checkpoint between a task and the object store that its Flyte context is configured for."""
+
+from __future__ import annotations
+
+import logging
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+import anyio.to_thread
+from fsspec.utils import get_protocol
+
+from torchferry.errors import CheckpointCorruptError, StoragePermissionError, StorageUnavailableError
+from torchferry.flyte import hooks
+from torchferry.flyte.devices import default_map_location
+from torchferry.loading import load_async
+from torchferry.saving import save_async
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from flytekit.core.context_manager import FlyteContext
+    from fsspec import AbstractFileSystem
+
+    from torchferry.options import LoadOptions, SaveOptions
+
+__all__ = ["download", "upload"]
+
+T = TypeVar("T")
+
+RETRY_DELAYS = (1.0, 4.0, 16.0)
+"""Seconds before each further attempt, after a store's client has given up retrying by itself.
+
+Worth it, because of what comes next: Flyte fails a task at once for an input that cannot be loaded, and for an
+output that cannot be saved it runs the whole task, training included, again.
+"""
+
+_FILE_NAME = "checkpoint.pt"
+
+# flytekit configures the filesystem of one name of each cloud.
+_ALIASES = {"s3a": "s3"}
+
+_ANONYMOUS = frozenset({"s3", "gs", "abfs", "abfss"})
+
+_logger = logging.getLogger("torchferry")
+
+
+async def upload(ctx: FlyteContext, content: dict[str, Any], options: SaveOptions) -> str:
+    """Saves ``content`` to a new place under the context's raw output prefix.
+
+    Returns:
+        Its URI.
+
+    Raises:
+        TorchferryError: as :func:`torchferry.save_async` does.
+    """
+    uri: str = ctx.file_access.get_random_remote_path(_FILE_NAME)
+    if get_protocol(uri) == "flyte":
+        return await _upload_through_flyte(ctx, content, uri)
+    arguments: dict[str, Any] = {
+        "part_size": options.part_size,
+        "metadata": {**hooks.execution_metadata(ctx), **(options.metadata or {})} or None,
+        "plane": options.plane,
+        **await _store(ctx, uri, options),
+    }
+    stat = await _persistently(lambda: save_async(content, uri, **arguments))
+    _logger.info("Saved %s: %s bytes.", uri, stat.size)
+    return uri
+
+
+async def download(ctx: FlyteContext, uri: str, options: LoadOptions) -> Any:
+    """Loads what is saved at ``uri``.
+
+    Raises:
+        TorchferryError: as :func:`torchferry.load_async` does.
+    """
+    map_location = default_map_location() if options.map_location is None else options.map_location
+    arguments: dict[str, Any] = {
+        "keys": options.keys,
+        "map_location": map_location,
+        "weights_only": options.weights_only,
+        "verify": options.verify,
+        "plane": options.plane,
+        **await _store(ctx, uri, options),
+    }
+    try:
+        return await _persistently(lambda: load_async(uri, **arguments))
+    except StoragePermissionError:
+        # What flytekit does: public data can be read without the credentials that are wrong or missing here.
+        if get_protocol(uri) not in _ANONYMOUS or options.storage_options:
+            raise
+        arguments["filesystem"] = ctx.file_access.get_filesystem(get_protocol(uri), anonymous=True)
+        try:
+            return await load_async(uri, **arguments)
+        except StoragePermissionError:
+            _logger.debug("%s cannot be read anonymously either.", uri)
+        raise
+
+
+async def _store(ctx: FlyteContext, uri: str, options: SaveOptions | LoadOptions) -> dict[str, Any]:
+    if options.storage_options:
+        return {"storage_options": options.storage_options}
+    # The first filesystem of a kind imports its library: not on the event loop.
+    return {"filesystem": await anyio.to_thread.run_sync(_filesystem, ctx, uri)}
+
+
+def _filesystem(ctx: FlyteContext, uri: str) -> AbstractFileSystem:
+    """The filesystem for ``uri`` as flytekit configures it.
+
+    It is bound to fsspec's own event loop, which lives as long as the process, so it works from every thread and loop.
+    """
+    access = ctx.file_access
+    protocol = get_protocol(uri)
+    if protocol == get_protocol(access.raw_output_prefix):
+        # One instance, and so one pool of connections, for the whole task. fsspec would make one a thread.
+        return access.raw_output_fs
+    return access.get_filesystem(_ALIASES.get(protocol, protocol), path=uri)
+
+
+async def _upload_through_flyte(ctx: FlyteContext, content: dict[str, Any], uri: str) -> str:
+    """Saves through Flyte's data proxy, which takes one file in one signed request and says where it put it."""
+    with TemporaryDirectory(dir=ctx.file_access.local_sandbox_dir) as directory:
+        path = f"{directory}/{_FILE_NAME}"
+        await save_async(content, path)
+        return str(await ctx.file_access.async_put_data(path, uri))
+
+
+async def _persistently(action: Callable[[], Awaitable[T]]) -> T:
+    for delay in RETRY_DELAYS:
+        try:
+            return await action()
+        except (StorageUnavailableError, CheckpointCorruptError) as error:
+            # Corrupt, too: bytes that were damaged on their way are good when they are read again.
+            _logger.warning("%s Trying again in %s s.", error, delay)
+        await anyio.sleep(delay)
+    return await action()
