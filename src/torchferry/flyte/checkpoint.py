@@ -24,10 +24,11 @@ from flytekit.models.types import LiteralType
 from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]  # flytekit's, without stubs
 
 from torchferry.errors import StorageUnavailableError, TorchferryError
-from torchferry.flyte import hooks
+from torchferry.flyte import deck, hooks
 from torchferry.flyte.annotations import options_of
 from torchferry.flyte.content import check_loadable, content_of
 from torchferry.flyte.plugin import taking_over
+from torchferry.flyte.summary import Summary, summarize
 from torchferry.flyte.transfer import download, upload
 from torchferry.flyte.values import FlytekitCheckpoint, IsDataclass, LoadedCheckpoint, PyTorchCheckpoint
 from torchferry.options import LoadOptions, SaveOptions
@@ -61,6 +62,8 @@ __all__ = [
 ]
 
 _logger = logging.getLogger("torchferry")
+
+_SUMMARY = "_torchferry_summary"
 
 
 class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # type: ignore[misc]  # flytekit has no types
@@ -138,6 +141,8 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
             if load_options.weights_only:
                 await anyio.to_thread.run_sync(check_loadable, content)
             uri = await upload(ctx, content, options_of(python_type, SaveOptions))
+            if _shows_decks(ctx):
+                _remember(python_val, await anyio.to_thread.run_sync(summarize, content, uri))
         except TypeTransformerFailedError:
             raise
         except StorageUnavailableError as error:
@@ -161,6 +166,17 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
             FlyteDownloadDataException: the store stayed unavailable through all retries.
         """
         return await self._load(ctx, _uri_of(lv), expected_python_type)
+
+    def to_html(self, ctx: FlyteContext, python_val: Any, expected_python_type: type[Any]) -> str:  # noqa: ARG002 - flytekit's signature
+        """Summarizes a checkpoint for the Deck: totals, a chart, tensors, optimizer groups, hyperparameters.
+
+        Never raises, because flytekit would fail the task, which has done its work by then.
+        """
+        try:
+            return deck.render(_summary_of(python_val))
+        except Exception as error:  # the value is the user's, and may raise anything
+            _logger.warning("A checkpoint has no summary in the Deck.", exc_info=True)
+            return deck.failure(error)
 
     def from_binary_idl(self, binary_idl_object: Binary, expected_python_type: type[Any]) -> LoadedCheckpoint:
         """Loads the checkpoint that an attribute of a dataclass or pydantic model names (MessagePack).
@@ -195,6 +211,20 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         if not isinstance(content, dict):
             raise TypeTransformerFailedError(f"{uri} holds a {_name(type(content))}, not a checkpoint's dict.")
         return LoadedCheckpoint(content, uri=uri)
+
+
+def _shows_decks(ctx: FlyteContext) -> bool:
+    return bool(ctx.user_space_params is not None and ctx.user_space_params.enable_deck)
+
+
+def _remember(checkpoint: Any, summary: Summary) -> None:
+    # The Deck is made after the upload, and asking a module for its state again may gather it from all ranks again.
+    vars(checkpoint)[_SUMMARY] = summary
+
+
+def _summary_of(checkpoint: Any) -> Summary:
+    summary: Summary | None = vars(checkpoint).get(_SUMMARY)
+    return summary or summarize(content_of(checkpoint), getattr(checkpoint, "uri", None))
 
 
 def _blob_type() -> BlobType:

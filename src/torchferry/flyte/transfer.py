@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+from functools import partial
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import anyio.to_thread
+from fsspec.callbacks import Callback
 from fsspec.utils import get_protocol
 
 from torchferry.errors import CheckpointCorruptError, StoragePermissionError, StorageUnavailableError
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
 
     from torchferry.options import LoadOptions, SaveOptions
 
-__all__ = ["download", "upload"]
+__all__ = ["Transfer", "download", "upload"]
 
 T = TypeVar("T")
 
@@ -45,6 +49,27 @@ _ANONYMOUS = frozenset({"s3", "gs", "abfs", "abfss"})
 _logger = logging.getLogger("torchferry")
 
 
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What moved: the argument of the record that the logger "torchferry" gets at level INFO for each transfer.
+
+    Attributes:
+        verb: "Saved" or "Loaded".
+        uri: The object.
+        size: Bytes that went through the network; fewer than the object has where ``keys=`` chose a part.
+        seconds: From the call to the answer, retries included.
+    """
+
+    verb: str
+    uri: str
+    size: int
+    seconds: float
+
+    def __str__(self) -> str:
+        rate = self.size / self.seconds / 1e9
+        return f"{self.verb} {self.uri}: {self.size / 1e6:.1f} MB in {self.seconds:.2f} s, {rate:.2f} GB/s."
+
+
 async def upload(ctx: FlyteContext, content: dict[str, Any], options: SaveOptions) -> str:
     """Saves ``content`` to a new place under the context's raw output prefix.
 
@@ -63,8 +88,7 @@ async def upload(ctx: FlyteContext, content: dict[str, Any], options: SaveOption
         "plane": options.plane,
         **await _store(ctx, uri, options),
     }
-    stat = await _persistently(lambda: save_async(content, uri, **arguments))
-    _logger.info("Saved %s: %s bytes.", uri, stat.size)
+    await _move("Saved", uri, partial(save_async, content, uri, **arguments))
     return uri
 
 
@@ -84,14 +108,14 @@ async def download(ctx: FlyteContext, uri: str, options: LoadOptions) -> Any:
         **await _store(ctx, uri, options),
     }
     try:
-        return await _persistently(lambda: load_async(uri, **arguments))
+        return await _move("Loaded", uri, partial(load_async, uri, **arguments))
     except StoragePermissionError:
         # What flytekit does: public data can be read without the credentials that are wrong or missing here.
         if get_protocol(uri) not in _ANONYMOUS or options.storage_options:
             raise
         arguments["filesystem"] = ctx.file_access.get_filesystem(get_protocol(uri), anonymous=True)
         try:
-            return await load_async(uri, **arguments)
+            return await _move("Loaded", uri, partial(load_async, uri, **arguments))
         except StoragePermissionError:
             _logger.debug("%s cannot be read anonymously either.", uri)
         raise
@@ -125,12 +149,24 @@ async def _upload_through_flyte(ctx: FlyteContext, content: dict[str, Any], uri:
         return str(await ctx.file_access.async_put_data(path, uri))
 
 
-async def _persistently(action: Callable[[], Awaitable[T]]) -> T:
+async def _move(verb: str, uri: str, action: Callable[..., Awaitable[T]]) -> T:
+    started = perf_counter()
+    callback, result = await _persistently(action)
+    _logger.info("%s", Transfer(verb, uri, callback.value, perf_counter() - started))
+    return result
+
+
+async def _persistently(action: Callable[..., Awaitable[T]]) -> tuple[Callback, T]:
     for delay in RETRY_DELAYS:
         try:
-            return await action()
+            return await _counted(action)
         except (StorageUnavailableError, CheckpointCorruptError) as error:
             # Corrupt, too: bytes that were damaged on their way are good when they are read again.
             _logger.warning("%s Trying again in %s s.", error, delay)
         await anyio.sleep(delay)
-    return await action()
+    return await _counted(action)
+
+
+async def _counted(action: Callable[..., Awaitable[T]]) -> tuple[Callback, T]:
+    callback = Callback()
+    return callback, await action(callback=callback)
