@@ -1,0 +1,638 @@
+"""S3 and what speaks its protocol, for torchferry: ``s3://`` and ``s3a://``.
+
+Two planes, both configured by an s3fs filesystem: :class:`S3Backend` sends everything through s3fs itself;
+where every setting translates, obstore moves the bytes with s3fs's credentials.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import logging
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache, partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import botocore.exceptions as boto_errors
+import s3fs.core
+from botocore import UNSIGNED
+from obstore.store import S3Store
+from s3fs import S3FileSystem
+
+from torchferry._sync import run_on
+from torchferry.errors import (
+    CheckpointChangedError,
+    CheckpointNotFoundError,
+    StorageError,
+    StoragePermissionError,
+    StorageUnavailableError,
+    UnsupportedOptionError,
+)
+from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
+from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
+from torchferry.storage.obstore import ObstoreBackend
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping, Sequence
+
+    from fsspec import AbstractFileSystem
+    from obstore.store import ClientConfig
+
+__all__ = ["S3Backend"]
+
+logger = logging.getLogger("torchferry.storage")
+
+_READ_PIECE = 256 << 10
+_SEND_PIECE = 128 << 10
+
+
+class S3Backend(Backend):
+    """S3 through s3fs: every setting of the filesystem is honoured, because s3fs makes every request.
+
+    A version is the object's ETag. Reads go on after a broken connection, as often as s3fs retries (5 times).
+    """
+
+    plane = "fsspec"
+
+    def __init__(self, fs: S3FileSystem) -> None:
+        self._fs = fs
+
+    @classmethod
+    def from_filesystem(cls, fs: AbstractFileSystem, plane: Plane) -> Backend:
+        """The obstore plane where all settings of ``fs`` translate, or where ``plane`` says so; else this one.
+
+        Connects s3fs, so that environment, profile and configuration files are taken from botocore, which
+        resolved them. May take a second, and must not be called on the filesystem's event loop.
+
+        Raises:
+            UnsupportedOptionError: ``plane`` is "obstore", and a setting does not translate.
+            StoragePermissionError: the credentials' profile does not exist.
+        """
+        if plane == "fsspec":
+            return cls(fs)
+        try:
+            return _obstore_backend(fs)
+        except _UntranslatableError as error:
+            if plane == "obstore":
+                raise UnsupportedOptionError(
+                    f"The obstore plane cannot honour this S3 configuration: {error}."
+                ) from None
+            _log_once(f"S3 goes through s3fs: obstore, which is faster, cannot honour {error}.")
+            return cls(fs)
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The filesystem's event loop; None where its user drives it from a loop of their own."""
+        return None if self._fs.asynchronous else self._fs.loop
+
+    def url(self, path: str) -> str:
+        """``s3://`` and the path."""
+        return f"s3://{path}"
+
+    def write_cost(self, size: int, part_size: int | None) -> int:
+        """What the connections buffer; parts are sent from the chunks' own memory."""
+        del size, part_size
+        return int(self._fs.max_concurrency) * 2 * _SEND_PIECE
+
+    async def stat(self, path: str) -> ObjectStat:
+        """Looks an object up with a HEAD request: s3fs's listings cache is not asked."""
+        with _translated(self.url(path), "stat"):
+            try:
+                head = await self._call("head_object", **self._address(path))
+            except FileNotFoundError:
+                await self._require_bucket(path)
+                raise
+        return ObjectStat(self.url(path), head["ContentLength"], head.get("ETag"), head.get("Metadata", {}))
+
+    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
+        """Reads a range with one GET request, and with another one where its body breaks off."""
+        if stop <= start:
+            return b""
+        with _translated(self.url(path), "read"):
+            for attempt in range(self._fs.retries):
+                try:
+                    return await self._read(path, start, stop, stat)
+                except _connection_errors():
+                    if attempt + 1 == self._fs.retries:
+                        raise
+                    await asyncio.sleep(min(1.7**attempt * 0.1, 15))  # s3fs's own pace
+            raise AssertionError("unreachable: retries is at least 1")
+
+    async def write(
+        self,
+        path: str,
+        chunks: AsyncIterable[Chunk],
+        *,
+        size_hint: int,
+        part_size: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> ObjectStat:
+        """Uploads with a single PUT or a multipart upload; as many parts at once as s3fs's ``max_concurrency``."""
+        upload = _S3Upload(self, path, dict(metadata or {}))
+        sizes = PartSizes(part_size_for(size_hint, part_size))
+        return await upload_parts(upload, chunks, sizes, in_flight=self._fs.max_concurrency)
+
+    async def delete(self, path: str) -> None:
+        """Deletes an object."""
+        with _translated(self.url(path), "delete"):
+            try:
+                await self._call("delete_object", **self._address(path))
+            except FileNotFoundError:
+                return
+        self._forget(path)
+
+    async def _read(self, path: str, start: int, stop: int, stat: ObjectStat) -> bytearray:
+        address = self._address(path)
+        if stat.etag is not None and not self._fs.local_expiry_check:
+            address["IfMatch"] = stat.etag
+        response = await self._call("get_object", Range=f"bytes={start}-{stop - 1}", **address)
+        body = response["Body"]
+        try:
+            # Some stores ignore If-Match, and some ranges.
+            if stat.etag not in {None, response.get("ETag")}:
+                raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.")
+            if response["ContentLength"] != stop - start:
+                raise StorageError(
+                    f"Cannot read the bytes {start} to {stop} of {self.url(path)}: "
+                    f"the store offered {response['ContentLength']} bytes."
+                )
+            data = bytearray(stop - start)
+            filled = 0
+            while piece := await body.read(_READ_PIECE):
+                data[filled : filled + len(piece)] = piece
+                filled += len(piece)
+        finally:
+            body.close()
+        if filled != stop - start:
+            raise ConnectionResetError(f"the body ended after {filled} of {stop - start} bytes")
+        return data
+
+    def _address(self, path: str) -> dict[str, Any]:
+        bucket, key, version = self._fs.split_path(path)
+        return {"Bucket": bucket, "Key": key} | ({"VersionId": version} if version else {})
+
+    async def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        """One S3 operation, with the filesystem's additional arguments, encryption, requester pays and retries."""
+        response: dict[str, Any] = await self._fs._call_s3(operation, **arguments)
+        return response
+
+    async def _require_bucket(self, path: str) -> None:
+        """Raises NoSuchBucket where that is why nothing was found: a HEAD's 404 does not tell."""
+        try:
+            await self._call("head_bucket", Bucket=self._address(path)["Bucket"])
+        except FileNotFoundError as error:
+            raise _NoSuchBucketError from error
+        except Exception:  # noqa: BLE001 - not allowed to know: then what the first request said stands
+            return
+
+    def _forget(self, path: str) -> None:
+        self._fs.invalidate_cache(path)
+
+
+class _S3Upload(MultipartUpload["dict[str, Any]", ObjectStat]):
+    """One object on its way through s3fs."""
+
+    def __init__(self, backend: S3Backend, path: str, metadata: dict[str, str]) -> None:
+        self._backend = backend
+        self._path = path
+        self._url = backend.url(path)
+        self._metadata = metadata
+        self._target = {"Bucket": backend._address(path)["Bucket"], "Key": backend._address(path)["Key"]}
+        self._upload_id: str | None = None
+        self._size = 0
+
+    async def put_whole(self, body: Sequence[Chunk]) -> ObjectStat:
+        with self._translated():
+            response = await self._call("put_object", Body=_Body(body), **self._with_metadata())
+        self._backend._forget(self._path)
+        return self._stat(sum(map(len, body)), response.get("ETag"))
+
+    async def start(self) -> None:
+        with self._translated():
+            response = await self._call("create_multipart_upload", **self._with_metadata())
+        self._upload_id = response["UploadId"]
+
+    async def put_part(self, index: int, body: Sequence[Chunk]) -> dict[str, Any]:
+        with self._translated():
+            response = await self._call("upload_part", UploadId=self._upload_id, PartNumber=index + 1, Body=_Body(body))
+        self._size += sum(map(len, body))
+        part = {name: value for name, value in response.items() if name == "ETag" or name.startswith("Checksum")}
+        part.pop("ChecksumType", None)
+        return {"PartNumber": index + 1, **part}
+
+    async def finish(self, parts: Sequence[dict[str, Any]]) -> ObjectStat:
+        with self._translated():
+            try:
+                response = await self._call(
+                    "complete_multipart_upload", UploadId=self._upload_id, MultipartUpload={"Parts": list(parts)}
+                )
+                etag = response.get("ETag")
+            except _perhaps_complete():
+                # Completed, perhaps, and only the reply was lost: then a repeated request finds no such upload.
+                if (etag := await self._etag_if_complete(len(parts))) is None:
+                    raise
+        self._backend._forget(self._path)
+        return self._stat(self._size, etag)
+
+    async def abort(self) -> None:
+        if self._upload_id is None:
+            return
+        with self._translated():
+            try:
+                await self._call("abort_multipart_upload", UploadId=self._upload_id)
+            except FileNotFoundError:  # completed or aborted already
+                return
+
+    async def _etag_if_complete(self, parts: int) -> str | None:
+        """The ETag of what is there, if that can only be what was uploaded."""
+        try:
+            head = await self._call("head_object")
+        except FileNotFoundError:
+            return None
+        etag = str(head.get("ETag"))
+        same = head["ContentLength"] == self._size and etag.strip('"').endswith(f"-{parts}")
+        return etag if same else None
+
+    async def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        return await self._backend._call(operation, **self._target, **arguments)
+
+    def _with_metadata(self) -> dict[str, Any]:
+        configured = self._backend._fs.s3_additional_kwargs.get("Metadata", {})
+        return {"Metadata": {**configured, **self._metadata}} if self._metadata else {}
+
+    def _stat(self, size: int, etag: str | None) -> ObjectStat:
+        return ObjectStat(self._url, size, etag, self._metadata)
+
+    def _translated(self) -> Any:
+        return _translated(self._url, "write")
+
+
+class _Body:
+    """Buffers as the body of a request, without copying them together.
+
+    botocore takes it for a seekable file, which it reads for checksums and to learn the length; aiohttp for an
+    asynchronous iterable, which it sends. Sent again, it starts from its beginning.
+    """
+
+    def __init__(self, buffers: Sequence[Chunk]) -> None:
+        self._views = [memoryview(buffer) for buffer in buffers]
+        self._size = sum(map(len, self._views))
+        self._position = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        stop = self._size if size is None or size < 0 else min(self._size, self._position + size)
+        pieces = []
+        start = 0
+        for view in self._views:
+            if start < stop and start + len(view) > self._position:
+                pieces.append(view[max(0, self._position - start) : stop - start])
+            start += len(view)
+        self._position = max(stop, self._position)
+        return b"".join(pieces)
+
+    async def __aiter__(self) -> AsyncIterator[memoryview]:
+        for view in self._views:
+            for start in range(0, len(view), _SEND_PIECE):
+                yield view[start : start + _SEND_PIECE]
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_PERMISSION_CODES = _names(
+    "AccessDenied AccountProblem AllAccessDisabled AuthorizationHeaderMalformed CredentialsNotSupported ExpiredToken "
+    "InvalidAccessKeyId InvalidPayer InvalidSecurity InvalidToken NotSignedUp RequestTimeTooSkewed "
+    "SignatureDoesNotMatch TokenRefreshRequired"
+)
+_UNAVAILABLE_CODES = _names("InternalError RequestTimeout ServiceUnavailable SlowDown Throttling")
+_CREDENTIAL_ERRORS = (
+    boto_errors.NoCredentialsError,
+    boto_errors.PartialCredentialsError,
+    boto_errors.CredentialRetrievalError,
+    boto_errors.ProfileNotFound,
+    boto_errors.SSOError,
+    boto_errors.TokenRetrievalError,
+)
+
+
+class _NoSuchBucketError(FileNotFoundError):
+    """The bucket is what is missing."""
+
+
+def _connection_errors() -> tuple[type[Exception], ...]:
+    """What a broken or silent connection raises; looked up each time, because users can add to s3fs's list."""
+    return (*s3fs.core.S3_RETRYABLE_ERRORS, boto_errors.ConnectionError, ConnectionError, TimeoutError)
+
+
+def _perhaps_complete() -> tuple[type[Exception], ...]:
+    return (FileNotFoundError, *_connection_errors())
+
+
+@contextmanager
+def _translated(url: str, verb: str) -> Iterator[None]:
+    """Turns the errors of s3fs and botocore into torchferry's."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        raise _translate(f"Cannot {verb} {url}", error) from error
+
+
+def _translate(what: str, error: Exception) -> StorageError:  # noqa: PLR0911 - a table, in order
+    code, status = _code_and_status(error)
+    reason = str(error) or type(error).__name__
+    if isinstance(error, _NoSuchBucketError) or code == "NoSuchBucket":
+        return CheckpointNotFoundError(f"{what}: the bucket does not exist.")
+    if isinstance(error, FileNotFoundError) or status == HTTPStatus.NOT_FOUND:
+        return CheckpointNotFoundError(f"{what}: there is no such object.")
+    if isinstance(error, _CREDENTIAL_ERRORS):
+        return StoragePermissionError(f"{what}: no usable credentials. {reason}")
+    if code in _PERMISSION_CODES or status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+        return StoragePermissionError(f"{what}: the store refused these credentials ({code or status}). {reason}")
+    if status == HTTPStatus.PRECONDITION_FAILED:
+        return CheckpointChangedError(f"{what}: it was replaced meanwhile.")
+    busy = code in _UNAVAILABLE_CODES or status == HTTPStatus.TOO_MANY_REQUESTS
+    if busy or status >= HTTPStatus.INTERNAL_SERVER_ERROR or isinstance(error, _connection_errors()):
+        return StorageUnavailableError(f"{what}: the store is not available, after all retries. {reason}")
+    return StorageError(f"{what}: {reason} {f'({code})' if code else ''}".rstrip())
+
+
+def _code_and_status(error: Exception) -> tuple[str, int]:
+    """S3's error code and the HTTP status; s3fs raises a builtin error, with botocore's as its cause."""
+    client_error = error if isinstance(error, boto_errors.ClientError) else error.__cause__
+    if not isinstance(client_error, boto_errors.ClientError):
+        return "", 0
+    response: Any = client_error.response
+    return str(response["Error"].get("Code", "")), int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+# --- the bridge to obstore ------------------------------------------------------------------------------------------
+
+
+class _UntranslatableError(Exception):
+    """A setting of s3fs that obstore cannot honour; the message names it."""
+
+
+# What an s3fs filesystem can be given. Anything not named here or below keeps the bytes on the fsspec plane.
+_RESOLVED_BY_BOTOCORE = _names(
+    "anon endpoint_url key secret token username password use_ssl profile client_kwargs config_kwargs "
+    "s3_additional_kwargs requester_pays cache_regions"
+)
+_ABOUT_OTHER_CALLS = _names(
+    "default_block_size default_fill_cache default_cache_type use_listings_cache listings_expiry_time max_paths "
+    "skip_instance_cache asynchronous loop fixed_upload_size"
+)  # listings, file objects, and how fsspec keeps instances
+_ONLY_AT_THEIR_DEFAULT = {"version_aware": False, "local_expiry_check": False, "session": None, "max_concurrency": 10}
+_CLIENT_KWARGS = _names(
+    "region_name endpoint_url use_ssl verify aws_access_key_id aws_secret_access_key aws_session_token"
+)
+_CONFIG_KWARGS = _names(
+    "region_name signature_version connect_timeout read_timeout proxies s3 retries parameter_validation tcp_keepalive "
+    "ignore_configured_endpoint_urls max_pool_connections request_checksum_calculation response_checksum_validation"
+)
+_RETRIES_IN_CONFIG = frozenset({"max_attempts", "total_max_attempts", "mode"})
+_S3_CONFIG = frozenset({"addressing_style", "payload_signing_enabled"})
+_ADDITIONAL_KWARGS = _names(
+    "ServerSideEncryption SSEKMSKeyId BucketKeyEnabled SSECustomerAlgorithm SSECustomerKey SSECustomerKeyMD5 "
+    "RequestPayer"
+)
+_MOST_CONNECTIONS = 16  # Backend.range_concurrency
+_UPLOAD_PATIENCE = timedelta(minutes=5)
+
+
+def _obstore_backend(fs: S3FileSystem) -> ObstoreBackend:
+    """The obstore backend for ``fs``: one for each instance and process, since it owns the connections.
+
+    Raises:
+        _UntranslatableError: a setting does not translate.
+        StoragePermissionError: the credentials' profile does not exist.
+    """
+    known: dict[int, ObstoreBackend] = vars(fs).setdefault("_torchferry_obstore", {})
+    if os.getpid() not in known:  # the connections of the parent do not survive a fork
+        _check_filesystem(fs)
+        bridge = _Bridge(fs)
+        known[os.getpid()] = ObstoreBackend("s3", bridge.open_store)
+    return known[os.getpid()]
+
+
+def _check_filesystem(fs: S3FileSystem) -> None:
+    """Raises _UntranslatableError for settings that obstore has nothing for."""
+    if type(fs) is not S3FileSystem:
+        raise _UntranslatableError(f"the filesystem class {type(fs).__name__}, a subclass of S3FileSystem")
+    known = _RESOLVED_BY_BOTOCORE | _ABOUT_OTHER_CALLS | set(_ONLY_AT_THEIR_DEFAULT)
+    _allow("the option", {*fs.storage_options, *fs.kwargs}, known)
+    for name, default in _ONLY_AT_THEIR_DEFAULT.items():
+        if fs.storage_options.get(name, default) != default:
+            raise _UntranslatableError(f"the option {name!r}")
+    _allow("client_kwargs", fs.client_kwargs, _CLIENT_KWARGS)
+    _allow("config_kwargs", fs.config_kwargs, _CONFIG_KWARGS)
+    _encryption(fs.s3_additional_kwargs)
+
+
+def _allow(where: str, given: Any, known: Any) -> None:
+    if unknown := sorted(set(given) - set(known)):
+        raise _UntranslatableError(f"{where} {', '.join(map(repr, unknown))}")
+
+
+class _Address(NamedTuple):
+    """Where botocore sends requests for a bucket."""
+
+    endpoint: str
+    virtual_hosted: bool
+    region: str
+
+
+class _Bridge:
+    """Makes obstore stores from an s3fs filesystem.
+
+    Raises:
+        _UntranslatableError: the configuration that botocore resolved does not translate.
+        StoragePermissionError: it could not be resolved.
+    """
+
+    def __init__(self, fs: S3FileSystem) -> None:
+        # An asynchronous instance works on its user's loop only, which need not run, or live, when obstore asks for
+        # credentials: its twin, with the same settings, lives on fsspec's own loop.
+        self._fs = fs
+        if fs.asynchronous:
+            self._fs = S3FileSystem(*fs.storage_args, **{**fs.storage_options, "asynchronous": False, "loop": None})
+        with _translated("s3://", "connect to"):
+            self._fs.connect()
+        config = self._fs.s3.meta.config
+        self._config = _store_config(self._fs, config)
+        self._client_options = _client_options(self._fs, config)
+        self._retry = _retry_config(config)
+
+    async def open_store(self, bucket: str) -> Any:
+        """The store of a bucket; on any event loop."""
+        if bucket.startswith("arn:") or bucket.endswith("--x-s3"):
+            raise UnsupportedOptionError(
+                f"s3://{bucket}: access points and directory buckets need plane='fsspec' (or TORCHFERRY_PLANE=fsspec)."
+            )
+        with _translated(f"s3://{bucket}", "connect to"):
+            address = await run_on(self._fs.loop, self._resolve, bucket)
+        return S3Store(
+            bucket,
+            # Not "endpoint": AWS_ENDPOINT_URL_S3 in the environment would go before it, and botocore has decided.
+            aws_endpoint_url_s3=address.endpoint,
+            region=address.region,
+            virtual_hosted_style_request=address.virtual_hosted,
+            client_options=self._client_options | {"allow_http": address.endpoint.startswith("http://")},
+            retry_config=self._retry,
+            credential_provider=None if self._fs.anon else partial(run_on, self._fs.loop, self._credentials, bucket),
+            **self._config,
+        )
+
+    async def _resolve(self, bucket: str) -> _Address:
+        """Asks botocore for the address of an object: endpoint rules, profile and environment are in its answer."""
+        client = await self._client(bucket)
+        if not self._fs.anon:
+            await self._credentials(bucket)  # raises where there are none, before obstore goes looking for its own
+        url = await client.generate_presigned_url("head_object", Params={"Bucket": bucket, "Key": "key"})
+        parts = urlsplit(url)
+        virtual_hosted = unquote(parts.path) == "/key"
+        prefix = parts.path.removesuffix("/key").removesuffix(f"/{bucket}")
+        region = client.meta.region_name
+        if region in {None, "aws-global"}:
+            region = "us-east-1"
+        if parts.netloc.endswith((".amazonaws.com", ".amazonaws.com.cn")):
+            actual = await self._region_of(client, bucket) or region
+            host = parts.netloc.replace(f".{region}.", f".{actual}.")
+            if actual not in host and actual != region:  # the global endpoint of us-east-1
+                host = host.replace(".amazonaws.", f".{actual}.amazonaws.")
+            return _Address(f"{parts.scheme}://{host}{prefix}", virtual_hosted, actual)
+        return _Address(f"{parts.scheme}://{parts.netloc}{prefix}", virtual_hosted, region)
+
+    async def _region_of(self, client: Any, bucket: str) -> str | None:
+        """The bucket's region, where AWS tells: botocore follows redirects to it, obstore does not."""
+        try:
+            response = await client.head_bucket(Bucket=bucket)
+        except boto_errors.ClientError as error:  # not allowed, say; the header is there all the same
+            response = error.response
+        region: str | None = response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
+        return region
+
+    async def _credentials(self, bucket: str) -> Any:
+        """Obstore's ``S3Credential`` from s3fs's client, which refreshes them: profiles, SSO, roles, IRSA work."""
+        client = await self._client(bucket)
+        # The only way to what create_client was given or found: botocore has no public one.
+        credentials = client._request_signer._credentials
+        if credentials is None:
+            raise boto_errors.NoCredentialsError
+        frozen = await credentials.get_frozen_credentials()
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            # None for those that never change. botocore refreshes 15 minutes ahead, well before obstore asks again.
+            "expires_at": getattr(credentials, "_expiry_time", None),
+        }
+
+    async def _client(self, bucket: str) -> Any:
+        await self._fs.set_session()
+        return await self._fs.get_s3(bucket)
+
+
+def _store_config(fs: S3FileSystem, config: Any) -> dict[str, Any]:
+    """The ``S3Config`` settings that do not depend on the bucket."""
+    s3 = {name: value for name, value in (config.s3 or {}).items() if value not in {None, False}}
+    s3.pop("us_east_1_regional_endpoint", None)  # part of the address that botocore gives
+    _allow("the S3 configuration", s3, _S3_CONFIG)
+    if config.signature_version not in {None, "s3v4", UNSIGNED}:
+        raise _UntranslatableError(f"the signature version {config.signature_version!r}")
+    for name in ("client_cert", "proxies_config", "use_dualstack_endpoint", "use_fips_endpoint", "user_agent_extra"):
+        if getattr(config, name, None):
+            raise _UntranslatableError(f"the configuration {name!r}")
+    for name in ("request_checksum_calculation", "response_checksum_validation"):
+        if fs.config_kwargs.get(name, "when_required") != "when_required":
+            raise _UntranslatableError(f"config_kwargs {name!r}")
+    payer = fs.req_kw.get("RequestPayer") or fs.s3_additional_kwargs.get("RequestPayer")
+    return {
+        # A SHA-256 of every byte costs more than sending it; S3 accepts that there is none.
+        "unsigned_payload": not s3.get("payload_signing_enabled", False),
+        "skip_signature": bool(fs.anon),
+        "request_payer": payer == "requester",
+        "s3_express": False,
+        **_encryption(fs.s3_additional_kwargs),
+    }
+
+
+def _encryption(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``S3Config`` settings for ``s3_additional_kwargs``, all of them."""
+    _allow("s3_additional_kwargs", arguments, _ADDITIONAL_KWARGS)
+    settings: dict[str, Any] = {}
+    if algorithm := arguments.get("ServerSideEncryption"):
+        settings["server_side_encryption"] = algorithm
+    if key_id := arguments.get("SSEKMSKeyId"):
+        settings["sse_kms_key_id"] = key_id
+    if "BucketKeyEnabled" in arguments:
+        settings["sse_bucket_key_enabled"] = bool(arguments["BucketKeyEnabled"])
+    if key := arguments.get("SSECustomerKey"):
+        raw = key.encode() if isinstance(key, str) else key
+        settings["server_side_encryption"] = "sse-c"
+        settings["sse_customer_key_base64"] = base64.b64encode(raw).decode()  # what botocore does with it
+    return settings
+
+
+def _client_options(fs: S3FileSystem, config: Any) -> ClientConfig:
+    """Obstore's ``ClientConfig`` for the connection settings that botocore resolved."""
+    options: ClientConfig = {"connect_timeout": timedelta(seconds=config.connect_timeout)}
+    # botocore limits one socket read; obstore the whole request, which may be a part going up a thin line.
+    options["timeout"] = max(timedelta(seconds=config.read_timeout), _UPLOAD_PATIENCE)
+    verify = fs.client_kwargs.get("verify")
+    if verify is None:
+        verify = fs.session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
+    if verify is False:
+        options["allow_invalid_certificates"] = True
+    elif isinstance(verify, str | os.PathLike):
+        if not Path(verify).is_file():
+            raise _UntranslatableError(f"the certificates {os.fspath(verify)!r}, which are not one file")
+        options["root_certificate"] = Path(verify).read_bytes()
+    if config.proxies:
+        proxies = set(config.proxies.values())
+        if len(proxies) > 1:
+            raise _UntranslatableError("config_kwargs 'proxies' with one proxy for each scheme")
+        options["proxy_url"] = proxies.pop()
+    if "max_pool_connections" in fs.config_kwargs and fs.config_kwargs["max_pool_connections"] < _MOST_CONNECTIONS:
+        raise _UntranslatableError(f"config_kwargs 'max_pool_connections' below {_MOST_CONNECTIONS}")
+    return options
+
+
+def _retry_config(config: Any) -> Any:
+    """Obstore's ``RetryConfig``, or None for its own: 10 retries within 3 minutes."""
+    retries = config.retries or {}
+    _allow("config_kwargs 'retries'", retries, _RETRIES_IN_CONFIG)
+    if retries.get("mode") == "adaptive":
+        raise _UntranslatableError("config_kwargs 'retries' in the mode 'adaptive'")
+    if "total_max_attempts" in retries:
+        return {"max_retries": retries["total_max_attempts"] - 1, "retry_timeout": timedelta(minutes=3)}
+    if "max_attempts" in retries:
+        return {"max_retries": retries["max_attempts"], "retry_timeout": timedelta(minutes=3)}
+    return None
+
+
+@cache
+def _log_once(message: str) -> None:
+    logger.warning(message)
