@@ -39,6 +39,7 @@ def run(func: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: An
     done = threading.Event()
     call = _Call(loop, partial(func, *args, **kwargs), done.set)
     try:
+        call.start()
         done.wait()
     except BaseException:
         call.cancel()
@@ -71,6 +72,7 @@ async def run_on(
         return await func(*args, **kwargs)
     done = asyncio.Event()
     call = _Call(loop, partial(func, *args, **kwargs), lambda: here.call_soon_threadsafe(done.set))
+    call.start()
     try:
         await done.wait()
     except asyncio.CancelledError:
@@ -93,17 +95,32 @@ class _Call(Generic[T]):
         self._loop = loop
         self._coroutine_function = coroutine_function
         self._on_done = on_done
-        self._task: asyncio.Task[T]
-        loop.call_soon_threadsafe(self._start)
+        self._task: asyncio.Task[T] | None = None
+
+    def start(self) -> None:
+        self._loop.call_soon_threadsafe(self._start)
 
     def _start(self) -> None:
         self._task = self._loop.create_task(self._coroutine_function())
-        self._task.add_done_callback(lambda _: self._on_done())
+        self._task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[T]) -> None:
+        if not task.cancelled():
+            task.exception()  # looked at: when the caller was cancelled meanwhile, nobody else does
+        self._on_done()
 
     def cancel(self) -> None:
-        self._loop.call_soon_threadsafe(lambda: self._task.cancel())  # noqa: PLW0108  # there may be no task yet
+        """Cancels the coroutine, or keeps it from starting; either way ``on_done`` is called."""
+        self._loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        if self._task is None:  # interrupted before start() was through
+            self._on_done()
+        else:
+            self._task.cancel()
 
     def result(self) -> T:
+        assert self._task is not None  # noqa: S101  # asked for only when done
         return self._task.result()
 
 

@@ -1,0 +1,120 @@
+"""The synchronous twins, and coroutines that belong to another loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import anyio
+import pytest
+from fsspec.asyn import get_loop
+
+from torchferry._sync import run, run_on, synchronous
+
+variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
+
+
+async def add_async(left: int, right: int = 1) -> int:
+    """Adds."""
+    await anyio.lowlevel.checkpoint()
+    return left + right
+
+
+add = synchronous(add_async)
+
+
+def test_a_synchronous_twin_has_the_name_and_documentation_of_its_own() -> None:
+    assert (add.__name__, add.__doc__) == ("add", "Adds.")
+    assert not asyncio.iscoroutinefunction(add)
+
+
+def test_run_works_in_a_thread_without_a_loop() -> None:
+    assert add(1, right=2) == 3
+
+
+async def test_run_works_where_a_loop_is_running() -> None:
+    assert add(1) == 2
+
+
+def test_run_raises_what_the_coroutine_raises() -> None:
+    with pytest.raises(TypeError, match="can only concatenate"):
+        add("one")  # type: ignore[arg-type]
+
+
+def test_run_carries_the_context_over() -> None:
+    async def look() -> str:
+        return variable.get()
+
+    token = variable.set("mine")
+    try:
+        assert run(look) == "mine"
+    finally:
+        variable.reset(token)
+
+
+def test_run_refuses_the_loop_that_would_have_to_run_it() -> None:
+    async def from_inside() -> None:
+        add(1)
+
+    with pytest.raises(RuntimeError, match="await the async one"):
+        run(from_inside)
+
+
+async def test_run_on_another_loop_passes_a_cancel_on_and_waits_for_the_clean_up() -> None:
+    started, log = threading.Event(), []
+
+    async def work() -> None:
+        try:
+            started.set()
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.lowlevel.checkpoint()
+                log.append(threading.current_thread().name)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run_on, get_loop(), work)
+        await anyio.to_thread.run_sync(started.wait)
+        tasks.cancel_scope.cancel()
+    assert log == ["fsspecIO"]
+
+
+async def test_run_on_no_loop_or_this_one_stays_here() -> None:
+    async def where() -> threading.Thread:
+        return threading.current_thread()
+
+    assert await run_on(None, where) is threading.current_thread()
+    assert await run_on(asyncio.get_running_loop(), where) is threading.current_thread()
+
+
+def test_ctrl_c_cancels_the_coroutine_and_waits_for_its_clean_up() -> None:
+    program = """
+        import anyio
+        from torchferry._sync import run
+
+        async def work():
+            try:
+                print("started", flush=True)
+                await anyio.sleep_forever()
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await anyio.sleep(0.1)
+                print("cleaned up", flush=True)
+
+        run(work)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    os.kill(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    assert output == "cleaned up\n"
+    assert "KeyboardInterrupt" in errors
