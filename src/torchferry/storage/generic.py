@@ -165,7 +165,8 @@ class _StagedFile:
     def append(self, chunk: Chunk) -> None:
         view = memoryview(chunk)
         while view:
-            written = self._file.write(view[:_BLOCK_SIZE])  # in pieces: fsspec's files copy what they are given
+            piece = bytes(view[:_BLOCK_SIZE])  # fsspec promises no more than that files take bytes
+            written = self._file.write(piece)
             view = view[_BLOCK_SIZE if written is None else written :]
 
     def publish(self) -> None:

@@ -1,0 +1,482 @@
+"""What every backend must hold, as test classes for pytest with pytest-asyncio.
+
+A backend's tests subclass :class:`BackendConformance`, or :class:`CloudConformance` for a store with containers and
+credentials, and give it a fixture ``store``::
+
+    class TestMyBackend(BackendConformance):
+        @pytest.fixture
+        def store(self, tmp_path):
+            return MyStoreUnderTest(tmp_path)
+
+The suite looks at the store around the backend: what it wrote is read back by :class:`StoreUnderTest`'s own means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from abc import ABC, abstractmethod
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+
+from torchferry._sync import run_on
+from torchferry.errors import (
+    CheckpointChangedError,
+    CheckpointNotFoundError,
+    StorageError,
+    StoragePermissionError,
+)
+from torchferry.storage.base import MIB, Backend, Chunk, ObjectStat
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
+
+__all__ = ["BackendConformance", "CloudConformance", "StoreUnderTest"]
+
+PART = 5 * MIB
+"""The part size that the suite asks for: S3's minimum."""
+
+MOST_CPU_SECONDS_PER_STEP = 0.05
+
+AWKWARD_NAMES = (
+    "with space.pt",
+    "ünïcode-日本語.pt",
+    "hash#tag.pt",
+    "question?mark.pt",
+    "percent%20sign%.pt",
+    "plus+sign.pt",
+    "amp&er=sand;semi:colon,comma@at.pt",
+    "[brackets]-{braces}-(parens)-*star!.pt",
+    "'quotes'-~tilde-$dollar.pt",
+    "a/deep/er/path.pt",
+)
+
+
+class StoreUnderTest(ABC):
+    """A store, and the way around the backend under test.
+
+    Attributes:
+        backend: The backend under test.
+        keeps_metadata: Whether ``stat`` returns the metadata that ``write`` was given.
+    """
+
+    backend: Backend
+    keeps_metadata: bool = False
+
+    @abstractmethod
+    def path(self, name: str) -> str:
+        """The path of an object of this name, where no other test puts anything."""
+
+    @abstractmethod
+    def raw_write(self, path: str, data: bytes) -> None:
+        """Puts an object; a new version, even with the same bytes."""
+
+    @abstractmethod
+    def raw_read(self, path: str) -> bytes:
+        """An object's bytes."""
+
+    @abstractmethod
+    def raw_exists(self, path: str) -> bool:
+        """Whether there is an object."""
+
+    @abstractmethod
+    def leftovers(self) -> list[str]:
+        """What is staged and not published: uploads, parts, components, temporary files."""
+
+    # The verbs, run where the backend wants them run.
+
+    async def write(
+        self,
+        path: str,
+        chunks: AsyncIterable[Chunk],
+        *,
+        size_hint: int = 0,
+        part_size: int | None = PART,
+        metadata: Mapping[str, str] | None = None,
+    ) -> ObjectStat:
+        return await run_on(
+            self.backend.loop,
+            self.backend.write,
+            path,
+            chunks,
+            size_hint=size_hint,
+            part_size=part_size,
+            metadata=metadata,
+        )
+
+    async def stat(self, path: str) -> ObjectStat:
+        return await run_on(self.backend.loop, self.backend.stat, path)
+
+    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> bytes:
+        return bytes(await run_on(self.backend.loop, self.backend.read, path, start, stop, stat))
+
+    async def delete(self, path: str) -> None:
+        await run_on(self.backend.loop, self.backend.delete, path)
+
+
+class SourceError(Exception):
+    """What a stream of chunks raises in these tests."""
+
+
+@cache
+def _random_bytes(size: int) -> bytes:
+    # Repeats with a period that no part size divides: a part in the wrong place shows.
+    period = random.Random(size).randbytes(min(size, 9_999_991))  # noqa: S311 - reproducible, not secret
+    return (period * (size // max(1, len(period)) + 1))[:size]
+
+
+async def stream(data: bytes, piece: int, *, then: Callable[[], Any] | None = None) -> AsyncIterator[Chunk]:
+    """``data`` in chunks of ``piece`` bytes, as views of its memory; at the end calls ``then``."""
+    view = memoryview(data)
+    for start in range(0, len(data), piece):
+        yield view[start : start + piece]
+    if then is not None:
+        then()
+
+
+def _raise_source_error() -> None:
+    raise SourceError
+
+
+class BackendConformance(ABC):
+    """What holds for any store."""
+
+    @pytest.fixture
+    @abstractmethod
+    def store(self) -> StoreUnderTest:
+        """The store under test; a fresh place in it for every test."""
+
+    # --- what is written is what is there
+
+    @pytest.mark.parametrize("size", [0, 1, PART - 1, PART, PART + 1, 3 * PART, 37_000_003])
+    async def test_object_of_any_size_arrives_whole(self, store: StoreUnderTest, size: int) -> None:
+        path, data = store.path("checkpoint.pt"), _random_bytes(size)
+        written = await store.write(path, stream(data, 1_234_567), size_hint=size)
+        assert store.raw_read(path) == data
+        assert written.size == size
+        assert written.url == store.backend.url(path)
+        assert store.leftovers() == []
+
+    async def test_300_megabytes_in_odd_chunks_arrive_whole(self, store: StoreUnderTest) -> None:
+        path, data = store.path("checkpoint.pt"), _random_bytes(300_000_007)
+        await store.write(path, stream(data, 7_654_321), size_hint=len(data), part_size=None)
+        assert store.raw_read(path) == data
+        assert store.leftovers() == []
+
+    @pytest.mark.parametrize("size_hint", [0, 1, 1 << 40], ids=["none", "short", "long"])
+    async def test_size_hint_may_be_wrong(self, store: StoreUnderTest, size_hint: int) -> None:
+        path, data = store.path("checkpoint.pt"), _random_bytes(2 * PART + 17)
+        written = await store.write(path, stream(data, MIB), size_hint=size_hint)
+        assert store.raw_read(path) == data
+        assert written.size == len(data)
+
+    async def test_chunks_may_be_empty_tiny_or_larger_than_a_part(self, store: StoreUnderTest) -> None:
+        path, data = store.path("checkpoint.pt"), _random_bytes(4 * PART + 3)
+
+        async def chunks() -> AsyncIterator[Chunk]:
+            yield b""
+            yield data[:1]
+            yield bytearray(data[1:3])
+            yield memoryview(b"")
+            for start in range(3, 1003):
+                yield data[start : start + 1]
+            yield memoryview(data)[1003 : 3 * PART + 5]
+            yield b""
+            yield data[3 * PART + 5 :]
+            yield b""
+
+        await store.write(path, chunks(), size_hint=len(data))
+        assert store.raw_read(path) == data
+
+    async def test_nothing_but_empty_chunks_is_an_empty_object(self, store: StoreUnderTest) -> None:
+        path = store.path("checkpoint.pt")
+
+        async def chunks() -> AsyncIterator[Chunk]:
+            yield b""
+            yield b""
+
+        assert (await store.write(path, chunks())).size == 0
+        assert store.raw_read(path) == b""
+
+    @pytest.mark.parametrize("name", AWKWARD_NAMES)
+    async def test_names_are_taken_literally(self, store: StoreUnderTest, name: str) -> None:
+        path, data = store.path(name), _random_bytes(PART + 1)
+        await store.write(path, stream(data, MIB))
+        assert store.raw_read(path) == data
+        found = await store.stat(path)
+        assert await store.read(path, 5, 100, found) == data[5:100]
+        await store.delete(path)
+        assert not store.raw_exists(path)
+        assert store.leftovers() == []
+
+    async def test_metadata_is_returned_and_kept_where_the_store_can(self, store: StoreUnderTest) -> None:
+        path, metadata = store.path("checkpoint.pt"), {"framework": "torch", "step": "1000"}
+        for size in (1, PART + 1):
+            written = await store.write(path, stream(_random_bytes(size), MIB), metadata=metadata)
+            assert written.metadata == metadata
+            assert (await store.stat(path)).metadata == (metadata if store.keeps_metadata else {})
+
+    # --- all or nothing
+
+    @pytest.mark.parametrize("size", [10, 3 * PART + 1], ids=["small", "parts"])
+    async def test_overwrite_replaces_all(self, store: StoreUnderTest, size: int) -> None:
+        path, data = store.path("checkpoint.pt"), _random_bytes(size)
+        store.raw_write(path, _random_bytes(2 * PART + 5))
+        written = await store.write(path, stream(data, MIB))
+        assert store.raw_read(path) == data
+        assert await store.stat(path) == written
+        assert store.leftovers() == []
+
+    @pytest.mark.parametrize("size", [10, 3 * PART + 1], ids=["small", "parts"])
+    async def test_nothing_is_visible_before_the_end(self, store: StoreUnderTest, size: int) -> None:
+        path, data = store.path("checkpoint.pt"), _random_bytes(size)
+        seen: list[bool] = []
+        await store.write(path, stream(data, MIB, then=lambda: seen.append(store.raw_exists(path))))
+        assert seen == [False]
+
+    @pytest.mark.parametrize("size", [10, 3 * PART + 1], ids=["small", "parts"])
+    async def test_old_object_stays_until_the_end(self, store: StoreUnderTest, size: int) -> None:
+        path, data = store.path("checkpoint.pt"), _random_bytes(size)
+        store.raw_write(path, b"old")
+        seen: list[bytes] = []
+        await store.write(path, stream(data, MIB, then=lambda: seen.append(store.raw_read(path))))
+        assert seen == [b"old"]
+
+    @pytest.mark.parametrize("sent", [0, MIB, PART, PART + 1, 3 * PART + 7])
+    @pytest.mark.parametrize("old", [None, b"old"], ids=["new", "overwrite"])
+    async def test_failing_source_leaves_everything_as_it_was(
+        self, store: StoreUnderTest, sent: int, old: bytes | None
+    ) -> None:
+        path = store.path("checkpoint.pt")
+        if old is not None:
+            store.raw_write(path, old)
+        with pytest.raises(SourceError):
+            await store.write(path, stream(_random_bytes(sent), MIB, then=_raise_source_error), size_hint=20 * PART)
+        assert (store.raw_read(path) if store.raw_exists(path) else None) == old
+        assert store.leftovers() == []
+
+    @pytest.mark.parametrize("sent", [0, MIB, PART, PART + 1, 3 * PART + 7])
+    @pytest.mark.parametrize("old", [None, b"old"], ids=["new", "overwrite"])
+    async def test_cancel_while_waiting_for_chunks_leaves_everything_as_it_was(
+        self, store: StoreUnderTest, sent: int, old: bytes | None
+    ) -> None:
+        path = store.path("checkpoint.pt")
+        if old is not None:
+            store.raw_write(path, old)
+        loop, waiting = asyncio.get_running_loop(), asyncio.Event()
+
+        async def chunks() -> AsyncIterator[Chunk]:
+            async for chunk in stream(_random_bytes(sent), MIB):
+                yield chunk
+            loop.call_soon_threadsafe(waiting.set)
+            await anyio.sleep_forever()
+
+        task = asyncio.create_task(store.write(path, chunks(), size_hint=20 * PART))
+        await waiting.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (store.raw_read(path) if store.raw_exists(path) else None) == old
+        assert store.leftovers() == []
+
+    @pytest.mark.parametrize("size", [10, 2 * PART + 1], ids=["small", "parts"])
+    async def test_cancel_at_any_step_leaves_the_old_object_or_the_new_one(
+        self, store: StoreUnderTest, size: int
+    ) -> None:
+        path, data = store.path("checkpoint.pt"), _random_bytes(size)
+        store.raw_write(path, b"old")
+        steps = 1
+        cancelled = True
+        while cancelled:
+            task = asyncio.create_task(store.write(path, stream(data, MIB), size_hint=size))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            cancelled = task.cancelled()
+            assert store.raw_read(path) in {b"old", data}
+            assert store.leftovers() == []
+            steps = steps * 3 // 2 + 1
+        assert store.raw_read(path) == data
+
+    async def test_cancel_from_an_anyio_scope_leaves_nothing(self, store: StoreUnderTest) -> None:
+        path = store.path("checkpoint.pt")
+
+        async def chunks(scope: anyio.CancelScope) -> AsyncIterator[Chunk]:
+            async for chunk in stream(_random_bytes(2 * PART), MIB):
+                yield chunk
+            scope.cancel()
+            await anyio.sleep_forever()
+
+        async def write() -> bool:
+            with anyio.CancelScope() as scope:
+                await store.backend.write(path, chunks(scope), size_hint=20 * PART, part_size=PART)
+            return scope.cancelled_caught
+
+        assert await run_on(store.backend.loop, write)
+        assert not store.raw_exists(path)
+        assert store.leftovers() == []
+
+    async def test_concurrent_writers_leave_one_whole_winner(self, store: StoreUnderTest) -> None:
+        path = store.path("checkpoint.pt")
+        contents = [bytes([writer]) * (2 * PART + writer) for writer in range(4)]
+        async with anyio.create_task_group() as tasks:
+            for data in contents:
+                tasks.start_soon(store.write, path, stream(data, MIB))
+        assert store.raw_read(path) in contents
+        assert store.leftovers() == []
+
+    # --- looking up and reading
+
+    async def test_stat_of_what_others_wrote(self, store: StoreUnderTest) -> None:
+        path = store.path("checkpoint.pt")
+        store.raw_write(path, b"12345")
+        found = await store.stat(path)
+        assert found.url == store.backend.url(path)
+        assert found.size == 5
+        assert found == await store.stat(path)
+
+    async def test_stat_sees_a_new_version_at_once(self, store: StoreUnderTest) -> None:
+        path = store.path("checkpoint.pt")
+        store.raw_write(path, b"12345")
+        before = await store.stat(path)
+        store.raw_write(path, b"1234567")
+        after = await store.stat(path)
+        assert after.size == 7
+        assert after != before
+
+    async def test_ranges_are_exact(self, store: StoreUnderTest) -> None:
+        path, data = store.path("checkpoint.pt"), _random_bytes(PART + 17)
+        store.raw_write(path, data)
+        found = await store.stat(path)
+        size = len(data)
+        ranges = [(0, 1), (0, size), (size - 1, size), (1, 2), (PART - 1, PART + 1), (4097, MIB), (7, 7), (0, 0)]
+        results: dict[tuple[int, int], bytes] = {}
+
+        async def read(start: int, stop: int) -> None:
+            results[start, stop] = await store.read(path, start, stop, found)
+
+        async with anyio.create_task_group() as tasks:
+            for start, stop in ranges:
+                tasks.start_soon(read, start, stop)
+        assert all(results[start, stop] == data[start:stop] for start, stop in ranges)
+
+    async def test_what_was_written_can_be_read_with_what_write_returned(self, store: StoreUnderTest) -> None:
+        path, data = store.path("checkpoint.pt"), _random_bytes(PART + 17)
+        written = await store.write(path, stream(data, MIB))
+        assert await store.read(path, 0, len(data), written) == data
+
+    async def test_range_beyond_the_end_is_an_error(self, store: StoreUnderTest) -> None:
+        path = store.path("checkpoint.pt")
+        store.raw_write(path, b"12345")
+        found = await store.stat(path)
+        for start, stop in ((0, 6), (4, 100), (5, 6), (50, 60)):
+            with pytest.raises(StorageError):
+                await store.read(path, start, stop, found)
+
+    async def test_reading_a_replaced_version_is_an_error(self, store: StoreUnderTest) -> None:
+        path = store.path("checkpoint.pt")
+        store.raw_write(path, b"version 1")
+        found = await store.stat(path)
+        store.raw_write(path, b"version 2")
+        with pytest.raises(CheckpointChangedError, match="replaced"):
+            await store.read(path, 0, 9, found)
+
+    async def test_missing_object_is_not_found(self, store: StoreUnderTest) -> None:
+        path = store.path("missing.pt")
+        with pytest.raises(CheckpointNotFoundError) as caught:
+            await store.stat(path)
+        assert store.backend.url(path) in str(caught.value)
+        with pytest.raises(CheckpointNotFoundError) as caught:
+            await store.read(path, 0, 5, ObjectStat(store.backend.url(path), 5))
+        assert store.backend.url(path) in str(caught.value)
+
+    async def test_delete_removes_the_object(self, store: StoreUnderTest) -> None:
+        path = store.path("checkpoint.pt")
+        store.raw_write(path, b"12345")
+        await store.delete(path)
+        assert not store.raw_exists(path)
+        with pytest.raises(CheckpointNotFoundError):
+            await store.stat(path)
+
+    async def test_deleting_what_is_not_there_is_no_error(self, store: StoreUnderTest) -> None:
+        await store.delete(store.path("missing.pt"))
+
+    # --- being a good neighbour
+
+    async def test_event_loop_is_not_blocked(self, store: StoreUnderTest) -> None:
+        """Counts the processor time of the loop's thread, which a busy machine does not falsify."""
+        path, data = store.path("checkpoint.pt"), _random_bytes(40_000_003)
+
+        async def run() -> float:
+            longest = 0.0
+            done = False
+
+            async def watch() -> None:
+                nonlocal longest
+                before = time.thread_time()
+                while not done:
+                    await asyncio.sleep(0.001)
+                    now = time.thread_time()
+                    longest, before = max(longest, now - before), now
+
+            watching = asyncio.create_task(watch())
+            written = await store.backend.write(path, stream(data, 8 * MIB), size_hint=len(data))
+            await store.backend.read(path, 0, 8 * MIB, written)
+            done = True
+            await watching
+            return longest
+
+        await store.delete(path)  # connects, which may import libraries
+        assert await run_on(store.backend.loop, run) < MOST_CPU_SECONDS_PER_STEP
+
+    def test_write_cost_is_a_number_of_bytes(self, store: StoreUnderTest) -> None:
+        for size, part_size in ((0, None), (1 << 40, None), (1 << 30, 64 * MIB)):
+            assert store.backend.write_cost(size, part_size) >= 0
+
+
+class CloudConformance(BackendConformance):
+    """What also holds for a store with containers (buckets) and credentials."""
+
+    @pytest.fixture
+    @abstractmethod
+    def path_in_missing_container(self) -> str:
+        """A path in a container that does not exist."""
+
+    @pytest.fixture
+    @abstractmethod
+    def unauthorized(self) -> Backend:
+        """A backend for the same store whose credentials are wrong."""
+
+    async def test_missing_container_is_not_found_and_named(
+        self, store: StoreUnderTest, path_in_missing_container: str
+    ) -> None:
+        path = path_in_missing_container
+        for size in (1, 2 * PART):
+            with pytest.raises(CheckpointNotFoundError, match=r"bucket|container"):
+                await store.write(path, stream(_random_bytes(size), MIB))
+        with pytest.raises(CheckpointNotFoundError, match=r"bucket|container"):
+            await store.stat(path)
+        with pytest.raises(CheckpointNotFoundError, match=r"bucket|container"):
+            await store.read(path, 0, 5, ObjectStat(store.backend.url(path), 5))
+
+    async def test_wrong_credentials_are_a_permission_error(self, store: StoreUnderTest, unauthorized: Backend) -> None:
+        path = store.path("checkpoint.pt")
+        store.raw_write(path, b"12345")
+        found = await store.stat(path)
+        loop = unauthorized.loop
+        for size in (1, 2 * PART):
+            with pytest.raises(StoragePermissionError):
+                await run_on(loop, unauthorized.write, path, stream(_random_bytes(size), MIB), size_hint=size)
+        with pytest.raises(StoragePermissionError):
+            await run_on(loop, unauthorized.stat, path)
+        with pytest.raises(StoragePermissionError):
+            await run_on(loop, unauthorized.read, path, 0, 5, found)
+        with pytest.raises(StoragePermissionError):
+            await run_on(loop, unauthorized.delete, path)
+        assert store.raw_read(path) == b"12345"
+        assert store.leftovers() == []

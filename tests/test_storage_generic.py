@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import functools
+import http.server
+import threading
+import uuid
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from torchferry.errors import StorageError, StoragePermissionError, UnsupportedOptionError
+from torchferry.storage.generic import GenericBackend
+from torchferry.testing import BackendConformance, StoreUnderTest
+from torchferry.testing.conformance import stream
+
+
+class FsspecStore(StoreUnderTest):
+    """A store seen through the same filesystem object: in one process there is no other way into memory://."""
+
+    def __init__(self, fs: Any, prefix: str) -> None:
+        self.backend = GenericBackend.from_filesystem(fs, "auto")
+        self.fs = fs
+        self.prefix = prefix
+
+    def path(self, name: str) -> str:
+        return f"{self.prefix}/{name}"
+
+    def raw_write(self, path: str, data: bytes) -> None:
+        self.fs.makedirs(self.fs._parent(path), exist_ok=True)
+        self.fs.pipe_file(path, data)
+
+    def raw_read(self, path: str) -> bytes:
+        data: bytes = self.fs.cat_file(path)
+        return data
+
+    def raw_exists(self, path: str) -> bool:
+        found: bool = self.fs.exists(path)
+        return found
+
+    def leftovers(self) -> list[str]:
+        names = self.fs.find(self.prefix) if self.fs.exists(self.prefix) else []
+        return [name for name in names if name.rpartition("/")[2].startswith(".")]
+
+
+class TestMemory(BackendConformance):
+    @pytest.fixture
+    def store(self) -> FsspecStore:
+        return FsspecStore(MemoryFileSystem(), f"/{uuid.uuid4().hex}")
+
+
+class TestFilesystemThatMoves(BackendConformance):
+    """A directory of another filesystem: one that has a move of its own, as sftp and hdfs have."""
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> FsspecStore:
+        return FsspecStore(DirFileSystem(str(tmp_path), fsspec.filesystem("file", auto_mkdir=True)), "prefix")
+
+
+async def test_read_only_filesystem_says_so(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
+        archive.writestr("inside.pt", b"12345")
+    fs = fsspec.filesystem("zip", fo=str(tmp_path / "archive.zip"))
+    backend = GenericBackend.from_filesystem(fs, "auto")
+    found = await backend.stat("inside.pt")
+    assert await backend.read("inside.pt", 1, 3, found) == b"23"
+    with pytest.raises(StorageError, match=r"zip://new.pt: .* can only be open for reading"):
+        await backend.write("new.pt", stream(b"1", 1), size_hint=1)
+
+
+@pytest.fixture
+def http_url(tmp_path: Path) -> Iterator[str]:
+    """A web server that knows no ranges, as Python's does not."""
+    (tmp_path / "checkpoint.pt").write_bytes(b"12345")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+async def test_web_server_is_read_only(http_url: str) -> None:
+    backend = GenericBackend.from_filesystem(fsspec.filesystem("http", skip_instance_cache=True), "auto")
+    with pytest.raises(StoragePermissionError, match="read-only"):
+        await backend.write(f"{http_url}/new.pt", stream(b"1", 1), size_hint=1)
+
+
+async def test_web_server_without_ranges_never_gives_wrong_bytes(http_url: str) -> None:
+    backend = GenericBackend.from_filesystem(fsspec.filesystem("http", skip_instance_cache=True), "auto")
+    found = await backend.stat(f"{http_url}/checkpoint.pt")
+    assert found.size == 5
+    assert await backend.read(f"{http_url}/checkpoint.pt", 0, 5, found) == b"12345"
+    with pytest.raises(StorageError, match="returned 5 bytes"):
+        await backend.read(f"{http_url}/checkpoint.pt", 1, 3, found)
+
+
+async def test_filesystem_made_for_its_users_loop_works(http_url: str) -> None:
+    """An asynchronous instance must not be called from worker threads: its twin with the same settings is."""
+    fs = fsspec.filesystem("http", asynchronous=True, skip_instance_cache=True)
+    backend = GenericBackend.from_filesystem(fs, "auto")
+    assert (await backend.stat(f"{http_url}/checkpoint.pt")).size == 5
+
+
+async def test_directory_in_the_way_is_refused() -> None:
+    fs = MemoryFileSystem()
+    root = f"/{uuid.uuid4().hex}"
+    fs.makedirs(f"{root}/directory")
+    store = FsspecStore(fs, root)
+    with pytest.raises(StorageError, match="directory"):
+        await store.write(store.path("directory"), stream(b"new", 3))
+    with pytest.raises(StorageError, match="directory"):
+        await store.stat(store.path("directory"))
+    assert store.leftovers() == []
+
+
+def test_obstore_plane_is_refused() -> None:
+    with pytest.raises(UnsupportedOptionError, match="memory://"):
+        GenericBackend.from_filesystem(MemoryFileSystem(), "obstore")
