@@ -1,0 +1,397 @@
+"""Loads, inspects and verifies checkpoints.
+
+A load looks at both ends of the object first (the directory is at the end, the pickle at the start), decides which
+records it needs, fetches those in parallel ranges into a :class:`~torchferry.mirror.Mirror`, checks each record's CRC32
+on the way, and then has ``torch.load`` map the mirror. So whatever the checkpoint contains is for torch to make of it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import pickle
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from anyio import to_thread
+from fsspec.callbacks import NoOpCallback
+
+from torchferry import _sync
+from torchferry.archive import LEGACY_FORMAT, SNIFF_SIZE, sniff
+from torchferry.checksum import Checksums
+from torchferry.errors import (
+    CheckpointChangedError,
+    CheckpointCorruptError,
+    CheckpointFormatError,
+    TorchferryError,
+    UnsafeCheckpointError,
+)
+from torchferry.graph import read_graph
+from torchferry.mirror import Mirror, load_mapped
+from torchferry.selection import Selection, check_graph, check_keys, select_keys, unsafe_message
+from torchferry.source import Source
+from torchferry.storage.registry import open_backend
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from fsspec import AbstractFileSystem
+    from fsspec.callbacks import Callback
+
+    from torchferry.archive import Archive, Record
+    from torchferry.graph import TensorInfo
+    from torchferry.storage.base import Backend, Chunk, Plane
+
+__all__ = ["Manifest", "inspect_async", "load_async", "verify_async"]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What is in a checkpoint.
+
+    Attributes:
+        url: Where it is.
+        size: Bytes of the object.
+        etag: Names the version of the object, where the store has such names.
+        records: The records of the archive, in the order of the file.
+        tensors: The tensors of the saved object, in its order. Several may share a storage, and so a record.
+    """
+
+    url: str
+    size: int
+    etag: str | None
+    records: tuple[Record, ...]
+    tensors: tuple[TensorInfo, ...]
+
+    @property
+    def storage_nbytes(self) -> int:
+        """Bytes of all storages, each counted once."""
+        return sum(record.size for record in self.records if record.name.startswith("data/"))
+
+
+async def load_async(
+    url: str | os.PathLike[str],
+    *,
+    keys: Sequence[str] | None = None,
+    map_location: Any = None,
+    weights_only: bool = True,
+    verify: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
+    filesystem: AbstractFileSystem | None = None,
+    plane: Plane = "auto",
+    callback: Callback | None = None,
+) -> Any:
+    """Loads a checkpoint from a store; any file that ``torch.save`` wrote.
+
+    Takes memory for the object, or for the part that ``keys`` name, and at most 200 MiB beside. The tensors lie in
+    one shared memory mapping, as with ``torch.load(mmap=True)``. A local file is mapped itself, privately:
+    writing to the tensors does not change it.
+
+    Args:
+        url: Any fsspec URL, or a local path.
+        keys: Load only these keys of a checkpoint that is a dict, and return a dict of them. Only the storages that
+            they need are read, as long as the checkpoint is made of tensors and plain Python values.
+        map_location: As in ``torch.load``.
+        weights_only: As in ``torch.load``. With False, a checkpoint can run any code: only for those whose author
+            you trust.
+        verify: Check the CRC32 of each record that is read.
+        storage_options: Arguments for the fsspec filesystem.
+        filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
+        plane: Which client moves the bytes.
+        callback: Told the number of bytes to read (``set_size``) and those that have arrived (``relative_update``).
+
+    Returns:
+        What was saved; a dict of the asked keys if there are ``keys``.
+
+    Raises:
+        CheckpointFormatError: it is not a checkpoint that ``torch.save`` wrote; or no dict, where there are ``keys``.
+        CheckpointCorruptError: it is damaged.
+        CheckpointKeyError: a key is not in it.
+        UnsafeCheckpointError: it needs globals that ``weights_only=True`` does not allow.
+        CheckpointChangedError: it was replaced meanwhile.
+        StorageError: see :class:`~torchferry.storage.base.Backend`.
+    """
+    if isinstance(keys, str):
+        raise TypeError(f"keys is a sequence of keys: ({keys!r},) for one.")
+    backend, path = await _open(url, storage_options, filesystem, plane)
+    request = _Request(None if keys is None else tuple(keys), map_location, weights_only, verify)
+    return await _sync.run_on(backend.loop, _load, backend, path, request, callback or NoOpCallback())
+
+
+async def inspect_async(
+    url: str | os.PathLike[str],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    filesystem: AbstractFileSystem | None = None,
+    plane: Plane = "auto",
+) -> Manifest:
+    """Says what is in a checkpoint without reading its tensors.
+
+    Of a usual checkpoint it reads 2%, and 2 MiB at most, in two requests side by side.
+
+    Nothing of what the checkpoint contains is run, whatever it is.
+
+    Args:
+        url: Any fsspec URL, or a local path.
+        storage_options: Arguments for the fsspec filesystem.
+        filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
+        plane: Which client moves the bytes.
+
+    Raises:
+        CheckpointFormatError: it is not a checkpoint, or one in the legacy format, which has no directory.
+        CheckpointCorruptError: its directory or its pickle is damaged.
+        StorageError: see :class:`~torchferry.storage.base.Backend`.
+    """
+    backend, path = await _open(url, storage_options, filesystem, plane)
+    return await _sync.run_on(backend.loop, _inspect, backend, path)
+
+
+async def verify_async(
+    url: str | os.PathLike[str],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    filesystem: AbstractFileSystem | None = None,
+    plane: Plane = "auto",
+    callback: Callback | None = None,
+) -> Manifest:
+    """Reads a whole checkpoint and checks the CRC32 of every record; takes at most 200 MiB of memory.
+
+    Args:
+        url: Any fsspec URL, or a local path.
+        storage_options: Arguments for the fsspec filesystem.
+        filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
+        plane: Which client moves the bytes.
+        callback: Told the number of bytes to read (``set_size``) and those that have arrived (``relative_update``).
+
+    Returns:
+        What :func:`inspect_async` returns.
+
+    Raises:
+        CheckpointCorruptError: a record does not match its CRC32, or the file is damaged otherwise.
+        CheckpointFormatError: it is not a checkpoint, or one that carries no CRC32s.
+        StorageError: see :class:`~torchferry.storage.base.Backend`.
+    """
+    backend, path = await _open(url, storage_options, filesystem, plane)
+    return await _sync.run_on(backend.loop, _verify, backend, path, callback or NoOpCallback())
+
+
+async def _open(
+    url: str | os.PathLike[str],
+    storage_options: Mapping[str, Any] | None,
+    filesystem: AbstractFileSystem | None,
+    plane: Plane,
+) -> tuple[Backend, str]:
+    return await to_thread.run_sync(
+        partial(open_backend, url, storage_options=storage_options, filesystem=filesystem, plane=plane)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    keys: tuple[str, ...] | None
+    map_location: Any
+    weights_only: bool
+    verify: bool
+
+
+async def _inspect(backend: Backend, path: str) -> Manifest:
+    source = await Source.open(backend, path)
+    archive = await _read_archive(source)
+    pickled = await _read_pickle(source, archive, verify=True)
+    return await to_thread.run_sync(_manifest, source, archive, pickled)
+
+
+async def _verify(backend: Backend, path: str, callback: Callback) -> Manifest:
+    source = await Source.open(backend, path)
+    archive = await _read_archive(source)
+    pickled = await _read_pickle(source, archive, verify=True)
+    if all(record.crc32 is None for record in archive.records):
+        raise CheckpointFormatError(
+            f"{source.url} carries no checksums to verify: it was saved under "
+            "torch.serialization.set_crc32_options(False)."
+        )
+    checksums = await to_thread.run_sync(Checksums, archive.records, source.url)
+    await _fetch(source, [(0, archive.start)], checksums.add, callback)
+    checksums.finish()
+    return await to_thread.run_sync(_manifest, source, archive, pickled)
+
+
+def _manifest(source: Source, archive: Archive, pickled: bytes) -> Manifest:
+    graph = read_graph(pickled, source.url)
+    return Manifest(source.url, source.stat.size, source.stat.etag, archive.records, tuple(graph.tensors()))
+
+
+async def _read_archive(source: Source) -> Archive:
+    archive = await source.read_archive()
+    if archive is None:
+        raise await _format_error(source)
+    return archive
+
+
+async def _format_error(source: Source) -> CheckpointFormatError:
+    head = await source.read(0, min(source.stat.size, SNIFF_SIZE))
+    looks = sniff(head)
+    if looks == LEGACY_FORMAT:
+        return CheckpointFormatError(
+            f"{source.url} is {looks}, which has neither a directory nor checksums: it can only be loaded. "
+            "Save it again."
+        )
+    return CheckpointFormatError(
+        f"{source.url} is not a checkpoint that torch.save wrote: "
+        + (f"it looks like {looks}." if looks else f"it starts with {head[:16]!r}.")
+    )
+
+
+async def _read_pickle(source: Source, archive: Archive, *, verify: bool) -> bytes:
+    record = archive.get("data.pkl")
+    assert record is not None  # noqa: S101 - an archive without is not parsed
+    pickled = await source.read(record.offset, record.end)
+    if verify:
+        await to_thread.run_sync(Checksums([record], archive.url).add, record.offset, pickled)
+    return pickled
+
+
+async def _fetch(
+    source: Source, extents: Sequence[tuple[int, int]], sink: Callable[[int, Chunk], object], callback: Callback
+) -> None:
+    """Hands the bytes of the extents to ``sink``, and all that is there already."""
+    ranges = await to_thread.run_sync(source.plan, extents)
+    kept = source.kept
+    nbytes = sum(len(buffer) for _, buffer in kept)
+    callback.set_size(nbytes + sum(stop - start for start, stop in ranges))
+    for start, buffer in kept:
+        await to_thread.run_sync(sink, start, buffer)
+    callback.relative_update(nbytes)
+    await source.stream(ranges, sink, callback.relative_update)
+
+
+async def _load(backend: Backend, path: str, request: _Request, callback: Callback) -> Any:
+    source = await Source.open(backend, path)
+    archive = await source.read_archive()
+    selection = await (_select_legacy(source, request) if archive is None else _select(source, archive, request))
+    local = backend.local_path(path)
+    if local is None:
+        loaded = await _load_mirrored(source, archive, selection, request, callback)
+    else:
+        loaded = await _load_local(source, archive, selection, request, callback, local)
+        if (await backend.stat(path)).etag != source.stat.etag:
+            raise CheckpointChangedError(f"{source.url} was replaced while it was being loaded: load it again.")
+    if request.keys is None:
+        return loaded
+    check_keys(loaded, request.keys, source.url)
+    return {key: loaded[key] for key in request.keys}
+
+
+async def _select(source: Source, archive: Archive, request: _Request) -> Selection:
+    everything = Selection([(0, archive.start)], archive.records, request.map_location)
+    if archive.is_torchscript:
+        if request.weights_only or request.keys is not None:
+            raise CheckpointFormatError(
+                f"{source.url} is a TorchScript archive (torch.jit.save): it has no keys, and loads with "
+                "weights_only=False only. It can run any code, so only if you trust whoever wrote it."
+            )
+        return everything
+    pickled = await _read_pickle(source, archive, verify=request.verify)
+    return await to_thread.run_sync(_select_records, pickled, archive, request, everything)
+
+
+def _select_records(pickled: bytes, archive: Archive, request: _Request, everything: Selection) -> Selection:
+    try:
+        graph = read_graph(pickled, archive.url)
+    except CheckpointCorruptError:
+        if not request.verify:
+            raise
+        return everything  # it is what was saved: unusual, but for torch to judge
+    check_graph(graph, archive, weights_only=request.weights_only)
+    if request.keys is None:
+        return everything
+    return select_keys(graph, archive, request.keys, request.map_location) or everything
+
+
+async def _select_legacy(source: Source, request: _Request) -> Selection:
+    head = await source.read(0, min(source.stat.size, SNIFF_SIZE))
+    if sniff(head) != LEGACY_FORMAT:
+        raise await _format_error(source)
+    return Selection([(0, source.stat.size)], (), request.map_location)
+
+
+async def _load_mirrored(
+    source: Source, archive: Archive | None, selection: Selection, request: _Request, callback: Callback
+) -> Any:
+    checksums = await to_thread.run_sync(Checksums, selection.records if request.verify else (), source.url)
+    with Mirror(source.stat.size) as mirror:
+
+        def sink(start: int, buffer: Chunk) -> None:
+            mirror.write(start, buffer)
+            checksums.add(start, buffer)
+
+        def load() -> Any:
+            if archive is None:
+                return torch.load(mirror.path, map_location=selection.map_location, weights_only=request.weights_only)
+            mirror.write_headers(archive)
+            return mirror.load(map_location=selection.map_location, weights_only=request.weights_only)
+
+        await _fetch(source, selection.extents, sink, callback)
+        checksums.finish()
+        return await to_thread.run_sync(_torch_load, load, source.url, request)
+
+
+async def _load_local(
+    source: Source,
+    archive: Archive | None,
+    selection: Selection,
+    request: _Request,
+    callback: Callback,
+    path: Path,
+) -> Any:
+    if request.verify and archive is not None:
+        checksums = await to_thread.run_sync(Checksums, selection.records, source.url)
+        await _fetch(source, selection.extents, checksums.add, callback)
+        checksums.finish()
+
+    def load() -> Any:
+        if archive is None:
+            return torch.load(path, map_location=selection.map_location, weights_only=request.weights_only)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            archive.check_headers(view)
+        return load_mapped(
+            str(path), shared=False, map_location=selection.map_location, weights_only=request.weights_only
+        )
+
+    return await to_thread.run_sync(_torch_load, load, source.url, request)
+
+
+def _torch_load(load: Callable[[], Any], url: str, request: _Request) -> Any:
+    """Calls ``load``, and says of its errors which checkpoint they are about.
+
+    Those that mean that the checkpoint is unsafe or damaged become ours; all others are between torch, the
+    checkpoint's own classes and the caller's ``map_location``.
+    """
+    try:
+        return load()
+    except pickle.UnpicklingError as error:
+        if not request.weights_only:
+            raise CheckpointCorruptError(f"{url} cannot be unpickled: {error}") from error
+        if unsafe := re.findall(r"GLOBAL (\S+) was not an allowed global", str(error)):
+            raise UnsafeCheckpointError(unsafe_message(url, unsafe)) from error
+        detail = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        raise UnsafeCheckpointError(
+            f"{url} cannot be loaded with weights_only=True: {detail}. If you trust whoever wrote it, "
+            "weights_only=False may load it; that runs any code that the checkpoint contains."
+        ) from error
+    except EOFError as error:
+        raise CheckpointCorruptError(f"{url} is truncated: {error}") from error
+    except RuntimeError as error:
+        if re.search("PytorchStreamReader|unexpected EOF", str(error)):
+            raise CheckpointCorruptError(f"{url} is damaged: {error}") from error
+        error.add_note(f"This happened while loading {url}.")
+        raise
+    except TorchferryError:
+        raise
+    except Exception as error:
+        error.add_note(f"This happened while loading {url}.")
+        raise

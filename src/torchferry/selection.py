@@ -1,0 +1,146 @@
+"""Decides what a load needs of an archive: which records, hence which bytes."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.serialization import default_restore_location, get_unsafe_globals_in_checkpoint
+
+from torchferry.errors import (
+    CheckpointCorruptError,
+    CheckpointFormatError,
+    CheckpointKeyError,
+    UnsafeCheckpointError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
+    from torchferry.archive import Archive, Record
+    from torchferry.graph import Graph
+
+__all__ = ["Selection", "check_graph", "check_keys", "select_keys", "unsafe_message"]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a load needs of an object.
+
+    Attributes:
+        extents: The byte ranges.
+        records: The records that lie in them.
+        map_location: What ``torch.load`` is to be given: that of the caller, or one that leaves out the storages that
+            are not needed.
+    """
+
+    extents: Sequence[tuple[int, int]]
+    records: Sequence[Record]
+    map_location: Any
+
+
+def check_graph(graph: Graph, archive: Archive, *, weights_only: bool) -> None:
+    """Checks that the archive has all that its pickle refers to, and that it may be loaded.
+
+    Raises:
+        CheckpointCorruptError: a storage's record is missing, or is not as long as the storage.
+        UnsafeCheckpointError: the pickle names globals that ``weights_only=True`` does not allow.
+    """
+    for storage in graph.storages.values():
+        record = archive.get(storage.record)
+        if record is None or record.size != storage.nbytes:
+            found = "is missing" if record is None else f"has {record.size} bytes, not {storage.nbytes}"
+            raise CheckpointCorruptError(f"{archive.url} is damaged: record {storage.record} {found}.")
+    if weights_only and (unsafe := _unsafe_globals(graph)):
+        raise UnsafeCheckpointError(unsafe_message(archive.url, unsafe))
+
+
+def check_keys(checkpoint: Any, keys: Sequence[str], url: str) -> None:
+    """Checks that a checkpoint is a dict with these keys.
+
+    Raises:
+        CheckpointFormatError: it is no dict.
+        CheckpointKeyError: it lacks a key.
+    """
+    if not isinstance(checkpoint, dict):
+        raise CheckpointFormatError(f"{url} holds no dict, so it has no keys to choose from: load it without keys=.")
+    if missing := [key for key in keys if key not in checkpoint]:
+        raise CheckpointKeyError(
+            f"{url} has no key {', '.join(map(repr, missing))}; its keys are {', '.join(map(repr, checkpoint))}."
+        )
+
+
+def select_keys(graph: Graph, archive: Archive, keys: Sequence[str], map_location: Any) -> Selection | None:
+    """What the values of some top-level keys need; None where that cannot be told, so that everything is needed.
+
+    Raises:
+        CheckpointFormatError: the checkpoint is no dict.
+        CheckpointKeyError: it lacks a key.
+    """
+    check_keys(graph.root, keys, archive.url)
+    if not graph.is_transparent:
+        return None
+    needed = {storage.record for key in keys for storage in graph.storages_of(graph.root[key]).values()}
+    records = [record for record in archive.records if record.name in needed or not record.name.startswith("data/")]
+    first = next((archive.get(storage.record) for storage in graph.storages.values() if storage.nbytes), None)
+    if first is not None:
+        offsets = {record.offset for record in records}
+        map_location = _restore_only(offsets, first.offset, map_location)
+    return Selection([(record.offset, record.end) for record in records], records, map_location)
+
+
+def unsafe_message(url: str, unsafe: Collection[str]) -> str:
+    """Says which globals ``weights_only=True`` does not allow, and how to allow them."""
+    names = ", ".join(sorted(unsafe))
+    return (
+        f"{url} needs {names}, which weights_only=True does not allow. If you trust whoever wrote it, allow these with "
+        f"torch.serialization.add_safe_globals([{names}]), or load with weights_only=False, which runs any code that "
+        "the checkpoint contains."
+    )
+
+
+def _unsafe_globals(graph: Graph) -> list[str]:
+    """Those of the pickle's globals that torch does not allow, as the caller has set it up."""
+    if graph.is_transparent:
+        return []
+    # torch answers this for a file only: here is the least file that names the same globals.
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        pairs = (name.rpartition(".") for name in graph.globals)
+        calls = "".join(f"c{module}\n{name}\n" for module, _, name in pairs)
+        archive.writestr("archive/data.pkl", b"\x80\x02" + calls.encode() + b".")
+        archive.writestr("archive/version", b"3\n")
+    return get_unsafe_globals_in_checkpoint(file)
+
+
+def _restore_only(
+    offsets: Collection[int], first_offset: int, map_location: Any
+) -> Callable[[torch.UntypedStorage, str], Any]:
+    """A ``map_location`` that does as the given one for the storages at these offsets, and drops all others.
+
+    The others become meta storages: nothing is read of them, and nothing is moved to a device.
+
+    torch tells a ``map_location`` neither the key nor the offset of a storage. But it is a slice of the mapped file,
+    and the first one that is not empty is that of the pickle: so its address gives that of the mapping.
+    """
+    base: int | None = None
+
+    def restore(storage: torch.UntypedStorage, location: str) -> Any:
+        nonlocal base
+        if storage.nbytes():
+            if base is None:
+                base = storage.data_ptr() - first_offset
+            if storage.data_ptr() - base not in offsets:
+                return torch.UntypedStorage(storage.nbytes(), device="meta")  # type: ignore[no-untyped-call]
+        if callable(map_location):
+            return map_location(storage, location)
+        if isinstance(map_location, dict):
+            location = map_location.get(location, location)
+        elif map_location is not None:
+            location = str(map_location)
+        return default_restore_location(storage, location)  # type: ignore[no-untyped-call]
+
+    return restore
