@@ -18,7 +18,6 @@ from flytekit.core.constants import MESSAGEPACK
 from flytekit.core.context_manager import FlyteContext, FlyteContextManager
 from flytekit.core.type_engine import AsyncTypeTransformer, TypeEngine, TypeTransformer, TypeTransformerFailedError
 from flytekit.exceptions.system import FlyteDownloadDataException, FlyteUploadDataException
-from flytekit.models.core.types import BlobType
 from flytekit.models.literals import Blob, BlobMetadata, Literal, Scalar
 from flytekit.models.types import LiteralType
 from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]  # flytekit's, without stubs
@@ -27,6 +26,7 @@ from torchferry.errors import StorageUnavailableError, TorchferryError
 from torchferry.flyte import deck, hooks
 from torchferry.flyte.annotations import options_of
 from torchferry.flyte.content import check_loadable, content_of
+from torchferry.flyte.fields import JSON_SCHEMA, checkpoint_literal, register_fields
 from torchferry.flyte.plugin import taking_over
 from torchferry.flyte.summary import Summary, summarize
 from torchferry.flyte.transfer import download, upload
@@ -103,7 +103,7 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         """
         options_of(t, SaveOptions)
         options_of(t, LoadOptions)
-        return LiteralType(blob=_blob_type())
+        return LiteralType(blob=hooks.blob_type())
 
     def guess_python_type(self, literal_type: LiteralType) -> type[PyTorchCheckpoint]:
         """``PyTorchCheckpoint``, for the literal type of a checkpoint.
@@ -114,6 +114,10 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         if not hooks.is_checkpoint_type(literal_type):
             raise ValueError(f"{self} cannot reverse {literal_type}: it is no checkpoint's.")
         return PyTorchCheckpoint
+
+    def schema_match(self, schema: dict[str, Any]) -> bool:
+        """Whether a part of a dataclass's JSON schema describes a checkpoint: flytekit guesses types by it."""
+        return isinstance(schema, dict) and all(schema.get(key) == JSON_SCHEMA[key] for key in ("title", "required"))
 
     async def async_to_literal(
         self,
@@ -151,7 +155,7 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         except Exception as error:
             _logger.warning("Saving %r failed: %s", python_val, error)
             raise TypeTransformerFailedError(f"{python_val!r} could not be saved: {_message(error)}") from error
-        return Literal(scalar=Scalar(blob=Blob(metadata=BlobMetadata(type=_blob_type()), uri=uri)))
+        return checkpoint_literal(uri)
 
     async def async_to_python_value(
         self, ctx: FlyteContext, lv: Literal, expected_python_type: type[Any]
@@ -227,11 +231,6 @@ def _summary_of(checkpoint: Any) -> Summary:
     return summary or summarize(content_of(checkpoint), getattr(checkpoint, "uri", None))
 
 
-def _blob_type() -> BlobType:
-    # A new one each time: flytekit writes its tags into the types that it is given.
-    return BlobType(format=hooks.CHECKPOINT_FORMAT, dimensionality=BlobType.BlobDimensionality.SINGLE)
-
-
 def _uri_of(lv: Literal) -> str:
     scalar = lv.scalar if lv is not None else None
     reference: Any = None
@@ -259,6 +258,7 @@ def _message(error: Exception) -> str:
 
 
 def _register() -> None:
+    register_fields(FlytekitCheckpoint if taking_over() else PyTorchCheckpoint)
     transformer = PyTorchCheckpointTransformer()
     ours = (PyTorchCheckpoint, LoadedCheckpoint)
     if not taking_over():

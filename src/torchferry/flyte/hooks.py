@@ -7,21 +7,37 @@ these is still what it was. This module imports no torch.
 from __future__ import annotations
 
 import sys
+import uuid
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
-from flytekit.core.type_engine import TypeEngine, TypeTransformer
+from flytekit.core.type_engine import DataclassTransformer, TypeEngine, TypeTransformer
 from flytekit.models.core.types import BlobType
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from flytekit.core.context_manager import FlyteContext
     from flytekit.models.types import LiteralType
 
-__all__ = ["CHECKPOINT_FORMAT", "execution_metadata", "is_checkpoint_type", "register", "register_guesser", "rename"]
+__all__ = [
+    "CHECKPOINT_FORMAT",
+    "blob_type",
+    "execution_metadata",
+    "is_checkpoint_type",
+    "register",
+    "register_field",
+    "register_guesser",
+    "rename",
+]
 
 CHECKPOINT_FORMAT = "PyTorchCheckpoint"
 """The blob format of a checkpoint: flytekit's name for it."""
+
+
+def blob_type() -> BlobType:
+    """The blob type of a checkpoint; a new one each time, because flytekit writes its tags into those it is given."""
+    return BlobType(format=CHECKPOINT_FORMAT, dimensionality=BlobType.BlobDimensionality.SINGLE)
 
 
 def is_checkpoint_type(literal_type: LiteralType) -> bool:
@@ -65,6 +81,56 @@ def rename(module: str, **values: object) -> None:
 def execution_metadata(ctx: FlyteContext) -> Mapping[str, str]:
     """What flytekit attaches to every object of this execution (``attach_execution_metadata``): its names and ids."""
     return getattr(ctx.file_access, "_execution_metadata", None) or {}
+
+
+def register_field(
+    kind: type,
+    save: Callable[[Any, Any], dict[str, str]],
+    load: Callable[[Any, Any], Any],
+    json_schema: Mapping[str, Any],
+) -> None:
+    """Teaches mashumaro, and the transformer that flytekit builds on it, fields of type ``kind``.
+
+    mashumaro's public ways all belong to the dataclass around the field, which is the user's, or leave out what
+    annotates the field.
+
+    Args:
+        kind: The type; its subclasses are meant, too.
+        save: Called with the field's type, annotations included, and its value.
+        load: The same, with what ``save`` returned.
+        json_schema: Describes what ``save`` returns.
+    """
+    from mashumaro.core.meta.types.pack import PackerRegistry
+    from mashumaro.core.meta.types.unpack import UnpackerRegistry
+    from mashumaro.jsonschema.models import JSONSchema
+    from mashumaro.jsonschema.schema import Registry as SchemaRegistry
+
+    def is_ours(spec: Any) -> bool:
+        return isinstance(spec.origin_type, type) and issubclass(spec.origin_type, kind)
+
+    def call(function: Callable[[Any, Any], Any], spec: Any) -> str | None:
+        if not is_ours(spec):
+            return None
+        name = f"__torchferry_{function.__name__}_{uuid.uuid4().hex}"
+        setattr(spec.attrs, name, partial(function, spec.annotated_type or spec.type))
+        return f"{spec.cls_attrs_name}.{name}({spec.expression})"
+
+    def describe(instance: Any, _ctx: Any) -> Any:
+        return JSONSchema.from_dict(dict(json_schema)) if is_ours(instance) else None
+
+    # flytekit prepares the values of a dataclass in place, down into the fields of dataclasses inside. A checkpoint is
+    # one, but has nothing to prepare: and its hyperparameters would be called types that Flyte does not support.
+    prepare = DataclassTransformer._make_dataclass_serializable
+
+    @wraps(prepare)
+    def prepare_others(self: Any, python_val: Any, python_type: Any) -> Any:
+        return python_val if isinstance(python_val, kind) else prepare(self, python_val, python_type)
+
+    DataclassTransformer._make_dataclass_serializable = prepare_others
+    # In front: it would take them for dataclasses, which they are, too.
+    PackerRegistry._registry.insert(0, partial(call, save))
+    UnpackerRegistry._registry.insert(0, partial(call, load))
+    SchemaRegistry._registry.insert(0, describe)
 
 
 class _Unimported:
