@@ -419,7 +419,7 @@ _ADDITIONAL_KWARGS = _names(
     "RequestPayer"
 )
 _MOST_CONNECTIONS = 16  # Backend.range_concurrency
-_UPLOAD_PATIENCE = timedelta(minutes=5)
+_REQUEST_PATIENCE = timedelta(minutes=2)
 
 
 def _obstore_backend(fs: S3FileSystem) -> ObstoreBackend:
@@ -432,9 +432,41 @@ def _obstore_backend(fs: S3FileSystem) -> ObstoreBackend:
     known: dict[int, ObstoreBackend] = vars(fs).setdefault("_torchferry_obstore", {})
     if os.getpid() not in known:  # the connections of the parent do not survive a fork
         _check_filesystem(fs)
-        bridge = _Bridge(fs)
-        known[os.getpid()] = ObstoreBackend("s3", bridge.open_store)
+        known[os.getpid()] = _S3ThroughObstore(_Bridge(fs), fs)
     return known[os.getpid()]
+
+
+class _S3ThroughObstore(ObstoreBackend):
+    """S3 through obstore, beside an s3fs filesystem that its user goes on using."""
+
+    def __init__(self, bridge: _Bridge, fs: S3FileSystem) -> None:
+        super().__init__("s3", bridge.open_store)
+        self._users_fs = fs
+        self._through_s3fs = S3Backend(bridge.fs)
+
+    async def stat(self, path: str) -> ObjectStat:
+        try:
+            return await super().stat(path)
+        except CheckpointNotFoundError:
+            # A HEAD's 404 does not say whether the bucket is missing too; this finds out and raises.
+            return await run_on(self._through_s3fs.loop, self._through_s3fs.stat, path)
+
+    async def write(
+        self,
+        path: str,
+        chunks: AsyncIterable[Chunk],
+        *,
+        size_hint: int,
+        part_size: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> ObjectStat:
+        written = await super().write(path, chunks, size_hint=size_hint, part_size=part_size, metadata=metadata)
+        self._users_fs.invalidate_cache(path)
+        return written
+
+    async def delete(self, path: str) -> None:
+        await super().delete(path)
+        self._users_fs.invalidate_cache(path)
 
 
 def _check_filesystem(fs: S3FileSystem) -> None:
@@ -464,6 +496,25 @@ class _Address(NamedTuple):
     region: str
 
 
+def _address(url: str, bucket: str, asked: str, region: str) -> _Address:
+    """The address in botocore's URL of an object ``key``, moved to the region that the bucket is in.
+
+    Args:
+        url: The object's URL, made for the region ``asked``.
+        bucket: The bucket.
+        asked: The region that the client is configured for.
+        region: The bucket's; another one than ``asked`` on AWS only.
+    """
+    parts = urlsplit(url)
+    virtual_hosted = unquote(parts.path) == "/key"
+    prefix = "" if virtual_hosted else parts.path.removesuffix(f"/{bucket}/key")
+    host = parts.netloc
+    if region != asked:
+        regional = f".{asked}.amazonaws." in host  # the global endpoint, of us-east-1, names no region
+        host = host.replace(f".{asked}.amazonaws." if regional else ".amazonaws.", f".{region}.amazonaws.")
+    return _Address(f"{parts.scheme}://{host}{prefix}", virtual_hosted, region)
+
+
 class _Bridge:
     """Makes obstore stores from an s3fs filesystem.
 
@@ -475,14 +526,14 @@ class _Bridge:
     def __init__(self, fs: S3FileSystem) -> None:
         # An asynchronous instance works on its user's loop only, which need not run, or live, when obstore asks for
         # credentials: its twin, with the same settings, lives on fsspec's own loop.
-        self._fs = fs
+        self.fs = fs
         if fs.asynchronous:
-            self._fs = S3FileSystem(*fs.storage_args, **{**fs.storage_options, "asynchronous": False, "loop": None})
+            self.fs = S3FileSystem(*fs.storage_args, **{**fs.storage_options, "asynchronous": False, "loop": None})
         with _translated("s3://", "connect to"):
-            self._fs.connect()
-        config = self._fs.s3.meta.config
-        self._config = _store_config(self._fs, config)
-        self._client_options = _client_options(self._fs, config)
+            self.fs.connect()
+        config = self.fs.s3.meta.config
+        self._config = _store_config(self.fs, config)
+        self._client_options = _client_options(self.fs, config)
         self._retry = _retry_config(config)
 
     async def open_store(self, bucket: str) -> Any:
@@ -492,7 +543,7 @@ class _Bridge:
                 f"s3://{bucket}: access points and directory buckets need plane='fsspec' (or TORCHFERRY_PLANE=fsspec)."
             )
         with _translated(f"s3://{bucket}", "connect to"):
-            address = await run_on(self._fs.loop, self._resolve, bucket)
+            address = await run_on(self.fs.loop, self._resolve, bucket)
         return S3Store(
             bucket,
             # Not "endpoint": AWS_ENDPOINT_URL_S3 in the environment would go before it, and botocore has decided.
@@ -501,29 +552,22 @@ class _Bridge:
             virtual_hosted_style_request=address.virtual_hosted,
             client_options=self._client_options | {"allow_http": address.endpoint.startswith("http://")},
             retry_config=self._retry,
-            credential_provider=None if self._fs.anon else partial(run_on, self._fs.loop, self._credentials, bucket),
+            credential_provider=None if self.fs.anon else partial(run_on, self.fs.loop, self._credentials, bucket),
             **self._config,
         )
 
     async def _resolve(self, bucket: str) -> _Address:
         """Asks botocore for the address of an object: endpoint rules, profile and environment are in its answer."""
         client = await self._client(bucket)
-        if not self._fs.anon:
+        if not self.fs.anon:
             await self._credentials(bucket)  # raises where there are none, before obstore goes looking for its own
         url = await client.generate_presigned_url("head_object", Params={"Bucket": bucket, "Key": "key"})
-        parts = urlsplit(url)
-        virtual_hosted = unquote(parts.path) == "/key"
-        prefix = parts.path.removesuffix("/key").removesuffix(f"/{bucket}")
         region = client.meta.region_name
         if region in {None, "aws-global"}:
             region = "us-east-1"
-        if parts.netloc.endswith((".amazonaws.com", ".amazonaws.com.cn")):
-            actual = await self._region_of(client, bucket) or region
-            host = parts.netloc.replace(f".{region}.", f".{actual}.")
-            if actual not in host and actual != region:  # the global endpoint of us-east-1
-                host = host.replace(".amazonaws.", f".{actual}.amazonaws.")
-            return _Address(f"{parts.scheme}://{host}{prefix}", virtual_hosted, actual)
-        return _Address(f"{parts.scheme}://{parts.netloc}{prefix}", virtual_hosted, region)
+        on_aws = urlsplit(url).netloc.endswith((".amazonaws.com", ".amazonaws.com.cn"))
+        actual = await self._region_of(client, bucket) if on_aws else None
+        return _address(url, bucket, region, actual or region)
 
     async def _region_of(self, client: Any, bucket: str) -> str | None:
         """The bucket's region, where AWS tells: botocore follows redirects to it, obstore does not."""
@@ -551,8 +595,8 @@ class _Bridge:
         }
 
     async def _client(self, bucket: str) -> Any:
-        await self._fs.set_session()
-        return await self._fs.get_s3(bucket)
+        await self.fs.set_session()
+        return await self.fs.get_s3(bucket)
 
 
 def _store_config(fs: S3FileSystem, config: Any) -> dict[str, Any]:
@@ -599,8 +643,11 @@ def _encryption(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _client_options(fs: S3FileSystem, config: Any) -> ClientConfig:
     """Obstore's ``ClientConfig`` for the connection settings that botocore resolved."""
     options: ClientConfig = {"connect_timeout": timedelta(seconds=config.connect_timeout)}
-    # botocore limits one socket read; obstore the whole request, which may be a part going up a thin line.
-    options["timeout"] = max(timedelta(seconds=config.read_timeout), _UPLOAD_PATIENCE)
+    # botocore limits the wait for a socket. obstore's read_timeout counts from the start of the request, so that a
+    # part going up a thin line would run into it: only the request as a whole has a limit, and a generous one.
+    if config.read_timeout < S3FileSystem.read_timeout:
+        raise _UntranslatableError(f"config_kwargs 'read_timeout' below {S3FileSystem.read_timeout} s")
+    options["timeout"] = max(timedelta(seconds=config.read_timeout), _REQUEST_PATIENCE)
     verify = fs.client_kwargs.get("verify")
     if verify is None:
         verify = fs.session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
