@@ -144,7 +144,8 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
             content = await anyio.to_thread.run_sync(content_of, python_val)
             if load_options.weights_only:
                 await anyio.to_thread.run_sync(check_loadable, content)
-            uri = await upload(ctx, content, options_of(python_type, SaveOptions))
+            loaded_from = python_val.uri if isinstance(python_val, LoadedCheckpoint) else None
+            uri = await upload(ctx, content, options_of(python_type, SaveOptions), loaded_from=loaded_from)
             if _shows_decks(ctx):
                 _remember(python_val, await anyio.to_thread.run_sync(summarize, content, uri))
         except TypeTransformerFailedError:

@@ -17,6 +17,7 @@ from fsspec.utils import get_protocol
 from torchferry.errors import CheckpointCorruptError, StoragePermissionError, StorageUnavailableError
 from torchferry.flyte import hooks
 from torchferry.flyte.devices import default_map_location
+from torchferry.flyte.unchanged import is_unchanged
 from torchferry.loading import load_async
 from torchferry.saving import save_async
 
@@ -70,15 +71,29 @@ class Transfer:
         return f"{self.verb} {self.uri}: {self.size / 1e6:.1f} MB in {self.seconds:.2f} s, {rate:.2f} GB/s."
 
 
-async def upload(ctx: FlyteContext, content: dict[str, Any], options: SaveOptions) -> str:
+async def upload(
+    ctx: FlyteContext, content: dict[str, Any], options: SaveOptions, *, loaded_from: str | None = None
+) -> str:
     """Saves ``content`` to a new place under the context's raw output prefix.
 
+    Args:
+        ctx: Says where, and has the credentials.
+        content: What to save.
+        options: How to save it.
+        loaded_from: Where ``content`` was loaded from. While it is still what is stored there, nothing is saved,
+            unless ``options`` ask for a store or metadata of their own.
+
     Returns:
-        Its URI.
+        The URI where it is stored.
 
     Raises:
         TorchferryError: as :func:`torchferry.save_async` does.
     """
+    if loaded_from and not (options.metadata or options.storage_options):
+        store = await _store(ctx, loaded_from, options)
+        if await is_unchanged(content, loaded_from, store):
+            _logger.info("Not saved again: the checkpoint is what was loaded from %s.", loaded_from)
+            return loaded_from
     uri: str = ctx.file_access.get_random_remote_path(_FILE_NAME)
     if get_protocol(uri) == "flyte":
         return await _upload_through_flyte(ctx, content, uri)
