@@ -30,7 +30,8 @@ if TYPE_CHECKING:
         UnsupportedOptionError,
         UnsupportedURLError,
     )
-    from torchferry.loading import Manifest, TensorInfo, inspect, inspect_async, load, load_async, verify, verify_async
+    from torchferry.graph import TensorInfo
+    from torchferry.loading import Manifest, inspect, inspect_async, load, load_async, verify, verify_async
     from torchferry.options import LoadOptions, SaveOptions
     from torchferry.saving import save, save_async
     from torchferry.storage.base import ObjectStat
@@ -52,6 +53,7 @@ _MODULES = {
         "UnsupportedOptionError",
         "UnsupportedURLError",
     ),
+    "torchferry.graph": ("TensorInfo",),
     "torchferry.loading": (
         "Manifest",
         "TensorInfo",

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from torchferry.graph import TensorInfo
     from torchferry.storage.base import Backend, Chunk, Plane
 
-__all__ = ["Manifest", "inspect_async", "load_async", "verify_async"]
+__all__ = ["Manifest", "inspect", "inspect_async", "load", "load_async", "verify", "verify_async"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +177,11 @@ async def verify_async(
     """
     backend, path = await _open(url, storage_options, filesystem, plane)
     return await _sync.run_on(backend.loop, _verify, backend, path, callback or NoOpCallback())
+
+
+load = _sync.synchronous(load_async)
+inspect = _sync.synchronous(inspect_async)
+verify = _sync.synchronous(verify_async)
 
 
 async def _open(
