@@ -12,7 +12,7 @@ import io
 import logging
 import os
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from http import HTTPStatus
 from pathlib import Path
@@ -586,12 +586,13 @@ class _Bridge:
         if credentials is None:
             raise boto_errors.NoCredentialsError
         frozen = await credentials.get_frozen_credentials()
+        expiry: datetime | None = getattr(credentials, "_expiry_time", None)
         return {
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,
             "token": frozen.token,
             # None for those that never change. botocore refreshes 15 minutes ahead, well before obstore asks again.
-            "expires_at": getattr(credentials, "_expiry_time", None),
+            "expires_at": expiry and expiry.astimezone(UTC),  # obstore takes no other time zone
         }
 
     async def _client(self, bucket: str) -> Any:

@@ -1,12 +1,41 @@
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import json
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
+from aiobotocore.session import AioSession
+from botocore.exceptions import ClientError
+from s3fs import S3FileSystem
 
-from torchferry.storage.base import Backend, Plane
+import torchferry_s3
+from torchferry._sync import run_on
+from torchferry.errors import (
+    StorageError,
+    StoragePermissionError,
+    StorageUnavailableError,
+    UnsupportedOptionError,
+)
+from torchferry.storage.base import MIB, Backend, Plane
 from torchferry.storage.registry import open_backend
 from torchferry.testing import CloudConformance, StoreUnderTest
+from torchferry.testing.conformance import stream
+from torchferry.testing.faultproxy import Fault
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conftest import FaultyS3
+
+    from torchferry.testing.servers import S3Server
 
 DATA = bytes(range(256)) * (12 * 4096)  # 12 MiB: three parts of 5 MiB
 PLANES: tuple[Plane, ...] = ("fsspec", "obstore")
@@ -67,3 +96,476 @@ class TestS3ThroughS3fs(S3Conformance):
 
 class TestS3ThroughObstore(S3Conformance):
     plane = "obstore"
+
+
+# --- faults: what networks and stores do, through a proxy
+
+
+@pytest.fixture(params=PLANES)
+def plane(request: pytest.FixtureRequest) -> Plane:
+    chosen: Plane = request.param
+    return chosen
+
+
+@pytest.fixture
+def through(
+    plane: Plane, s3_client: Any, s3_url: str, faulty_s3: Callable[..., FaultyS3]
+) -> Callable[..., tuple[S3Store, FaultyS3]]:
+    """Makes the store as seen through a proxy with these faults."""
+
+    def make(*faults: Fault, **options: Any) -> tuple[S3Store, FaultyS3]:
+        faulty = faulty_s3(*faults)
+        return S3Store(s3_client, s3_url, faulty.storage_options | options, plane), faulty
+
+    return make
+
+
+Through: TypeAlias = "Callable[..., tuple[S3Store, FaultyS3]]"
+
+SURVIVABLE_WRITES = {
+    "upload not started at once": Fault(method="POST", target=r"\?uploads", status=503),
+    "parts refused": Fault(method="PUT", target="partNumber=", status=503, times=3),
+    "part answered with an internal error": Fault(
+        method="PUT", target="partNumber=2", status=500, code="InternalError"
+    ),
+    "part reset in the middle": Fault(method="PUT", target="partNumber=2", reset_upload_after=MIB),
+    "part stored but the reply lost": Fault(method="PUT", target="partNumber=3", lose_reply=True),
+    "completion refused": Fault(method="POST", target="uploadId=", status=503),
+    "completion done but the reply lost": Fault(method="POST", target="uploadId=", lose_reply=True),
+}
+
+
+@pytest.mark.parametrize("fault", SURVIVABLE_WRITES)
+async def test_upload_survives(through: Through, fault: str) -> None:
+    store, faulty = through(_fresh(SURVIVABLE_WRITES[fault]))
+    path = store.path("checkpoint.pt")
+    written = await store.write(path, stream(DATA, MIB), metadata={"step": "1"})
+    assert store.raw_read(path) == DATA
+    assert await store.stat(path) == written
+    assert any(request.fault for request in faulty.proxy.log)
+    assert store.leftovers() == []
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(method="PUT", status=503),
+        Fault(method="PUT", reset_upload_after=100_000),
+        Fault(method="PUT", lose_reply=True),
+    ],
+    ids=["refused", "reset", "reply lost"],
+)
+async def test_small_upload_survives(through: Through, fault: Fault) -> None:
+    store, faulty = through(_fresh(fault))
+    path = store.path("checkpoint.pt")
+    await store.write(path, stream(DATA[:MIB], 4096))
+    assert store.raw_read(path) == DATA[:MIB]
+    assert faulty.proxy.log[0].fault
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(method="GET", status=503),
+        Fault(method="GET", status=500, code="InternalError"),
+        Fault(method="GET", reset_download_after=MIB),
+        Fault(method="GET", reset_download_after=0),
+        Fault(method="GET", truncate_after=MIB),
+        Fault(method="GET", truncate_after=0),
+        Fault(method="GET", lose_reply=True),
+        Fault(method="GET", truncate_after=MIB, times=3),
+    ],
+    ids=[
+        *("refused", "internal error", "reset", "reset at once", "truncated", "truncated at once", "reply lost"),
+        "truncated three times",
+    ],
+)
+async def test_download_survives_with_the_right_bytes(through: Through, fault: Fault) -> None:
+    store, faulty = through(_fresh(fault))
+    path = store.path("checkpoint.pt")
+    store.raw_write(path, DATA)
+    found = await store.stat(path)
+    assert await store.read(path, 5, 3 * MIB, found) == DATA[5 : 3 * MIB]
+    assert len(faulty.proxy.requests("GET")) > 1
+
+
+async def test_download_that_is_always_cut_is_an_error_and_never_data(through: Through) -> None:
+    retries = {"config_kwargs": {"retries": {"max_attempts": 2}}}
+    store, _ = through(Fault(method="GET", truncate_after=1000, times=None), **retries)
+    path = store.path("checkpoint.pt")
+    store.raw_write(path, DATA)
+    found = await store.stat(path)
+    with pytest.raises(StorageError, match=r"checkpoint\.pt"):
+        await store.read(path, 0, 3 * MIB, found)
+
+
+async def test_part_that_is_never_taken_is_unavailable_and_leaves_nothing(through: Through) -> None:
+    retries = {"config_kwargs": {"retries": {"max_attempts": 1}}}
+    store, _ = through(Fault(method="PUT", target="partNumber=2", status=503, times=None), **retries)
+    path = store.path("checkpoint.pt")
+    store.raw_write(path, b"old")
+    with pytest.raises(StorageUnavailableError, match=r"checkpoint\.pt"):
+        await store.write(path, stream(DATA, MIB))
+    assert store.raw_read(path) == b"old"
+    assert store.leftovers() == []
+
+
+async def test_completion_that_is_refused_leaves_nothing(through: Through) -> None:
+    store, _ = through(Fault(method="POST", target="uploadId=", status=400, code="InvalidRequest", times=None))
+    path = store.path("checkpoint.pt")
+    with pytest.raises(StorageError, match=r"checkpoint\.pt"):
+        await store.write(path, stream(DATA, MIB))
+    assert not store.raw_exists(path)
+    assert store.leftovers() == []
+
+
+async def test_server_that_is_not_there_is_unavailable(plane: Plane, s3_url: str) -> None:
+    with _unused_port() as port:
+        options = {
+            "key": "key",
+            "secret": "secret",
+            "endpoint_url": f"http://127.0.0.1:{port}",
+            "client_kwargs": {"region_name": "us-east-1"},
+            "config_kwargs": {"retries": {"max_attempts": 1}},
+        }
+        store = S3Store(None, s3_url, options, plane)
+        with pytest.raises(StorageUnavailableError, match=s3_url):
+            await store.stat(store.path("checkpoint.pt"))
+        with pytest.raises(StorageUnavailableError, match=s3_url):
+            await store.write(store.path("checkpoint.pt"), stream(DATA, MIB))
+
+
+async def test_server_that_falls_silent_is_asked_again(s3_client: Any, s3_url: str, faulty_s3: Any) -> None:
+    """On the fsspec plane, after the read timeout that the user set; obstore has a limit of minutes for a request."""
+    faulty = faulty_s3(
+        Fault(method="PUT", target="partNumber=2", hang=True), Fault(method="GET", target="checkpoint", hang=True)
+    )
+    options = faulty.storage_options | {"config_kwargs": {"read_timeout": 1}}
+    store = S3Store(s3_client, s3_url, options, "auto")
+    assert store.backend.plane == "fsspec"
+    path = store.path("checkpoint.pt")
+    written = await store.write(path, stream(DATA, MIB))
+    assert await store.read(path, 0, len(DATA), written) == DATA
+    assert len(faulty.proxy.requests("PUT", "partNumber=2")) == 2
+
+
+async def test_cancel_while_a_part_hangs_leaves_nothing(s3_client: Any, s3_url: str, faulty_s3: Any) -> None:
+    """On the fsspec plane; obstore aborts only when its parts under way have ended."""
+    faulty = faulty_s3(Fault(method="PUT", target="partNumber=2", hang=True, times=None))
+    store = S3Store(s3_client, s3_url, faulty.storage_options, "fsspec")
+    path = store.path("checkpoint.pt")
+    task = asyncio.create_task(store.write(path, stream(DATA, MIB)))
+    await asyncio.to_thread(faulty.proxy.wait_for, "PUT", "partNumber=2")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not store.raw_exists(path)
+    assert store.leftovers() == []
+
+
+async def test_only_the_bytes_asked_for_travel(through: Through) -> None:
+    store, faulty = through()
+    path = store.path("checkpoint.pt")
+    store.raw_write(path, DATA)
+    found = await store.stat(path)
+    await store.read(path, 0, 100, found)
+    assert [request.method for request in faulty.proxy.log if "checkpoint" in request.target] == ["HEAD", "GET"]
+
+
+def _fresh(fault: Fault) -> Fault:
+    """A fault counts what it does: each test needs its own."""
+    return dataclasses.replace(fault)
+
+
+@contextlib.contextmanager
+def _unused_port() -> Iterator[int]:
+    """A port that is bound and not listened on, so that nobody else gets it."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()[1]
+
+
+# --- settings: what a user configured for s3fs holds on either plane
+
+
+def config_of(backend: Backend) -> dict[str, Any]:
+    """The settings that a store of this backend is made with."""
+    bridge = torchferry_s3._Bridge(backend._users_fs)  # type: ignore[attr-defined]
+    return {**bridge._config, "client": bridge._client_options, "retry": bridge._retry}
+
+
+TRANSLATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "requester pays": ({"requester_pays": True}, {"request_payer": True}),
+    "anonymous": ({"anon": True, "key": None, "secret": None}, {"skip_signature": True}),
+    "sse-s3": (
+        {"s3_additional_kwargs": {"ServerSideEncryption": "AES256"}},
+        {"server_side_encryption": "AES256"},
+    ),
+    "sse-kms": (
+        {"s3_additional_kwargs": {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "key", "BucketKeyEnabled": True}},
+        {"server_side_encryption": "aws:kms", "sse_kms_key_id": "key", "sse_bucket_key_enabled": True},
+    ),
+    "sse-c": (
+        {"s3_additional_kwargs": {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": b"k" * 32}},
+        {"server_side_encryption": "sse-c", "sse_customer_key_base64": base64.b64encode(b"k" * 32).decode()},
+    ),
+    "signed payloads": (
+        {"config_kwargs": {"s3": {"payload_signing_enabled": True}}},
+        {"unsigned_payload": False},
+    ),
+    "retries": (
+        {"config_kwargs": {"retries": {"max_attempts": 3}}},
+        {"retry": {"max_retries": 3, "retry_timeout": timedelta(minutes=3)}},
+    ),
+    "timeouts": (
+        {"config_kwargs": {"connect_timeout": 7, "read_timeout": 600}},
+        {"client": {"connect_timeout": timedelta(seconds=7), "timeout": timedelta(seconds=600)}},
+    ),
+    "certificates not checked": (
+        {"client_kwargs": {"region_name": "us-east-1", "verify": False}},
+        {"client": {"allow_invalid_certificates": True}},
+    ),
+    "proxy": (
+        {"config_kwargs": {"proxies": {"http": "http://127.0.0.1:1", "https": "http://127.0.0.1:1"}}},
+        {"client": {"proxy_url": "http://127.0.0.1:1"}},
+    ),
+    "listings and blocks, which are about other calls": (
+        {"use_listings_cache": False, "default_block_size": MIB, "default_cache_type": "none"},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("setting", TRANSLATED)
+def test_setting_reaches_obstore(s3_storage_options: dict[str, Any], setting: str) -> None:
+    options, expected = TRANSLATED[setting]
+    backend, _ = open_backend("s3://bucket/key", storage_options=s3_storage_options | options)
+    assert backend.plane == "obstore"
+    config = config_of(backend)
+    for name, value in expected.items():
+        assert config[name] == ({**config[name], **value} if name == "client" else value)
+
+
+NOT_TRANSLATED: dict[str, tuple[dict[str, Any], str]] = {
+    "canned acl": ({"s3_additional_kwargs": {"ACL": "bucket-owner-full-control"}}, "ACL"),
+    "storage class": ({"s3_additional_kwargs": {"StorageClass": "STANDARD_IA"}}, "StorageClass"),
+    "versions": ({"version_aware": True}, "version_aware"),
+    "no If-Match": ({"local_expiry_check": True}, "local_expiry_check"),
+    "few connections at once": ({"max_concurrency": 2}, "max_concurrency"),
+    "session": ({"session": AioSession()}, "session"),
+    "old signature": ({"config_kwargs": {"signature_version": "s3"}}, "signature version"),
+    "accelerate": ({"config_kwargs": {"s3": {"use_accelerate_endpoint": True}}}, "use_accelerate_endpoint"),
+    "fips": ({"config_kwargs": {"use_fips_endpoint": True}}, "use_fips_endpoint"),
+    "client certificate": ({"config_kwargs": {"client_cert": "/cert.pem"}}, "client_cert"),
+    "adaptive retries": ({"config_kwargs": {"retries": {"mode": "adaptive"}}}, "adaptive"),
+    "impatience": ({"config_kwargs": {"read_timeout": 2}}, "read_timeout"),
+    "checksums asked for": ({"config_kwargs": {"request_checksum_calculation": "when_supported"}}, "checksum"),
+    "what does not exist yet": ({"client_kwargs": {"api_version": "2006-03-01"}}, "api_version"),
+}
+
+
+@pytest.mark.parametrize("setting", NOT_TRANSLATED)
+def test_setting_that_obstore_cannot_honour_falls_back_with_one_log_line(
+    s3_storage_options: dict[str, Any], setting: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    options, named = NOT_TRANSLATED[setting]
+    options = s3_storage_options | options
+    torchferry_s3._log_once.cache_clear()
+    for _ in range(2):
+        backend, _ = open_backend("s3://bucket/key", storage_options=options)
+        assert backend.plane == "fsspec"
+    assert [record.name for record in caplog.records] == ["torchferry.storage"]
+    assert named in caplog.text
+    with pytest.raises(UnsupportedOptionError, match=named):
+        open_backend("s3://bucket/key", storage_options=options, plane="obstore")
+
+
+def test_subclass_of_s3fs_may_do_anything_and_falls_back(s3_storage_options: dict[str, Any]) -> None:
+    class Special(S3FileSystem):
+        pass
+
+    backend, _ = open_backend("s3://bucket/key", filesystem=Special(**s3_storage_options))
+    assert backend.plane == "fsspec"
+
+
+@pytest.mark.parametrize(
+    ("url", "asked", "region", "expected"),
+    [
+        ("http://127.0.0.1:9000/bucket/key?X=1", "us-east-1", "us-east-1", ("http://127.0.0.1:9000", False)),
+        ("https://host/prefix/bucket/key", "r", "r", ("https://host/prefix", False)),
+        ("https://bucket.host/key", "r", "r", ("https://bucket.host", True)),
+        (
+            *("https://bucket.s3.eu-west-1.amazonaws.com/key", "eu-west-1", "eu-west-1"),
+            ("https://bucket.s3.eu-west-1.amazonaws.com", True),
+        ),
+        (
+            *("https://bucket.s3.us-east-1.amazonaws.com/key", "us-east-1", "eu-west-1"),
+            ("https://bucket.s3.eu-west-1.amazonaws.com", True),
+        ),
+        (
+            *("https://bucket.s3.amazonaws.com/key", "us-east-1", "eu-west-1"),
+            ("https://bucket.s3.eu-west-1.amazonaws.com", True),
+        ),
+        (
+            *("https://s3.us-east-1.amazonaws.com/dotted.bucket/key", "us-east-1", "us-west-2"),
+            ("https://s3.us-west-2.amazonaws.com", False),
+        ),
+    ],
+)
+def test_address_is_botocores_own(url: str, asked: str, region: str, expected: tuple[str, bool]) -> None:
+    bucket = "dotted.bucket" if "dotted" in url else "bucket"
+    assert torchferry_s3._address(url, bucket, asked, region) == (*expected, region)
+
+
+async def test_virtual_hosted_addresses_come_from_the_filesystem(s3_storage_options: dict[str, Any]) -> None:
+    options = s3_storage_options | {
+        "endpoint_url": "http://storage.example:9000",
+        "client_kwargs": {"region_name": "moon-1"},
+        "config_kwargs": {"s3": {"addressing_style": "virtual"}},
+    }
+    bridge = torchferry_s3._Bridge(S3FileSystem(**options))
+    address = await run_on(bridge.fs.loop, bridge._resolve, "bucket")
+    assert address == ("http://bucket.storage.example:9000", True, "moon-1")
+
+
+async def round_trip(backend: Backend, path: str) -> None:
+    written = await run_on(backend.loop, backend.write, path, stream(DATA, MIB), size_hint=len(DATA))
+    assert await run_on(backend.loop, backend.read, path, 0, len(DATA), written) == DATA
+    await run_on(backend.loop, backend.delete, path)
+
+
+@pytest.mark.parametrize("protocol", ["s3", "s3a"])
+async def test_both_protocols_work(
+    plane: Plane, protocol: str, s3_url: str, s3_storage_options: dict[str, Any]
+) -> None:
+    url = s3_url.replace("s3://", f"{protocol}://")
+    await round_trip(*open_backend(f"{url}/x.pt", storage_options=s3_storage_options, plane=plane))
+
+
+async def test_endpoint_and_keys_from_the_environment(
+    plane: Plane, s3_url: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", s3_server.region)
+    options = {"skip_instance_cache": True}
+    await round_trip(*open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane))
+
+
+async def test_explicit_settings_go_before_the_environment(
+    plane: Plane, s3_url: str, s3_storage_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """obstore reads the environment by itself, where a variable could replace or mix with what was given."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_BUCKET"):
+        monkeypatch.setenv(name, "wrong")
+    for name in ("AWS_SKIP_SIGNATURE", "AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "AWS_S3_EXPRESS", "AWS_REQUEST_PAYER"):
+        monkeypatch.setenv(name, "true")
+    options = s3_storage_options | {"skip_instance_cache": True}
+    await round_trip(*open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane))
+
+
+async def test_profile_whose_credentials_a_program_makes_and_refreshes(
+    plane: Plane, s3_url: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SSO, roles and IRSA do, the program gives keys that soon expire, and must be asked again."""
+    calls = tmp_path / "calls"
+    answer = {
+        "Version": 1,
+        "AccessKeyId": s3_server.key,
+        "SecretAccessKey": s3_server.secret,
+        "Expiration": (datetime.now(UTC) + timedelta(minutes=5)).isoformat(),
+    }
+    (tmp_path / "answer.json").write_text(json.dumps(answer))
+    (tmp_path / "program").write_text(f"#!/bin/sh\necho asked >> {calls}\ncat {tmp_path}/answer.json\n")
+    (tmp_path / "program").chmod(0o755)
+    (tmp_path / "config").write_text(
+        f"[profile ferry]\nregion = us-east-1\nendpoint_url = {s3_server.endpoint}\n"
+        f"credential_process = {tmp_path}/program\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    options = {"profile": "ferry", "skip_instance_cache": True}
+    backend, path = open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane)
+    await round_trip(backend, path)
+    asked = len(calls.read_text().splitlines())
+    await round_trip(backend, path)
+    assert len(calls.read_text().splitlines()) > asked
+
+
+def test_profile_that_does_not_exist_is_a_permission_error() -> None:
+    with pytest.raises(StoragePermissionError, match="nobody"):
+        open_backend("s3://bucket/key", storage_options={"profile": "nobody", "skip_instance_cache": True})
+
+
+async def test_no_credentials_is_a_permission_error(plane: Plane, s3_url: str, s3_server: S3Server) -> None:
+    options = {
+        "endpoint_url": s3_server.endpoint,
+        "client_kwargs": {"region_name": "us-east-1"},
+        "skip_instance_cache": True,
+    }
+    backend, path = open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane)
+    with pytest.raises(StoragePermissionError, match="credentials"):
+        await run_on(backend.loop, backend.stat, path)
+
+
+async def test_anonymous_is_refused_by_a_private_bucket(
+    plane: Plane, s3_url: str, s3_storage_options: dict[str, Any]
+) -> None:
+    options = s3_storage_options | {"anon": True}
+    backend, path = open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane)
+    with pytest.raises(StoragePermissionError):
+        await run_on(backend.loop, backend.stat, path)
+    with pytest.raises(StoragePermissionError):
+        await run_on(backend.loop, backend.write, path, stream(DATA, MIB), size_hint=len(DATA))
+
+
+async def test_filesystem_made_for_its_users_loop_works(
+    plane: Plane, s3_url: str, s3_storage_options: dict[str, Any]
+) -> None:
+    fs = S3FileSystem(
+        **s3_storage_options, asynchronous=True, loop=asyncio.get_running_loop(), skip_instance_cache=True
+    )
+    backend, path = open_backend(f"{s3_url}/x.pt", filesystem=fs, plane=plane)
+    await round_trip(backend, path)
+    if fs._s3 is not None:
+        await fs._s3.close()
+
+
+async def test_listings_of_the_filesystem_see_what_was_saved(
+    plane: Plane, s3_url: str, s3_storage_options: dict[str, Any]
+) -> None:
+    fs = S3FileSystem(**s3_storage_options)
+    await asyncio.to_thread(fs.pipe, f"{s3_url}/first", b"1")
+    assert len(await asyncio.to_thread(fs.ls, s3_url)) == 1
+    backend, path = open_backend(f"{s3_url}/second", filesystem=fs, plane=plane)
+    await run_on(backend.loop, backend.write, path, stream(b"12345", 5), size_hint=5)
+    assert len(await asyncio.to_thread(fs.ls, s3_url)) == 2
+    await run_on(backend.loop, backend.delete, path)
+    assert len(await asyncio.to_thread(fs.ls, s3_url)) == 1
+
+
+async def test_encryption_with_a_customers_key(
+    plane: Plane, s3_url: str, s3_client: Any, s3_storage_options: dict[str, Any]
+) -> None:
+    key = {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": "k" * 32}
+    options = s3_storage_options | {"s3_additional_kwargs": key}
+    backend, path = open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane)
+    written = await run_on(backend.loop, backend.write, path, stream(DATA, MIB), size_hint=len(DATA))
+    assert await run_on(backend.loop, backend.read, path, 5, MIB, written) == DATA[5:MIB]
+    bucket, _, name = path.partition("/")
+    with pytest.raises(ClientError):
+        s3_client.get_object(Bucket=bucket, Key=name)
+
+
+async def test_version_in_the_url_is_the_one_that_is_read(s3_client: Any, s3_server: S3Server) -> None:
+    bucket = f"ferry-versions-{uuid.uuid4().hex[:8]}"
+    s3_client.create_bucket(Bucket=bucket)
+    s3_client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    first = s3_client.put_object(Bucket=bucket, Key="x.pt", Body=b"first")
+    s3_client.put_object(Bucket=bucket, Key="x.pt", Body=b"second")
+    options = s3_server.storage_options | {"version_aware": True}
+    backend, path = open_backend(f"s3://{bucket}/x.pt?versionId={first['VersionId']}", storage_options=options)
+    found = await run_on(backend.loop, backend.stat, path)
+    assert await run_on(backend.loop, backend.read, path, 0, 5, found) == b"first"
