@@ -59,6 +59,7 @@ _END64_SIGNATURE = b"PK\x06\x06"
 
 _FLAG_ENCRYPTED = 1
 _FLAG_DESCRIPTOR = 1 << 3
+_DIRECTORY_ATTRIBUTE = 1 << 4
 _ZIP64_EXTRA = 1
 
 _SIGNATURES = (
@@ -281,22 +282,11 @@ def parse_directory(buffer: bytes | bytearray | memoryview, directory: Directory
         raise CheckpointCorruptError(f"{url}: the central directory of the archive is damaged: {error}.") from error
     if not entries:
         raise CheckpointFormatError(f"{url} is an empty zip archive, not a checkpoint.")
-    top, slash, _ = entries[0].path.partition(b"/")
-    prefix = top + slash
-    names = [entry.path.removeprefix(prefix).decode("utf-8", "surrogateescape") for entry in entries]
+    names = _names(entries, url)
     index = {name: number for number, name in enumerate(names)}
     if len(index) < len(names):
         raise CheckpointCorruptError(f"{url}: the central directory names a record twice.")
-    if not slash or "data.pkl" not in index:
-        some = ", ".join(repr(name) for name in names[:4])
-        raise CheckpointFormatError(f"{url} is a zip archive but not a checkpoint: it has no data.pkl, but {some}.")
-    if ".format_version" in index and "byteorder" not in index:  # torch 2.6 and later always write both
-        raise CheckpointCorruptError(f"{url}: the central directory lacks the record 'byteorder'.")
-    if "constants.pkl" not in index and any(entry.method or entry.flags & _FLAG_ENCRYPTED for entry in entries):
-        raise CheckpointFormatError(
-            f"{url} is a checkpoint that another tool packed again, with compression or encryption: "
-            "unpack it and pack it without (zip -0 -r)."
-        )
+    _check(entries, index, url)
 
     records: list[Record] = []
     unproven: list[int] = []
@@ -309,9 +299,46 @@ def parse_directory(buffer: bytes | bytearray | memoryview, directory: Directory
             offset = end - entry.stored_size
         if offset < entry.header_offset + LOCAL_HEADER_SIZE + len(entry.path):
             raise CheckpointCorruptError(f"{url}: the central directory leaves no room for record {name}.")
+        if not entry.method and (entry.size != entry.stored_size or (entry.crc32 and not entry.size)):
+            raise CheckpointCorruptError(
+                f"{url}: the central directory contradicts itself on the size of record {name}."
+            )
         crc32 = entry.crc32 if checked and not entry.method else None
         records.append(Record(name, offset, entry.stored_size, crc32))
     return Archive(url, tuple(records), tuple(unproven), directory.start, tuple(entries), index)
+
+
+def _check(entries: list[_Entry], index: Mapping[str, int], url: str) -> None:
+    """Refuses what torch would refuse, or would load wrongly."""
+    if "constants.pkl" not in index and any(entry.method or entry.flags & _FLAG_ENCRYPTED for entry in entries):
+        raise CheckpointFormatError(
+            f"{url} is a checkpoint that another tool packed again, with compression or encryption: "
+            "unpack it and pack it without (zip -0 -r)."
+        )
+    if entries[0].header_offset:
+        raise CheckpointCorruptError(f"{url}: the central directory does not start with the record at the start.")
+    # torch demands the version. 2.6 and later write .format_version and byteorder; without that torch assumes an order.
+    for name in ("version", "byteorder") if ".format_version" in index else ("version",):
+        if name not in index and f".data/{name}" not in index:
+            raise CheckpointCorruptError(f"{url}: the central directory lacks the record {name}.")
+
+
+def _names(entries: list[_Entry], url: str) -> list[str]:
+    """The records' names, without the top folder that torch expects all of them to be in."""
+    top, slash, _ = entries[0].path.partition(b"/")
+    prefix = top + slash
+    if not slash or not any(entry.path == prefix + b"data.pkl" for entry in entries):
+        some = ", ".join(repr(entry.path.decode(errors="replace")) for entry in entries[:4])
+        raise CheckpointFormatError(f"{url} is a zip archive but not a checkpoint: it has no data.pkl, but {some}.")
+    try:
+        names = [entry.path.decode() for entry in entries if entry.path.startswith(prefix)]
+    except UnicodeDecodeError as error:
+        raise CheckpointCorruptError(f"{url}: the central directory has a name that is not UTF-8.") from error
+    if len(names) < len(entries):
+        raise CheckpointCorruptError(
+            f"{url}: the central directory has records outside the top folder {top.decode()!r}."
+        )
+    return [name[len(prefix.decode()) :] for name in names]
 
 
 def _entries(buffer: bytes, directory: Directory) -> Iterator[_Entry]:
@@ -319,12 +346,14 @@ def _entries(buffer: bytes, directory: Directory) -> Iterator[_Entry]:
     for _ in range(directory.count):
         (
             signature, _, _, flags, method, _, _, crc32, stored_size, size,
-            path_length, extra_length, comment_length, _, _, _, header_offset,
+            path_length, extra_length, comment_length, _, _, attributes, header_offset,
         ) = _CENTRAL_HEADER.unpack_from(buffer, at)  # fmt: skip
         if signature != _CENTRAL_SIGNATURE:
             raise ValueError(f"no record at byte {at} of it")
         path_end = at + _CENTRAL_HEADER.size + path_length
         path = buffer[at + _CENTRAL_HEADER.size : path_end]
+        if attributes & _DIRECTORY_ATTRIBUTE and not path.endswith(b"/"):
+            raise ValueError(f"it calls {path!r} a folder")  # torch would take uninitialized memory for its contents
         at = path_end + extra_length
         if _UINT32_MAX in {stored_size, size, header_offset}:
             size, stored_size, header_offset = _zip64(buffer[path_end:at], size, stored_size, header_offset)

@@ -15,7 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from anyio import to_thread
 from fsspec.callbacks import NoOpCallback
 
 from torchferry import _sync
@@ -32,6 +31,7 @@ from torchferry.graph import read_graph
 from torchferry.mirror import Mirror, load_mapped
 from torchferry.selection import Selection, check_graph, check_keys, select_keys, unsafe_message
 from torchferry.source import Source
+from torchferry.storage.cancellation import in_thread
 from torchferry.storage.registry import open_backend
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ async def load_async(
 
     Takes memory for the object, or for the part that ``keys`` name, and at most 200 MiB beside. The tensors lie in
     one shared memory mapping, as with ``torch.load(mmap=True)``. A local file is mapped itself, privately:
-    writing to the tensors does not change it.
+    writing to the tensors does not change it. A checkpoint in the legacy format (before torch 1.6) is read whole
+    and copied once more.
 
     Args:
         url: Any fsspec URL, or a local path.
@@ -190,7 +191,7 @@ async def _open(
     filesystem: AbstractFileSystem | None,
     plane: Plane,
 ) -> tuple[Backend, str]:
-    return await to_thread.run_sync(
+    return await in_thread(
         partial(open_backend, url, storage_options=storage_options, filesystem=filesystem, plane=plane)
     )
 
@@ -207,7 +208,7 @@ async def _inspect(backend: Backend, path: str) -> Manifest:
     source = await Source.open(backend, path)
     archive = await _read_archive(source)
     pickled = await _read_pickle(source, archive, verify=True)
-    return await to_thread.run_sync(_manifest, source, archive, pickled)
+    return await in_thread(_manifest, source, archive, pickled)
 
 
 async def _verify(backend: Backend, path: str, callback: Callback) -> Manifest:
@@ -219,10 +220,10 @@ async def _verify(backend: Backend, path: str, callback: Callback) -> Manifest:
             f"{source.url} carries no checksums to verify: it was saved under "
             "torch.serialization.set_crc32_options(False)."
         )
-    checksums = await to_thread.run_sync(Checksums, archive.records, source.url)
+    checksums = await in_thread(Checksums, archive.records, source.url)
     await _fetch(source, [(0, archive.start)], checksums.add, callback)
     checksums.finish()
-    return await to_thread.run_sync(_manifest, source, archive, pickled)
+    return await in_thread(_manifest, source, archive, pickled)
 
 
 def _manifest(source: Source, archive: Archive, pickled: bytes) -> Manifest:
@@ -256,7 +257,7 @@ async def _read_pickle(source: Source, archive: Archive, *, verify: bool) -> byt
     assert record is not None  # noqa: S101 - an archive without is not parsed
     pickled = await source.read(record.offset, record.end)
     if verify:
-        await to_thread.run_sync(Checksums([record], archive.url).add, record.offset, pickled)
+        await in_thread(Checksums([record], archive.url).add, record.offset, pickled)
     return pickled
 
 
@@ -264,12 +265,12 @@ async def _fetch(
     source: Source, extents: Sequence[tuple[int, int]], sink: Callable[[int, Chunk], object], callback: Callback
 ) -> None:
     """Hands the bytes of the extents to ``sink``, and all that is there already."""
-    ranges = await to_thread.run_sync(source.plan, extents)
+    ranges = await in_thread(source.plan, extents)
     kept = source.kept
     nbytes = sum(len(buffer) for _, buffer in kept)
     callback.set_size(nbytes + sum(stop - start for start, stop in ranges))
     for start, buffer in kept:
-        await to_thread.run_sync(sink, start, buffer)
+        await in_thread(sink, start, buffer)
     callback.relative_update(nbytes)
     await source.stream(ranges, sink, callback.relative_update)
 
@@ -301,7 +302,7 @@ async def _select(source: Source, archive: Archive, request: _Request) -> Select
             )
         return everything
     pickled = await _read_pickle(source, archive, verify=request.verify)
-    return await to_thread.run_sync(_select_records, pickled, archive, request, everything)
+    return await in_thread(_select_records, pickled, archive, request, everything)
 
 
 def _select_records(pickled: bytes, archive: Archive, request: _Request, everything: Selection) -> Selection:
@@ -327,7 +328,7 @@ async def _select_legacy(source: Source, request: _Request) -> Selection:
 async def _load_mirrored(
     source: Source, archive: Archive | None, selection: Selection, request: _Request, callback: Callback
 ) -> Any:
-    checksums = await to_thread.run_sync(Checksums, selection.records if request.verify else (), source.url)
+    checksums = await in_thread(Checksums, selection.records if request.verify else (), source.url)
     with Mirror(source.stat.size) as mirror:
 
         def sink(start: int, buffer: Chunk) -> None:
@@ -342,7 +343,7 @@ async def _load_mirrored(
 
         await _fetch(source, selection.extents, sink, callback)
         checksums.finish()
-        return await to_thread.run_sync(_torch_load, load, source.url, request)
+        return await in_thread(_torch_load, load, source.url, request)
 
 
 async def _load_local(
@@ -354,7 +355,7 @@ async def _load_local(
     path: Path,
 ) -> Any:
     if request.verify and archive is not None:
-        checksums = await to_thread.run_sync(Checksums, selection.records, source.url)
+        checksums = await in_thread(Checksums, selection.records, source.url)
         await _fetch(source, selection.extents, checksums.add, callback)
         checksums.finish()
 
@@ -367,7 +368,7 @@ async def _load_local(
             str(path), shared=False, map_location=selection.map_location, weights_only=request.weights_only
         )
 
-    return await to_thread.run_sync(_torch_load, load, source.url, request)
+    return await in_thread(_torch_load, load, source.url, request)
 
 
 def _torch_load(load: Callable[[], Any], url: str, request: _Request) -> Any:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from typing import TYPE_CHECKING
 
-from anyio import to_thread
-
 from torchferry._tasks import task_group
 from torchferry.archive import LOCAL_HEADER_SIZE, SNIFF_SIZE, ZIP_FORMAT, find_directory, parse_directory, sniff
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, StorageError
 from torchferry.storage.base import MIB
+from torchferry.storage.cancellation import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -108,7 +107,7 @@ class Source:
         async def work() -> None:
             for start, stop in queue:
                 buffer = await self._fetch(start, stop)
-                await to_thread.run_sync(sink, start, buffer)
+                await in_thread(sink, start, buffer)
                 progress(stop - start)
 
         async with task_group() as group:
@@ -123,18 +122,13 @@ class Source:
             CheckpointFormatError: it is a zip archive but no checkpoint.
         """
         size = self.stat.size
+        if sniff(await self.read(0, min(size, SNIFF_SIZE))) != ZIP_FORMAT:
+            return None
         directory = find_directory(await self.read(max(size - _END_SIZE, 0), size), size, self.url)
-        is_zip = sniff(await self.read(0, min(size, SNIFF_SIZE))) == ZIP_FORMAT
         if directory is None:
-            if is_zip:
-                raise CheckpointCorruptError(
-                    f"{self.url} is truncated: it starts as a zip archive does, but has no end."
-                )
-            return None
-        if not is_zip:
-            return None
+            raise CheckpointCorruptError(f"{self.url} is truncated: it starts as a zip archive does, but has no end.")
         buffer = await self.read(directory.start, directory.start + directory.size)
-        archive = await to_thread.run_sync(parse_directory, buffer, directory, self.url)
+        archive = await in_thread(parse_directory, buffer, directory, self.url)
         if archive.unproven:
             archive = await self._settle(archive)
         return archive
@@ -151,7 +145,7 @@ class Source:
 
         extents = [(at, at + LOCAL_HEADER_SIZE) for at in offsets]
         await self.stream(_merge(extents, _GAP, self._backend.range_size), collect)
-        return await to_thread.run_sync(archive.settle, headers)
+        return await in_thread(archive.settle, headers)
 
     async def _fetch(self, start: int, stop: int) -> Chunk:
         buffer = await self._backend.read(self._path, start, stop, self.stat)
