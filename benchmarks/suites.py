@@ -1,0 +1,128 @@
+"""What there is to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders.floors import SOCKETS
+from benchmarks.works import GIB, MIB, SMALL_TENSOR
+
+VERBS = ("save", "load")
+FERRY = "torchferry"
+FERRY_FSSPEC = "torchferry (fsspec plane)"
+FERRY_MODULE = "torchferry (module only)"
+FLYTEKIT = "flytekit"
+TO_FILE = {"save": "torch.save to a local file", "load": "torch.load of a local file"}
+OBSTORE = {"save": "obstore open_writer", "load": "obstore open_reader"}
+BOTO3 = {"save": "boto3 upload_file", "load": "boto3 download_file"}
+INTO_NOTHING = "torch.save into nothing"
+
+
+def sockets(*counts: int) -> tuple[str, ...]:
+    return tuple(f"bare sockets x{count}" for count in counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Contenders that do the same thing in one run, so that their times can be compared.
+
+    Attributes:
+        suite: The suite it belongs to.
+        verb: "save" or "load".
+        work: See works.py.
+        size: Bytes of the module's tensors.
+        contenders: Their names, in the order of the table.
+        scheme: "http" or "https".
+        shaped: Whether the endpoint behaves like a distant store.
+    """
+
+    suite: str
+    verb: str
+    work: str
+    size: int
+    contenders: tuple[str, ...]
+    scheme: str = "http"
+    shaped: bool = False
+
+    @property
+    def id(self) -> str:
+        """Names it in the results."""
+        return f"{self.suite}-{self.verb}-{self.size // MIB}MiB-{self.scheme}"
+
+
+def _one_verb(verb: str) -> Callable[[], Iterator[Case]]:
+    """1 GiB: everyone."""
+
+    def cases() -> Iterator[Case]:
+        everyone = tuple(name for of_verb, name in CONTENDERS if of_verb == verb)
+        yield Case(verb, verb, "flat", GIB, tuple(n for n in everyone if n not in {FERRY_MODULE, TO_FILE[verb]}))
+
+    return cases
+
+
+def _adam() -> Iterator[Case]:
+    """Module and optimizer, three times 1 GiB: all of it, or the module alone."""
+    yield Case("adam", "load", "adam", GIB, (FERRY, FERRY_MODULE, FLYTEKIT))
+
+
+def _small() -> Iterator[Case]:
+    """100,000 tensors of 4 KiB, against a local file."""
+    for verb in VERBS:
+        yield Case("small", verb, "small", 100_000 * SMALL_TENSOR, (FERRY, FERRY_FSSPEC, FLYTEKIT, TO_FILE[verb]))
+
+
+def _tiny() -> Iterator[Case]:
+    """16 MiB."""
+    for verb in VERBS:
+        peers = (FLYTEKIT, "fsspec.open", OBSTORE[verb], "s3torchconnector", BOTO3[verb])
+        yield Case("tiny", verb, "flat", 16 * MIB, (FERRY, FERRY_FSSPEC, *peers))
+
+
+def _growth() -> Iterator[Case]:
+    """64 MiB to 8 GiB: do time and memory grow with the size, and no faster?"""
+    for verb in VERBS:
+        for size in (64 * MIB, 256 * MIB, GIB, 2 * GIB, 4 * GIB, 8 * GIB):
+            yield Case("growth", verb, "flat", size, (FERRY,))
+
+
+def _shaped() -> Iterator[Case]:
+    """1 GiB over a link like that to S3: 30 ms to each answer, 90 MB/s over each connection."""
+    for verb in VERBS:
+        peers = (FLYTEKIT, OBSTORE[verb], "s3torchconnector")
+        yield Case("shaped", verb, "flat", GIB, (FERRY, FERRY_FSSPEC, *peers, *sockets(1, *SOCKETS[-1:])), shaped=True)
+
+
+def _https() -> Iterator[Case]:
+    """1 GiB over https."""
+    for verb in VERBS:
+        (case,) = _one_verb(verb)()
+        yield replace(case, suite="https", scheme="https")
+
+
+SUITES: dict[str, Callable[[], Iterator[Case]]] = {
+    "save": _one_verb("save"),
+    "load": _one_verb("load"),
+    "adam": _adam,
+    "small": _small,
+    "tiny": _tiny,
+    "growth": _growth,
+    "shaped": _shaped,
+    "https": _https,
+}
+
+
+def smoke_cases(size: int = 24 * MIB) -> Iterator[Case]:
+    """Small sizes, and everyone: shows that the benchmark works, and says nothing of speed."""
+    for verb in VERBS:
+        (case,) = _one_verb(verb)()
+        yield replace(case, suite="smoke", size=size)
+        yield Case("smoke-small", verb, "small", 4 * MIB, (FERRY, TO_FILE[verb]))
+    (adam,) = _adam()
+    yield replace(adam, suite="smoke-adam", size=size)
+
+
+def is_remote(name: str) -> bool:
+    """Whether a contender of that name goes over the network."""
+    return all(contender.remote for (_, of), contender in CONTENDERS.items() if of == name)
