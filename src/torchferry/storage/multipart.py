@@ -123,8 +123,9 @@ def part_size_for(
         max_parts: The most parts in an object.
     """
     needed = -(-size_hint // _steady_parts(max_parts))
-    whole_mib = -(-needed // MIB) * MIB
-    return min(max(wanted or default, whole_mib if needed else 0, minimum), maximum)
+    if needed > MIB:
+        needed = -(-needed // MIB) * MIB  # round numbers, for those who read logs
+    return min(max(wanted or default, needed, minimum), maximum)
 
 
 def _steady_parts(max_parts: int) -> int:
