@@ -178,13 +178,15 @@ class LoadedCheckpoint(dict[str, Any], PyTorchCheckpoint):
             CheckpointKeyError: the checkpoint lacks a state that was asked for.
             RuntimeError: ``strict``, and keys or shapes do not match; raised by torch, which lists them.
         """
-        states = [self._part(key) for key, given in ((MODULE_KEY, module), (OPTIMIZER_KEY, optimizer)) if given]
+        # Both before the first is filled: nothing is half restored because a key is missing.
+        module_state = None if module is None else self._part(MODULE_KEY)
+        optimizer_state = None if optimizer is None else self._part(OPTIMIZER_KEY)
         missing: list[str] = []
         unexpected: list[str] = []
-        if module is not None:
-            missing, unexpected = module.load_state_dict(states[0], strict=strict)
-        if optimizer is not None:
-            optimizer.load_state_dict(states[-1])
+        if module is not None and module_state is not None:
+            missing, unexpected = module.load_state_dict(module_state, strict=strict)
+        if optimizer is not None and optimizer_state is not None:
+            optimizer.load_state_dict(optimizer_state)
         return RestoredHyperparameters(self.hyperparameters, missing, unexpected)
 
     def _part(self, key: str) -> dict[str, Any]:

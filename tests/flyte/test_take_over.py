@@ -1,0 +1,191 @@
+"""Installing torchferry is enough, whatever is imported first; each order in an interpreter of its own."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import pytest
+
+CHECK = """
+    from flytekit.core.type_engine import TypeEngine
+    from flytekit.models.core.types import BlobType
+    from flytekit.models.types import LiteralType
+    import flytekit.extras.pytorch, flytekit.extras.pytorch.checkpoint, torchferry.flyte
+    for name in ("PyTorchCheckpoint", "PyTorchCheckpointTransformer"):
+        ours = getattr(torchferry.flyte, name)
+        assert getattr(flytekit.extras.pytorch, name) is ours
+        assert getattr(flytekit.extras.pytorch.checkpoint, name) is ours
+    from torchferry.flyte.values import FlytekitCheckpoint
+    assert FlytekitCheckpoint.__module__ == "flytekit.extras.pytorch.checkpoint"
+    for t in (torchferry.flyte.PyTorchCheckpoint, torchferry.flyte.LoadedCheckpoint, FlytekitCheckpoint):
+        assert type(TypeEngine.get_transformer(t)) is torchferry.flyte.PyTorchCheckpointTransformer, t
+    blob = BlobType(format="PyTorchCheckpoint", dimensionality=BlobType.BlobDimensionality.SINGLE)
+    assert TypeEngine.guess_python_type(LiteralType(blob=blob)) is torchferry.flyte.PyTorchCheckpoint
+    print("taken over")
+"""
+
+ORDERS = {
+    "flytekit first": "import flytekit",
+    "plugin first": "import torchferry.flyte.plugin",
+    "torchferry first": "import torchferry",
+    "torchferry's engine first": "from torchferry import save, load",
+    "torchferry's names first": "from torchferry.flyte import PyTorchCheckpoint",
+    "torchferry's module first": "import torchferry.flyte.checkpoint",
+    "torch first": "import torch, flytekit",
+    "torch last": "import flytekit, torch",
+    "flytekit's package first": "from flytekit.extras.pytorch import PyTorchCheckpoint",
+    "flytekit's submodule first": "from flytekit.extras.pytorch.checkpoint import PyTorchCheckpoint",
+    "flytekit's type engine first": "from flytekit.core.type_engine import TypeEngine",
+    "lazily": """
+        import flytekit, torch
+        from flytekit.core.type_engine import TypeEngine
+        TypeEngine.lazy_import_transformers()
+    """,
+    "flytekit's class before the plugin": """
+        import os
+        os.environ["TORCHFERRY_TAKE_OVER"] = "0"
+        from flytekit.extras.pytorch import PyTorchCheckpoint
+        assert PyTorchCheckpoint.__module__ == "flytekit.extras.pytorch.checkpoint"
+        del os.environ["TORCHFERRY_TAKE_OVER"]
+        import torchferry.flyte.plugin
+        torchferry.flyte.plugin.install()
+    """,
+    "plugin twice": """
+        import flytekit
+        from torchferry.flyte.plugin import install
+        import sys
+        before = len(sys.meta_path)
+        install()
+        assert len(sys.meta_path) == before
+    """,
+}
+
+
+def run(code: str, **environment: str) -> str:
+    with tempfile.TemporaryDirectory() as directory:  # flytekit wants to read the source of tasks
+        script = Path(directory, "script.py")
+        script.write_text(textwrap.dedent(code))
+        result = subprocess.run(
+            [sys.executable, "-W", "ignore", script],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
+def test_flytekits_checkpoint_uses_torchferry(order: str) -> None:
+    assert run(textwrap.dedent(order) + textwrap.dedent(CHECK)) == "taken over\n"
+
+
+def test_a_subclass_of_flytekits_class_uses_torchferry() -> None:
+    run("""
+        from flytekit.extras.pytorch import PyTorchCheckpoint
+        from flytekit.core.type_engine import TypeEngine
+        class Mine(PyTorchCheckpoint):
+            pass
+        assert type(TypeEngine.get_transformer(Mine)).__module__ == "torchferry.flyte.checkpoint"
+    """)
+
+
+def test_a_task_declared_before_torchferry_is_imported_uses_it() -> None:
+    out = run("""
+        import torch
+        from flytekit import task
+        from flytekit.extras.pytorch import PyTorchCheckpoint
+        @task
+        def make() -> PyTorchCheckpoint:
+            return PyTorchCheckpoint(module=torch.nn.Linear(2, 2))
+        import torchferry.flyte
+        print(type(make()).__name__)
+    """)
+    assert out == "LoadedCheckpoint\n"
+
+
+def test_guessing_the_type_of_a_checkpoint_imports_torch_only_then() -> None:
+    out = run("""
+        import sys, flytekit
+        from flytekit.core.type_engine import TypeEngine
+        from flytekit.models.core.types import BlobType
+        from flytekit.models.types import LiteralType
+        single = BlobType.BlobDimensionality.SINGLE
+        print(TypeEngine.guess_python_type(LiteralType(blob=BlobType(format="csv", dimensionality=single))).__name__)
+        print("torch" in sys.modules)
+        lt = LiteralType(blob=BlobType(format="PyTorchCheckpoint", dimensionality=single))
+        print(TypeEngine.guess_python_type(lt).__name__)
+        print(TypeEngine.guess_python_type(LiteralType(collection_type=lt)))
+    """)
+    assert out.splitlines() == [
+        "_SpecificFormatClass",
+        "False",
+        "PyTorchCheckpoint",
+        "typing.List[torchferry.flyte.values.PyTorchCheckpoint]",
+    ]
+
+
+def test_importing_flytekit_imports_no_torch_and_none_of_the_engine() -> None:
+    out = run("""
+        import flytekit, sys
+        tops = ("torch", "torchferry", "obstore")
+        print(sorted(name for name in sys.modules if name.split(".")[0] in tops))
+    """)
+    expected = ["torchferry", "torchferry.flyte", "torchferry.flyte.hooks", "torchferry.flyte.plugin"]
+    assert out.strip() == str(expected)
+
+
+def test_importing_torchferry_imports_neither_torch_nor_flytekit_nor_a_cloud_library() -> None:
+    heavy = ("torch", "flytekit", "s3fs", "gcsfs", "adlfs", "botocore")
+    assert run(f"import torchferry, sys; print([name for name in {heavy!r} if name in sys.modules])").strip() == "[]"
+
+
+def test_importing_flytekit_costs_at_most_50_ms_of_processor_time_more() -> None:
+    # Processor time of the imports alone: other work on the machine does not count.
+    code = "import time; import flytekit; print(time.process_time())"
+    measured: dict[str, list[float]] = {"1": [], "0": []}
+    for _ in range(5):
+        for take_over in ("0", "1"):
+            measured[take_over].append(float(run(code, TORCHFERRY_TAKE_OVER=take_over)))
+    assert min(measured["1"]) - min(measured["0"]) < 0.05, {k: statistics.median(v) for k, v in measured.items()}
+
+
+def test_flytekit_can_be_left_alone() -> None:
+    out = run(
+        """
+        from flytekit.extras.pytorch import PyTorchCheckpoint
+        from flytekit.core.type_engine import TypeEngine
+        import torchferry.flyte
+        print(type(TypeEngine.get_transformer(PyTorchCheckpoint)).__module__)
+        print(type(TypeEngine.get_transformer(torchferry.flyte.PyTorchCheckpoint)).__module__)
+        """,
+        TORCHFERRY_TAKE_OVER="0",
+    )
+    assert out.splitlines() == ["flytekit.extras.pytorch.checkpoint", "torchferry.flyte.checkpoint"]
+
+
+def test_a_broken_installation_leaves_flytekits_own_transformer_in_place() -> None:
+    out = run("""
+        import sys
+        sys.modules["obstore"] = None  # an import of it fails
+        sys.modules["torchferry.saving"] = None
+        from flytekit.extras.pytorch import PyTorchCheckpoint
+        from flytekit.core.type_engine import TypeEngine
+        print(type(TypeEngine.get_transformer(PyTorchCheckpoint)).__module__)
+    """)
+    assert out == "flytekit.extras.pytorch.checkpoint\n"
+
+
+def test_the_source_of_flytekits_module_can_still_be_read() -> None:
+    run("""
+        import inspect, flytekit.extras.pytorch.checkpoint as module
+        assert "PYTORCH_CHECKPOINT_FORMAT" in inspect.getsource(module)
+    """)
