@@ -113,6 +113,7 @@ def _unsafe_globals(graph: Graph) -> list[str]:
         calls = "".join(f"c{module}\n{name}\n" for module, _, name in pairs)
         archive.writestr("archive/data.pkl", b"\x80\x02" + calls.encode() + b".")
         archive.writestr("archive/version", b"3\n")
+    file.seek(0)
     return get_unsafe_globals_in_checkpoint(file)
 
 
