@@ -57,7 +57,7 @@ def assert_same(loaded: Any, saved: Any) -> None:
     torch.testing.assert_close(loaded, saved, rtol=0, atol=0)
 
 
-# ---------------------------------------------------------------------------------------- the documented surface
+# ---------------------------------------------------------------- the documented surface
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_another_literal_type_is_not_guessed() -> None:
         transformer.guess_python_type(LiteralType(blob=csv))
 
 
-# ------------------------------------------------------------------------------------------ there and back again
+# ---------------------------------------------------------------- there and back again
 
 
 def test_a_checkpoint_comes_back_on_every_store(context: FlyteContext, checkpoint: PyTorchCheckpoint) -> None:
@@ -201,7 +201,7 @@ def test_tensors_among_hyperparameters_are_not_copied_and_may_require_grad(s3_co
     assert loaded["nested"] == [{"epochs": 3, "loss": 0.25}]
 
 
-# ------------------------------------------------------------------------------------- from every kind of thread
+# ---------------------------------------------------------------- from every kind of thread
 
 
 def round_trip(context: FlyteContext) -> int:
@@ -253,7 +253,7 @@ async def test_25_checkpoints_are_saved_at_once(s3_context: FlyteContext) -> Non
         assert_same(loaded["module_state_dict"], value.module.state_dict())
 
 
-# ----------------------------------------------------------------------------------------------- the annotations
+# ---------------------------------------------------------------- the annotations
 
 
 def test_keys_choose_what_is_loaded(context: FlyteContext, checkpoint: PyTorchCheckpoint) -> None:
@@ -306,7 +306,7 @@ def test_storage_options_of_the_annotation_are_used_instead_of_flytekits(
     assert load(context, save(context, checkpoint, saved), loaded)["epochs"] == 3
 
 
-# ------------------------------------------------------------------------------------------ what is not accepted
+# ---------------------------------------------------------------- what is not accepted
 
 
 class Mine(PyTorchCheckpoint):
@@ -439,7 +439,7 @@ def test_a_module_without_a_state_is_refused(s3_context: FlyteContext) -> None:
             save(s3_context, PyTorchCheckpoint(module=wrong))  # type: ignore[arg-type]
 
 
-# ------------------------------------------------------------------------------------------ odd literals, unions
+# ---------------------------------------------------------------- odd literals, unions
 
 
 @pytest.mark.parametrize(
