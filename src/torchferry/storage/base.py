@@ -136,7 +136,8 @@ class Backend(ABC):
         Args:
             path: Where to.
             chunks: Consumed once, in order, and to its end before anything is published. Chunks of any
-                size, empty ones too; best in pieces of at most a part.
+                size, empty ones too. Their memory is bounded and may be needed for the next ones: no reference is
+                kept to a chunk that has been sent, and none to more than one part's that have not begun to be.
             size_hint: About how many bytes will come; parts are made large enough for it.
             part_size: Bytes in a part, where the user chose; the store's minimum and maximum still hold.
             metadata: User metadata to store with the object, where the store can.

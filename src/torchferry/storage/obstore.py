@@ -111,6 +111,7 @@ class ObstoreBackend(Backend):
             put = obstore.put_async(store, key, body, attributes=attributes, use_multipart=False)
         else:
             source.prepend(first)
+            del first  # only the source holds a chunk, so that its memory is free when it has been sent
             put = obstore.put_async(
                 store,
                 key,
