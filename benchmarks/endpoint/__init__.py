@@ -167,7 +167,7 @@ def nginx(*, scheme: str = "http", shaped: bool = False) -> Iterator[Store]:
         (directory / "data" / BUCKET).mkdir(parents=True)
         (directory / "tmp").mkdir()
         certificate = _self_signed_certificate(directory) if scheme == "https" else None
-        port = servers._free_ports(1)[0]
+        port = servers.free_ports(1)[0]
         values = {
             "LOAD_MODULES": "\n".join(f"load_module {modules / module};" for module in _MODULES),
             "USER": f"user {getpass.getuser()};" if os.geteuid() == 0 else "",  # only root may, and must, choose
