@@ -126,6 +126,20 @@ async def test_a_chunk_keeps_its_storage_alive() -> None:
     assert gone() is None
 
 
+async def test_a_finished_stream_keeps_no_memory_even_where_the_collector_never_runs() -> None:
+    storage = torch.zeros(2 * MIB, dtype=torch.uint8).untyped_storage()
+    stream = CheckpointStream([storage, [torch.zeros(MIB // 8) for _ in range(20)]])
+    gc.disable()
+    try:
+        await drain(stream)
+        assert not stream._blocks._spare
+        gone = weakref.ref(storage)
+        del storage
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 async def test_copied_chunks_are_not_overwritten_while_anyone_holds_a_slice_of_them() -> None:
     tensors = [torch.full((MIB // 2,), i % 251, dtype=torch.uint8) for i in range(32)]
     expected = torch_saved(tensors)

@@ -99,6 +99,10 @@ class CheckpointStream(AsyncIterator["Chunk"]):
                 raise
             raise self._failure from None  # a store's client may have wrapped it
         finally:
+            # Classes made by torch.save refer to this one in cycles: what is large must not wait for the collector.
+            self._obj = None
+            self._storages.clear()
+            self._blocks.clear()
             PROCESS_BUDGET.give(self._reserved)
 
     async def __anext__(self) -> Chunk:
@@ -212,6 +216,7 @@ class _Blocks:
         self._budget = ByteBudget(total)
         self._spare: deque[memoryview] = deque()
         self._abandoned = False
+        self._cleared = False
 
     def take(self) -> memoryview:
         """A free block; waits for one if all are out."""
@@ -232,8 +237,14 @@ class _Blocks:
         self._abandoned = True
         self._budget.wake()
 
+    def clear(self) -> None:
+        """Frees the blocks: the spare ones now, those that are lent when they come back."""
+        self._cleared = True
+        self._spare.clear()
+
     def _came_back(self, block: memoryview) -> None:
-        self._spare.append(block)
+        if not self._cleared:
+            self._spare.append(block)
         self._budget.give(_BLOCK)
 
 
@@ -262,6 +273,11 @@ class _Storages:
             self.lent_bytes += size
         else:
             self.copied_bytes += size
+
+    def clear(self) -> None:
+        """Lets go of the storages; those that are lent live on until they come back."""
+        self._by_address.clear()
+        self._storages.clear()
 
     def lend(self, data: memoryview) -> memoryview | None:
         """The same bytes as a view that keeps their storage alive, as ``data`` does not; None if in no CPU storage."""
