@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import threading
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,29 +24,22 @@ class Measurement:
     """What an operation took.
 
     Attributes:
+        began: When it began, by ``time.monotonic()``, which is the same for all processes.
         seconds: Of wall-clock time.
         cpu_seconds: Of CPU time, user and system, in all threads of this process and in its children.
-        peak_bytes: Memory at the highest, over what the process held before: its resident set, and the pages of its
-            memory files, mapped or not. Page cache of files on disk is not in it.
+        resident_before: The process's resident memory just before, in bytes.
+        peak_bytes: Resident memory at the highest, over that.
         endpoint_bytes: What the endpoint received (a save) or sent (a load); None where it does not count.
         loopback_bytes: What went over the loopback device, from whomever.
     """
 
+    began: float = 0.0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    resident_before: int = 0
     peak_bytes: int = 0
     endpoint_bytes: int | None = None
     loopback_bytes: int = 0
-    _unmapped_until: tuple[int, int] | None = field(default=None, repr=False)
-
-    def before_touching(self) -> None:
-        """To be called when a load has returned, before its pages are read.
-
-        A page of a memory file counts as resident only once it was read, but takes memory all along: those that
-        become resident from here on are added to the highest memory up to here.
-        """
-        status = _status()
-        self._unmapped_until = status["VmHWM"], status["RssShmem"]
 
     def problem(self, payload: int) -> str | None:
         """Why this does not count; None if it does."""
@@ -63,20 +58,15 @@ def measuring(store: Store, verb: str, payload: int) -> Iterator[Measurement]:
     result = Measurement()
     counted_before, loopback_before = count(), _loopback_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
-    baseline = _status()["VmRSS"]
+    result.resident_before = _status()["VmRSS"]
     cpu_before = _cpu_seconds()
-    began = time.perf_counter()
+    result.began = time.monotonic()
 
     yield result
 
-    result.seconds = time.perf_counter() - began
+    result.seconds = time.monotonic() - result.began
     result.cpu_seconds = _cpu_seconds() - cpu_before
-    status = _status()
-    peak = status["VmHWM"]
-    if result._unmapped_until is not None:
-        peak_until, shared_until = result._unmapped_until
-        peak = max(peak, peak_until + status["RssShmem"] - shared_until)
-    result.peak_bytes = max(0, peak - baseline)
+    result.peak_bytes = max(0, _status()["VmHWM"] - result.resident_before)
     result.loopback_bytes = _loopback_bytes() - loopback_before
     if store.counts:
         deadline = time.monotonic() + _PATIENCE
@@ -90,9 +80,50 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _status() -> dict[str, int]:
-    """The memory figures of /proc/self/status, in bytes."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+class MemoryWatch:
+    """Watches, from another process, memory that does not count as resident: pages of memory files not mapped yet.
+
+    Samples what a process holds, 50 times a second, until the block ends. (Resident memory by itself has no need of
+    this: the kernel remembers its peak.)
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._samples: list[tuple[float, int]] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def peak(self, began: float, seconds: float) -> int:
+        """The most that the process held in that time, in bytes."""
+        return max((held for at, held in self._samples if began <= at <= began + seconds), default=0)
+
+    def _watch(self) -> None:
+        with suppress(OSError, KeyError):  # the process has ended
+            while not self._ended.wait(0.02):
+                self._samples.append((time.monotonic(), _held_bytes(self._pid)))
+
+
+def _held_bytes(pid: int) -> int:
+    files = 0
+    for fd in os.scandir(f"/proc/{pid}/fd"):
+        with suppress(OSError):
+            if os.readlink(fd.path).startswith("/memfd:"):  # noqa: PTH115 - 50 times a second
+                files += fd.stat().st_blocks * 512
+    status = _status(pid)
+    return status["VmRSS"] + max(0, files - status["RssShmem"])
+
+
+def _status(pid: int | str = "self") -> dict[str, int]:
+    """The memory figures of /proc/<pid>/status, in bytes."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
 
 

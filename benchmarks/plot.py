@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 INK, FAINT, GRID = "#24292f", "#6e7781", "#e6e9ed"
 FERRY, PEER, FLOOR = "#0b7285", "#b6c2cd", "#e9dcc3"
 SECOND = "#e8590c"
-_FLOORS = (targets.BEST_SOCKETS, suites.INTO_NOTHING, "memcpy")
 
 
 def draw(cases: list[dict[str, Any]], path: Path) -> bool:
@@ -31,23 +30,23 @@ def draw(cases: list[dict[str, Any]], path: Path) -> bool:
     mpl.rcParams.update(
         {"font.family": "DejaVu Sans", "font.size": 10, "svg.fonttype": "path", "svg.hashsalt": "bench"}
     )
-    heights = [max(len(_entries(case)) for case in bars), *([8] if growth else [])]
-    figure = Figure(figsize=(12, 0.34 * sum(heights) + 1.9 * len(heights)), layout="constrained", facecolor="white")
-    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights, hspace=0.08, wspace=0.06)
+    rows = max(len(_entries(case)) for case in bars)
+    heights = [rows, *([8] if growth else [])]
+    figure = Figure(figsize=(12, 0.33 * sum(heights) + 1.3 * len(heights)), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12, rect=(0, 0.025, 1, 0.975))
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     for column, case in enumerate(bars[:2]):
-        _bars(figure.add_subplot(grid[0, column]), case)
+        _bars(figure.add_subplot(grid[0, column]), case, rows)
     if growth:
         _growth(figure.add_subplot(grid[1, 0]), growth, "median", "seconds", 1)
         _growth(figure.add_subplot(grid[1, 1]), growth, "peak_bytes", "peak memory over the baseline, MiB", MIB)
     environment = bars[0]["environment"]
-    figure.suptitle(
-        f"{environment['cpus']} x {environment['cpu']}, nginx on the same machine, medians of {bars[0]['rounds']} rounds, "
-        f"torch {environment['versions']['torch']}, {bars[0]['date'][:10]}",
-        color=FAINT,
-        fontsize=9,
-        x=0.01,
-        ha="left",
+    words = (
+        f"Medians of {bars[0]['rounds']} rounds, lines from slowest to fastest; sand: the machine's own limit. "
+        f"{environment['cpus']} x {environment['cpu']}, {bars[0]['endpoint']} on the same machine, "
+        f"{bars[0]['scheme']}, torch {environment['versions']['torch']}, {bars[0]['date'][:10]}"
     )
+    figure.text(0.012, 0.008, words, color=FAINT, fontsize=8.5)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     return True
 
@@ -60,15 +59,15 @@ def _entries(case: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         for name, entry in case["contenders"].items()
         if "median" in entry
         and (name == best or not name.startswith(targets.BEST_SOCKETS))
-        and (CONTENDERS[case["verb"], name].remote or name == "memcpy")
+        and CONTENDERS[case["verb"], name].remote
     ]
     return sorted(shown, key=lambda item: item[1]["gb_per_second"])
 
 
-def _bars(axes: Axes, case: dict[str, Any]) -> None:
+def _bars(axes: Axes, case: dict[str, Any], rows: int) -> None:
     entries = _entries(case)
     for y, (name, entry) in enumerate(entries):
-        colour = FERRY if name.startswith(suites.FERRY) else FLOOR if name.startswith(_FLOORS) else PEER
+        colour = FERRY if name.startswith(suites.FERRY) else FLOOR if name.startswith(targets.BEST_SOCKETS) else PEER
         speed = entry["gb_per_second"]
         axes.barh(y, speed, height=0.72, color=colour)
         slowest, fastest = entry["payload"] / 1e9 / entry["max"], entry["payload"] / 1e9 / entry["min"]
@@ -81,7 +80,8 @@ def _bars(axes: Axes, case: dict[str, Any]) -> None:
     axes.set_title(f"{case['verb'].capitalize()} {report.size_words(case['size'])}, GB/s", **_TITLE)
     _plain(axes, "x")
     axes.spines["bottom"].set_visible(False)
-    axes.margins(x=0.1, y=0.02)
+    axes.margins(x=0.1)
+    axes.set_ylim(len(entries) - rows - 0.5, len(entries) - 0.5)  # bars as thick as beside, from the top
 
 
 def _growth(axes: Axes, cases: list[dict[str, Any]], key: str, title: str, unit: int) -> None:

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,22 +78,13 @@ def measure(
         gc.collect()
         with measuring(store, verb, payload if chosen.remote else 0) as measurement:
             loaded = operation(data)
-            measurement.before_touching()
             if not isinstance(loaded, memoryview):
                 works.touch(loaded)
         _check(loaded, payload)
     # Now, not when the machine is busy with the next one: what was not yet written to disk never will be.
     shutil.rmtree(directory, ignore_errors=True)
-    return {
-        "payload": payload,
-        "first_seconds": first_seconds,
-        "seconds": measurement.seconds,
-        "cpu_seconds": measurement.cpu_seconds,
-        "peak_bytes": measurement.peak_bytes,
-        "endpoint_bytes": measurement.endpoint_bytes,
-        "loopback_bytes": measurement.loopback_bytes,
-        "invalid": measurement.problem(payload) if chosen.remote else None,
-    }
+    invalid = measurement.problem(payload) if chosen.remote else None
+    return {"payload": payload, "first_seconds": first_seconds, **asdict(measurement), "invalid": invalid}
 
 
 def _expected_bytes(work: str, size: int, keys: tuple[str, ...] | None) -> int:

@@ -78,16 +78,12 @@ def saver(name: str, *, remote: bool = True) -> Callable[[Callable[[Task], Save]
 
 
 def loader(
-    name: str,
-    *,
-    format: str | None = "torch",
-    remote: bool = True,
-    keys: tuple[str, ...] | None = None,  # noqa: A002
+    name: str, *, file_format: str | None = "torch", remote: bool = True, keys: tuple[str, ...] | None = None
 ) -> Callable[[Callable[[Task], Load]], Callable[[Task], Load]]:
     """Registers a contender that loads."""
 
     def register(start: Callable[[Task], Load]) -> Callable[[Task], Load]:
-        CONTENDERS["load", name] = Contender(name, "load", start, format=format, remote=remote, keys=keys)
+        CONTENDERS["load", name] = Contender(name, "load", start, format=file_format, remote=remote, keys=keys)
         return start
 
     return register

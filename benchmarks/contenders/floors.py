@@ -25,7 +25,7 @@ _PART = 16 * works.MIB
 
 
 @saver("torch.save into nothing", remote=False)
-def save_into_nothing(task: Task) -> Save:
+def save_into_nothing(_task: Task) -> Save:
     class Nothing:
         def write(self, data: memoryview) -> int:
             return len(data)
@@ -41,7 +41,7 @@ def save_to_file(task: Task) -> Save:
     return lambda checkpoint, _key: torch.save(checkpoint, task.directory / "checkpoint.pt")
 
 
-@loader("torch.load of a local file", format=None, remote=False)
+@loader("torch.load of a local file", file_format=None, remote=False)
 def load_from_file(task: Task) -> Load:
     path = task.directory / "checkpoint.pt"
     torch.save(works.make(task.work, task.size), path)  # it stays in the page cache
@@ -49,7 +49,7 @@ def load_from_file(task: Task) -> Load:
     return lambda _key: torch.load(path)
 
 
-@loader("memcpy", format=None, remote=False)
+@loader("memcpy", file_format=None, remote=False)
 def copy_memory(task: Task) -> Load:
     source = works.make(task.work, task.size)
     works.forget()

@@ -262,7 +262,7 @@ def dcp_fsspec_save(task: Task) -> Save:
     return save
 
 
-@loader("torch DCP, fsspec", format="dcp")
+@loader("torch DCP, fsspec", file_format="dcp")
 def dcp_fsspec_load(task: Task) -> Load:
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
@@ -279,7 +279,7 @@ def dcp_s3torchconnector_save(task: Task) -> Save:
     return save
 
 
-@loader("torch DCP, s3torchconnector", format="dcp")
+@loader("torch DCP, s3torchconnector", file_format="dcp")
 def dcp_s3torchconnector_load(task: Task) -> Load:
     from s3torchconnector.dcp import S3StorageReader
 
@@ -289,7 +289,7 @@ def dcp_s3torchconnector_load(task: Task) -> Load:
 # --- loaders of formats of their own ---
 
 
-@loader("tensorizer", format="tensorizer")
+@loader("tensorizer", file_format="tensorizer")
 def tensorizer_load(task: Task) -> Load:
     from tensorizer import TensorDeserializer, stream_io
 
@@ -311,7 +311,7 @@ def tensorizer_load(task: Task) -> Load:
     return load
 
 
-@loader("runai-model-streamer", format="safetensors")
+@loader("runai-model-streamer", file_format="safetensors")
 def runai_load(task: Task) -> Load:
     os.environ["RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING"] = "0"
     from runai_model_streamer import SafetensorsStreamer
