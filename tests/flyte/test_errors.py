@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
+import fsspec
 import pytest
 import torch
 from checkpoints import data_config, make_checkpoint, sandbox_files, stored_files
@@ -14,6 +16,7 @@ from flytekit.configuration import DataConfig, S3Config
 from flytekit.core.type_engine import TypeTransformerFailedError
 from flytekit.exceptions.system import FlyteDownloadDataException, FlyteUploadDataException
 from flytekit.models.literals import Literal
+from flytekit.remote.remote_fs import get_flyte_fs
 
 from torchferry.errors import (
     CheckpointCorruptError,
@@ -224,3 +227,29 @@ def test_a_failed_save_leaves_nothing_in_the_sandbox(s3_context: FlyteContext, f
     with pytest.raises(FlyteUploadDataException):
         save(s3_context)
     assert sandbox_files(s3_context) == []
+
+
+class Admin:
+    """Flyte's data proxy, as FlyteRemote sees it: takes one file, and says where it put it."""
+
+    default_project = "p"
+    default_domain = "d"
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def upload_file(self, to_upload: Path, project: str, domain: str, filename_root: str) -> tuple[bytes, str]:
+        target = self.directory / project / domain / filename_root / to_upload.name
+        target.parent.mkdir(parents=True)
+        target.write_bytes(to_upload.read_bytes())
+        return b"md5", str(target)
+
+
+def test_flyte_urls_go_through_flytes_data_proxy(in_context: Callable[..., FlyteContext], tmp_path: Path) -> None:
+    fsspec.register_implementation("flyte", get_flyte_fs(Admin(tmp_path / "remote")), clobber=True)
+    context = in_context("flyte://my-s3-bucket/")
+    uri = save(context).scalar.blob.uri
+    assert uri.startswith(str(tmp_path / "remote"))
+    assert uri.endswith("/checkpoint.pt")
+    assert load(context, uri)["epochs"] == 3
+    assert sandbox_files(context) == []

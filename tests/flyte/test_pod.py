@@ -1,0 +1,128 @@
+"""What happens in a pod: pyflyte-execute, with inputs and outputs on S3, and stock flytekit at the other end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pod_tasks
+import pytest
+import torch
+from flyteidl.core import errors_pb2, literals_pb2
+from flytekit import FlyteContext
+from flytekit.configuration import ImageConfig, SerializationSettings
+from flytekit.core.type_engine import TypeEngine
+from flytekit.models.literals import LiteralMap
+
+from torchferry.testing.servers import S3Server
+
+HERE = Path(__file__).parent
+
+
+class Pods:
+    """Runs tasks as Flyte's propeller has pods do it."""
+
+    def __init__(self, context: FlyteContext, server: S3Server) -> None:
+        self.context = context
+        self.prefix = f"{context.file_access.raw_output_prefix}{uuid.uuid4().hex}"
+        self.fs = context.file_access.raw_output_fs
+        self.environment = {
+            **os.environ,
+            "FLYTE_AWS_ENDPOINT": server.endpoint,
+            "FLYTE_AWS_ACCESS_KEY_ID": server.key,
+            "FLYTE_AWS_SECRET_ACCESS_KEY": server.secret,
+            "FLYTE_INTERNAL_EXECUTION_ID": "f0123",
+            "FLYTE_INTERNAL_EXECUTION_PROJECT": "project",
+            "FLYTE_INTERNAL_EXECUTION_DOMAIN": "development",
+            "PYTHONWARNINGS": "ignore",
+        }
+
+    def run(self, task: Any, inputs: LiteralMap, *, stock: bool = False, index: int | None = None) -> LiteralMap:
+        """Returns the outputs; raises what error.pb says."""
+        prefix = f"{self.prefix}/{uuid.uuid4().hex}"
+        self.fs.pipe_file(f"{prefix}/inputs.pb", inputs.to_flyte_idl().SerializeToString())
+        values = {
+            "{{.input}}": f"{prefix}/inputs.pb",
+            "{{.outputPrefix}}": f"{prefix}/out",
+            "{{.rawOutputDataPrefix}}": f"{prefix}/raw",
+            "{{.checkpointOutputPrefix}}": f"{prefix}/flytecheckpoints",
+            "{{.prevCheckpointPrefix}}": '""',
+        }
+        command = [values.get(word, word) for word in task.get_command(SerializationSettings(ImageConfig.auto()))]
+        environment = self.environment | {"TORCHFERRY_TAKE_OVER": "0" if stock else "1"}
+        if index is not None:
+            environment |= {"BATCH_JOB_ARRAY_INDEX_VAR_NAME": "INDEX", "INDEX": str(index)}
+        pod = subprocess.run(
+            [Path(sys.executable).with_name(command[0]), *command[1:]],
+            cwd=HERE, env=environment, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        self.fs.invalidate_cache()
+        if self.fs.exists(f"{prefix}/out/error.pb"):  # the process itself ends with 0 whatever happens
+            document = errors_pb2.ErrorDocument.FromString(self.fs.cat_file(f"{prefix}/out/error.pb"))
+            raise RuntimeError(document.error.message)
+        assert pod.returncode == 0, pod.stderr[-3000:]
+        outputs = literals_pb2.LiteralMap.FromString(self.fs.cat_file(f"{prefix}/out/outputs.pb"))
+        return LiteralMap.from_flyte_idl(outputs)
+
+    def literals(self, **values: Any) -> LiteralMap:
+        hints = {name: list[int] for name, value in values.items() if isinstance(value, list)}
+        return TypeEngine.dict_to_literal_map(self.context, values, hints)
+
+    def value(self, literals: LiteralMap, t: Any) -> Any:
+        return TypeEngine.to_python_value(self.context, literals.literals["o0"], t)
+
+
+@pytest.fixture
+def pods(s3_context: FlyteContext, s3_server: S3Server) -> Pods:
+    return Pods(s3_context, s3_server)
+
+
+@pytest.fixture
+def hand_over(pods: Pods) -> Callable[..., LiteralMap]:
+    def run(outputs: LiteralMap) -> LiteralMap:
+        return LiteralMap({"checkpoint": outputs.literals["o0"]})
+
+    assert pods
+    return run
+
+
+def test_sync_and_async_tasks_hand_over_in_pods(pods: Pods, hand_over: Callable[..., LiteralMap]) -> None:
+    trained = pods.run(pod_tasks.train, pods.literals(steps=5))
+    assert pods.value(pods.run(pod_tasks.evaluate, hand_over(trained)), list[str]) == ["module_state_dict"]
+    assert pods.value(pods.run(pod_tasks.read, hand_over(trained)), int) == 5
+
+
+def test_execution_metadata_of_a_pod_arrives_on_the_object(pods: Pods) -> None:
+    trained = pods.run(pod_tasks.train, pods.literals(steps=5))
+    metadata = pods.fs.metadata(trained.literals["o0"].scalar.blob.uri)
+    assert metadata["flyte-execution-project"] == "project"
+    assert metadata["flyte-execution-name"] == "f0123"
+
+
+def test_map_tasks_hand_over_in_pods(pods: Pods) -> None:
+    trained = [pods.run(pod_tasks.train_many, pods.literals(steps=[1, 2]), index=index) for index in (0, 1)]
+    uris = [outputs.literals["o0"].scalar.blob.uri for outputs in trained]
+    for steps, uri in zip((1, 2), uris, strict=True):
+        with pods.fs.open(uri) as file:
+            assert torch.load(file)["steps"] == steps
+
+
+def test_stock_flytekit_reads_what_torchferry_wrote(pods: Pods, hand_over: Callable[..., LiteralMap]) -> None:
+    trained = pods.run(pod_tasks.train, pods.literals(steps=5))
+    assert pods.value(pods.run(pod_tasks.read, hand_over(trained), stock=True), int) == 5
+
+
+def test_torchferry_reads_what_stock_flytekit_wrote(pods: Pods, hand_over: Callable[..., LiteralMap]) -> None:
+    trained = pods.run(pod_tasks.train, pods.literals(steps=5), stock=True)
+    assert not trained.literals["o0"].scalar.blob.uri.endswith("/checkpoint.pt")  # stock's own names
+    assert pods.value(pods.run(pod_tasks.read, hand_over(trained)), int) == 5
+
+
+def test_a_refused_checkpoint_says_why_in_error_pb(pods: Pods) -> None:
+    with pytest.raises(RuntimeError, match=r"Hyperparameter 'steps'\['nested'\] is a builtins.builtin_function"):
+        pods.run(pod_tasks.refuse, pods.literals(steps=1))
