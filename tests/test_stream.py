@@ -13,7 +13,7 @@ import anyio
 import pytest
 import torch
 
-from torchferry._budget import PROCESS_BUDGET, ByteBudget
+from torchferry._memory import PROCESS_BUDGET, ByteBudget
 from torchferry.storage.base import MIB
 from torchferry.stream import CheckpointStream
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchferry.archive import Record
+    from torchferry.copying import copy, copy_async
     from torchferry.errors import (
         BackendNotInstalledError,
         CheckpointChangedError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "torchferry.archive": ("Record",),
+    "torchferry.copying": ("copy", "copy_async"),
     "torchferry.errors": (
         "BackendNotInstalledError",
         "CheckpointChangedError",
@@ -90,6 +92,8 @@ __all__ = [
     "UnsafeCheckpointError",
     "UnsupportedOptionError",
     "UnsupportedURLError",
+    "copy",
+    "copy_async",
     "inspect",
     "inspect_async",
     "load",

@@ -11,12 +11,9 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import pickle
 import types
-import weakref
 from bisect import bisect_right, insort
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,7 +22,7 @@ import anyio
 import torch
 from anyio import from_thread, to_thread
 
-from torchferry._budget import PROCESS_BUDGET, ByteBudget
+from torchferry._memory import PROCESS_BUDGET, Blocks
 from torchferry._tasks import task_group
 from torchferry.storage.base import MIB, Chunk
 
@@ -36,7 +33,6 @@ __all__ = ["CheckpointStream"]
 
 _ZERO_COPY_FROM = MIB  # a smaller view is cheaper to copy than to hand over on its own
 _PIECE = 8 * MIB  # a large view is handed over in pieces: stores bound what is under way by counting what they get
-_BLOCK = 4 * MIB
 _TINY = 64 << 10  # what is cheaper to copy once more than to tie up a block for
 _QUEUE = 4  # chunks between torch.save and the store
 _RECORD_OVERHEAD = 256  # bytes of zip headers, padding and directory for a record, at most (64-byte alignment)
@@ -70,7 +66,7 @@ class CheckpointStream(AsyncIterator["Chunk"]):
         self._callback = callback
         self._send, self._receive = anyio.create_memory_object_stream[Chunk](_QUEUE)
         self._storages = _Storages()
-        self._blocks = _Blocks(self._window)
+        self._blocks = Blocks(self._window)
         self._begun = anyio.Event()
         self._reserved = 0
         self._closed = False
@@ -159,7 +155,7 @@ class CheckpointStream(AsyncIterator["Chunk"]):
 class _Writer:
     """The file object that ``torch.save`` writes into."""
 
-    def __init__(self, storages: _Storages, blocks: _Blocks, emit: Callable[[Chunk], None]) -> None:
+    def __init__(self, storages: _Storages, blocks: Blocks, emit: Callable[[Chunk], None]) -> None:
         self._storages = storages
         self._blocks = blocks
         self._emit = emit
@@ -204,48 +200,6 @@ class _Writer:
             self._emit(self._blocks.lend(self._block, self._filled))
             self._block = memoryview(b"")
         self._filled = 0
-
-
-class _Blocks:
-    """Blocks of memory that are filled, lent, and come back when nobody holds any part of them any more.
-
-    Reused, because filling memory for the first time is eight times slower than filling it again.
-    """
-
-    def __init__(self, total: int) -> None:
-        self._budget = ByteBudget(total)
-        self._spare: deque[memoryview] = deque()
-        self._abandoned = False
-        self._cleared = False
-
-    def take(self) -> memoryview:
-        """A free block; waits for one if all are out."""
-        self._budget.take(_BLOCK, abandoned=lambda: self._abandoned)
-        try:
-            return self._spare.pop()
-        except IndexError:
-            return memoryview(mmap.mmap(-1, _BLOCK))  # takes memory only as far as it is filled
-
-    def lend(self, block: memoryview, size: int) -> memoryview:
-        """The first ``size`` bytes of a block, which is free again when the last view or slice of them is gone."""
-        lent = (ctypes.c_char * size).from_buffer(block)
-        weakref.finalize(lent, self._came_back, block).atexit = False
-        return memoryview(lent).cast("B").toreadonly()
-
-    def abandon(self) -> None:
-        """Makes :meth:`take` raise ``InterruptedError``, also in a thread that waits in it."""
-        self._abandoned = True
-        self._budget.wake()
-
-    def clear(self) -> None:
-        """Frees the blocks: the spare ones now, those that are lent when they come back."""
-        self._cleared = True
-        self._spare.clear()
-
-    def _came_back(self, block: memoryview) -> None:
-        if not self._cleared:
-            self._spare.append(block)
-        self._budget.give(_BLOCK)
 
 
 class _Storages:

@@ -1,0 +1,112 @@
+"""Memory for bytes on their way: how much may be held at once, and the blocks it is held in."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+
+__all__ = ["BLOCK_SIZE", "PROCESS_BUDGET", "Blocks", "ByteBudget"]
+
+BLOCK_SIZE = 4 << 20
+"""Bytes in a block."""
+
+
+class ByteBudget:
+    """A number of bytes that threads take and give back.
+
+    Takers wait in line, so a large claim is not overtaken for ever by small ones. A claim larger than the
+    whole budget waits until it can have all of it.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._free = total
+        self._line: deque[object] = deque()
+        # Re-entrant, as threading.Condition is by default: giving back happens in finalizers, and those run anywhere.
+        self._changed = threading.Condition()
+
+    def take(self, size: int, *, abandoned: Callable[[], bool]) -> int:
+        """Waits until ``size`` bytes are free, takes them, and returns how many that were.
+
+        Blocks the calling thread. Raises ``InterruptedError`` once ``abandoned()`` is true; call :meth:`wake`
+        after making it so.
+        """
+        size = min(size, self._total)
+        place = object()
+        with self._changed:
+            self._line.append(place)
+            try:
+                while self._line[0] is not place or self._free < size:
+                    if abandoned():
+                        raise InterruptedError
+                    self._changed.wait()
+                self._free -= size
+            finally:
+                self._line.remove(place)
+                self._changed.notify_all()
+        return size
+
+    def give(self, size: int) -> None:
+        """Gives ``size`` bytes back. Safe in a finalizer."""
+        with self._changed:
+            self._free += size
+            self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Makes every waiting thread look again whether it is abandoned."""
+        with self._changed:
+            self._changed.notify_all()
+
+
+PROCESS_BUDGET = ByteBudget(48 << 20)
+"""What all saves and copies of this process may hold together beyond the tensors themselves: 48 MiB."""
+
+
+class Blocks:
+    """Blocks of memory that are filled, lent, and come back when nobody holds any part of them any more.
+
+    Reused, because filling memory for the first time is eight times slower than filling it again. ``take`` blocks,
+    and may be called in any thread; a lent block comes back in whichever thread lets go of it last.
+
+    Args:
+        total: How many bytes the blocks may have together.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._budget = ByteBudget(total)
+        self._spare: deque[memoryview] = deque()
+        self._abandoned = False
+        self._cleared = False
+
+    def take(self) -> memoryview:
+        """A free block; waits for one if all are out."""
+        self._budget.take(BLOCK_SIZE, abandoned=lambda: self._abandoned)
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return memoryview(mmap.mmap(-1, BLOCK_SIZE))  # takes memory only as far as it is filled
+
+    def lend(self, block: memoryview, size: int) -> memoryview:
+        """The first ``size`` bytes of a block, which is free again when the last view or slice of them is gone."""
+        lent = (ctypes.c_char * size).from_buffer(block)
+        weakref.finalize(lent, self._came_back, block).atexit = False
+        return memoryview(lent).cast("B").toreadonly()
+
+    def abandon(self) -> None:
+        """Makes :meth:`take` raise ``InterruptedError``, also in a thread that waits in it."""
+        self._abandoned = True
+        self._budget.wake()
+
+    def clear(self) -> None:
+        """Frees the blocks: the spare ones now, those that are lent when they come back."""
+        self._cleared = True
+        self._spare.clear()
+
+    def _came_back(self, block: memoryview) -> None:
+        if not self._cleared:
+            self._spare.append(block)
+        self._budget.give(BLOCK_SIZE)

@@ -1,0 +1,148 @@
+"""Copying a checkpoint between stores: any pair, all or nothing, checked on the way."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import anyio
+import fsspec
+import pytest
+import torch
+from fsspec.callbacks import Callback
+
+import torchferry
+from torchferry._memory import PROCESS_BUDGET
+from torchferry.storage.base import MIB
+
+KINDS = ["local", "memory", "s3"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, s3_url: str, s3_storage_options: dict[str, Any]) -> Any:
+    """Where a checkpoint of some kind of store may lie, and the storage options to get there."""
+
+    def make(kind: str, name: str) -> tuple[str, dict[str, Any]]:
+        urls = {"local": str(tmp_path / name), "memory": f"memory://{tmp_path.name}/{name}", "s3": f"{s3_url}/{name}"}
+        return urls[kind], s3_storage_options if kind == "s3" else {}
+
+    return make
+
+
+def read(url: str, options: dict[str, Any]) -> bytes:
+    with fsspec.open(url, **options) as file:
+        data: bytes = file.read()
+    return data
+
+
+def write(url: str, options: dict[str, Any], data: bytes) -> None:
+    with fsspec.open(url, "wb", **options) as file:
+        file.write(data)
+
+
+def checkpoint() -> dict[str, Any]:
+    return {"large": torch.randn(11 * MIB), "small": [torch.randn(10) for _ in range(100)]}
+
+
+@pytest.mark.parametrize("source_kind", KINDS)
+@pytest.mark.parametrize("target_kind", KINDS)
+async def test_a_copy_is_the_same_bytes_between_any_two_stores(place: Any, source_kind: str, target_kind: str) -> None:
+    source, source_options = place(source_kind, "source.pt")
+    target, target_options = place(target_kind, "target.pt")
+    await torchferry.save_async(checkpoint(), source, storage_options=source_options)
+    callback = Callback()
+    stat = await torchferry.copy_async(
+        source,
+        target,
+        source_storage_options=source_options,
+        target_storage_options=target_options,
+        callback=callback,
+    )
+    copied = read(target, target_options)
+    assert copied == read(source, source_options)
+    assert stat.size == len(copied) == callback.value == callback.size
+
+
+async def test_a_copy_keeps_the_metadata_or_takes_new_one(place: Any) -> None:
+    (source, options), (target, _) = place("s3", "source.pt"), place("s3", "target.pt")
+    await torchferry.save_async([1], source, storage_options=options, metadata={"step": "7"})
+    both = {"source_storage_options": options, "target_storage_options": options}
+    assert (await torchferry.copy_async(source, target, **both)).metadata == {"step": "7"}
+    assert (await torchferry.copy_async(source, target, metadata={"a": "b"}, **both)).metadata == {"a": "b"}
+
+
+@pytest.mark.parametrize("target_kind", KINDS)
+async def test_a_damaged_checkpoint_is_not_copied(place: Any, target_kind: str) -> None:
+    source, _ = place("local", "source.pt")
+    target, options = place(target_kind, "target.pt")
+    await torchferry.save_async(checkpoint(), source)
+    damaged = bytearray(Path(source).read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    Path(source).write_bytes(damaged)
+    await torchferry.save_async("old", target, storage_options=options)
+    with pytest.raises(torchferry.CheckpointCorruptError, match="data/0"):
+        await torchferry.copy_async(source, target, target_storage_options=options)
+    assert await torchferry.load_async(target, storage_options=options) == "old"
+    await torchferry.copy_async(source, target, target_storage_options=options, verify=False)
+    assert read(target, options) == bytes(damaged)
+
+
+async def test_what_is_no_checkpoint_is_copied_only_unverified(place: Any) -> None:
+    source, _ = place("local", "notes.txt")
+    target, options = place("s3", "notes.txt")
+    Path(source).write_bytes(b"not a checkpoint at all")
+    with pytest.raises(torchferry.CheckpointFormatError, match="verify=False"):
+        await torchferry.copy_async(source, target, target_storage_options=options)
+    await torchferry.copy_async(source, target, target_storage_options=options, verify=False)
+    assert read(target, options) == b"not a checkpoint at all"
+
+
+async def test_a_missing_source_is_said_to_be_missing(place: Any) -> None:
+    source, options = place("s3", "nothing.pt")
+    with pytest.raises(torchferry.CheckpointNotFoundError, match="nothing"):
+        await torchferry.copy_async(source, place("local", "target.pt")[0], source_storage_options=options)
+    assert not Path(place("local", "target.pt")[0]).exists()
+
+
+async def test_a_cancelled_copy_leaves_what_was_there(place: Any) -> None:
+    source, _ = place("local", "source.pt")
+    target, options = place("s3", "target.pt")
+    await torchferry.save_async(checkpoint(), source)
+    await torchferry.save_async("old", target, storage_options=options)
+    loop = asyncio.get_running_loop()
+
+    class Cancelling(Callback):
+        def relative_update(self, inc: int = 1) -> None:
+            super().relative_update(inc)
+            if self.value > 20 * MIB:
+                loop.call_soon_threadsafe(scope.cancel)
+
+    with anyio.CancelScope() as scope:
+        await torchferry.copy_async(source, target, target_storage_options=options, callback=Cancelling())
+    assert scope.cancelled_caught
+    assert await torchferry.load_async(target, storage_options=options) == "old"
+    assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
+
+
+async def test_many_copies_at_once_share_the_budget(place: Any) -> None:
+    source, options = place("s3", "source.pt")
+    await torchferry.save_async(checkpoint(), source, storage_options=options)
+
+    async def copy(name: str) -> None:
+        await torchferry.copy_async(source, place("local", name)[0], source_storage_options=options)
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(8):
+            tasks.start_soon(copy, f"{number}.pt")
+    assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
+    assert {Path(place("local", f"{number}.pt")[0]).stat().st_size for number in range(8)} == {
+        len(read(source, options))
+    }
+
+
+def test_the_synchronous_copy_is_the_same(place: Any) -> None:
+    source, target = place("local", "source.pt")[0], place("memory", "target.pt")[0]
+    torchferry.save([1, 2], source)
+    torchferry.copy(source, target)
+    assert torchferry.load(target) == [1, 2]
