@@ -31,6 +31,8 @@ from torchferry.testing.servers import S3Server, seaweedfs, storage_options_for
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+pytest_plugins = ["torchferry.testing.fixtures"]
+
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:

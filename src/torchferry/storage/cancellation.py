@@ -15,7 +15,9 @@ __all__ = ["in_thread", "to_the_end"]
 T = TypeVar("T")
 
 
-async def to_the_end(func: Callable[..., Awaitable[T]], /, *args: object, patience: float | None = None) -> T:
+async def to_the_end(
+    func: Callable[..., Awaitable[T]], /, *args: object, patience: float | Callable[[], float] | None = None
+) -> T:
     """Awaits ``func(*args)`` to its end even when the caller is cancelled meanwhile; then the cancellation goes on.
 
     A shielded scope alone would not do: it holds off anyio's scopes, but not :meth:`asyncio.Task.cancel`, which
@@ -24,13 +26,14 @@ async def to_the_end(func: Callable[..., Awaitable[T]], /, *args: object, patien
     Args:
         func: What to run.
         *args: Its arguments.
-        patience: How many seconds it may take after a cancellation, before it is cancelled too. None for no limit.
+        patience: How many seconds it may take after a cancellation, before it is cancelled too; or what tells that,
+            asked when the cancellation comes. None for no limit.
     """
     task = asyncio.ensure_future(func(*args))
     try:
         await asyncio.wait([task])
     except asyncio.CancelledError:
-        await _wait_through_cancellations(task, patience)
+        await _wait_through_cancellations(task, patience() if callable(patience) else patience)
         if not task.cancelled():
             task.exception()  # looked at, so that asyncio does not log it as forgotten
         raise

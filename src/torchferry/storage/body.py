@@ -1,0 +1,87 @@
+"""Buffers as the body of an HTTP request, and requests that are sent whole or not at all."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, TypeVar
+
+from torchferry.storage.base import Chunk
+from torchferry.storage.cancellation import to_the_end
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+__all__ = ["SEND_PIECE", "RequestBody", "whole_or_not_at_all"]
+
+T = TypeVar("T")
+
+SEND_PIECE = 128 << 10
+"""Bytes handed to a connection at once; about as many wait in its buffer."""
+
+_PATIENCE = 10.0
+
+
+class RequestBody:
+    """Buffers as the body of a request, without copying them together.
+
+    To aiohttp it is an asynchronous iterable, which it sends; to the clouds' libraries a seekable file, which they ask
+    for its length and position. Sent again, it starts from its beginning.
+    """
+
+    def __init__(self, buffers: Sequence[Chunk]) -> None:
+        self._views = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        self._size = sum(map(len, self._views))
+        self._position = 0
+        self._taken = False  # the last piece, by the connection: from then on, the store may act on the request
+        self._interrupted = False
+
+    def __len__(self) -> int:
+        return self._size
+
+    def tell(self) -> int:
+        """Where :meth:`read` reads on."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Sets where :meth:`read` reads on, as for any file."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Copies ``size`` bytes out, or all that are left."""
+        stop = self._size if size is None or size < 0 else min(self._size, self._position + size)
+        pieces = []
+        start = 0
+        for view in self._views:
+            if start < stop and start + len(view) > self._position:
+                pieces.append(view[max(0, self._position - start) : stop - start])
+            start += len(view)
+        self._position = max(stop, self._position)
+        return b"".join(pieces)
+
+    def interrupt(self) -> bool:
+        """Keeps the last piece from being sent; returns whether that was still possible."""
+        self._interrupted = not self._taken
+        return self._interrupted
+
+    async def __aiter__(self) -> AsyncIterator[memoryview]:
+        left = self._size
+        self._taken = not left
+        for view in self._views:
+            for start in range(0, len(view), SEND_PIECE):
+                if self._interrupted:
+                    raise InterruptedError("The request was cancelled.")
+                piece = view[start : start + SEND_PIECE]
+                left -= len(piece)
+                self._taken = not left
+                yield piece
+
+
+async def whole_or_not_at_all(body: RequestBody, request: Callable[[], Awaitable[T]]) -> T:
+    """Awaits ``request()``, which sends ``body``; a cancelled one is either cut short, or waited for.
+
+    Cutting it short after the last byte would not stop the store: what it was asked for could appear after the caller
+    has cleaned up. Such a request is waited for, up to 10 seconds.
+    """
+    return await to_the_end(request, patience=lambda: 0 if body.interrupt() else _PATIENCE)

@@ -1,0 +1,85 @@
+"""What the clouds' backends share: the choice of a plane, and checking that settings translate to obstore."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+from functools import cache
+from typing import TYPE_CHECKING
+
+from torchferry.errors import UnsupportedOptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from fsspec import AbstractFileSystem
+
+    from torchferry.storage.base import Backend, Plane
+    from torchferry.storage.obstore import ObstoreBackend
+
+__all__ = ["UPLOAD_PATIENCE", "UntranslatableError", "choose_plane", "names", "once_a_process", "require_known"]
+
+logger = logging.getLogger("torchferry.storage")
+
+UPLOAD_PATIENCE = timedelta(minutes=5)
+"""How long one request of obstore may take: it may be a part going up a thin line."""
+
+
+class UntranslatableError(Exception):
+    """A setting of an fsspec filesystem that obstore cannot honour; the message names it."""
+
+
+def choose_plane(
+    plane: Plane, cloud: str, library: str, *, fsspec: Callable[[], Backend], obstore: Callable[[], Backend]
+) -> Backend:
+    """The backend of the plane that was asked for; for "auto" obstore's, where all settings translate.
+
+    Args:
+        plane: Which plane was asked for.
+        cloud: The cloud's name, for messages.
+        library: What carries the fsspec plane, for messages.
+        fsspec: Makes the backend of the fsspec plane.
+        obstore: Makes the backend of the obstore plane, or raises :class:`UntranslatableError`.
+
+    Raises:
+        UnsupportedOptionError: ``plane`` is "obstore", and a setting does not translate.
+    """
+    if plane == "fsspec":
+        return fsspec()
+    try:
+        return obstore()
+    except UntranslatableError as error:
+        if plane == "obstore":
+            raise UnsupportedOptionError(
+                f"The obstore plane cannot honour this {cloud} configuration: {error}."
+            ) from None
+        _log_once(f"{cloud} goes through {library}: obstore, which is faster, cannot honour {error}.")
+        return fsspec()
+
+
+def once_a_process(fs: AbstractFileSystem, make: Callable[[], ObstoreBackend]) -> ObstoreBackend:
+    """What ``make()`` returned first for this filesystem in this process: it owns the connections.
+
+    Connections do not survive a fork, so a child makes its own.
+    """
+    known: dict[int, ObstoreBackend] = vars(fs).setdefault("_torchferry_obstore", {})
+    if os.getpid() not in known:
+        known[os.getpid()] = make()
+    return known[os.getpid()]
+
+
+def require_known(where: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises :class:`UntranslatableError` for settings that nobody has looked at."""
+    if unknown := sorted(set(given) - set(known)):
+        raise UntranslatableError(f"{where} {', '.join(map(repr, unknown))}")
+
+
+def names(text: str) -> frozenset[str]:
+    """The words of ``text``."""
+    return frozenset(text.split())
+
+
+@cache
+def _log_once(message: str) -> None:
+    logger.warning(message)

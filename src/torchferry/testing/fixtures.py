@@ -1,0 +1,120 @@
+"""pytest fixtures for the clouds' stand-ins, each started once a session when a test first asks for it.
+
+A plugin: ``pytest_plugins = ["torchferry.testing.fixtures"]`` in the topmost ``conftest.py``.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import pytest
+import requests
+
+from torchferry.testing.gcs import GcsServer, TokenProxy, fake_gcs_server, gcp_storage_emulator, gcs_xml_api
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["GcsClient", "gcs_bucket", "gcs_client", "gcs_emulator", "gcs_server", "gcs_storage_options", "gcs_url"]
+
+TIMEOUT = 60
+
+
+class GcsClient:
+    """A plain client of the JSON API: the way around everything under test."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._endpoint = endpoint
+        self._session = requests.Session()
+        self._session.trust_env = False
+
+    def close(self) -> None:
+        self._session.close()
+
+    def make_bucket(self, name: str) -> None:
+        self._call("POST", "/storage/v1/b", json={"name": name}, params={"project": "ferry-test-project"})
+
+    def write(self, path: str, data: bytes) -> None:
+        bucket, _, key = path.partition("/")
+        target = f"/upload/storage/v1/b/{bucket}/o"
+        headers = {"Content-Type": "application/octet-stream"}
+        self._call("POST", target, params={"uploadType": "media", "name": key}, data=data, headers=headers)
+
+    def read(self, path: str) -> bytes:
+        return self._call("GET", f"/download{_target(path)}", params={"alt": "media"}).content
+
+    def exists(self, path: str) -> bool:
+        return self._session.get(self._endpoint + _target(path), timeout=TIMEOUT).ok
+
+    def names(self, path: str) -> list[str]:
+        """The names of all objects below a path, as paths."""
+        bucket, _, prefix = path.partition("/")
+        found: list[str] = []
+        params = {"prefix": prefix}
+        while True:
+            page: dict[str, Any] = self._call("GET", f"/storage/v1/b/{bucket}/o", params=params).json()
+            found += [f"{bucket}/{item['name']}" for item in page.get("items", [])]
+            if "nextPageToken" not in page:
+                return found
+            params["pageToken"] = page["nextPageToken"]
+
+    def _call(self, method: str, target: str, **arguments: Any) -> requests.Response:
+        response = self._session.request(method, self._endpoint + target, timeout=TIMEOUT, **arguments)
+        response.raise_for_status()
+        return response
+
+
+def _target(path: str) -> str:
+    bucket, _, key = path.partition("/")
+    return f"/storage/v1/b/{bucket}/o/{quote(key, safe='')}"
+
+
+@pytest.fixture(scope="session")
+def gcs_server() -> Iterator[GcsServer]:
+    """fake-gcs-server on loopback, which speaks the JSON API."""
+    with fake_gcs_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs_emulator() -> Iterator[GcsServer]:
+    """gcp-storage-emulator on loopback, which speaks the JSON API and checks CRC32C."""
+    with gcp_storage_emulator() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs_client(gcs_server: GcsServer) -> Iterator[GcsClient]:
+    """A plain client of fake-gcs-server."""
+    client = GcsClient(gcs_server.endpoint)
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def gcs_bucket(gcs_client: GcsClient) -> str:
+    """The name of a bucket on fake-gcs-server, fresh for the session."""
+    name = f"ferry-{uuid.uuid4().hex[:12]}"
+    gcs_client.make_bucket(name)
+    return name
+
+
+@pytest.fixture
+def gcs_url(gcs_bucket: str) -> str:
+    """A prefix on fake-gcs-server that no other test uses: "gs://bucket/prefix"."""
+    return f"gs://{gcs_bucket}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def gcs_storage_options(gcs_server: GcsServer) -> dict[str, Any]:
+    """What fsspec's gs:// filesystem takes to reach fake-gcs-server."""
+    return gcs_server.storage_options
+
+
+@pytest.fixture(scope="session")
+def gcs_xml() -> Iterator[tuple[TokenProxy, GcsServer]]:
+    """A stand-in for the XML API: the proxy that asks for a token, and the server behind it, which does not."""
+    with gcs_xml_api() as (proxy, server):
+        yield proxy, server
