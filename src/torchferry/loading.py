@@ -18,6 +18,7 @@ import torch
 from fsspec.callbacks import NoOpCallback
 
 from torchferry import _sync
+from torchferry._collector import collector_paused
 from torchferry.archive import LEGACY_FORMAT, SNIFF_SIZE, sniff
 from torchferry.checksum import Checksums
 from torchferry.errors import (
@@ -226,6 +227,7 @@ async def _verify(backend: Backend, path: str, callback: Callback) -> Manifest:
     return await in_thread(_manifest, source, archive, pickled)
 
 
+@collector_paused()
 def _manifest(source: Source, archive: Archive, pickled: bytes) -> Manifest:
     graph = read_graph(pickled, source.url)
     return Manifest(source.url, source.stat.size, source.stat.etag, archive.records, tuple(graph.tensors()))
@@ -305,6 +307,7 @@ async def _select(source: Source, archive: Archive, request: _Request) -> Select
     return await in_thread(_select_records, pickled, archive, request, everything)
 
 
+@collector_paused()
 def _select_records(pickled: bytes, archive: Archive, request: _Request, everything: Selection) -> Selection:
     try:
         graph = read_graph(pickled, archive.url)
@@ -371,6 +374,7 @@ async def _load_local(
     return await in_thread(_torch_load, load, source.url, request)
 
 
+@collector_paused()
 def _torch_load(load: Callable[[], Any], url: str, request: _Request) -> Any:
     """Calls ``load``, and says of its errors which checkpoint they are about.
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from typing import TYPE_CHECKING
 
+from anyio import CapacityLimiter
+from anyio.lowlevel import RunVar
+
+from torchferry._collector import collector_paused
+from torchferry._sync import run_on
 from torchferry._tasks import task_group
 from torchferry.archive import LOCAL_HEADER_SIZE, SNIFF_SIZE, ZIP_FORMAT, find_directory, parse_directory, sniff
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, StorageError
-from torchferry.storage.base import MIB
+from torchferry.storage.base import MIB, Backend
 from torchferry.storage.cancellation import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torchferry.archive import Archive
-    from torchferry.storage.base import Backend, Chunk, ObjectStat
+    from torchferry.storage.base import Chunk, ObjectStat
 
 __all__ = ["Source"]
 
@@ -23,6 +28,8 @@ _WHOLE = 1 * MIB  # an object up to this size is read at once
 _PROBE = (64 << 10, 1 * MIB)  # least and most bytes of the first look at either end
 _PROBE_SHARE = 96  # each is this part of the object: looking costs 2% of it at most
 _END_SIZE = 66 << 10  # the end records, with the longest comment
+_UNDER_WAY = 64 * MIB  # bytes of all ranges under way; clients hold up to twice as many
+_LIMITER: RunVar[CapacityLimiter] = RunVar("torchferry.source._LIMITER")
 _GAP = 64 << 10  # needed ranges that are this near are read in one: a request costs more
 
 
@@ -50,7 +57,7 @@ class Source:
         Raises:
             CheckpointFormatError: the object is empty.
         """
-        source = cls(backend, path, await backend.stat(path))
+        source = cls(backend, path, await run_on(backend.loop, backend.stat, path))
         size = source.stat.size
         if not size:
             raise CheckpointFormatError(f"{source.url} is empty: not a checkpoint.")
@@ -73,7 +80,7 @@ class Source:
         """
 
         async def keep(first: int, last: int) -> None:
-            insort(self._kept, (first, await self._fetch(first, last)), key=_offset)
+            insort(self._kept, (first, await self.fetch(first, last)), key=_offset)
 
         async with task_group() as group:
             for first, last in self.plan([(start, stop)]):
@@ -83,7 +90,7 @@ class Source:
 
     def plan(self, extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         """The ranges to stream for these extents, what is kept already left out: neighbours merged, long ones cut."""
-        step = self._backend.range_size
+        step = min(self._backend.range_size, _UNDER_WAY // self._backend.range_concurrency)
         return [
             (at, min(at + step, last))
             for start, stop in _merge(extents, _GAP, self.stat.size)
@@ -100,14 +107,16 @@ class Source:
         """Reads ranges, many at once, and calls ``sink(start, buffer)`` with each, in a worker thread.
 
         Then it calls ``progress`` with the number of bytes, on the event loop.
-        At most ``range_concurrency`` buffers exist at a time, including those that ``sink`` works on.
+        At most ``range_concurrency`` buffers exist at a time, including those that ``sink`` works on; and of all
+        streams on this event loop together, at most as many as one backend of the default may have.
         """
         queue = iter(ranges)
+        limiter = _limiter()
 
         async def work() -> None:
             for start, stop in queue:
-                buffer = await self._fetch(start, stop)
-                await in_thread(sink, start, buffer)
+                async with limiter:
+                    await in_thread(sink, start, await self.fetch(start, stop))
                 progress(stop - start)
 
         async with task_group() as group:
@@ -128,7 +137,7 @@ class Source:
         if directory is None:
             raise CheckpointCorruptError(f"{self.url} is truncated: it starts as a zip archive does, but has no end.")
         buffer = await self.read(directory.start, directory.start + directory.size)
-        archive = await in_thread(parse_directory, buffer, directory, self.url)
+        archive = await in_thread(collector_paused()(parse_directory), buffer, directory, self.url)
         if archive.unproven:
             archive = await self._settle(archive)
         return archive
@@ -147,8 +156,9 @@ class Source:
         await self.stream(_merge(extents, _GAP, self._backend.range_size), collect)
         return await in_thread(archive.settle, headers)
 
-    async def _fetch(self, start: int, stop: int) -> Chunk:
-        buffer = await self._backend.read(self._path, start, stop, self.stat)
+    async def fetch(self, start: int, stop: int) -> Chunk:
+        """Reads the bytes ``start`` to ``stop`` without keeping them."""
+        buffer = await run_on(self._backend.loop, self._backend.read, self._path, start, stop, self.stat)
         if len(buffer) != stop - start:
             raise StorageError(f"{self.url}: the store sent {len(buffer)} bytes for the range {start} to {stop}.")
         return buffer
@@ -160,6 +170,14 @@ class Source:
             start = max(start, at + len(buffer))
         if start < stop:
             yield start, stop
+
+
+def _limiter() -> CapacityLimiter:
+    try:
+        return _LIMITER.get()
+    except LookupError:
+        _LIMITER.set(CapacityLimiter(Backend.range_concurrency))
+        return _LIMITER.get()
 
 
 def _offset(piece: tuple[int, Chunk]) -> int:
