@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
-import logging
 import os
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from functools import cache, partial
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,21 +33,20 @@ from torchferry.errors import (
     UnsupportedOptionError,
 )
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
+from torchferry.storage.body import SEND_PIECE, RequestBody, whole_or_not_at_all
+from torchferry.storage.bridge import UntranslatableError, choose_plane, names, once_a_process, require_known
 from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.storage.obstore import ObstoreBackend
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterable, Iterator, Mapping, Sequence
 
     from fsspec import AbstractFileSystem
     from obstore.store import ClientConfig
 
 __all__ = ["S3Backend"]
 
-logger = logging.getLogger("torchferry.storage")
-
 _READ_PIECE = 256 << 10
-_SEND_PIECE = 128 << 10
 
 
 class S3Backend(Backend):
@@ -74,17 +71,8 @@ class S3Backend(Backend):
             UnsupportedOptionError: ``plane`` is "obstore", and a setting does not translate.
             StoragePermissionError: the credentials' profile does not exist.
         """
-        if plane == "fsspec":
-            return cls(fs)
-        try:
-            return _obstore_backend(fs)
-        except _UntranslatableError as error:
-            if plane == "obstore":
-                raise UnsupportedOptionError(
-                    f"The obstore plane cannot honour this S3 configuration: {error}."
-                ) from None
-            _log_once(f"S3 goes through s3fs: obstore, which is faster, cannot honour {error}.")
-            return cls(fs)
+        obstore = partial(once_a_process, fs, partial(_obstore_backend, fs))
+        return choose_plane(plane, "S3", "s3fs", fsspec=partial(cls, fs), obstore=obstore)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -98,7 +86,7 @@ class S3Backend(Backend):
     def write_cost(self, size: int, part_size: int | None) -> int:
         """What the connections buffer; parts are sent from the chunks' own memory."""
         del size, part_size
-        return int(self._fs.max_concurrency) * 2 * _SEND_PIECE
+        return int(self._fs.max_concurrency) * 2 * SEND_PIECE
 
     async def stat(self, path: str) -> ObjectStat:
         """Looks an object up with a HEAD request: s3fs's listings cache is not asked."""
@@ -209,7 +197,7 @@ class _S3Upload(MultipartUpload["dict[str, Any]", ObjectStat]):
 
     async def put_whole(self, body: Sequence[Chunk]) -> ObjectStat:
         with self._translated():
-            response = await self._call("put_object", Body=_Body(body), **self._with_metadata())
+            response = await self._send("put_object", body, **self._with_metadata())
         self._backend._forget(self._path)
         return self._stat(sum(map(len, body)), response.get("ETag"))
 
@@ -220,7 +208,7 @@ class _S3Upload(MultipartUpload["dict[str, Any]", ObjectStat]):
 
     async def put_part(self, index: int, body: Sequence[Chunk]) -> dict[str, Any]:
         with self._translated():
-            response = await self._call("upload_part", UploadId=self._upload_id, PartNumber=index + 1, Body=_Body(body))
+            response = await self._send("upload_part", body, UploadId=self._upload_id, PartNumber=index + 1)
         self._size += sum(map(len, body))
         part = {name: value for name, value in response.items() if name == "ETag" or name.startswith("Checksum")}
         part.pop("ChecksumType", None)
@@ -259,6 +247,11 @@ class _S3Upload(MultipartUpload["dict[str, Any]", ObjectStat]):
         same = head["ContentLength"] == self._size and etag.strip('"').endswith(f"-{parts}")
         return etag if same else None
 
+    async def _send(self, operation: str, buffers: Sequence[Chunk], **arguments: Any) -> dict[str, Any]:
+        """An operation with a body; once the store has all of it, a cancel waits for its answer."""
+        body = RequestBody(buffers)
+        return await whole_or_not_at_all(body, partial(self._call, operation, Body=body, **arguments))
+
     async def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
         return await self._backend._call(operation, **self._target, **arguments)
 
@@ -273,59 +266,15 @@ class _S3Upload(MultipartUpload["dict[str, Any]", ObjectStat]):
         return _translated(self._url, "write")
 
 
-class _Body:
-    """Buffers as the body of a request, without copying them together.
-
-    botocore takes it for a seekable file, which it reads for checksums and to learn the length; aiohttp for an
-    asynchronous iterable, which it sends. Sent again, it starts from its beginning.
-    """
-
-    def __init__(self, buffers: Sequence[Chunk]) -> None:
-        self._views = [memoryview(buffer) for buffer in buffers]
-        self._size = sum(map(len, self._views))
-        self._position = 0
-
-    def __len__(self) -> int:
-        return self._size
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def read(self, size: int | None = -1) -> bytes:
-        stop = self._size if size is None or size < 0 else min(self._size, self._position + size)
-        pieces = []
-        start = 0
-        for view in self._views:
-            if start < stop and start + len(view) > self._position:
-                pieces.append(view[max(0, self._position - start) : stop - start])
-            start += len(view)
-        self._position = max(stop, self._position)
-        return b"".join(pieces)
-
-    async def __aiter__(self) -> AsyncIterator[memoryview]:
-        for view in self._views:
-            for start in range(0, len(view), _SEND_PIECE):
-                yield view[start : start + _SEND_PIECE]
-
-
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_PERMISSION_CODES = _names(
+_PERMISSION_CODES = names(
     "AccessDenied AccountProblem AllAccessDisabled AuthorizationHeaderMalformed CredentialsNotSupported ExpiredToken "
     "InvalidAccessKeyId InvalidPayer InvalidSecurity InvalidToken NotSignedUp RequestTimeTooSkewed "
     "SignatureDoesNotMatch TokenRefreshRequired"
 )
-_UNAVAILABLE_CODES = _names("InternalError RequestTimeout ServiceUnavailable SlowDown Throttling")
+_UNAVAILABLE_CODES = names("InternalError RequestTimeout ServiceUnavailable SlowDown Throttling")
 _CREDENTIAL_ERRORS = (
     boto_errors.NoCredentialsError,
     boto_errors.PartialCredentialsError,
@@ -391,30 +340,27 @@ def _code_and_status(error: Exception) -> tuple[str, int]:
 # --- the bridge to obstore ------------------------------------------------------------------------------------------
 
 
-class _UntranslatableError(Exception):
-    """A setting of s3fs that obstore cannot honour; the message names it."""
-
-
 # What an s3fs filesystem can be given. Anything not named here or below keeps the bytes on the fsspec plane.
-_RESOLVED_BY_BOTOCORE = _names(
+_RESOLVED_BY_BOTOCORE = names(
     "anon endpoint_url key secret token username password use_ssl profile client_kwargs config_kwargs "
     "s3_additional_kwargs requester_pays cache_regions"
 )
-_ABOUT_OTHER_CALLS = _names(
+_ABOUT_OTHER_CALLS = names(
     "default_block_size default_fill_cache default_cache_type use_listings_cache listings_expiry_time max_paths "
     "skip_instance_cache asynchronous loop fixed_upload_size"
 )  # listings, file objects, and how fsspec keeps instances
+_POSITIONAL = len(("anon", "endpoint_url", "key", "secret", "token"))
 _ONLY_AT_THEIR_DEFAULT = {"version_aware": False, "local_expiry_check": False, "session": None, "max_concurrency": 10}
-_CLIENT_KWARGS = _names(
+_CLIENT_KWARGS = names(
     "region_name endpoint_url use_ssl verify aws_access_key_id aws_secret_access_key aws_session_token"
 )
-_CONFIG_KWARGS = _names(
+_CONFIG_KWARGS = names(
     "region_name signature_version connect_timeout read_timeout proxies s3 retries parameter_validation tcp_keepalive "
     "ignore_configured_endpoint_urls max_pool_connections request_checksum_calculation response_checksum_validation"
 )
 _RETRIES_IN_CONFIG = frozenset({"max_attempts", "total_max_attempts", "mode"})
 _S3_CONFIG = frozenset({"addressing_style", "payload_signing_enabled"})
-_ADDITIONAL_KWARGS = _names(
+_ADDITIONAL_KWARGS = names(
     "ServerSideEncryption SSEKMSKeyId BucketKeyEnabled SSECustomerAlgorithm SSECustomerKey SSECustomerKeyMD5 "
     "RequestPayer"
 )
@@ -423,17 +369,14 @@ _REQUEST_PATIENCE = timedelta(minutes=2)
 
 
 def _obstore_backend(fs: S3FileSystem) -> ObstoreBackend:
-    """The obstore backend for ``fs``: one for each instance and process, since it owns the connections.
+    """The obstore backend for ``fs``.
 
     Raises:
-        _UntranslatableError: a setting does not translate.
+        UntranslatableError: a setting does not translate.
         StoragePermissionError: the credentials' profile does not exist.
     """
-    known: dict[int, ObstoreBackend] = vars(fs).setdefault("_torchferry_obstore", {})
-    if os.getpid() not in known:  # the connections of the parent do not survive a fork
-        _check_filesystem(fs)
-        known[os.getpid()] = _S3ThroughObstore(_Bridge(fs), fs)
-    return known[os.getpid()]
+    _check_filesystem(fs)
+    return _S3ThroughObstore(_Bridge(fs), fs)
 
 
 class _S3ThroughObstore(ObstoreBackend):
@@ -442,14 +385,6 @@ class _S3ThroughObstore(ObstoreBackend):
     def __init__(self, bridge: _Bridge, fs: S3FileSystem) -> None:
         super().__init__("s3", bridge.open_store)
         self._users_fs = fs
-        self._through_s3fs = S3Backend(bridge.fs)
-
-    async def stat(self, path: str) -> ObjectStat:
-        try:
-            return await super().stat(path)
-        except CheckpointNotFoundError:
-            # A HEAD's 404 does not say whether the bucket is missing too; this finds out and raises.
-            return await run_on(self._through_s3fs.loop, self._through_s3fs.stat, path)
 
     async def write(
         self,
@@ -470,22 +405,19 @@ class _S3ThroughObstore(ObstoreBackend):
 
 
 def _check_filesystem(fs: S3FileSystem) -> None:
-    """Raises _UntranslatableError for settings that obstore has nothing for."""
+    """Raises UntranslatableError for settings that obstore has nothing for."""
     if type(fs) is not S3FileSystem:
-        raise _UntranslatableError(f"the filesystem class {type(fs).__name__}, a subclass of S3FileSystem")
+        raise UntranslatableError(f"the filesystem class {type(fs).__name__}, a subclass of S3FileSystem")
+    if len(fs.storage_args) > _POSITIONAL:
+        raise UntranslatableError("positional arguments after the token")
     known = _RESOLVED_BY_BOTOCORE | _ABOUT_OTHER_CALLS | set(_ONLY_AT_THEIR_DEFAULT)
-    _allow("the option", {*fs.storage_options, *fs.kwargs}, known)
+    require_known("the option", {*fs.storage_options, *fs.kwargs}, known)
     for name, default in _ONLY_AT_THEIR_DEFAULT.items():
         if fs.storage_options.get(name, default) != default:
-            raise _UntranslatableError(f"the option {name!r}")
-    _allow("client_kwargs", fs.client_kwargs, _CLIENT_KWARGS)
-    _allow("config_kwargs", fs.config_kwargs, _CONFIG_KWARGS)
+            raise UntranslatableError(f"the option {name!r}")
+    require_known("client_kwargs", fs.client_kwargs, _CLIENT_KWARGS)
+    require_known("config_kwargs", fs.config_kwargs, _CONFIG_KWARGS)
     _encryption(fs.s3_additional_kwargs)
-
-
-def _allow(where: str, given: Any, known: Any) -> None:
-    if unknown := sorted(set(given) - set(known)):
-        raise _UntranslatableError(f"{where} {', '.join(map(repr, unknown))}")
 
 
 class _Address(NamedTuple):
@@ -519,7 +451,7 @@ class _Bridge:
     """Makes obstore stores from an s3fs filesystem.
 
     Raises:
-        _UntranslatableError: the configuration that botocore resolved does not translate.
+        UntranslatableError: the configuration that botocore resolved does not translate.
         StoragePermissionError: it could not be resolved.
     """
 
@@ -604,15 +536,15 @@ def _store_config(fs: S3FileSystem, config: Any) -> dict[str, Any]:
     """The ``S3Config`` settings that do not depend on the bucket."""
     s3 = {name: value for name, value in (config.s3 or {}).items() if value not in {None, False}}
     s3.pop("us_east_1_regional_endpoint", None)  # part of the address that botocore gives
-    _allow("the S3 configuration", s3, _S3_CONFIG)
+    require_known("the S3 configuration", s3, _S3_CONFIG)
     if config.signature_version not in {None, "s3v4", UNSIGNED}:
-        raise _UntranslatableError(f"the signature version {config.signature_version!r}")
+        raise UntranslatableError(f"the signature version {config.signature_version!r}")
     for name in ("client_cert", "proxies_config", "use_dualstack_endpoint", "use_fips_endpoint", "user_agent_extra"):
         if getattr(config, name, None):
-            raise _UntranslatableError(f"the configuration {name!r}")
+            raise UntranslatableError(f"the configuration {name!r}")
     for name in ("request_checksum_calculation", "response_checksum_validation"):
         if fs.config_kwargs.get(name, "when_required") != "when_required":
-            raise _UntranslatableError(f"config_kwargs {name!r}")
+            raise UntranslatableError(f"config_kwargs {name!r}")
     payer = fs.req_kw.get("RequestPayer") or fs.s3_additional_kwargs.get("RequestPayer")
     return {
         # A SHA-256 of every byte costs more than sending it; S3 accepts that there is none.
@@ -626,7 +558,7 @@ def _store_config(fs: S3FileSystem, config: Any) -> dict[str, Any]:
 
 def _encryption(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The ``S3Config`` settings for ``s3_additional_kwargs``, all of them."""
-    _allow("s3_additional_kwargs", arguments, _ADDITIONAL_KWARGS)
+    require_known("s3_additional_kwargs", arguments, _ADDITIONAL_KWARGS)
     settings: dict[str, Any] = {}
     if algorithm := arguments.get("ServerSideEncryption"):
         settings["server_side_encryption"] = algorithm
@@ -647,7 +579,7 @@ def _client_options(fs: S3FileSystem, config: Any) -> ClientConfig:
     # botocore limits the wait for a socket. obstore's read_timeout counts from the start of the request, so that a
     # part going up a thin line would run into it: only the request as a whole has a limit, and a generous one.
     if config.read_timeout < S3FileSystem.read_timeout:
-        raise _UntranslatableError(f"config_kwargs 'read_timeout' below {S3FileSystem.read_timeout} s")
+        raise UntranslatableError(f"config_kwargs 'read_timeout' below {S3FileSystem.read_timeout} s")
     options["timeout"] = max(timedelta(seconds=config.read_timeout), _REQUEST_PATIENCE)
     verify = fs.client_kwargs.get("verify")
     if verify is None:
@@ -656,31 +588,26 @@ def _client_options(fs: S3FileSystem, config: Any) -> ClientConfig:
         options["allow_invalid_certificates"] = True
     elif isinstance(verify, str | os.PathLike):
         if not Path(verify).is_file():
-            raise _UntranslatableError(f"the certificates {os.fspath(verify)!r}, which are not one file")
+            raise UntranslatableError(f"the certificates {os.fspath(verify)!r}, which are not one file")
         options["root_certificate"] = Path(verify).read_bytes()
     if config.proxies:
         proxies = set(config.proxies.values())
         if len(proxies) > 1:
-            raise _UntranslatableError("config_kwargs 'proxies' with one proxy for each scheme")
+            raise UntranslatableError("config_kwargs 'proxies' with one proxy for each scheme")
         options["proxy_url"] = proxies.pop()
     if "max_pool_connections" in fs.config_kwargs and fs.config_kwargs["max_pool_connections"] < _MOST_CONNECTIONS:
-        raise _UntranslatableError(f"config_kwargs 'max_pool_connections' below {_MOST_CONNECTIONS}")
+        raise UntranslatableError(f"config_kwargs 'max_pool_connections' below {_MOST_CONNECTIONS}")
     return options
 
 
 def _retry_config(config: Any) -> Any:
     """Obstore's ``RetryConfig``, or None for its own: 10 retries within 3 minutes."""
     retries = config.retries or {}
-    _allow("config_kwargs 'retries'", retries, _RETRIES_IN_CONFIG)
+    require_known("config_kwargs 'retries'", retries, _RETRIES_IN_CONFIG)
     if retries.get("mode") == "adaptive":
-        raise _UntranslatableError("config_kwargs 'retries' in the mode 'adaptive'")
+        raise UntranslatableError("config_kwargs 'retries' in the mode 'adaptive'")
     if "total_max_attempts" in retries:
         return {"max_retries": retries["total_max_attempts"] - 1, "retry_timeout": timedelta(minutes=3)}
     if "max_attempts" in retries:
         return {"max_retries": retries["max_attempts"], "retry_timeout": timedelta(minutes=3)}
     return None
-
-
-@cache
-def _log_once(message: str) -> None:
-    logger.warning(message)

@@ -1,4 +1,4 @@
-# ruff: noqa: ASYNC230, ASYNC240 - tests look at the disk while nothing else runs
+# ruff: noqa: ASYNC230 - tests look at the disk while nothing else runs
 from __future__ import annotations
 
 import errno

@@ -24,6 +24,7 @@ from torchferry.errors import (
     StorageUnavailableError,
     UnsupportedOptionError,
 )
+from torchferry.storage import bridge
 from torchferry.storage.base import MIB, Backend, Plane
 from torchferry.storage.registry import open_backend
 from torchferry.testing import CloudConformance, StoreUnderTest
@@ -290,8 +291,8 @@ def _unused_port() -> Iterator[int]:
 
 def config_of(backend: Backend) -> dict[str, Any]:
     """The settings that a store of this backend is made with."""
-    bridge = torchferry_s3._Bridge(backend._users_fs)  # type: ignore[attr-defined]
-    return {**bridge._config, "client": bridge._client_options, "retry": bridge._retry}
+    made = torchferry_s3._Bridge(backend._users_fs)  # type: ignore[attr-defined]
+    return {**made._config, "client": made._client_options, "retry": made._retry}
 
 
 TRANSLATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -370,7 +371,7 @@ def test_setting_that_obstore_cannot_honour_falls_back_with_one_log_line(
 ) -> None:
     options, named = NOT_TRANSLATED[setting]
     options = s3_storage_options | options
-    torchferry_s3._log_once.cache_clear()
+    bridge._log_once.cache_clear()
     for _ in range(2):
         backend, _ = open_backend("s3://bucket/key", storage_options=options)
         assert backend.plane == "fsspec"
@@ -423,8 +424,8 @@ async def test_virtual_hosted_addresses_come_from_the_filesystem(s3_storage_opti
         "client_kwargs": {"region_name": "moon-1"},
         "config_kwargs": {"s3": {"addressing_style": "virtual"}},
     }
-    bridge = torchferry_s3._Bridge(S3FileSystem(**options))
-    address = await run_on(bridge.fs.loop, bridge._resolve, "bucket")
+    made = torchferry_s3._Bridge(S3FileSystem(**options))
+    address = await run_on(made.fs.loop, made._resolve, "bucket")
     assert address == ("http://bucket.storage.example:9000", True, "moon-1")
 
 
