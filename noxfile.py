@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+import os
+import shutil
+
 import nox
 
 nox.needs_version = ">=2024.10.9"
@@ -22,6 +26,16 @@ def install(session: nox.Session, *extras: str) -> None:
     session.install("-c", "constraints.txt", "-e", f".[{','.join(extras)}]")
 
 
+def need(session: nox.Session, command: str, package: str) -> None:
+    """Makes sure of a command that no Python package brings; as root on Debian or Ubuntu, by installing it."""
+    if shutil.which(command):
+        return
+    if shutil.which("apt-get") is None or os.geteuid() != 0:
+        session.error(f"The tests need the command {command}: install the package {package} of your system.")
+    session.run("apt-get", "update", "-q", external=True, silent=True)
+    session.run("apt-get", "install", "-q", "-y", "--no-install-recommends", package, external=True, silent=True)
+
+
 @nox.session
 def demo(session: nox.Session) -> None:
     """Train, evaluate and resume in a Flyte workflow whose checkpoints live in an S3 on this machine."""
@@ -32,6 +46,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The whole test suite, against real object stores on 127.0.0.1 that it starts and stops."""
+    need(session, "chromium", "chromium")  # to look at the Deck
     install(session, "all", "test")
     session.run("pytest", *session.posargs)
 
@@ -40,7 +55,7 @@ def tests(session: nox.Session) -> None:
 def conformance(session: nox.Session) -> None:
     """Only the storage backends, against the conformance suite that each must pass."""
     install(session, "all", "test")
-    session.run("pytest", "tests/storage", *session.posargs)
+    session.run("pytest", *sorted(glob.glob("tests/test_storage_*.py")), *session.posargs)
 
 
 @nox.session(python=["3.11", "3.12"])
