@@ -112,13 +112,14 @@ class MemoryWatch:
 
 
 def _held_bytes(pid: int) -> int:
-    files = 0
+    files: dict[int, int] = {}  # by inode: a file may be open more than once
     for fd in os.scandir(f"/proc/{pid}/fd"):
         with suppress(OSError):
             if os.readlink(fd.path).startswith("/memfd:"):  # noqa: PTH115 - 50 times a second
-                files += fd.stat().st_blocks * 512
+                stat = fd.stat()
+                files[stat.st_ino] = stat.st_blocks * 512
     status = _status(pid)
-    return status["VmRSS"] + max(0, files - status["RssShmem"])
+    return status["VmRSS"] + max(0, sum(files.values()) - status["RssShmem"])
 
 
 def _status(pid: int | str = "self") -> dict[str, int]:
