@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import shutil
+from pathlib import Path
 
 import nox
 
@@ -55,7 +55,7 @@ def tests(session: nox.Session) -> None:
 def conformance(session: nox.Session) -> None:
     """Only the storage backends, against the conformance suite that each must pass."""
     install(session, "all", "test")
-    session.run("pytest", *sorted(glob.glob("tests/test_storage_*.py")), *session.posargs)
+    session.run("pytest", *map(str, sorted(Path("tests").glob("test_storage_*.py"))), *session.posargs)
 
 
 @nox.session(python=["3.11", "3.12"])
