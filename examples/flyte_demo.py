@@ -136,7 +136,7 @@ def s3_store(sandbox: Path) -> Iterator[tuple[str, FileAccessProvider]]:
         s3fs.S3FileSystem(**server.storage_options).mkdir(BUCKET)
         config = S3Config(endpoint=server.endpoint, access_key_id=server.key, secret_access_key=server.secret)
         provider = FileAccessProvider(sandbox, f"s3://{BUCKET}/raw", data_config=DataConfig(s3=config))
-        yield f"SeaweedFS, an S3 on {server.endpoint}", provider
+        yield f"SeaweedFS, an S3 on {server.endpoint}, sharing these {os.cpu_count()} cores", provider
 
 
 STORES: dict[str, Callable] = {"s3": s3_store}

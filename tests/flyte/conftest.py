@@ -24,6 +24,11 @@ from checkpoints import data_config, make_checkpoint
 os.environ["FLYTE_LOCAL_CACHE_ENABLED"] = "false"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # flytekit 1.15 warns of itself whenever a task is declared
+    config.addinivalue_line("filterwarnings", "ignore:`disable_deck` is deprecated:DeprecationWarning")
+
+
 @pytest.fixture
 def in_context(tmp_path: Path) -> Iterator[Callable[..., FlyteContext]]:
     """Makes a raw output prefix, and a configuration for it, those of the test."""

@@ -30,6 +30,7 @@ from torchferry.errors import (
 from torchferry.flyte import PyTorchCheckpoint, PyTorchCheckpointTransformer, transfer
 from torchferry.flyte.fields import checkpoint_literal
 from torchferry.options import LoadOptions
+from torchferry.testing.faultproxy import Fault
 from torchferry.testing.servers import S3Server
 
 transformer = PyTorchCheckpointTransformer()
@@ -107,7 +108,6 @@ def test_a_store_that_is_not_there_is_the_error_that_flyte_retries(
     in_context: Callable[..., FlyteContext], s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "RETRY_DELAYS", ())
-    monkeypatch.setenv("TORCHFERRY_PLANE", "fsspec")  # obstore goes on trying for three minutes
     context = in_context("s3://bucket/raw", data_config("http://127.0.0.1:9", s3_server))
     with pytest.raises(FlyteUploadDataException, match=r"s3://bucket/raw/\w+/checkpoint.pt"):
         save(context)
@@ -121,6 +121,24 @@ def test_an_input_that_fails_for_a_while_is_loaded_in_the_end(
     uri = save(s3_context).scalar.blob.uri
     failing("load_async", BUSY, CheckpointCorruptError("damaged on its way"), BUSY)
     assert load(s3_context, uri)["epochs"] == 3
+
+
+def test_an_input_that_is_damaged_on_its_way_is_read_again(
+    in_context: Callable[..., FlyteContext],
+    faulty_s3: Callable[..., Any],
+    s3_server: S3Server,
+    s3_url: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    direct = in_context(s3_url, data_config(s3_server.endpoint, s3_server))
+    checkpoint = make_checkpoint()
+    uri = save(direct, checkpoint).scalar.blob.uri
+    fault = Fault(method="GET", target="checkpoint.pt", corrupt_download_byte=4_000)  # inside a tensor
+    proxied = in_context(s3_url, data_config(faulty_s3(fault).proxy.endpoint, s3_server))
+    loaded = load(proxied, uri)
+    assert checkpoint.module is not None
+    torch.testing.assert_close(loaded["module_state_dict"], checkpoint.module.state_dict(), rtol=0, atol=0)
+    assert "Trying again" in caplog.text
 
 
 def test_an_input_that_keeps_failing_says_why(s3_context: FlyteContext, failing: Callable[..., None]) -> None:

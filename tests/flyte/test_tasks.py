@@ -13,6 +13,7 @@ import pytest
 from checkpoints import Progress, make_checkpoint, sandbox_files, stored_files
 from flytekit import FlyteContext, HashMethod, conditional, dynamic, eager, map_task, task, workflow
 from flytekit.core.local_cache import LocalTaskCache
+from flytekit.core.type_engine import TypeEngine, TypeTransformer
 from flytekit.extras.pytorch import PyTorchCheckpoint
 from flytekit.utils.asyn import run_sync
 from pydantic import BaseModel
@@ -319,10 +320,9 @@ def test_a_field_that_was_received_is_passed_on_without_an_upload(context: Flyte
     assert len(stored_files(context)) == 1
 
 
+@pytest.mark.skipif(not hasattr(TypeTransformer, "schema_match"), reason="this flytekit does not ask transformers")
 @pytest.mark.parametrize("owner", [Trained, Model])
 def test_flytekit_guesses_the_type_of_a_field(owner: type) -> None:
-    from flytekit.core.type_engine import TypeEngine
-
     guessed: Any = TypeEngine.guess_python_type(TypeEngine.to_literal_type(owner))
     hints = typing.get_type_hints(guessed)
     assert hints["whole"] is PyTorchCheckpoint

@@ -139,22 +139,14 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         # flytekit's unions call this with any value and hide the error: say no before doing anything.
         if not isinstance(python_val, FlytekitCheckpoint):
             raise TypeTransformerFailedError(f"Expected a PyTorchCheckpoint, given: a {_name(type(python_val))}.")
-        load_options = options_of(python_type, LoadOptions)
         try:
-            content = await anyio.to_thread.run_sync(content_of, python_val)
-            if load_options.weights_only:
-                await anyio.to_thread.run_sync(check_loadable, content)
-            loaded_from = python_val.uri if isinstance(python_val, LoadedCheckpoint) else None
-            uri = await upload(ctx, content, options_of(python_type, SaveOptions), loaded_from=loaded_from)
-            if _shows_decks(ctx):
-                _remember(python_val, await anyio.to_thread.run_sync(summarize, content, uri))
-        except TypeTransformerFailedError:
-            raise
-        except StorageUnavailableError as error:
-            _logger.warning("Saving %r failed: %s", python_val, error)  # a union would hide it
-            raise FlyteUploadDataException(f"The checkpoint could not be uploaded: {error}") from error
+            uri = await self._save(ctx, python_val, python_type)
         except Exception as error:
-            _logger.warning("Saving %r failed: %s", python_val, error)
+            _logger.warning("%r is not saved: %s", python_val, error)  # a union hides the error
+            if isinstance(error, TypeTransformerFailedError):
+                raise
+            if isinstance(error, StorageUnavailableError):
+                raise FlyteUploadDataException(f"The checkpoint could not be uploaded: {error}") from error
             raise TypeTransformerFailedError(f"{python_val!r} could not be saved: {_message(error)}") from error
         return checkpoint_literal(uri)
 
@@ -203,15 +195,25 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         loaded = self.to_python_value(FlyteContextManager.current_context(), lv, expected_python_type)
         return cast("LoadedCheckpoint", loaded)
 
+    async def _save(self, ctx: FlyteContext, checkpoint: Any, python_type: type[Any]) -> str:
+        content = await anyio.to_thread.run_sync(content_of, checkpoint)
+        if options_of(python_type, LoadOptions).weights_only:
+            await anyio.to_thread.run_sync(check_loadable, content)
+        loaded_from = checkpoint.uri if isinstance(checkpoint, LoadedCheckpoint) else None
+        uri = await upload(ctx, content, options_of(python_type, SaveOptions), loaded_from=loaded_from)
+        if _shows_decks(ctx):
+            await anyio.to_thread.run_sync(_remember, checkpoint, content, uri)
+        return uri
+
     async def _load(self, ctx: FlyteContext, uri: str, expected_python_type: type[Any]) -> LoadedCheckpoint:
         options = options_of(expected_python_type, LoadOptions)
         try:
             content = await download(ctx, uri, options)
         except StorageUnavailableError as error:
-            _logger.warning("Loading %s failed: %s", uri, error)  # a union would hide it
+            _logger.warning("%s is not loaded: %s", uri, error)  # a union hides the error
             raise FlyteDownloadDataException(f"The checkpoint could not be downloaded: {error}") from error
         except TorchferryError as error:
-            _logger.warning("Loading %s failed: %s", uri, error)
+            _logger.warning("%s is not loaded: %s", uri, error)
             raise TypeTransformerFailedError(str(error)) from error
         if not isinstance(content, dict):
             raise TypeTransformerFailedError(f"{uri} holds a {_name(type(content))}, not a checkpoint's dict.")
@@ -222,9 +224,12 @@ def _shows_decks(ctx: FlyteContext) -> bool:
     return bool(ctx.user_space_params is not None and ctx.user_space_params.enable_deck)
 
 
-def _remember(checkpoint: Any, summary: Summary) -> None:
+def _remember(checkpoint: Any, content: dict[str, Any], uri: str) -> None:
     # The Deck is made after the upload, and asking a module for its state again may gather it from all ranks again.
-    vars(checkpoint)[_SUMMARY] = summary
+    try:
+        vars(checkpoint)[_SUMMARY] = summarize(content, uri)
+    except Exception:  # what is saved is saved, whatever the Deck will say
+        _logger.debug("A checkpoint has no summary.", exc_info=True)
 
 
 def _summary_of(checkpoint: Any) -> Summary:

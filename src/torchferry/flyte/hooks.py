@@ -148,7 +148,7 @@ class _Guesser(TypeTransformer[Any]):  # type: ignore[misc]  # flytekit has no t
             raise ValueError(f"{literal_type} is no checkpoint's type.")
         try:
             from torchferry.flyte.checkpoint import PyTorchCheckpoint
-        except ImportError as error:  # ValueError is how a transformer passes
+        except Exception as error:  # whatever it is: ValueError is how a transformer passes
             raise ValueError(f"Checkpoints cannot be read here: {error}") from error
         return PyTorchCheckpoint
 

@@ -51,8 +51,7 @@ def _take_over() -> None:
         return
     try:
         import_module(_OURS)
-    except ImportError:
-        # flytekit's transformer still works; failing here would break every import of flytekit.extras.pytorch.
+    except Exception:  # whatever it is: flytekit's own transformer works, and must stay importable
         _logger.warning("torchferry cannot take over PyTorchCheckpoint; flytekit's own stays in place.", exc_info=True)
 
 

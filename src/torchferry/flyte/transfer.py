@@ -128,7 +128,8 @@ async def download(ctx: FlyteContext, uri: str, options: LoadOptions) -> Any:
         # What flytekit does: public data can be read without the credentials that are wrong or missing here.
         if get_protocol(uri) not in _ANONYMOUS or options.storage_options:
             raise
-        arguments["filesystem"] = ctx.file_access.get_filesystem(get_protocol(uri), anonymous=True)
+        get_filesystem = partial(ctx.file_access.get_filesystem, get_protocol(uri), anonymous=True)
+        arguments["filesystem"] = await anyio.to_thread.run_sync(get_filesystem)
         try:
             return await _move("Loaded", uri, partial(load_async, uri, **arguments))
         except StoragePermissionError:
