@@ -212,6 +212,32 @@ async def test_a_cancelled_stream_leaves_nothing_behind(obj: Any) -> None:
     assert not PROCESS_BUDGET._line
 
 
+async def test_a_consumer_that_holds_a_large_part_back_gets_all_of_it() -> None:
+    """Parts of 40 MiB, all of it copied: the window is larger than a part, whatever its size."""
+    tensors = [torch.zeros(MIB // 2, dtype=torch.uint8) for _ in range(160)]
+    stream = CheckpointStream(tensors, part_size=40 * MIB)
+    part: list[Any] = []
+    async with stream.running():
+        async for chunk in stream:
+            part.append(chunk)
+            if sum(map(len, part)) >= 40 * MIB:
+                part.clear()
+    assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
+
+
+async def test_copies_between_large_storages_do_not_use_the_blocks_up() -> None:
+    """A hundred small storages between a hundred large ones: each is a chunk, and they share blocks."""
+    tensors = [torch.zeros(size, dtype=torch.uint8) for size in (100 << 10, MIB)] * 100
+    stream = CheckpointStream([tensor.clone() for tensor in tensors])
+    part: list[Any] = []
+    with anyio.fail_after(60):
+        async with stream.running():
+            async for chunk in stream:
+                part.append(chunk)
+                if sum(map(len, part)) >= 16 * MIB:
+                    part.clear()
+
+
 async def test_streams_wait_for_each_other_inside_the_process_budget() -> None:
     """25 at once, each of which must copy more than its share: all finish, and never hold more than the budget."""
     tensors = [torch.zeros(MIB // 2) for _ in range(16)]

@@ -56,6 +56,13 @@ class ByteBudget:
             self._free += size
             self._changed.notify_all()
 
+    def grow(self, size: int) -> None:
+        """Makes the budget ``size`` bytes larger."""
+        with self._changed:
+            self._total += size
+            self._free += size
+            self._changed.notify_all()
+
     def wake(self) -> None:
         """Makes every waiting thread look again whether it is abandoned."""
         with self._changed:
@@ -67,34 +74,35 @@ PROCESS_BUDGET = ByteBudget(48 << 20)
 
 
 class Blocks:
-    """Blocks of memory that are filled, lent, and come back when nobody holds any part of them any more.
+    """Blocks of memory that come back when nobody holds a view of them any more.
 
-    Reused, because filling memory for the first time is eight times slower than filling it again. ``take`` blocks,
-    and may be called in any thread; a lent block comes back in whichever thread lets go of it last.
-
-    Args:
-        total: How many bytes the blocks may have together.
+    Reused, because filling memory for the first time is eight times slower than filling it again. There are none
+    before :meth:`allow`.
     """
 
-    def __init__(self, total: int) -> None:
-        self._budget = ByteBudget(total)
-        self._spare: deque[memoryview] = deque()
+    def __init__(self) -> None:
+        self._budget = ByteBudget(0)
+        self._spare: deque[mmap.mmap] = deque()
         self._abandoned = False
         self._cleared = False
 
+    def allow(self, total: int) -> None:
+        """Lets there be so many blocks that they have at least ``total`` bytes together."""
+        self._budget.grow(-(-total // BLOCK_SIZE) * BLOCK_SIZE)
+
     def take(self) -> memoryview:
-        """A free block; waits for one if all are out."""
+        """A block, to be filled and passed on in slices; waits for one if all are out.
+
+        It comes back when this view and all its slices are gone, in whichever thread lets go of the last.
+        """
         self._budget.take(BLOCK_SIZE, abandoned=lambda: self._abandoned)
         try:
-            return self._spare.pop()
+            block = self._spare.pop()
         except IndexError:
-            return memoryview(mmap.mmap(-1, BLOCK_SIZE))  # takes memory only as far as it is filled
-
-    def lend(self, block: memoryview, size: int) -> memoryview:
-        """The first ``size`` bytes of a block, which is free again when the last view or slice of them is gone."""
-        lent = (ctypes.c_char * size).from_buffer(block)
-        weakref.finalize(lent, self._came_back, block).atexit = False
-        return memoryview(lent).cast("B").toreadonly()
+            block = mmap.mmap(-1, BLOCK_SIZE)  # takes memory only as far as it is filled
+        loan = (ctypes.c_char * BLOCK_SIZE).from_buffer(block)  # all views of it keep it, and it can be watched
+        weakref.finalize(loan, self._came_back, block).atexit = False
+        return memoryview(loan).cast("B")
 
     def abandon(self) -> None:
         """Makes :meth:`take` raise ``InterruptedError``, also in a thread that waits in it."""
@@ -102,11 +110,11 @@ class Blocks:
         self._budget.wake()
 
     def clear(self) -> None:
-        """Frees the blocks: the spare ones now, those that are lent when they come back."""
+        """Frees the blocks: the spare ones now, the others when they come back."""
         self._cleared = True
         self._spare.clear()
 
-    def _came_back(self, block: memoryview) -> None:
+    def _came_back(self, block: mmap.mmap) -> None:
         if not self._cleared:
             self._spare.append(block)
         self._budget.give(BLOCK_SIZE)

@@ -17,7 +17,8 @@ from torchferry._tasks import task_group
 from torchferry.checksum import Checksums
 from torchferry.errors import CheckpointFormatError
 from torchferry.source import Source
-from torchferry.storage.base import MIB, Backend, Chunk, ObjectStat, Plane
+from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
+from torchferry.storage.multipart import part_size_for
 from torchferry.storage.registry import open_backend
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ async def _copy(
         )
     checksums = await to_thread.run_sync(Checksums, archive.records if archive else (), source.url)
     size = source.stat.size
-    stream = _CopyStream(source, checksums, min(size, 2 * (part_size or 16 * MIB)), callback)
+    stream = _CopyStream(source, checksums, min(size, 2 * part_size_for(size, part_size)), callback)
     async with stream.running(cost=writer.write_cost(size, part_size)):
         return await writer.write(
             target_path,
@@ -132,7 +133,8 @@ class _CopyStream(AsyncIterator["Chunk"]):
         self._checksums = checksums
         self._window = max(window, BLOCK_SIZE)
         self._callback = callback
-        self._blocks = Blocks(self._window)
+        self._blocks = Blocks()
+        self._blocks.allow(self._window)
         self._send, self._receive = anyio.create_memory_object_stream[_Piece](self._window // BLOCK_SIZE)
         self._reading = anyio.CapacityLimiter(_READS)
         self._begun = anyio.Event()
@@ -175,7 +177,7 @@ class _CopyStream(AsyncIterator["Chunk"]):
         size = piece.stop - piece.start
         if self._callback is not None:
             self._callback.relative_update(size)
-        return self._blocks.lend(piece.block, size)
+        return piece.block[:size].toreadonly()
 
     async def _read_ahead(self, cost: int) -> None:
         size = self._source.stat.size

@@ -25,6 +25,7 @@ from anyio import from_thread, to_thread
 from torchferry._memory import PROCESS_BUDGET, Blocks
 from torchferry._tasks import task_group
 from torchferry.storage.base import MIB, Chunk
+from torchferry.storage.multipart import part_size_for
 
 if TYPE_CHECKING:
     from fsspec.callbacks import Callback
@@ -33,7 +34,6 @@ __all__ = ["CheckpointStream"]
 
 _ZERO_COPY_FROM = MIB  # a smaller view is cheaper to copy than to hand over on its own
 _PIECE = 8 * MIB  # a large view is handed over in pieces: stores bound what is under way by counting what they get
-_TINY = 64 << 10  # what is cheaper to copy once more than to tie up a block for
 _QUEUE = 4  # chunks between torch.save and the store
 _RECORD_OVERHEAD = 256  # bytes of zip headers, padding and directory for a record, at most (64-byte alignment)
 
@@ -44,7 +44,7 @@ class CheckpointStream(AsyncIterator["Chunk"]):
     Args:
         obj: Anything that ``torch.save`` takes.
         write_cost: How many bytes of memory the consumer will need, given the size of the stream in bytes.
-        part_size: How many bytes the consumer may hold back before it lets go of any (default 16 MiB).
+        part_size: Bytes in a part of the consumer's, where the user chose: it may hold back that much.
         callback: Told the size, and of bytes as they are taken.
 
     Attributes:
@@ -62,11 +62,11 @@ class CheckpointStream(AsyncIterator["Chunk"]):
         self.size_hint = 0
         self._obj = obj
         self._write_cost = write_cost
-        self._window = 2 * (part_size or 16 * MIB)
+        self._part_size = part_size
         self._callback = callback
         self._send, self._receive = anyio.create_memory_object_stream[Chunk](_QUEUE)
         self._storages = _Storages()
-        self._blocks = Blocks(self._window)
+        self._blocks = Blocks()
         self._begun = anyio.Event()
         self._reserved = 0
         self._closed = False
@@ -130,14 +130,16 @@ class CheckpointStream(AsyncIterator["Chunk"]):
         writer = _Writer(self._storages, self._blocks, self._emit)
         recorder = _recording_pickle(self._storages.add, self._begin)
         torch.save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush is what it uses
-        writer.end()
 
     def _begin(self, pickle_size: int) -> None:
         """Called when the object is pickled and nothing is written: reserves memory, and lets the consumer begin."""
         copied = pickle_size + self._storages.copied_bytes + _RECORD_OVERHEAD * (len(self._storages) + 8)
         self.size_hint = copied + self._storages.lent_bytes
-        cost = min(copied, self._window) + self._write_cost(self.size_hint)
+        # A store holds up to a part back before it sends any of it: with twice that there is always room to go on.
+        window = min(copied, 2 * part_size_for(self.size_hint, self._part_size))
+        cost = window + self._write_cost(self.size_hint)
         self._reserved = PROCESS_BUDGET.take(cost, abandoned=lambda: self._closed)
+        self._blocks.allow(window)
         if self._callback is not None:
             self._callback.set_size(self.size_hint)
         from_thread.run_sync(self._begun.set)
@@ -160,13 +162,14 @@ class _Writer:
         self._blocks = blocks
         self._emit = emit
         self._block = memoryview(b"")
+        self._emitted = 0
         self._filled = 0
 
     def write(self, data: memoryview) -> int:
         """Takes what torch writes; ``data`` is torch's again when this returns."""
         size = len(data)
         if size >= _ZERO_COPY_FROM and (lent := self._storages.lend(data)) is not None:
-            self._flush_block()
+            self._emit_copies()
             for start in range(0, size, _PIECE):
                 self._emit(lent[start : start + _PIECE])
         elif self._filled + size <= len(self._block):  # the fast way for the many small writes
@@ -177,29 +180,27 @@ class _Writer:
         return size
 
     def flush(self) -> None:
-        """Called by torch at the end; nothing is held back for longer than :meth:`end` needs."""
-
-    def end(self) -> None:
-        """Emits what is left."""
-        self._flush_block()
+        """Called by torch at the end, when everything is written."""
+        self._emit_copies()
+        self._block = memoryview(b"")
 
     def _copy(self, data: memoryview) -> None:
         while len(data):
             if self._filled == len(self._block):
-                self._flush_block()
+                self._emit_copies()
+                self._block = memoryview(b"")  # let go of before waiting for the next: it may be the one
                 self._block = self._blocks.take()
+                self._emitted = self._filled = 0
             count = min(len(data), len(self._block) - self._filled)
             self._block[self._filled : self._filled + count] = data[:count]
             self._filled += count
             data = data[count:]
 
-    def _flush_block(self) -> None:
-        if 0 < self._filled <= _TINY:
-            self._emit(bytes(self._block[: self._filled]))
-        elif self._filled:
-            self._emit(self._blocks.lend(self._block, self._filled))
-            self._block = memoryview(b"")
-        self._filled = 0
+    def _emit_copies(self) -> None:
+        """Emits what was copied and not emitted yet; what is left of the block is for the next copies."""
+        if self._emitted < self._filled:
+            self._emit(self._block[self._emitted : self._filled].toreadonly())
+            self._emitted = self._filled
 
 
 class _Storages:
