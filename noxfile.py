@@ -36,6 +36,16 @@ def need(session: nox.Session, command: str, package: str) -> None:
     session.run("apt-get", "install", "-q", "-y", "--no-install-recommends", package, external=True, silent=True)
 
 
+def install_azurite(session: nox.Session) -> None:
+    """Installs the Azure of the tests, at the versions of its lock file; it comes from npm alone."""
+    place = Path("tests/azurite")
+    need(session, "npm", "npm")  # comes with Node.js
+    installed = place / "node_modules" / ".package-lock.json"  # npm's note of what it installed
+    if installed.exists() and installed.stat().st_mtime > (place / "package-lock.json").stat().st_mtime:
+        return
+    session.run("npm", "ci", "--prefix", str(place), "--no-audit", "--no-fund", external=True)
+
+
 @nox.session
 def demo(session: nox.Session) -> None:
     """Train, evaluate and resume in a Flyte workflow whose checkpoints live in an S3 on this machine."""
@@ -48,6 +58,7 @@ def tests(session: nox.Session) -> None:
     """The whole test suite, against real object stores on 127.0.0.1 that it starts and stops."""
     need(session, "chromium", "chromium")  # to look at the Deck
     install(session, "all", "test")
+    install_azurite(session)
     session.run("pytest", *session.posargs)
 
 
@@ -55,6 +66,7 @@ def tests(session: nox.Session) -> None:
 def conformance(session: nox.Session) -> None:
     """Only the storage backends, against the conformance suite that each must pass."""
     install(session, "all", "test")
+    install_azurite(session)
     session.run("pytest", *map(str, sorted(Path("tests").glob("test_storage_*.py"))), *session.posargs)
 
 
@@ -63,6 +75,7 @@ def conformance(session: nox.Session) -> None:
 def matrix(session: nox.Session, versions: str) -> None:
     """The test suite on each Python, with the oldest and the newest libraries."""
     session.install(*MATRIX[versions], "-e", ".[all,test]")
+    install_azurite(session)
     session.run("pytest", *session.posargs)
 
 
@@ -70,6 +83,7 @@ def matrix(session: nox.Session, versions: str) -> None:
 def matrix_engine(session: nox.Session) -> None:
     """The engine on a Python that flytekit does not support yet: everything but Flyte."""
     session.install("-e", ".[s3,gcs,azure,cli,test]")
+    install_azurite(session)
     session.run("pytest", "--ignore=tests/flyte", *session.posargs)
 
 

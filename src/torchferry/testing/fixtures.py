@@ -6,20 +6,22 @@ A plugin: ``pytest_plugins = ["torchferry.testing.fixtures"]`` in the topmost ``
 from __future__ import annotations
 
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import pytest
 import requests
 
+from torchferry.testing.azure import AzureServer, azurite
 from torchferry.testing.gcs import GcsServer, TokenProxy, fake_gcs_server, gcp_storage_emulator, gcs_xml_api
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["GcsClient", "gcs_bucket", "gcs_client", "gcs_emulator", "gcs_server", "gcs_storage_options", "gcs_url"]
+__all__ = ["GcsClient"]
 
-TIMEOUT = 60
+_TIMEOUT = 60
 
 
 class GcsClient:
@@ -46,7 +48,7 @@ class GcsClient:
         return self._call("GET", f"/download{_target(path)}", params={"alt": "media"}).content
 
     def exists(self, path: str) -> bool:
-        return self._session.get(self._endpoint + _target(path), timeout=TIMEOUT).ok
+        return self._session.get(self._endpoint + _target(path), timeout=_TIMEOUT).ok
 
     def names(self, path: str) -> list[str]:
         """The names of all objects below a path, as paths."""
@@ -61,7 +63,7 @@ class GcsClient:
             params["pageToken"] = page["nextPageToken"]
 
     def _call(self, method: str, target: str, **arguments: Any) -> requests.Response:
-        response = self._session.request(method, self._endpoint + target, timeout=TIMEOUT, **arguments)
+        response = self._session.request(method, self._endpoint + target, timeout=_TIMEOUT, **arguments)
         response.raise_for_status()
         return response
 
@@ -118,3 +120,45 @@ def gcs_xml() -> Iterator[tuple[TokenProxy, GcsServer]]:
     """A stand-in for the XML API: the proxy that asks for a token, and the server behind it, which does not."""
     with gcs_xml_api() as (proxy, server):
         yield proxy, server
+
+
+@pytest.fixture(scope="session")
+def azurite_program(pytestconfig: pytest.Config) -> Path:
+    """Azurite as ``npm ci --prefix tests/azurite`` installs it."""
+    return pytestconfig.rootpath / "tests/azurite/node_modules/.bin/azurite-blob"
+
+
+@pytest.fixture(scope="session")
+def azure_server(azurite_program: Path) -> Iterator[AzureServer]:
+    """Azurite on loopback: .connection_string, .endpoint, .account_name, .account_key, .storage_options."""
+    with azurite(program=azurite_program) as server:
+        yield server
+
+
+@pytest.fixture
+def azure_storage_options(azure_server: AzureServer) -> dict[str, Any]:
+    """What fsspec's abfs:// filesystem takes to reach Azurite."""
+    return azure_server.storage_options
+
+
+@pytest.fixture(scope="session")
+def azure_client(azure_server: AzureServer) -> Iterator[Any]:
+    """A plain, synchronous BlobServiceClient: the way around everything under test."""
+    from azure.storage.blob import BlobServiceClient  # takes a while to import
+
+    with BlobServiceClient.from_connection_string(azure_server.connection_string) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def azure_container(azure_client: Any) -> str:
+    """The name of a container on Azurite, fresh for the session."""
+    name = f"ferry-{uuid.uuid4().hex[:12]}"
+    azure_client.create_container(name)
+    return name
+
+
+@pytest.fixture
+def azure_url(azure_container: str) -> str:
+    """A prefix on Azurite that no other test uses: "abfs://container/prefix"."""
+    return f"abfs://{azure_container}/{uuid.uuid4().hex}"

@@ -1,0 +1,452 @@
+"""Azure Blob Storage for torchferry: ``az://``, ``abfs://`` and ``abfss://``.
+
+Two planes, both configured by an adlfs filesystem: :class:`AzureBackend` sends everything through the client that
+adlfs made (``azure.storage.blob.aio``); where every setting translates, obstore moves the bytes with adlfs's
+credentials.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, urlsplit
+
+from azure.core import MatchConditions
+from azure.core.credentials import AzureSasCredential
+from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
+from azure.storage.blob import BlobBlock
+from azure.storage.blob._shared.authentication import SharedKeyCredentialPolicy
+from obstore.store import AzureStore
+
+from torchferry._sync import run_on
+from torchferry.errors import (
+    CheckpointChangedError,
+    CheckpointNotFoundError,
+    StorageError,
+    StoragePermissionError,
+    StorageUnavailableError,
+)
+from torchferry.storage.base import MIB, Backend, Chunk, ObjectStat, Plane
+from torchferry.storage.body import SEND_PIECE, RequestBody, whole_or_not_at_all
+from torchferry.storage.bridge import (
+    UPLOAD_PATIENCE,
+    UntranslatableError,
+    choose_plane,
+    names,
+    once_a_process,
+    require_known,
+)
+from torchferry.storage.cancellation import to_the_end
+from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
+from torchferry.storage.obstore import ObstoreBackend
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import AsyncIterable, Iterator, Mapping, Sequence
+
+    from adlfs import AzureBlobFileSystem
+    from azure.storage.blob.aio import BlobClient
+    from fsspec import AbstractFileSystem
+
+__all__ = ["AzureBackend"]
+
+logger = logging.getLogger("torchferry.storage")
+
+# https://learn.microsoft.com/rest/api/storageservices/understanding-block-blobs--append-blobs--and-page-blobs
+_MOST_BLOCKS = 50_000
+_LARGEST_BLOCK = 4000 * MIB
+_SMALLEST_BLOCK = MIB
+_LARGEST_SINGLE_PUT = MIB  # Azure takes more, but the client library copies it, and sends it in one piece
+_IN_FLIGHT = 10
+_CLEANUP_SECONDS = 30.0
+_SCOPE = "https://storage.azure.com/.default"
+
+
+class AzureBackend(Backend):
+    """Azure Blob Storage through adlfs's client: every setting of the filesystem is honoured.
+
+    A version is the blob's ETag. A large blob is staged as blocks, concurrently, and committed at once. Block ids are
+    random, so that blocks of two writers are never mixed; of two that write one blob at the same time, the first to
+    commit wins, and Azure discards the other's blocks: that one gets a :class:`~torchferry.errors.StorageError`.
+
+    After a failure or cancel, uncommitted blocks are discarded as far as Azure lets one: see
+    :meth:`discard_uncommitted`.
+    """
+
+    plane = "fsspec"
+
+    def __init__(self, fs: AzureBlobFileSystem) -> None:
+        self._fs = fs
+        self._timeouts: dict[str, Any] = vars(fs).get("_timeout_kwargs", {})
+
+    @classmethod
+    def from_filesystem(cls, fs: AbstractFileSystem, plane: Plane) -> Backend:
+        """The obstore plane where all settings of ``fs`` translate, or where ``plane`` says so; else this one.
+
+        Raises:
+            UnsupportedOptionError: ``plane`` is "obstore", and a setting does not translate.
+        """
+        return choose_plane(plane, "Azure", "adlfs", fsspec=partial(cls, fs), obstore=partial(_obstore_backend, fs))
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The filesystem's event loop; None where its user drives it from a loop of their own."""
+        return None if self._fs.asynchronous else self._fs.loop
+
+    def url(self, path: str) -> str:
+        """``abfs://`` and the path."""
+        return f"abfs://{path}"
+
+    def write_cost(self, size: int, part_size: int | None) -> int:
+        """What the connections buffer, or the copy of a small blob; blocks are sent from the chunks' own memory."""
+        del part_size
+        return max(self._in_flight * 2 * SEND_PIECE, min(size, _LARGEST_SINGLE_PUT))
+
+    async def stat(self, path: str) -> ObjectStat:
+        """Looks a blob up, past adlfs's listings cache."""
+        with _translated(self.url(path), "stat"):
+            found = await self.blob(path).get_blob_properties(**self._timeouts)
+        return ObjectStat(self.url(path), found.size, found.etag, dict(found.metadata or {}))
+
+    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
+        """Reads a range, pinned to the ETag."""
+        if stop <= start:
+            return b""
+        pinned: dict[str, Any] = (
+            {"etag": stat.etag, "match_condition": MatchConditions.IfNotModified} if stat.etag else {}
+        )
+        with _translated(self.url(path), "read"):
+            download = await self.blob(path).download_blob(
+                start, stop - start, max_concurrency=1, **pinned, **self._timeouts
+            )
+            data = await download.readall()
+        if len(data) != stop - start:
+            raise StorageError(
+                f"Cannot read the bytes {start} to {stop} of {self.url(path)}: the store returned {len(data)} bytes."
+            )
+        chunk: bytes = data
+        return chunk
+
+    async def write(
+        self,
+        path: str,
+        chunks: AsyncIterable[Chunk],
+        *,
+        size_hint: int,
+        part_size: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> ObjectStat:
+        """Uploads a small blob with one request, a large one as blocks that are committed at once."""
+        limits = {"maximum": _LARGEST_BLOCK, "max_parts": _MOST_BLOCKS}
+        sizes = PartSizes(part_size_for(size_hint, part_size, minimum=_SMALLEST_BLOCK, **limits), **limits)
+        upload = _BlockUpload(self, path, dict(metadata or {}))
+        return await upload_parts(upload, chunks, sizes, in_flight=self._in_flight)
+
+    async def delete(self, path: str) -> None:
+        """Deletes a blob, with its snapshots."""
+        with _translated(self.url(path), "delete"):
+            try:
+                await self.blob(path).delete_blob(delete_snapshots="include", **self._timeouts)
+            except HttpResponseError as error:
+                if error.status_code != HTTPStatus.NOT_FOUND:
+                    raise
+        self.forget(path)
+
+    async def discard_uncommitted(self, path: str, mine: frozenset[str] | None = None) -> None:
+        """Discards the uncommitted blocks of a blob that does not exist, after a failed upload.
+
+        Azure has no request for it. It discards them a week after the last of them came; when the blob is written;
+        or, and that is what this does, when an empty block list is committed, which makes an empty blob, deleted at
+        once. For the moment in between there is an empty blob.
+
+        A blob that exists is left alone, and so are the blocks staged for it, which nobody can see: to discard them
+        it would have to be written anew. So is one that the credentials may not delete.
+
+        Args:
+            path: Where the blob would be.
+            mine: The ids of the failed upload's blocks: where there are others too, another upload is under way, and
+                all stay. None where the ids are not known: then that other upload loses its blocks.
+        """
+        blob = self.blob(path)
+        with _translated(self.url(path), "clean up"):
+            try:
+                _, uncommitted = await blob.get_block_list("uncommitted", **self._timeouts)
+            except HttpResponseError as error:
+                if error.status_code == HTTPStatus.NOT_FOUND:
+                    return
+                raise
+            others = mine is not None and any(block.id not in mine for block in uncommitted)
+            if uncommitted and not others and await self._may_delete(blob):
+                await self._commit_nothing_and_delete(blob)
+
+    def blob(self, path: str) -> BlobClient:
+        """The client of one blob."""
+        container, _, key = path.partition("/")
+        version = None
+        if self._fs.version_aware:
+            key, _, version = key.partition("?versionid=")
+        client: BlobClient = self._fs.service_client.get_blob_client(container, key, version_id=version or None)
+        return client
+
+    def forget(self, path: str) -> None:
+        """Lets adlfs's listings find what is there now."""
+        self._fs.invalidate_cache(self._fs._parent(path))
+
+    @property
+    def _in_flight(self) -> int:
+        return min(_IN_FLIGHT, self._fs.max_concurrency or _IN_FLIGHT)
+
+    async def _may_delete(self, blob: BlobClient) -> bool:
+        """Whether the credentials may delete the blob, which does not exist: asked with an ETag that no blob has."""
+        try:
+            await blob.delete_blob(etag='"none"', match_condition=MatchConditions.IfNotModified, **self._timeouts)
+        except HttpResponseError as error:
+            return error.status_code in {HTTPStatus.NOT_FOUND, HTTPStatus.PRECONDITION_FAILED}
+        return True
+
+    async def _commit_nothing_and_delete(self, blob: BlobClient) -> None:
+        try:
+            empty: dict[str, Any] = await blob.commit_block_list(
+                [], match_condition=MatchConditions.IfMissing, **self._timeouts
+            )
+        except HttpResponseError as error:
+            if error.status_code in {HTTPStatus.CONFLICT, HTTPStatus.PRECONDITION_FAILED}:  # there is a blob
+                return
+            raise
+        await blob.delete_blob(etag=empty["etag"], match_condition=MatchConditions.IfNotModified, **self._timeouts)
+
+
+class _BlockUpload(MultipartUpload[BlobBlock, ObjectStat]):
+    """One blob on its way through adlfs's client."""
+
+    def __init__(self, backend: AzureBackend, path: str, metadata: dict[str, str]) -> None:
+        self._backend = backend
+        self._path = path
+        self._metadata = metadata
+        self._blob = backend.blob(path)
+        self._size = 0
+        self._staged: set[str] = set()  # ids of blocks that the store has, or may have
+
+    async def put_whole(self, body: Sequence[Chunk]) -> ObjectStat:
+        if sum(map(len, body)) > _LARGEST_SINGLE_PUT:
+            return await self._put_as_block(body)
+        with self._translated():
+            answer = await self._blob.upload_blob(
+                b"".join(body), overwrite=True, metadata=self._metadata, **self._backend._timeouts
+            )
+        self._size = sum(map(len, body))
+        return self._published(answer)
+
+    async def start(self) -> None:
+        """Nothing: the first block opens the upload."""
+
+    async def put_part(self, index: int, body: Sequence[Chunk]) -> BlobBlock:
+        # As long as those of adlfs and obstore: all ids of a blob, also those that another upload left behind, must be.
+        block = BlobBlock(uuid.uuid4().hex)
+        data = RequestBody(body)
+        sent: Any = data  # the library's types do not know that it takes asynchronous iterables too
+        stage = partial(self._blob.stage_block, block.id, sent, length=len(data), **self._backend._timeouts)
+        with self._translated():
+            try:
+                await whole_or_not_at_all(data, stage)
+            except HttpResponseError:  # refused: not staged
+                raise
+            except BaseException:  # who knows
+                self._staged.add(block.id)
+                raise
+        self._staged.add(block.id)
+        self._size += len(data)
+        return block
+
+    async def finish(self, parts: Sequence[BlobBlock]) -> ObjectStat:
+        with self._translated():
+            answer = await self._blob.commit_block_list(list(parts), metadata=self._metadata, **self._backend._timeouts)
+        return self._published(answer)
+
+    async def abort(self) -> None:
+        if self._staged:
+            await self._backend.discard_uncommitted(self._path, frozenset(self._staged))
+
+    async def _put_as_block(self, body: Sequence[Chunk]) -> ObjectStat:
+        try:
+            return await self.finish([await self.put_part(0, body)])
+        except BaseException:
+            await to_the_end(self.abort, patience=_CLEANUP_SECONDS)
+            raise
+
+    def _published(self, answer: Mapping[str, Any]) -> ObjectStat:
+        self._backend.forget(self._path)
+        return ObjectStat(self._backend.url(self._path), self._size, answer["etag"], self._metadata)
+
+    def _translated(self) -> Any:
+        return _translated(self._backend.url(self._path), "write")
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _translated(url: str, verb: str) -> Iterator[None]:
+    """Turns the errors of Azure's client library into torchferry's."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        raise _translate(f"Cannot {verb} {url}", error) from error
+
+
+def _translate(what: str, error: Exception) -> StorageError:  # noqa: PLR0911 - a table, in order
+    # https://learn.microsoft.com/rest/api/storageservices/blob-service-error-codes
+    status = error.status_code or 0 if isinstance(error, HttpResponseError) else 0
+    code = getattr(error, "error_code", None) or ""
+    code = str(getattr(code, "value", code))  # an enumeration where the library knows the code
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if code in {"ContainerNotFound", "ContainerBeingDeleted"}:
+        return CheckpointNotFoundError(f"{what}: the container does not exist.")
+    if status == HTTPStatus.NOT_FOUND:
+        return CheckpointNotFoundError(f"{what}: there is no such blob.")
+    if code == "InvalidBlockList":
+        return StorageError(f"{what}: another writer wrote it at the same time, and Azure kept that one.")
+    if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+        return StoragePermissionError(f"{what}: the store refused these credentials ({code or status}). {reason}")
+    if isinstance(error, ClientAuthenticationError):
+        return StoragePermissionError(f"{what}: no usable credentials. {reason}")
+    if status == HTTPStatus.PRECONDITION_FAILED:
+        return CheckpointChangedError(f"{what}: it was replaced meanwhile.")
+    busy = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
+    unanswered = isinstance(error, ConnectionError | TimeoutError) or (isinstance(error, AzureError) and not status)
+    if unanswered or status in busy or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return StorageUnavailableError(f"{what}: the store is not available, after all retries. {reason}")
+    return StorageError(f"{what}: {reason} {f'({code})' if code else ''}".rstrip())
+
+
+# --- the bridge to obstore ------------------------------------------------------------------------------------------
+
+# What an adlfs filesystem can be given. Anything not named here keeps the bytes on the fsspec plane.
+_IN_THE_CLIENT = names(
+    "account_name account_key connection_string credential sas_token client_id client_secret tenant_id anon "
+    "account_host location_mode"
+)
+_ABOUT_OTHER_CALLS = names(
+    "request_session socket_timeout blocksize loop asynchronous default_fill_cache default_cache_type "
+    "assume_container_exists use_listings_cache listings_expiry_time max_paths skip_instance_cache"
+)  # listings, file objects, how fsspec keeps instances, and what adlfs itself does not use
+_UNTRANSLATED = names("version_aware max_concurrency timeout connection_timeout read_timeout")
+
+
+def _obstore_backend(fs: AzureBlobFileSystem) -> ObstoreBackend:
+    """The obstore backend for ``fs``.
+
+    Raises:
+        UntranslatableError: a setting does not translate.
+    """
+    if f"{type(fs).__module__}.{type(fs).__qualname__}" != "adlfs.spec.AzureBlobFileSystem":
+        raise UntranslatableError(f"the filesystem class {type(fs).__name__}, a subclass of AzureBlobFileSystem")
+    # What else there is goes to DefaultAzureCredential, and is in the credential.
+    about_credential = {name for name in fs.storage_options if name.startswith(("exclude_", "managed_identity_"))}
+    known = _IN_THE_CLIENT | _ABOUT_OTHER_CALLS | _UNTRANSLATED | about_credential
+    require_known("the option", fs.storage_options, known)
+    for name in _UNTRANSLATED:
+        if fs.storage_options.get(name):
+            raise UntranslatableError(f"the option {name!r}")
+    if fs.service_client.location_mode != "primary":
+        raise UntranslatableError(f"the location mode {fs.service_client.location_mode!r}")
+    return once_a_process(fs, lambda: _AzureThroughObstore(fs))
+
+
+class _AzureThroughObstore(ObstoreBackend):
+    """Azure through obstore, beside an adlfs filesystem that its user goes on using."""
+
+    def __init__(self, fs: AzureBlobFileSystem) -> None:
+        # An asynchronous instance works on its user's loop only, which need not run when obstore asks for credentials:
+        # its twin, with the same settings, lives on fsspec's own loop.
+        twin = fs
+        if fs.asynchronous:
+            twin = type(fs)(*fs.storage_args, **{**fs.storage_options, "asynchronous": False, "loop": None})
+        super().__init__("abfs", partial(_open_store, twin), max_parts=_MOST_BLOCKS)
+        self._users_fs = fs
+        self._through_adlfs = AzureBackend(twin)
+
+    async def write(
+        self,
+        path: str,
+        chunks: AsyncIterable[Chunk],
+        *,
+        size_hint: int,
+        part_size: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> ObjectStat:
+        try:
+            written = await super().write(path, chunks, size_hint=size_hint, part_size=part_size, metadata=metadata)
+        except (StoragePermissionError, CheckpointNotFoundError):  # nothing was staged
+            raise
+        except BaseException as error:
+            await self._clean_up(path, error)
+            raise
+        self._users_fs.invalidate_cache(self._users_fs._parent(path))
+        return written
+
+    async def delete(self, path: str) -> None:
+        # obstore sends a batch of one, which takes other permissions than a deletion, and loses what went wrong.
+        await run_on(self._through_adlfs.loop, self._through_adlfs.delete, path)
+        self._users_fs.invalidate_cache(self._users_fs._parent(path))
+
+    async def _clean_up(self, path: str, reason: BaseException) -> None:
+        """Discards uncommitted blocks, which obstore leaves; where that fails, says so with ``reason``."""
+        adlfs = self._through_adlfs
+        try:
+            await to_the_end(run_on, adlfs.loop, adlfs.discard_uncommitted, path, patience=_CLEANUP_SECONDS)
+        except StorageError as error:
+            message = f"What was staged could not be removed: {error}"
+            reason.add_note(message)
+            logger.warning("%s", message)
+
+
+async def _open_store(fs: AzureBlobFileSystem, container: str) -> Any:
+    """The obstore store of a container; on any event loop."""
+    client = fs.service_client
+    return AzureStore(
+        container,
+        account_name=client.account_name,
+        endpoint=f"{client.scheme}://{client.primary_hostname}".rstrip("/"),
+        client_options={"allow_http": client.scheme == "http", "timeout": UPLOAD_PATIENCE},
+        **_credentials(fs),
+    )
+
+
+def _credentials(fs: AzureBlobFileSystem) -> dict[str, Any]:
+    """The ``AzureStore`` arguments for the credential that adlfs's client uses."""
+    client = fs.service_client
+    if sas := urlsplit(client.url).query:  # of a URL, a connection string, or the option sas_token
+        return {"credential_provider": partial(_sas, lambda: sas)}
+    if client.credential is None:
+        return {"skip_signature": True}
+    if isinstance(client.credential, SharedKeyCredentialPolicy):
+        return {"account_key": client.credential.account_key}
+    if isinstance(client.credential, AzureSasCredential):
+        return {"credential_provider": partial(_sas, lambda: client.credential.signature)}
+    return {"credential_provider": partial(run_on, fs.loop, _bearer_token, client.credential)}
+
+
+async def _sas(signature: Any) -> Any:
+    """Obstore's ``AzureSASToken``; asked for again when it expires: it may have been replaced by then."""
+    token: str = signature().lstrip("?")
+    expiry = parse_qs(token).get("se")
+    return {"sas_token": token, "expires_at": _time(expiry[0]) if expiry else None}
+
+
+async def _bearer_token(credential: Any) -> Any:
+    """Obstore's ``AzureBearerToken``; azure-identity keeps it, and renews it before it expires."""
+    token = await credential.get_token(_SCOPE)
+    return {"token": token.token, "expires_at": datetime.fromtimestamp(token.expires_on, UTC)}
+
+
+def _time(text: str) -> datetime:
+    time = datetime.fromisoformat(text)
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
