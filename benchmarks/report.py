@@ -24,12 +24,12 @@ def case_title(case: dict[str, Any]) -> str:
 
 
 def case_table(case: dict[str, Any]) -> str:
-    """One line a contender, the fastest first; of the bare sockets only the fastest."""
-    best = targets.best_sockets(case)
+    """One line a contender, the fastest first; of the bare sockets only the fastest, and one alone on a shaped link."""
+    sockets = {targets.best_sockets(case)} | ({*suites.sockets(1)} if case["shaped"] else set())
     entries = {
         name: entry
         for name, entry in case["contenders"].items()
-        if not name.startswith(targets.BEST_SOCKETS) or name == best or best is None
+        if not name.startswith(targets.BEST_SOCKETS) or name in sockets or sockets == {None}
     }
     ferry = entries.get(suites.FERRY, {}).get("median")
     header = ("", "median s", "min", "max", "GB/s", "CPU s", "peak MiB", "moved", "time vs torchferry")

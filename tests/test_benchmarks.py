@@ -141,4 +141,4 @@ def _case(**medians: float) -> dict[str, Any]:
         names.get(name, name): {"measurements": [_measured(seconds)]} | run.summarize([_measured(seconds)])
         for name, seconds in medians.items()
     }
-    return {"suite": "save", "verb": "save", "size": works.GIB, "contenders": contenders}
+    return {"suite": "save", "verb": "save", "size": works.GIB, "shaped": False, "contenders": contenders}

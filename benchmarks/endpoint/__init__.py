@@ -48,7 +48,7 @@ class Store:
         key: The access key id.
         secret: The secret access key.
         region: The region to sign for.
-        certificate: The file with the endpoint's self-signed certificate (https only).
+        certificate: The file with the certificate of the authority that vouches for the endpoint (https only).
         data: The directory that the endpoint serves objects from, where files can simply be put; None: upload them.
         counts: Whether the endpoint counts the bytes it received and sent.
         checks_signatures: Whether a request without a signature is refused.
@@ -155,7 +155,7 @@ def nginx(*, scheme: str = "http", shaped: bool = False) -> Iterator[Store]:
     """Runs nginx as a near-free S3 until the block ends; see ``s3.lua`` for what it does and does not.
 
     Args:
-        scheme: "http", or "https" with a self-signed certificate.
+        scheme: "http", or "https" with a certificate of its own making.
         shaped: Adds latency to each request and limits each connection, as S3 does.
 
     Raises:
@@ -166,7 +166,7 @@ def nginx(*, scheme: str = "http", shaped: bool = False) -> Iterator[Store]:
         directory = Path(name)
         (directory / "data" / BUCKET).mkdir(parents=True)
         (directory / "tmp").mkdir()
-        certificate = _self_signed_certificate(directory) if scheme == "https" else None
+        authority, certificate = _certificates(directory) if scheme == "https" else (None, None)
         port = servers.free_ports(1)[0]
         values = {
             "LOAD_MODULES": "\n".join(f"load_module {modules / module};" for module in _MODULES),
@@ -189,7 +189,7 @@ def nginx(*, scheme: str = "http", shaped: bool = False) -> Iterator[Store]:
                 key="benchmark",
                 secret="benchmark",
                 region=servers.REGION,
-                certificate=certificate,
+                certificate=authority,
                 data=str(directory / "data"),
                 counts=True,
                 checks_signatures=False,
@@ -222,32 +222,44 @@ def _find_nginx() -> tuple[str, Path]:
     return program, modules
 
 
-def _self_signed_certificate(directory: Path) -> str:
-    """A certificate for 127.0.0.1 and its key, in one file."""
+def _certificates(directory: Path) -> tuple[str, str]:
+    """Makes a certificate authority, and a certificate by it for 127.0.0.1.
+
+    Two, because Rust's TLS does not take an authority's own certificate from a server.
+
+    Returns:
+        The files with the authority's certificate, and with the server's and its key.
+    """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
     now = dt.datetime.now(dt.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(days=1))
-        .not_valid_after(now + dt.timedelta(days=30))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.IPv4Address("127.0.0.1"))]), critical=False
+    keys = {who: ec.generate_private_key(ec.SECP256R1()) for who in ("authority", "server")}
+    names = {who: x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"benchmark {who}")]) for who in keys}
+
+    def certificate(who: str, extension: x509.ExtensionType) -> bytes:
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(names[who])
+            .issuer_name(names["authority"])
+            .public_key(keys[who].public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - dt.timedelta(days=1))
+            .not_valid_after(now + dt.timedelta(days=30))
+            .add_extension(x509.BasicConstraints(ca=who == "authority", path_length=None), critical=True)
+            .add_extension(extension, critical=False)
         )
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
+        return builder.sign(keys["authority"], hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    authority, server = directory / "authority.pem", directory / "server.pem"
+    authority.write_bytes(
+        certificate("authority", x509.SubjectKeyIdentifier.from_public_key(keys["authority"].public_key()))
     )
-    path = directory / "certificate.pem"
-    path.write_bytes(
-        certificate.public_bytes(serialization.Encoding.PEM)
-        + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    server.write_bytes(
+        certificate("server", x509.SubjectAlternativeName([x509.IPAddress(ipaddress.IPv4Address("127.0.0.1"))]))
+        + keys["server"].private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
     )
-    return str(path)
+    return str(authority), str(server)

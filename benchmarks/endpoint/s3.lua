@@ -65,23 +65,27 @@ local function pace(began, sent)
     end
 end
 
--- Reads the request's body and throws it away. Returns how many bytes of object it held.
+-- Reads the request's body and throws it away. Returns how many bytes of object it held, nil if it broke off.
 local function drain()
-    local length = tonumber(ngx.var.http_content_length or 0)
-    if length > 0 then
-        local socket = assert(ngx.req.socket())
-        socket:settimeout(60000)
-        ngx.update_time()
-        local began, read = ngx.now(), 0
+    ngx.update_time()
+    local began, length = ngx.now(), tonumber(ngx.var.http_content_length)
+    if length then
+        local socket, read = length > 0 and assert(ngx.req.socket()), 0
+        if socket then socket:settimeout(60000) end
         while read < length do
             local data = socket:receiveany(PIECE)
             if not data then return nil end
             read = read + #data
             pace(began, read)
         end
+    else  -- "Transfer-Encoding: chunked", as botocore sends over https: the socket above does not read that
+        ngx.req.read_body()
+        length = tonumber(ngx.var.request_length)
+        pace(began, length)
     end
-    -- With "aws-chunked" encoding the body also holds checksums and chunk headers.
-    length = tonumber(ngx.var.http_x_amz_decoded_content_length or length)
+    -- With "aws-chunked" encoding the body also holds checksums and chunk headers. The header is only believed as far
+    -- as that much was read.
+    length = math.min(length, tonumber(ngx.var.http_x_amz_decoded_content_length) or length)
     ngx.shared.counters:incr("received", length, 0)
     return length
 end
