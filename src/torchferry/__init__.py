@@ -58,7 +58,6 @@ _MODULES = {
     "torchferry.graph": ("TensorInfo",),
     "torchferry.loading": (
         "Manifest",
-        "TensorInfo",
         "inspect",
         "inspect_async",
         "load",
