@@ -31,9 +31,9 @@ def main() -> None:
         except ServerStartError as error:
             sys.exit(str(error))
     cases = _read(path)
-    print()
-    for case in cases:
-        print(f"{report.case_title(case)}\n\n{report.case_table(case)}\n")
+    if arguments.report:
+        for case in cases:
+            _show(case)
     if not arguments.smoke:
         print(report.targets_table(cases))
         _plot(cases, path.with_suffix(".svg"))
@@ -56,7 +56,11 @@ def _measure(arguments: argparse.Namespace, path: Path) -> None:
         result = run_case(case, endpoint=arguments.endpoint, rounds=rounds, say=_say)
         kept = [other for other in _read(path) if other["id"] != case.id]
         path.write_text(json.dumps({"cases": [*kept, result]}, indent=1) + "\n")
-        print(f"\n{report.case_title(result)}\n\n{report.case_table(result)}\n", flush=True)
+        _show(result)
+
+
+def _show(case: dict[str, Any]) -> None:
+    print(f"\n{report.case_title(case)}\n\n{report.case_table(case)}\n", flush=True)
 
 
 def _cases(arguments: argparse.Namespace) -> Any:
