@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import torchferry.flyte
+
 CHECK = """
     from flytekit.core.type_engine import TypeEngine
     from flytekit.models.core.types import BlobType
@@ -33,11 +35,9 @@ CHECK = """
 
 ORDERS = {
     "flytekit first": "import flytekit",
-    "plugin first": "import torchferry.flyte.plugin",
     "torchferry first": "import torchferry",
     "torchferry's engine first": "from torchferry import save, load",
     "torchferry's names first": "from torchferry.flyte import PyTorchCheckpoint",
-    "torchferry's module first": "import torchferry.flyte.checkpoint",
     "torch first": "import torch, flytekit",
     "torch last": "import flytekit, torch",
     "flytekit's package first": "from flytekit.extras.pytorch import PyTorchCheckpoint",
@@ -82,6 +82,10 @@ def run(code: str, **environment: str) -> str:
         )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+SUBMODULES = sorted(path.stem for path in Path(torchferry.flyte.__path__[0]).glob("[a-z]*.py"))
+ORDERS |= {f"torchferry.flyte.{name} first": f"import torchferry.flyte.{name}" for name in SUBMODULES}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from torchferry.flyte import plugin as _plugin  # noqa: F401 - before any other module here can import flytekit
+
 if TYPE_CHECKING:
     from torchferry.flyte.checkpoint import LoadedCheckpoint, PyTorchCheckpoint, PyTorchCheckpointTransformer
 

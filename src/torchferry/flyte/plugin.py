@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
@@ -26,6 +27,8 @@ TAKE_OVER_VARIABLE = "TORCHFERRY_TAKE_OVER"
 """Set this environment variable to 0 to leave flytekit's own ``PyTorchCheckpoint`` alone."""
 
 _OURS = "torchferry.flyte.checkpoint"
+_FLYTEKITS = "flytekit.extras.pytorch.checkpoint"
+_TYPE_ENGINE = "flytekit.core.type_engine"
 
 _logger = logging.getLogger("torchferry")
 
@@ -40,14 +43,23 @@ def install() -> None:
     if not taking_over() or any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _AfterImport())
-    for name, action in _ACTIONS.items():
-        if name in sys.modules and not _initializing(name):
-            action()
+    if _is_imported(_TYPE_ENGINE):
+        _answer_guesses()
+    if _is_imported(_FLYTEKITS):
+        _take_over()
+
+
+def _answer_guesses() -> None:
+    try:
+        from torchferry.flyte.hooks import register_guesser
+
+        register_guesser()
+    except Exception:  # whatever it is: this runs within every `import flytekit`
+        _logger.warning("torchferry does not fit this flytekit, and leaves it as it is.", exc_info=True)
 
 
 def _take_over() -> None:
-    # Our module imports flytekit's: when that is what brought us here, ours registers itself when it is done.
-    if _initializing(_OURS):
+    if _OURS in sys.modules:  # it registers itself, when it is done
         return
     try:
         import_module(_OURS)
@@ -55,48 +67,42 @@ def _take_over() -> None:
         _logger.warning("torchferry cannot take over PyTorchCheckpoint; flytekit's own stays in place.", exc_info=True)
 
 
-def _answer_guesses() -> None:
-    from torchferry.flyte.hooks import register_guesser
-
-    register_guesser()
-
-
-_ACTIONS: dict[str, Callable[[], None]] = {
-    "flytekit.core.type_engine": _answer_guesses,
-    "flytekit.extras.pytorch.checkpoint": _take_over,
-}
-
-
-def _initializing(name: str) -> bool:
-    # What importlib itself asks before it waits for another thread's import; no public question exists.
-    return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
+def _is_imported(name: str) -> bool:
+    # `_initializing` is what importlib itself asks before it waits for another import; no public question exists.
+    return name in sys.modules and not getattr(sys.modules[name].__spec__, "_initializing", False)
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds two modules of flytekit as everybody else would, and runs an action after each has been executed."""
+    """Finds the modules that matter here as everybody else would, and has a look after each has been executed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Finds ``fullname`` through the finders behind this one, if it is one of ours to watch."""
-        action = _ACTIONS.get(fullname)
-        if action is None:
+        """Finds ``fullname`` through the finders behind this one, if it is one that matters."""
+        if fullname not in {_TYPE_ENGINE, _FLYTEKITS} and not fullname.startswith("torchferry.flyte."):
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _ThenRun(spec.loader, action)
+                    spec.loader = _WatchedLoader(spec.loader)
                 return spec
         return None
 
 
-class _ThenRun(Loader):
-    """Another loader, with an action after it. Everything else about it stays (sources, resources)."""
+class _Nesting(threading.local):
+    """How many watched modules this thread is in the middle of importing."""
 
-    def __init__(self, loader: Loader, action: Callable[[], None]) -> None:
+    depth = 0
+
+
+class _WatchedLoader(Loader):
+    """Another loader, and what is to be done after it. Everything else about it stays (sources, resources)."""
+
+    _nesting = _Nesting()
+
+    def __init__(self, loader: Loader) -> None:
         self._loader = loader
-        self._action = action
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -106,9 +112,18 @@ class _ThenRun(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Executes the module, then runs the action."""
-        self._loader.exec_module(module)
-        self._action()
+        """Executes the module; then answers guesses, or takes over."""
+        self._nesting.depth += 1
+        try:
+            self._loader.exec_module(module)
+        finally:
+            self._nesting.depth -= 1
+        # Not while a module of ours is half imported that has brought us here: what follows imports them.
+        if self._nesting.depth == 0:
+            if _TYPE_ENGINE in sys.modules:
+                _answer_guesses()
+            if _FLYTEKITS in sys.modules:
+                _take_over()
 
 
 install()
