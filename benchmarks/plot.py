@@ -39,7 +39,7 @@ def draw(cases: list[dict[str, Any]], path: Path) -> bool:
         _bars(figure.add_subplot(grid[0, column]), case, rows)
     if growth:
         _growth(figure.add_subplot(grid[1, 0]), growth, "median", "seconds", 1)
-        _growth(figure.add_subplot(grid[1, 1]), growth, "peak_bytes", "peak memory over the baseline, MiB", MIB)
+        _growth(figure.add_subplot(grid[1, 1]), growth, "peak_bytes", "peak memory, MiB", MIB)
     environment = bars[0]["environment"]
     words = (
         f"Medians of {bars[0]['rounds']} rounds, lines from slowest to fastest; sand: the machine's own limit. "
@@ -95,6 +95,7 @@ def _growth(axes: Axes, cases: list[dict[str, Any]], key: str, title: str, unit:
             )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _position: f"{value:,g}")
     sizes = sorted({case["size"] for case in cases})
     axes.set_xticks(sizes, [report.size_words(size) for size in sizes])
     axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.8)
