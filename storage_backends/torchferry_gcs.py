@@ -62,6 +62,7 @@ _IN_FLIGHT = 10  # parts, composes or deletions under way at once
 _MOST_SOURCES = 32  # of one compose: https://cloud.google.com/storage/docs/composite-objects
 _LARGEST_PART = 64 << 30
 _SMALLEST_PART = MIB
+_CONTENT_TYPE = "application/octet-stream"
 
 
 class GcsBackend(Backend):
@@ -215,7 +216,7 @@ class _Composition(MultipartUpload[_Component, ObjectStat]):
 
     async def put_whole(self, body: Sequence[Chunk]) -> ObjectStat:
         with self._translated():
-            return self._published(await self._insert(self._key, body))
+            return self._published(await self._insert(body))
 
     async def start(self) -> None:
         """Nothing: components are objects of their own."""
@@ -223,7 +224,7 @@ class _Composition(MultipartUpload[_Component, ObjectStat]):
     async def put_part(self, index: int, body: Sequence[Chunk]) -> _Component:
         name = self._next_name(f"{index:05}")
         with self._translated():
-            return _Component(name, (await self._insert(name, body)).get("generation"))
+            return _Component(name, (await self._insert_component(name, body)).get("generation"))
 
     async def finish(self, parts: Sequence[_Component]) -> ObjectStat:
         level = 0
@@ -245,11 +246,14 @@ class _Composition(MultipartUpload[_Component, ObjectStat]):
                 raise failures[0]
 
     async def _compose_groups(self, parts: Sequence[_Component], level: int) -> list[_Component]:
-        """Composes every 32 components into a larger one."""
-        groups = [parts[start : start + _MOST_SOURCES] for start in range(0, len(parts), _MOST_SOURCES)]
+        """Composes components into larger ones, in order: fewer are left, if possible 32."""
+        groups = _grouped(parts)
         composed: dict[int, _Component] = {}
 
         async def compose(index: int) -> None:
+            if len(groups[index]) == 1:
+                composed[index] = groups[index][0]
+                return
             name = self._next_name(f"composed-{level}-{index:05}")
             composed[index] = _Component(name, (await self._compose(name, groups[index])).get("generation"))
 
@@ -266,7 +270,7 @@ class _Composition(MultipartUpload[_Component, ObjectStat]):
             "kind": "storage#composeRequest",
             "sourceObjects": [source._asdict() for source in sources],
             "destination": {
-                "contentType": "application/octet-stream",
+                "contentType": _CONTENT_TYPE,
                 **({"metadata": self._metadata} if final and self._metadata else {}),
             },
         }
@@ -281,34 +285,50 @@ class _Composition(MultipartUpload[_Component, ObjectStat]):
         )
         return found
 
-    async def _insert(self, name: str, data: Sequence[Chunk]) -> dict[str, Any]:
-        """Uploads an object in one request: its description, and its bytes.
+    async def _insert(self, data: Sequence[Chunk]) -> dict[str, Any]:
+        """Uploads the object in one request: its description, and its bytes.
 
-        https://cloud.google.com/storage/docs/uploading-objects#uploading-an-object (multipart upload)
+        The description has the CRC32C, so that the store refuses damaged bytes.
+        https://cloud.google.com/storage/docs/uploading-objects (JSON API, multipart upload)
         """
         checksum = await in_thread(_crc32c, data)
-        description: dict[str, Any] = {"name": name, "contentType": "application/octet-stream", "crc32c": checksum}
-        if name == self._key and self._metadata:
+        description: dict[str, Any] = {"name": self._key, "contentType": _CONTENT_TYPE, "crc32c": checksum}
+        if self._metadata:
             description["metadata"] = self._metadata
         boundary = secrets.token_hex(16)
         head = (
             f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{json.dumps(description)}\r\n"
-            f"--{boundary}\r\nContent-Type: application/octet-stream\r\n\r\n"
+            f"--{boundary}\r\nContent-Type: {_CONTENT_TYPE}\r\n\r\n"
         )
         body = RequestBody([head.encode(), *data, f"\r\n--{boundary}--\r\n".encode()])
+        return await self._upload(
+            body, checksum, content_type=f"multipart/related; boundary={boundary}", uploadType="multipart"
+        )
+
+    async def _insert_component(self, name: str, data: Sequence[Chunk]) -> dict[str, Any]:
+        """Uploads a component: a request of nothing but its bytes; damaged ones are noticed before they are composed.
+
+        https://cloud.google.com/storage/docs/uploading-objects (JSON API, media upload)
+        """
+        checksum = await in_thread(_crc32c, data)
+        return await self._upload(
+            RequestBody(data), checksum, content_type=_CONTENT_TYPE, uploadType="media", name=name
+        )
+
+    async def _upload(
+        self, body: RequestBody, checksum: str, *, content_type: str, **parameters: str
+    ) -> dict[str, Any]:
+        fs = self._backend._fs
         call = partial(
-            self._backend._fs._call,
+            fs._call,
             "POST",
-            f"{self._backend._fs._location}/upload/storage/v1/b/{{}}/o",
+            f"{fs._location}/upload/storage/v1/b/{{}}/o",
             self._bucket,
-            uploadType="multipart",
-            kmsKeyName=self._backend._kms_key_name,
-            headers={
-                "Content-Type": f"multipart/related; boundary={boundary}",
-                "Content-Length": str(len(body)),
-            },
+            headers={"Content-Type": content_type, "Content-Length": str(len(body))},
             data=body,
             json_out=True,
+            kmsKeyName=self._backend._kms_key_name,
+            **parameters,
         )
         found: dict[str, Any] = await whole_or_not_at_all(body, call)
         if found.get("crc32c", checksum) != checksum:
@@ -344,6 +364,24 @@ class _Composition(MultipartUpload[_Component, ObjectStat]):
 
     def _translated(self) -> Any:
         return _translated(self._backend.url(self._path), "write", missing="the bucket does not exist")
+
+
+def _grouped(parts: Sequence[_Component]) -> list[Sequence[_Component]]:
+    """Cuts more than 32 components into groups, most of them of one: the fewest composes that leave 32 components.
+
+    Where composing them once does not leave so few, all are in groups of 32.
+    """
+    excess = len(parts) - _MOST_SOURCES
+    full, rest = divmod(excess, _MOST_SOURCES - 1)  # a compose of 32 leaves 31 fewer
+    sizes = [_MOST_SOURCES] * full + ([rest + 1] if rest else [])
+    if sum(sizes) > len(parts):
+        sizes = [_MOST_SOURCES] * (len(parts) // _MOST_SOURCES)
+    groups = []
+    start = 0
+    for size in sizes:
+        groups.append(parts[start : start + size])
+        start += size
+    return groups + [parts[index : index + 1] for index in range(start, len(parts))]
 
 
 async def _concurrently(func: Any, indexes: range) -> None:

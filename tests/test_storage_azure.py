@@ -19,7 +19,8 @@ class AzureStore(StoreUnderTest):
     losers_fail = True
 
     def __init__(self, client: Any, url: str, storage_options: dict[str, Any], plane: Plane) -> None:
-        self.backend, self._prefix = open_backend(url, storage_options=storage_options, plane=plane)
+        self.options = {"storage_options": storage_options, "plane": plane}
+        self.backend, self._prefix = open_backend(url, **self.options)
         self._client = client
 
     def path(self, name: str) -> str:

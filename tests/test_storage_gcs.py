@@ -29,7 +29,8 @@ class GcsStore(StoreUnderTest):
     keeps_metadata = True
 
     def __init__(self, client: GcsClient, url: str, storage_options: dict[str, Any]) -> None:
-        self.backend, self._prefix = open_backend(url, storage_options=storage_options, plane="fsspec")
+        self.options = {"storage_options": storage_options, "plane": "fsspec"}
+        self.backend, self._prefix = open_backend(url, **self.options)
         self._client = client
 
     def path(self, name: str) -> str:
@@ -70,7 +71,8 @@ class GcsXmlStore(StoreUnderTest):
     keeps_metadata = True
 
     def __init__(self, client: Any, url: str, storage_options: dict[str, Any]) -> None:
-        self.backend, self._prefix = open_backend(url, storage_options=storage_options, plane="obstore")
+        self.options = {"storage_options": storage_options, "plane": "obstore"}
+        self.backend, self._prefix = open_backend(url, **self.options)
         self._client = client
 
     def path(self, name: str) -> str:

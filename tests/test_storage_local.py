@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
@@ -19,6 +20,8 @@ from torchferry.testing.conformance import stream
 
 
 class LocalStore(StoreUnderTest):
+    options: ClassVar[dict[str, Any]] = {}
+
     def __init__(self, directory: Path) -> None:
         self.backend = LocalBackend.from_filesystem(LocalFileSystem(), "auto")
         self._directory = directory

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import time
 from abc import ABC, abstractmethod
 from functools import cache
@@ -31,6 +32,7 @@ from torchferry.errors import (
     StoragePermissionError,
 )
 from torchferry.storage.base import MIB, Backend, Chunk, ObjectStat
+from torchferry.testing.peak import peak_of_save
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
@@ -63,11 +65,13 @@ class StoreUnderTest(ABC):
         backend: The backend under test.
         keeps_metadata: Whether ``stat`` returns the metadata that ``write`` was given.
         losers_fail: Whether, of several who write one object at the same time, all but one may get an error.
+        options: What :func:`torchferry.save` takes to get here from another process; None where there is no way.
     """
 
     backend: Backend
     keeps_metadata: bool = False
     losers_fail: bool = False
+    options: Mapping[str, Any] | None = None
 
     @abstractmethod
     def path(self, name: str) -> str:
@@ -480,6 +484,13 @@ class BackendConformance(ABC):
 
         await store.delete(path)  # connects, which may import libraries
         assert await run_on(store.backend.loop, run) < MOST_CPU_SECONDS_PER_STEP
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux tells the peak")
+    def test_saving_512_mib_takes_at_most_96_mib(self, store: StoreUnderTest) -> None:
+        if store.options is None:
+            pytest.skip("no other process reaches this store")
+        url = store.backend.url(store.path("checkpoint.pt"))
+        assert peak_of_save(512 * MIB, url, **store.options) <= 96 * MIB
 
     def test_write_cost_is_a_number_of_bytes(self, store: StoreUnderTest) -> None:
         for size, part_size in ((0, None), (1 << 40, None), (1 << 30, 64 * MIB)):
