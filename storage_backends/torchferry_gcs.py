@@ -496,12 +496,19 @@ def _obstore_backend(fs: GCSFileSystem, *, forced: bool) -> ObstoreBackend:
 class _GcsThroughObstore(ObstoreBackend):
     """Google Cloud Storage through obstore, beside a gcsfs filesystem that its user goes on using.
 
-    A version is the object's ETag.
+    A version is the object's ETag. Without credentials only reads go through obstore: for anything else it looks for
+    some of its own, and does not find the user's.
     """
 
     def __init__(self, fs: GCSFileSystem) -> None:
         super().__init__("gs", _Bridge(fs).open_store)
         self._users_fs = fs
+        self._anonymously = GcsBackend(fs) if fs.credentials.credentials is None else None
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The loop of gcsfs where that writes; else any."""
+        return self._anonymously.loop if self._anonymously else None
 
     async def write(
         self,
@@ -512,12 +519,13 @@ class _GcsThroughObstore(ObstoreBackend):
         part_size: int | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> ObjectStat:
-        written = await super().write(path, chunks, size_hint=size_hint, part_size=part_size, metadata=metadata)
+        write = self._anonymously.write if self._anonymously else super().write
+        written = await write(path, chunks, size_hint=size_hint, part_size=part_size, metadata=metadata)
         self._users_fs.invalidate_cache(path)
         return written
 
     async def delete(self, path: str) -> None:
-        await super().delete(path)
+        await (self._anonymously.delete(path) if self._anonymously else super().delete(path))
         self._users_fs.invalidate_cache(path)
 
 
@@ -569,9 +577,9 @@ class _Bridge:
         )
 
     async def _credential(self) -> Any:
-        """Obstore's ``GCSCredential`` from gcsfs's credentials, which are refreshed 5 minutes before they expire.
+        """Obstore's ``GCSCredential`` from gcsfs's credentials, which are renewed 5 minutes before they expire.
 
-        That is as early as obstore asks again.
+        Obstore asks again less than that before.
         """
         headers = await in_thread(self._headers)
         expiry = self._fs.credentials.credentials.expiry
