@@ -1,9 +1,11 @@
+"""The memory that a checkpoint is read into, and what torch makes of it."""
+
 from __future__ import annotations
 
+import gc
 import io
 import mmap
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +13,12 @@ import pytest
 import torch
 from torch.serialization import get_default_mmap_options
 
+import torchferry
+from torchferry import mirror as mirror_module
 from torchferry.archive import find_directory, parse_directory
 from torchferry.mirror import Mirror, load_mapped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torchferry.archive import Archive
 
 CHECKPOINT = {"a": torch.arange(20.0), "none": torch.empty(0), "b": torch.ones(3, dtype=torch.int8)}
@@ -36,35 +38,18 @@ def archive(data: bytes) -> Archive:
     return parse_directory(data[directory.start :][: directory.size], directory, "test://x")
 
 
-@pytest.fixture(params=["memfd", "temporary file"])
-def mirror(
-    request: pytest.FixtureRequest, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Mirror]:
-    if request.param == "temporary file":
-
-        def forbidden(*_: object) -> int:
-            raise PermissionError("memfd_create is forbidden")
-
-        monkeypatch.setattr(os, "memfd_create", forbidden)
-        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with Mirror(len(data)) as mirror:
-        yield mirror
-    assert not list(tmp_path.iterdir())
+@pytest.fixture
+def mirror(data: bytes) -> Mirror:
+    return Mirror(len(data))
 
 
 def load(mirror: Mirror) -> Any:
     return mirror.load(map_location=None, weights_only=True)
 
 
-def test_tensors_live_on_when_the_mirror_is_closed(data: bytes) -> None:
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    with Mirror(len(data)) as mirror:
-        mirror.write(0, data)
-        loaded = load(mirror)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
-    assert torch.equal(loaded["a"], CHECKPOINT["a"])
-    loaded["a"] += 1
-    assert torch.equal(loaded["a"], CHECKPOINT["a"] + 1)
+def test_torch_still_loads_from_a_given_storage() -> None:
+    """The one private function of torch that is called: in a torch where this fails, loads take a copy more."""
+    assert mirror_module._LOADS_FROM_STORAGE
 
 
 def test_tensors_are_the_mirror_and_no_copy(mirror: Mirror, data: bytes, archive: Archive) -> None:
@@ -74,8 +59,55 @@ def test_tensors_are_the_mirror_and_no_copy(mirror: Mirror, data: bytes, archive
     assert record is not None
     mirror.write(record.offset, b"\0\0\x28\x42")
     assert loaded["a"][0] == 42
-    loaded["a"][1] = 43
-    assert Path(mirror.path).read_bytes()[record.offset + 4 :][:4] == b"\0\0\x2c\x42"
+
+
+def test_tensors_live_on_when_the_mirror_is_gone_and_free_it_with_them() -> None:
+    def mapped() -> int:
+        return sum(int(line.split()[1]) for line in Path("/proc/self/statm").read_text().splitlines())
+
+    size = 64 << 20
+    file = io.BytesIO()
+    torch.save({"large": torch.ones(size // 4)}, file)
+    before = mapped()
+    mirror = Mirror(file.tell())
+    mirror.write(0, file.getbuffer())
+    loaded = load(mirror)
+    del mirror
+    gc.collect()
+    loaded["large"] += 1
+    assert loaded["large"].sum() == 2 * size // 4
+    assert mapped() - before > 0.9 * size / mmap.PAGESIZE
+    del loaded
+    assert mapped() - before < 0.1 * size / mmap.PAGESIZE
+
+
+def test_where_torch_takes_no_storage_it_loads_a_copy(
+    mirror: Mirror, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror_module, "_LOADS_FROM_STORAGE", False)
+    mirror.write(0, data)
+    loaded = load(mirror)
+    mirror.write(0, bytes(len(data)))
+    assert torch.equal(loaded["a"], CHECKPOINT["a"])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # Python 3.12; the child only exits
+def test_a_forked_child_that_writes_to_a_tensor_does_not_write_to_its_parents(mirror: Mirror, data: bytes) -> None:
+    mirror.write(0, data)
+    loaded = load(mirror)
+    child = os.fork()
+    if not child:
+        loaded["a"].zero_()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert torch.equal(loaded["a"], CHECKPOINT["a"])
+
+
+def test_what_does_not_fit_is_refused(mirror: Mirror, data: bytes) -> None:
+    for offset, count in ((-1, 1), (len(data), 1), (0, len(data) + 1)):
+        with pytest.raises(ValueError, match="not within"):
+            mirror.write(offset, bytes(count))
+    mirror.write(len(data), b"")
 
 
 def test_holes_are_zeros_and_headers_are_made(mirror: Mirror, data: bytes, archive: Archive) -> None:
@@ -103,20 +135,29 @@ def test_damaged_local_headers_shift_nothing(mirror: Mirror, data: bytes, archiv
 
 
 @pytest.mark.parametrize("options", [mmap.MAP_PRIVATE, mmap.MAP_SHARED])
-def test_the_callers_mmap_options_are_put_back(data: bytes, options: int) -> None:
-    with torch.serialization.set_default_mmap_options(options), Mirror(len(data)) as mirror:
-        mirror.write(0, data)
-        load(mirror)
+def test_the_callers_mmap_options_are_put_back(data: bytes, tmp_path: Path, options: int) -> None:
+    path = tmp_path / "x.pt"
+    with torch.serialization.set_default_mmap_options(options):
+        path.write_bytes(data)
+        load_mapped(str(path), map_location=None, weights_only=True)
         assert get_default_mmap_options() == options
-        mirror.write(0, bytes(len(data)))
+        path.write_bytes(bytes(len(data)))
         with pytest.raises(RuntimeError):
-            load(mirror)
+            load_mapped(str(path), map_location=None, weights_only=True)
         assert get_default_mmap_options() == options
 
 
-def test_a_private_mapping_leaves_the_file_alone(data: bytes, tmp_path: Path) -> None:
+def test_a_mapped_file_is_left_alone(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(data)
-    loaded = load_mapped(str(path), shared=False, map_location=None, weights_only=True)
+    loaded = load_mapped(str(path), map_location=None, weights_only=True)
     loaded["a"].zero_()
     assert path.read_bytes() == data
+
+
+def test_torchs_switch_that_forces_weights_only_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torchferry.save({"path": Path("x")}, "memory://forced/x.pt")
+    assert torchferry.load("memory://forced/x.pt", weights_only=False) == {"path": Path("x")}
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(torchferry.UnsafeCheckpointError):
+        torchferry.load("memory://forced/x.pt", weights_only=False)

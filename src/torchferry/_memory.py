@@ -8,8 +8,12 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-__all__ = ["BLOCK_SIZE", "PROCESS_BUDGET", "Blocks", "ByteBudget"]
+if TYPE_CHECKING:
+    from torchferry.storage.base import Chunk
+
+__all__ = ["BLOCK_SIZE", "PROCESS_BUDGET", "Blocks", "ByteBudget", "address_of"]
 
 BLOCK_SIZE = 4 << 20
 """Bytes in a block."""
@@ -118,3 +122,31 @@ class Blocks:
         if not self._cleared:
             self._spare.append(block)
         self._budget.give(BLOCK_SIZE)
+
+
+class _PyBuffer(ctypes.Structure):
+    """``Py_buffer``; its layout is part of CPython's stable ABI since 3.11."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.py_object),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+def address_of(data: Chunk) -> int:
+    """Where in memory ``data`` begins; ctypes' own ``from_buffer`` refuses read-only views, which torch's are."""
+    buffer = _PyBuffer()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(data), ctypes.byref(buffer), 0)
+    try:
+        return buffer.buf or 0
+    finally:
+        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))

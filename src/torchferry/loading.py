@@ -8,6 +8,7 @@ on the way, and then has ``torch.load`` map the mirror. So whatever the checkpoi
 from __future__ import annotations
 
 import mmap
+import os
 import pickle
 import re
 from dataclasses import dataclass
@@ -36,7 +37,6 @@ from torchferry.storage.cancellation import in_thread
 from torchferry.storage.registry import open_backend
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
@@ -89,7 +89,7 @@ async def load_async(
     """Loads a checkpoint from a store; any file that ``torch.save`` wrote.
 
     Takes memory for the object, or for the part that ``keys`` name, and at most 200 MiB beside. The tensors lie in
-    one shared memory mapping, as with ``torch.load(mmap=True)``. A local file is mapped itself, privately:
+    one piece of memory, which is freed when all of them are gone. A local file is mapped itself, privately:
     writing to the tensors does not change it. A checkpoint in the legacy format (before torch 1.6) is read whole
     and copied once more.
 
@@ -98,8 +98,8 @@ async def load_async(
         keys: Load only these keys of a checkpoint that is a dict, and return a dict of them. Only the storages that
             they need are read, as long as the checkpoint is made of tensors and plain Python values.
         map_location: As in ``torch.load``.
-        weights_only: As in ``torch.load``. With False, a checkpoint can run any code: only for those whose author
-            you trust.
+        weights_only: As in ``torch.load``; its variable ``TORCH_FORCE_WEIGHTS_ONLY_LOAD`` is obeyed, too. With False,
+            a checkpoint can run any code: only for those whose author you trust.
         verify: Check the CRC32 of each record that is read.
         storage_options: Arguments for the fsspec filesystem.
         filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
@@ -120,7 +120,8 @@ async def load_async(
     if isinstance(keys, str):
         raise TypeError(f"keys is a sequence of keys: ({keys!r},) for one.")
     backend, path = await _open(url, storage_options, filesystem, plane)
-    request = _Request(None if keys is None else tuple(keys), map_location, weights_only, verify)
+    forced = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in {"1", "y", "yes", "true"}  # as torch.load
+    request = _Request(None if keys is None else tuple(keys), map_location, weights_only or forced, verify)
     return await _sync.run_on(backend.loop, _load, backend, path, request, callback or NoOpCallback())
 
 
@@ -332,21 +333,21 @@ async def _load_mirrored(
     source: Source, archive: Archive | None, selection: Selection, request: _Request, callback: Callback
 ) -> Any:
     checksums = await in_thread(Checksums, selection.records if request.verify else (), source.url)
-    with Mirror(source.stat.size) as mirror:
+    mirror = Mirror(source.stat.size)
 
-        def sink(start: int, buffer: Chunk) -> None:
-            mirror.write(start, buffer)
-            checksums.add(start, buffer)
+    def sink(start: int, buffer: Chunk) -> None:
+        checksums.add(start, buffer)
+        mirror.write(start, buffer)
 
-        def load() -> Any:
-            if archive is None:
-                return torch.load(mirror.path, map_location=selection.map_location, weights_only=request.weights_only)
-            mirror.write_headers(archive)
-            return mirror.load(map_location=selection.map_location, weights_only=request.weights_only)
+    def load() -> Any:
+        if archive is None or archive.is_torchscript:
+            return mirror.load_copy(map_location=selection.map_location, weights_only=request.weights_only)
+        mirror.write_headers(archive)
+        return mirror.load(map_location=selection.map_location, weights_only=request.weights_only)
 
-        await _fetch(source, selection.extents, sink, callback)
-        checksums.finish()
-        return await in_thread(_torch_load, load, source.url, request)
+    await _fetch(source, selection.extents, sink, callback)
+    checksums.finish()
+    return await in_thread(_torch_load, load, source.url, request)
 
 
 async def _load_local(
@@ -367,9 +368,7 @@ async def _load_local(
             return torch.load(path, map_location=selection.map_location, weights_only=request.weights_only)
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             archive.check_headers(view)
-        return load_mapped(
-            str(path), shared=False, map_location=selection.map_location, weights_only=request.weights_only
-        )
+        return load_mapped(str(path), map_location=selection.map_location, weights_only=request.weights_only)
 
     return await in_thread(_torch_load, load, source.url, request)
 

@@ -1,20 +1,27 @@
-"""A sparse file in memory with the bytes of a stored checkpoint, for torch to map.
+"""The memory that a stored checkpoint is read into, and that its tensors then lie in.
 
-The mirror is as long as the object, and all holes at first. What is needed of the object is written to the same
-offsets; then ``torch.load`` maps the file, and the tensors lie in it: they are not copied again.
+The mirror is as long as the object. What is needed of the object is written to the same offsets, from many threads at
+once; the rest stays untouched, and takes no memory. Then torch unpickles it, and every tensor is a view of it: nothing
+is copied again.
+
+It is ordinary private memory, in huge pages where the system has them: filling those takes a sixth of the time that
+filling small ones takes, or a file in memory (Linux 6.18, ``benchmarks/``).
 """
 
 from __future__ import annotations
 
+import ctypes
+import inspect
 import mmap
-import os
-import tempfile
+import pickle
 import threading
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.serialization import set_default_mmap_options
+from torch import _weights_only_unpickler, serialization
+
+from torchferry._memory import address_of
 
 if TYPE_CHECKING:
     from torchferry.archive import Archive
@@ -23,47 +30,35 @@ if TYPE_CHECKING:
 __all__ = ["Mirror", "load_mapped"]
 
 _MMAP_OPTIONS = threading.RLock()
+# torch.load maps a file and hands the mapping to this function. Ours is no file, so it is called directly: it is the
+# same from torch 2.7 to 2.13. Where it is not what it was, torch.load reads the mirror as a file object, and copies.
+_LOADS_FROM_STORAGE = {"zip_file", "map_location", "pickle_module", "overall_storage"} <= set(
+    inspect.signature(serialization._load).parameters  # noqa: SLF001
+)
 
 
 class Mirror:
-    """A sparse file of ``size`` bytes: a memfd on Linux, a temporary file elsewhere.
+    """``size`` bytes of memory with the bytes of an object.
 
-    A context manager: at its end the file is closed and gone. What torch has mapped of it lives on, as long as a
-    tensor needs it. ``write`` may be called in many threads at once.
-
-    Attributes:
-        path: The file's path, for as long as it is open.
+    The memory is freed when the mirror and all tensors in it are gone.
     """
 
     def __init__(self, size: int) -> None:
-        self._unlink = False
-        try:
-            self._fd = os.memfd_create("torchferry", os.MFD_CLOEXEC)
-            self.path = f"/proc/self/fd/{self._fd}"
-        except (AttributeError, OSError):  # no Linux, or a sandbox that forbids it
-            self._fd, self.path = tempfile.mkstemp(prefix="torchferry-")
-            self._unlink = True
-        try:
-            os.ftruncate(self._fd, size)
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-        if self._unlink:
-            Path(self.path).unlink()
+        if hasattr(mmap, "MAP_PRIVATE"):
+            self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:  # Windows
+            self._memory = mmap.mmap(-1, size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without huge pages
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._address = address_of(memoryview(self._memory))
 
     def write(self, offset: int, buffer: Chunk) -> None:
-        """Writes the bytes that the object has at ``offset``."""
-        view = memoryview(buffer).cast("B")
-        while view:
-            written = os.pwrite(self._fd, view, offset)
-            offset += written
-            view = view[written:]
+        """Writes the bytes that the object has at ``offset``. May be called in many threads at once."""
+        if not 0 <= offset <= offset + len(buffer) <= len(self._memory):
+            raise ValueError(f"{len(buffer)} bytes at {offset} are not within the {len(self._memory)} of the mirror.")
+        # memmove as ctypes calls it lets other threads run meanwhile; assigning to a slice of the memory would not.
+        ctypes.memmove(self._address + offset, address_of(buffer), len(buffer))
 
     def write_headers(self, archive: Archive) -> None:
         """Writes a local header for each record of the archive over what may be there, damaged or not read at all.
@@ -71,21 +66,31 @@ class Mirror:
         torch learns from them where a record's data starts. To be called after everything is written.
         """
         for offset, header in archive.local_headers():
-            os.pwrite(self._fd, header, offset)
+            self._memory[offset : offset + len(header)] = header
 
     def load(self, *, map_location: Any, weights_only: bool) -> Any:
-        """``torch.load`` of the archive; its tensors share their memory with the mirror."""
-        return load_mapped(self.path, shared=True, map_location=map_location, weights_only=weights_only)
+        """What ``torch.load`` makes of an archive in the mirror; its tensors lie in the mirror."""
+        if not _LOADS_FROM_STORAGE:
+            return self.load_copy(map_location=map_location, weights_only=weights_only)
+        storage = torch.frombuffer(self._memory, dtype=torch.uint8).untyped_storage()  # keeps the memory
+        self._memory.seek(0)
+        unpickler = _weights_only_unpickler if weights_only else pickle
+        with serialization._open_zipfile_reader(self._memory) as reader:  # noqa: SLF001
+            return serialization._load(  # noqa: SLF001
+                reader, map_location, unpickler, overall_storage=storage, encoding="utf-8"
+            )
+
+    def load_copy(self, *, map_location: Any, weights_only: bool) -> Any:
+        """``torch.load`` of the mirror as of a file, in any format; the tensors are copies."""
+        self._memory.seek(0)
+        return torch.load(self._memory, map_location=map_location, weights_only=weights_only)  # type: ignore[arg-type]
 
 
-def load_mapped(path: str, *, shared: bool, map_location: Any, weights_only: bool) -> Any:
-    """``torch.load(path, mmap=True)``, with the mapping shared with the file or private to this process.
-
-    Writing to a tensor in a shared mapping writes to the file, and costs no memory beyond it; in a private one the
-    page is copied first.
+def load_mapped(path: str, *, map_location: Any, weights_only: bool) -> Any:
+    """``torch.load(path, mmap=True)`` with a private mapping: writing to a tensor does not write to the file.
 
     torch takes the kind of mapping from a setting that, in some versions, belongs to the whole process. It is set
     under a lock and put back at once.
     """
-    with _MMAP_OPTIONS, set_default_mmap_options(mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE):
+    with _MMAP_OPTIONS, serialization.set_default_mmap_options(mmap.MAP_PRIVATE):
         return torch.load(path, mmap=True, map_location=map_location, weights_only=weights_only)

@@ -22,7 +22,7 @@ import anyio
 import torch
 from anyio import from_thread, to_thread
 
-from torchferry._memory import PROCESS_BUDGET, Blocks
+from torchferry._memory import PROCESS_BUDGET, Blocks, address_of
 from torchferry._tasks import task_group
 from torchferry.storage.base import MIB, Chunk
 from torchferry.storage.multipart import part_size_for
@@ -236,7 +236,7 @@ class _Storages:
 
     def lend(self, data: memoryview) -> memoryview | None:
         """The same bytes as a view that keeps their storage alive, as ``data`` does not; None if in no CPU storage."""
-        address = _address(data)
+        address = address_of(data)
         found = bisect_right(self._by_address, address, key=lambda entry: entry[0]) - 1
         if found < 0:
             return None
@@ -280,31 +280,3 @@ def _recording_pickle(
             on_pickled(self._file.tell())
 
     return types.SimpleNamespace(__name__=pickle.__name__, Pickler=RecordingPickler)
-
-
-class _PyBuffer(ctypes.Structure):
-    """``Py_buffer``; its layout is part of CPython's stable ABI since 3.11."""
-
-    _fields_ = (
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.py_object),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    )
-
-
-def _address(data: memoryview) -> int:
-    """Where in memory ``data`` begins; ctypes' own ``from_buffer`` refuses read-only views, which torch's are."""
-    buffer = _PyBuffer()
-    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(data), ctypes.byref(buffer), 0)
-    try:
-        return buffer.buf or 0
-    finally:
-        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
