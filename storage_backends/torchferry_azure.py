@@ -37,6 +37,7 @@ from torchferry.storage.bridge import (
     UPLOAD_PATIENCE,
     UntranslatableError,
     choose_plane,
+    credentials_from,
     names,
     once_a_process,
     require_known,
@@ -47,7 +48,7 @@ from torchferry.storage.obstore import ObstoreBackend
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import AsyncIterable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping, Sequence
 
     from adlfs import AzureBlobFileSystem
     from azure.storage.blob.aio import BlobClient
@@ -64,6 +65,8 @@ _SMALLEST_BLOCK = MIB
 _LARGEST_SINGLE_PUT = MIB  # Azure takes more, but the client library copies it, and sends it in one piece
 _IN_FLIGHT = 10
 _CLEANUP_SECONDS = 30.0
+_INVALID_BLOCK_LIST = "InvalidBlockList"
+_OTHER_WRITER = "{}: another writer wrote it at the same time, and Azure kept that one."
 _SCOPE = "https://storage.azure.com/.default"
 
 
@@ -311,8 +314,8 @@ def _translate(what: str, error: Exception) -> StorageError:  # noqa: PLR0911 - 
         return CheckpointNotFoundError(f"{what}: the container does not exist.")
     if status == HTTPStatus.NOT_FOUND:
         return CheckpointNotFoundError(f"{what}: there is no such blob.")
-    if code == "InvalidBlockList":
-        return StorageError(f"{what}: another writer wrote it at the same time, and Azure kept that one.")
+    if code == _INVALID_BLOCK_LIST:
+        return StorageError(_OTHER_WRITER.format(what))
     if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
         return StoragePermissionError(f"{what}: the store refused these credentials ({code or status}). {reason}")
     if isinstance(error, ClientAuthenticationError):
@@ -382,13 +385,23 @@ class _AzureThroughObstore(ObstoreBackend):
         part_size: int | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> ObjectStat:
+        size = 0
+
+        async def counted() -> AsyncIterator[Chunk]:
+            nonlocal size
+            async for chunk in chunks:
+                size += len(chunk)
+                yield chunk
+
         try:
-            written = await super().write(path, chunks, size_hint=size_hint, part_size=part_size, metadata=metadata)
+            written = await super().write(path, counted(), size_hint=size_hint, part_size=part_size, metadata=metadata)
         except (StoragePermissionError, CheckpointNotFoundError):  # nothing was staged
             raise
         except BaseException as error:
-            await self._clean_up(path, error)
-            raise
+            if not isinstance(error, StorageError) or _INVALID_BLOCK_LIST not in str(error):
+                await self._clean_up(path, error)
+                raise
+            written = await self._find_committed(path, size, dict(metadata or {}), error)
         self._users_fs.invalidate_cache(self._users_fs._parent(path))
         return written
 
@@ -396,6 +409,19 @@ class _AzureThroughObstore(ObstoreBackend):
         # obstore sends a batch of one, which takes other permissions than a deletion, and loses what went wrong.
         await run_on(self._through_adlfs.loop, self._through_adlfs.delete, path)
         self._users_fs.invalidate_cache(self._users_fs._parent(path))
+
+    async def _find_committed(self, path: str, size: int, metadata: dict[str, str], error: StorageError) -> ObjectStat:
+        """What is there when Azure did not find the blocks to commit.
+
+        Another writer was faster; or they are committed, the reply was lost, and obstore repeated its request.
+        """
+        try:
+            found = await self.stat(path)
+        except CheckpointNotFoundError:
+            raise error from None
+        if found.size != size:
+            raise StorageError(_OTHER_WRITER.format(f"Cannot write {found.url}")) from error
+        return ObjectStat(found.url, found.size, found.etag, metadata)
 
     async def _clean_up(self, path: str, reason: BaseException) -> None:
         """Discards uncommitted blocks, which obstore leaves; where that fails, says so with ``reason``."""
@@ -431,10 +457,10 @@ def _credentials(fs: AzureBlobFileSystem) -> dict[str, Any]:
         return {"account_key": client.credential.account_key}
     if isinstance(client.credential, AzureSasCredential):
         return {"credential_provider": partial(_sas, lambda: client.credential.signature)}
-    return {"credential_provider": partial(run_on, fs.loop, _bearer_token, client.credential)}
+    return {"credential_provider": credentials_from(fs.loop, _bearer_token, client.credential)}
 
 
-async def _sas(signature: Any) -> Any:
+def _sas(signature: Any) -> Any:
     """Obstore's ``AzureSASToken``; asked for again when it expires: it may have been replaced by then."""
     token: str = signature().lstrip("?")
     expiry = parse_qs(token).get("se")

@@ -576,12 +576,12 @@ class _Bridge:
             },
         )
 
-    async def _credential(self) -> Any:
+    def _credential(self) -> Any:
         """Obstore's ``GCSCredential`` from gcsfs's credentials, which are renewed 5 minutes before they expire.
 
-        Obstore asks again less than that before.
+        Obstore asks again less than that before, in threads of its own.
         """
-        headers = await in_thread(self._headers)
+        headers = self._headers()
         expiry = self._fs.credentials.credentials.expiry
         return {
             "token": headers["authorization"].removeprefix("Bearer "),

@@ -34,7 +34,14 @@ from torchferry.errors import (
 )
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
 from torchferry.storage.body import SEND_PIECE, RequestBody, whole_or_not_at_all
-from torchferry.storage.bridge import UntranslatableError, choose_plane, names, once_a_process, require_known
+from torchferry.storage.bridge import (
+    UntranslatableError,
+    choose_plane,
+    credentials_from,
+    names,
+    once_a_process,
+    require_known,
+)
 from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.storage.obstore import ObstoreBackend
 
@@ -484,7 +491,7 @@ class _Bridge:
             virtual_hosted_style_request=address.virtual_hosted,
             client_options=self._client_options | {"allow_http": address.endpoint.startswith("http://")},
             retry_config=self._retry,
-            credential_provider=None if self.fs.anon else partial(run_on, self.fs.loop, self._credentials, bucket),
+            credential_provider=None if self.fs.anon else credentials_from(self.fs.loop, self._credentials, bucket),
             **self._config,
         )
 

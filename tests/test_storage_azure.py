@@ -1,15 +1,35 @@
 from __future__ import annotations
 
+import asyncio
 import base64
-from typing import Any
+import dataclasses
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
+from adlfs import AzureBlobFileSystem
+from azure.storage.blob import AccountSasPermissions, ResourceTypes, generate_account_sas
+from azure.storage.blob.aio import BlobServiceClient
 
-from torchferry.storage.base import Backend, Plane
+import torchferry_azure
+from torchferry._sync import run_on
+from torchferry.errors import StorageError, StorageUnavailableError, UnsupportedOptionError
+from torchferry.storage.base import MIB, Backend, Chunk, Plane
+from torchferry.storage.multipart import PartSizes, part_size_for
 from torchferry.storage.registry import open_backend
 from torchferry.testing import CloudConformance, StoreUnderTest
 from torchferry.testing.azure import AzureServer, connection_string_for
+from torchferry.testing.conformance import SourceError, stream
+from torchferry.testing.faultproxy import Fault, FaultProxy
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DATA = bytes(range(256)) * (12 * 4096)  # 12 MiB: three parts of 5 MiB
 PLANES: tuple[Plane, ...] = ("fsspec", "obstore")
 WRONG_KEY = base64.b64encode(b"wrong").decode()
 
@@ -77,3 +97,260 @@ class TestAzureThroughAdlfs(AzureConformance):
 
 class TestAzureThroughObstore(AzureConformance):
     plane = "obstore"
+
+
+# --- what Azure is peculiar about
+
+
+@pytest.fixture(params=PLANES)
+def store(
+    request: pytest.FixtureRequest, azure_client: Any, azure_url: str, azure_storage_options: dict[str, Any]
+) -> AzureStore:
+    return AzureStore(azure_client, azure_url, azure_storage_options, request.param)
+
+
+@pytest.fixture
+def through_adlfs(azure_client: Any, azure_url: str, azure_storage_options: dict[str, Any]) -> AzureStore:
+    return AzureStore(azure_client, azure_url, azure_storage_options, "fsspec")
+
+
+async def interrupted_write(store: AzureStore, path: str) -> None:
+    """A write that fails when some of its blocks are staged."""
+
+    async def chunks() -> AsyncIterator[Chunk]:
+        async for chunk in stream(DATA, MIB):
+            yield chunk
+        with anyio.fail_after(60):
+            while not await anyio.to_thread.run_sync(store.staged):
+                pass
+        raise SourceError
+
+    with pytest.raises(SourceError):
+        await store.write(path, chunks())
+
+
+async def test_blocks_staged_for_a_blob_that_exists_go_with_the_next_write(store: AzureStore) -> None:
+    """To discard them at once, the blob, which others may be reading, would have to be written anew."""
+    path = store.path("checkpoint.pt")
+    store.raw_write(path, b"old")
+    before = await store.stat(path)
+    await interrupted_write(store, path)
+    assert await store.stat(path) == before  # the same version: who is reading it goes on reading
+    assert store.staged() == [path]
+    await store.write(path, stream(DATA, MIB))
+    assert store.staged() == []
+    assert store.raw_read(path) == DATA
+
+
+async def test_failed_upload_leaves_the_blocks_of_another_one(through_adlfs: AzureStore) -> None:
+    store = through_adlfs
+    path = store.path("checkpoint.pt")
+    loop, go_on, staged = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+
+    async def slow_chunks() -> AsyncIterator[Chunk]:
+        async for chunk in stream(DATA, MIB):
+            yield chunk
+        while not await anyio.to_thread.run_sync(store.staged):
+            pass
+        loop.call_soon_threadsafe(staged.set)
+        await run_on(loop, go_on.wait)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(store.write, path, slow_chunks())
+        await staged.wait()
+        await interrupted_write(store, path)
+        go_on.set()
+    assert store.raw_read(path) == DATA
+
+
+async def test_who_loses_against_another_writer_is_told(store: AzureStore) -> None:
+    path = store.path("checkpoint.pt")
+
+    async def chunks() -> AsyncIterator[Chunk]:
+        async for chunk in stream(DATA, MIB):
+            yield chunk
+        while not await anyio.to_thread.run_sync(store.staged):
+            pass
+        await run_on(loop, store.write, path, stream(DATA + b"the other one's", MIB))
+
+    loop = asyncio.get_running_loop()
+    with pytest.raises(StorageError, match="another writer"):
+        await store.write(path, chunks())
+    assert store.raw_read(path) == DATA + b"the other one's"
+
+
+async def test_blob_above_a_single_put_and_below_a_part_is_one_block(through_adlfs: AzureStore) -> None:
+    path = through_adlfs.path("checkpoint.pt")
+    written = await through_adlfs.write(path, stream(DATA, MIB), part_size=16 * MIB, metadata={"step": "1"})
+    assert written.size == len(DATA)
+    assert await through_adlfs.stat(path) == written
+    assert through_adlfs.raw_read(path) == DATA
+
+
+def test_50_000_blocks_hold_190_tebibytes() -> None:
+    limits = {"maximum": torchferry_azure._LARGEST_BLOCK, "max_parts": torchferry_azure._MOST_BLOCKS}
+    sizes = PartSizes(part_size_for(0, minimum=torchferry_azure._SMALLEST_BLOCK, **limits), **limits)
+    assert max(sizes[index] for index in range(50_000)) <= 4000 * MIB
+    for size in (1 << 30, 1 << 40, 100 << 40):
+        part = part_size_for(size, minimum=torchferry_azure._SMALLEST_BLOCK, **limits)
+        assert part <= 4000 * MIB
+        assert part * 50_000 >= size
+
+
+# --- faults
+
+
+@pytest.fixture
+def faulty(
+    azure_server: AzureServer, azure_client: Any, azure_url: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., tuple[AzureStore, FaultProxy]]]:
+    """Makes the store as seen through a proxy with these faults."""
+    # The client library waits 15 seconds before its first retry.
+    monkeypatch.setattr("azure.storage.blob._shared.policies_async.ExponentialRetry.get_backoff_time", lambda *_: 0.1)
+    with ExitStack() as stack:
+
+        def make(plane: Plane, *faults: Fault) -> tuple[AzureStore, FaultProxy]:
+            proxy = stack.enter_context(FaultProxy(azure_server.port, *faults))
+            connection = connection_string_for(
+                f"{proxy.endpoint}/{azure_server.account_name}",
+                AccountName=azure_server.account_name,
+                AccountKey=azure_server.account_key,
+            )
+            return AzureStore(azure_client, azure_url, {"connection_string": connection}, plane), proxy
+
+        yield make
+
+
+SURVIVABLE = {
+    "block refused": Fault(method="PUT", target="comp=block&", status=503, code="ServerBusy"),
+    "block reset in the middle": Fault(method="PUT", target="comp=block&", reset_upload_after=MIB),
+    "block stored but the reply lost": Fault(method="PUT", target="comp=block&", lose_reply=True),
+    "commit refused": Fault(method="PUT", target="comp=blocklist", status=503, code="ServerBusy"),
+    "committed but the reply lost": Fault(method="PUT", target="comp=blocklist", lose_reply=True),
+    "read reset in the middle": Fault(method="GET", reset_download_after=MIB),
+    "read cut short": Fault(method="GET", truncate_after=MIB),
+}
+
+
+@pytest.mark.parametrize("plane", PLANES)
+@pytest.mark.parametrize("fault", SURVIVABLE)
+async def test_survives(faulty: Callable[..., Any], plane: Plane, fault: str) -> None:
+    store, proxy = faulty(plane, dataclasses.replace(SURVIVABLE[fault]))
+    path = store.path("checkpoint.pt")
+    written = await store.write(path, stream(DATA, MIB), size_hint=len(DATA))
+    assert await store.read(path, 0, len(DATA), written) == DATA
+    assert any(request.fault for request in proxy.log)
+    assert store.leftovers() == []
+
+
+@pytest.mark.parametrize("plane", PLANES)
+async def test_store_that_goes_on_refusing_is_unavailable(faulty: Callable[..., Any], plane: Plane) -> None:
+    fault = Fault(method="PUT", target="comp=block&", status=503, code="ServerBusy", times=None)
+    store, _ = faulty(plane, fault)
+    with pytest.raises(StorageUnavailableError):
+        await store.write(store.path("checkpoint.pt"), stream(DATA, MIB))
+    assert store.leftovers() == []
+
+
+# --- settings and credentials
+
+
+@pytest.mark.parametrize("protocol", ["az", "abfs", "abfss"])
+def test_every_form_of_url_leads_to_the_blob(protocol: str, azure_storage_options: dict[str, Any]) -> None:
+    for url in (f"{protocol}://container/a/b.pt", f"{protocol}://container@ferrytest.dfs.core.windows.net/a/b.pt"):
+        backend, path = open_backend(url, storage_options=azure_storage_options)
+        assert path == "container/a/b.pt"
+        assert backend.plane == "obstore"
+        assert backend.url(path) == "abfs://container/a/b.pt"
+
+
+def test_account_of_the_url_is_the_account_that_is_asked() -> None:
+    url = "abfs://container@myaccount.dfs.core.windows.net/a/b.pt"
+    backend, _ = open_backend(url, storage_options={"anon": True}, plane="fsspec")
+    assert isinstance(backend, torchferry_azure.AzureBackend)
+    assert backend.blob("container/a/b.pt").url == "https://myaccount.blob.core.windows.net/container/a/b.pt"
+
+
+@pytest.mark.parametrize("plane", PLANES)
+async def test_shared_access_signature_is_enough(
+    plane: Plane, azure_client: Any, azure_url: str, azure_server: AzureServer
+) -> None:
+    signature = generate_account_sas(
+        azure_server.account_name,
+        azure_server.account_key,
+        ResourceTypes(container=True, object=True),
+        AccountSasPermissions(read=True, write=True, delete=True, list=True, create=True),
+        datetime.now(UTC) + timedelta(hours=1),
+    )
+    connection = connection_string_for(azure_server.endpoint, SharedAccessSignature=signature)
+    store = AzureStore(azure_client, azure_url, {"connection_string": connection}, plane)
+    path = store.path("checkpoint.pt")
+    written = await store.write(path, stream(DATA, MIB))
+    assert await store.read(path, 0, len(DATA), written) == DATA
+    await store.delete(path)
+    assert not store.raw_exists(path)
+
+
+@pytest.mark.parametrize("plane", PLANES)
+async def test_public_container_is_read_anonymously(plane: Plane, azure_client: Any, azure_server: AzureServer) -> None:
+    container = f"public-{uuid.uuid4().hex[:12]}"
+    azure_client.create_container(container, public_access="container")
+    fs = AzureBlobFileSystem(account_name=azure_server.account_name, anon=True, skip_instance_cache=True)
+    # adlfs speaks https to accounts; Azurite here does not.
+    fs.service_client = BlobServiceClient(azure_server.endpoint)
+    backend, path = open_backend(f"abfs://{container}/checkpoint.pt", filesystem=fs, plane=plane)
+    azure_client.get_blob_client(container, "checkpoint.pt").upload_blob(DATA)
+
+    async def read() -> bytes:
+        return bytes(await backend.read(path, 5, 100, await backend.stat(path)))
+
+    assert await run_on(backend.loop, read) == DATA[5:100]
+    with pytest.raises(StorageError):
+        await run_on(backend.loop, backend.write, path, stream(DATA, MIB), size_hint=len(DATA))
+    assert azure_client.get_blob_client(container, "checkpoint.pt").download_blob().readall() == DATA
+
+
+UNTRANSLATABLE = [
+    {"version_aware": True},
+    {"max_concurrency": 2},
+    {"timeout": 5},
+    {"location_mode": "secondary"},
+    {"something_new": 1},
+]
+
+
+@pytest.mark.parametrize("options", UNTRANSLATABLE, ids=lambda options: next(iter(options)))
+def test_what_obstore_cannot_honour_goes_through_adlfs(options: dict[str, Any]) -> None:
+    storage_options = {"account_name": "ferrytest", "account_key": WRONG_KEY, **options}
+    assert open_backend("abfs://container/key", storage_options=storage_options)[0].plane == "fsspec"
+    with pytest.raises(UnsupportedOptionError, match=next(iter(options)).replace("_", ".")):
+        open_backend("abfs://container/key", storage_options=storage_options, plane="obstore")
+
+
+@pytest.mark.parametrize("plane", PLANES)
+async def test_filesystem_made_for_its_users_loop_works(
+    plane: Plane,
+    azure_client: Any,
+    azure_url: str,
+    azure_storage_options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("weakref.finalize", lambda *_: None)  # at exit adlfs would look for this test's event loop
+        fs = AzureBlobFileSystem(**azure_storage_options, asynchronous=True, skip_instance_cache=True)
+    backend, path = open_backend(f"{azure_url}/checkpoint.pt", filesystem=fs, plane=plane)
+    assert backend.loop is None
+    written = await backend.write(path, stream(DATA, MIB), size_hint=len(DATA), part_size=5 * MIB)
+    assert bytes(await backend.read(path, 0, 10, written)) == DATA[:10]
+    container, _, key = path.partition("/")
+    assert azure_client.get_blob_client(container, key).download_blob().readall() == DATA
+    await fs.service_client.close()
+
+
+async def test_adlfs_sees_what_was_written(store: AzureStore, azure_storage_options: dict[str, Any]) -> None:
+    fs = AzureBlobFileSystem(**azure_storage_options)
+    path = store.path("directory/checkpoint.pt")
+    store.raw_write(store.path("directory/other.pt"), b"1")
+    assert len(fs.ls(fs._parent(path))) == 1
+    await store.write(path, stream(b"12345", 2))
+    assert path in fs.ls(fs._parent(path))

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -469,16 +469,15 @@ async def test_explicit_settings_go_before_the_environment(
     await round_trip(*open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane))
 
 
-async def test_profile_whose_credentials_a_program_makes_and_refreshes(
-    plane: Plane, s3_url: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As SSO, roles and IRSA do, the program gives keys that soon expire, and must be asked again."""
+@pytest.fixture
+def renewals(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """The profile "ferry": as SSO, roles and IRSA do, a program gives keys that soon expire. Tells how often."""
     calls = tmp_path / "calls"
     answer = {
         "Version": 1,
         "AccessKeyId": s3_server.key,
         "SecretAccessKey": s3_server.secret,
-        "Expiration": (datetime.now(UTC) + timedelta(minutes=5)).isoformat(),
+        "Expiration": (datetime.now(UTC) + timedelta(minutes=2)).isoformat(),
     }
     (tmp_path / "answer.json").write_text(json.dumps(answer))
     (tmp_path / "program").write_text(f"#!/bin/sh\necho asked >> {calls}\ncat {tmp_path}/answer.json\n")
@@ -488,12 +487,37 @@ async def test_profile_whose_credentials_a_program_makes_and_refreshes(
         f"credential_process = {tmp_path}/program\n"
     )
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    calls.touch()
+    return lambda: len(calls.read_text().splitlines())
+
+
+async def test_credentials_that_expire_are_asked_for_again(
+    plane: Plane, s3_url: str, renewals: Callable[[], int]
+) -> None:
     options = {"profile": "ferry", "skip_instance_cache": True}
     backend, path = open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane)
     await round_trip(backend, path)
-    asked = len(calls.read_text().splitlines())
+    before = renewals()
     await round_trip(backend, path)
-    assert len(calls.read_text().splitlines()) > asked
+    assert renewals() > before
+
+
+async def test_credentials_are_renewed_in_the_middle_of_an_upload(
+    plane: Plane, s3_url: str, renewals: Callable[[], int]
+) -> None:
+    """Obstore asks for them in threads of its own then, where no event loop runs."""
+    options = {"profile": "ferry", "skip_instance_cache": True}
+    backend, path = open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane)
+    size = 0
+
+    async def chunks() -> AsyncIterator[bytes]:
+        nonlocal size
+        while renewals() < 6:
+            size += MIB
+            yield bytes(MIB)
+
+    written = await run_on(backend.loop, backend.write, path, chunks(), size_hint=0, part_size=5 * MIB)
+    assert written.size == size
 
 
 def test_profile_that_does_not_exist_is_a_permission_error() -> None:

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchferry.errors import UnsupportedOptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Coroutine, Iterable
 
     from fsspec import AbstractFileSystem
 
     from torchferry.storage.base import Backend, Plane
     from torchferry.storage.obstore import ObstoreBackend
 
-__all__ = ["UPLOAD_PATIENCE", "UntranslatableError", "choose_plane", "names", "once_a_process", "require_known"]
+__all__ = [
+    "UPLOAD_PATIENCE",
+    "UntranslatableError",
+    "choose_plane",
+    "credentials_from",
+    "names",
+    "once_a_process",
+    "require_known",
+]
 
 logger = logging.getLogger("torchferry.storage")
 
 UPLOAD_PATIENCE = timedelta(minutes=5)
 """How long one request of obstore may take: it may be a part going up a thin line."""
+
+
+_CREDENTIALS_PATIENCE = 60.0  # seconds
 
 
 class UntranslatableError(Exception):
@@ -67,6 +79,21 @@ def once_a_process(fs: AbstractFileSystem, make: Callable[[], ObstoreBackend]) -
     if os.getpid() not in known:
         known[os.getpid()] = make()
     return known[os.getpid()]
+
+
+def credentials_from(
+    loop: asyncio.AbstractEventLoop, func: Callable[..., Coroutine[Any, Any, Any]], *args: object
+) -> Callable[[], Any]:
+    """A credential provider for obstore: what ``func(*args)`` returns, on ``loop``, which runs in a thread of its own.
+
+    Not an asynchronous one, which obstore takes too: in the middle of an upload it asks in threads where no event loop
+    runs, and gets "no running event loop" for its credentials.
+    """
+
+    def provide() -> Any:
+        return asyncio.run_coroutine_threadsafe(func(*args), loop).result(_CREDENTIALS_PATIENCE)
+
+    return provide
 
 
 def require_known(where: str, given: Iterable[str], known: Iterable[str]) -> None:
