@@ -12,8 +12,9 @@ from typing import Any
 import anyio
 import pytest
 import torch
+import torch.utils.serialization
 
-from torchferry._memory import PROCESS_BUDGET, ByteBudget
+from torchferry._memory import PROCESS_BUDGET, ByteBudget, address_of
 from torchferry.storage.base import MIB
 from torchferry.stream import CheckpointStream
 
@@ -192,6 +193,15 @@ async def test_a_failing_consumer_ends_the_thread_and_its_error_goes_on() -> Non
     assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
 
 
+async def test_an_error_of_the_consumer_is_never_hidden_by_the_end_of_the_thread() -> None:
+    for turns in range(50):
+        with pytest.raises(PermissionError, match="refused"):
+            async with CheckpointStream({"a": turns}).running():
+                for _ in range(turns % 5):
+                    await anyio.lowlevel.checkpoint()
+                raise PermissionError("refused")
+
+
 @pytest.mark.parametrize(
     "obj", [torch.zeros(50 * MIB), [torch.zeros(1024) for _ in range(20_000)]], ids=["large", "small"]
 )
@@ -232,6 +242,31 @@ async def test_copies_between_large_storages_do_not_use_the_blocks_up() -> None:
     part: list[Any] = []
     with anyio.fail_after(60):
         async with stream.running():
+            async for chunk in stream:
+                part.append(chunk)
+                if sum(map(len, part)) >= 16 * MIB:
+                    part.clear()
+
+
+async def test_storages_that_begin_at_one_address_are_handed_on_without_a_copy() -> None:
+    memory = bytearray(48 * MIB)
+    tensors = [torch.frombuffer(memory, dtype=torch.uint8, count=size * MIB) for size in (48, 24, 36)]
+    stream = CheckpointStream(tensors)
+    held: list[Any] = []
+    with anyio.fail_after(60):
+        async with stream.running():
+            held += [chunk async for chunk in stream]
+    start = tensors[0].data_ptr()
+    lent = [chunk for chunk in held if start <= address_of(memoryview(chunk)) < start + len(memory)]
+    assert sum(map(len, lent)) == 108 * MIB
+    assert b"".join(held) == torch_saved(tensors)
+
+
+async def test_padding_beyond_what_was_expected_does_not_stall_the_stream() -> None:
+    tensors = [torch.zeros(MIB, dtype=torch.uint8) for _ in range(600)]
+    part: list[Any] = []
+    with torch.utils.serialization.config.patch("save.storage_alignment", 1 << 14), anyio.fail_after(60):
+        async with CheckpointStream(tensors).running() as stream:
             async for chunk in stream:
                 part.append(chunk)
                 if sum(map(len, part)) >= 16 * MIB:

@@ -120,7 +120,8 @@ class CheckpointStream(AsyncIterator["Chunk"]):
             if not self._closed:
                 self._failure = error
         except BaseException:
-            self._failure = InterruptedError("torch.save was interrupted")
+            if not self._closed:  # else the consumer's own error is the reason
+                self._failure = InterruptedError("torch.save was interrupted")
             raise
         finally:
             self._begun.set()
@@ -136,10 +137,10 @@ class CheckpointStream(AsyncIterator["Chunk"]):
         copied = pickle_size + self._storages.copied_bytes + _RECORD_OVERHEAD * (len(self._storages) + 8)
         self.size_hint = copied + self._storages.lent_bytes
         # A store holds up to a part back before it sends any of it: with twice that there is always room to go on.
-        window = min(copied, 2 * part_size_for(self.size_hint, self._part_size))
-        cost = window + self._write_cost(self.size_hint)
+        window = 2 * part_size_for(self.size_hint, self._part_size)
+        cost = min(copied, window) + self._write_cost(self.size_hint)
         self._reserved = PROCESS_BUDGET.take(cost, abandoned=lambda: self._closed)
-        self._blocks.allow(window)
+        self._blocks.allow(window)  # never less: where more is copied than expected, the stream must not stall
         if self._callback is not None:
             self._callback.set_size(self.size_hint)
         from_thread.run_sync(self._begun.set)
@@ -207,7 +208,8 @@ class _Storages:
     """The storages that ``torch.save`` found in the object."""
 
     def __init__(self) -> None:
-        self._by_address: list[tuple[int, int]] = []  # (address, position in _storages) of those that can be lent
+        # (address, size, position in _storages) of those that can be lent; several may begin at one address
+        self._by_address: list[tuple[int, int, int]] = []
         self._storages: list[torch.UntypedStorage] = []
         self._seen: set[str] = set()
         self.copied_bytes = 0
@@ -223,7 +225,7 @@ class _Storages:
         self._seen.add(key)
         size = storage.nbytes()
         if storage.device.type == "cpu" and size >= _ZERO_COPY_FROM:
-            insort(self._by_address, (storage.data_ptr(), len(self._storages)))
+            insort(self._by_address, (storage.data_ptr(), size, len(self._storages)))
             self._storages.append(storage)
             self.lent_bytes += size
         else:
@@ -240,12 +242,12 @@ class _Storages:
         found = bisect_right(self._by_address, address, key=lambda entry: entry[0]) - 1
         if found < 0:
             return None
-        start, position = self._by_address[found]
-        storage = self._storages[position]
-        if address + len(data) > start + storage.nbytes():
+        start, size, position = self._by_address[found]
+        if address + len(data) > start + size:
             return None
         lent = (ctypes.c_char * len(data)).from_address(address)
-        lent.storage = storage  # type: ignore[attr-defined]  # every view of `lent` keeps it, and it keeps the storage
+        # Every view of `lent` keeps it, and it keeps the storage.
+        lent.storage = self._storages[position]  # type: ignore[attr-defined]
         return memoryview(lent).cast("B").toreadonly()
 
 
