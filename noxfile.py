@@ -36,10 +36,11 @@ def need(session: nox.Session, command: str, package: str) -> None:
     session.run("apt-get", "install", "-q", "-y", "--no-install-recommends", package, external=True, silent=True)
 
 
-def install_azurite(session: nox.Session) -> None:
-    """Installs the Azure of the tests, at the versions of its lock file; it comes from npm alone."""
-    place = Path("tests/azurite")
+def install_stores(session: nox.Session) -> None:
+    """Installs what the tests need beside the extra: Azurite, which comes from npm alone, and a stranger's backend."""
+    session.install("--no-deps", "-e", "examples/stranger_backend")
     need(session, "npm", "npm")  # comes with Node.js
+    place = Path("tests/azurite")
     installed = place / "node_modules" / ".package-lock.json"  # npm's note of what it installed
     if installed.exists() and installed.stat().st_mtime > (place / "package-lock.json").stat().st_mtime:
         return
@@ -58,7 +59,7 @@ def tests(session: nox.Session) -> None:
     """The whole test suite, against real object stores on 127.0.0.1 that it starts and stops."""
     need(session, "chromium", "chromium")  # to look at the Deck
     install(session, "all", "test")
-    install_azurite(session)
+    install_stores(session)
     session.run("pytest", *session.posargs)
 
 
@@ -66,8 +67,9 @@ def tests(session: nox.Session) -> None:
 def conformance(session: nox.Session) -> None:
     """Only the storage backends, against the conformance suite that each must pass."""
     install(session, "all", "test")
-    install_azurite(session)
-    session.run("pytest", *map(str, sorted(Path("tests").glob("test_storage_*.py"))), *session.posargs)
+    install_stores(session)
+    suites = sorted(map(str, Path("tests").glob("test_storage_*.py")))
+    session.run("pytest", *suites, "examples/stranger_backend", *session.posargs)
 
 
 @nox.session(python=["3.11", "3.12"])
@@ -75,7 +77,7 @@ def conformance(session: nox.Session) -> None:
 def matrix(session: nox.Session, versions: str) -> None:
     """The test suite on each Python, with the oldest and the newest libraries."""
     session.install(*MATRIX[versions], "-e", ".[all,test]")
-    install_azurite(session)
+    install_stores(session)
     session.run("pytest", *session.posargs)
 
 
@@ -83,7 +85,7 @@ def matrix(session: nox.Session, versions: str) -> None:
 def matrix_engine(session: nox.Session) -> None:
     """The engine on a Python that flytekit does not support yet: everything but Flyte."""
     session.install("-e", ".[s3,gcs,azure,cli,test]")
-    install_azurite(session)
+    install_stores(session)
     session.run("pytest", "--ignore=tests/flyte", *session.posargs)
 
 
