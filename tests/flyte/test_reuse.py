@@ -131,6 +131,11 @@ def test_what_was_deleted_from_the_store_meanwhile_is_uploaded(s3_context: Flyte
     assert uri_of(s3_context, loaded) != loaded.uri
 
 
+def test_what_was_loaded_from_a_store_that_flytekit_cannot_reach_is_uploaded(s3_context: FlyteContext) -> None:
+    loaded = LoadedCheckpoint(received(s3_context), uri="abfs://container/checkpoint.pt")  # flytekit has no account
+    assert uri_of(s3_context, loaded).startswith(s3_context.file_access.raw_output_prefix)
+
+
 def test_metadata_of_its_own_means_an_object_of_its_own(s3_context: FlyteContext) -> None:
     loaded = received(s3_context)
     t = Annotated[PyTorchCheckpoint, SaveOptions(metadata={"stage": "prod"})]

@@ -89,11 +89,10 @@ async def upload(
     Raises:
         TorchferryError: as :func:`torchferry.save_async` does.
     """
-    if loaded_from and not (options.metadata or options.storage_options):
-        store = await _store(ctx, loaded_from, options)
-        if await is_unchanged(content, loaded_from, store):
-            _logger.info("Not saved again: the checkpoint is what was loaded from %s.", loaded_from)
-            return loaded_from
+    has_own_place = options.metadata or options.storage_options
+    if loaded_from and not has_own_place and await _is_stored(ctx, content, loaded_from):
+        _logger.info("Not saved again: the checkpoint is what was loaded from %s.", loaded_from)
+        return loaded_from
     uri: str = ctx.file_access.get_random_remote_path(_FILE_NAME)
     if get_protocol(uri) == "flyte":
         return await _upload_through_flyte(ctx, content, uri)
@@ -135,6 +134,16 @@ async def download(ctx: FlyteContext, uri: str, options: LoadOptions) -> Any:
         except StoragePermissionError:
             _logger.debug("%s cannot be read anonymously either.", uri)
         raise
+
+
+async def _is_stored(ctx: FlyteContext, content: dict[str, Any], uri: str) -> bool:
+    try:
+        filesystem = await anyio.to_thread.run_sync(_filesystem, ctx, uri)
+    except Exception as error:  # noqa: BLE001 - a filesystem's constructor raises anything; there may be no way back
+        # What was loaded with LoadOptions(storage_options=...) can be out of reach without them.
+        _logger.debug("%s is not looked at again: %s", uri, error)
+        return False
+    return await is_unchanged(content, uri, filesystem)
 
 
 async def _store(ctx: FlyteContext, uri: str, options: SaveOptions | LoadOptions) -> dict[str, Any]:

@@ -21,12 +21,14 @@ from torchferry.loading import inspect_async
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from fsspec import AbstractFileSystem
+
     from torchferry.archive import Record
 
 __all__ = ["is_unchanged"]
 
 
-async def is_unchanged(content: dict[str, Any], uri: str, store: dict[str, Any]) -> bool:
+async def is_unchanged(content: dict[str, Any], uri: str, filesystem: AbstractFileSystem) -> bool:
     """Whether ``content``, saved, would be what is stored at ``uri``.
 
     Reads at most 2 MiB of the object. A checkpoint whose structure or plain values changed is found out before any
@@ -35,10 +37,10 @@ async def is_unchanged(content: dict[str, Any], uri: str, store: dict[str, Any])
     Args:
         content: What would be saved.
         uri: Where it was loaded from.
-        store: The arguments that reach the store: ``filesystem`` or ``storage_options``.
+        filesystem: Reaches the store.
     """
     try:
-        manifest = await inspect_async(uri, **store)
+        manifest = await inspect_async(uri, filesystem=filesystem)
     except TorchferryError:
         return False  # gone, replaced by something else, or out of reach: nothing can be proved
     return await to_thread.run_sync(_saves_as, content, manifest.records)
