@@ -113,6 +113,15 @@ def test_hyperparameters_can_be_replaced(loaded: LoadedCheckpoint) -> None:
     assert list(loaded) == ["module_state_dict", "optimizer_state_dict"]
 
 
+@pytest.mark.parametrize("reserved", ["module_state_dict", "optimizer_state_dict"])
+def test_hyperparameters_never_replace_a_state(loaded: LoadedCheckpoint, reserved: str) -> None:
+    before = dict(loaded)
+    with pytest.raises(TypeTransformerFailedError, match=reserved):
+        loaded.hyperparameters = {"epochs": 9, reserved: {}}
+    assert list(loaded) == list(before)
+    assert all(loaded[key] is before[key] for key in before)
+
+
 # ---------------------------------------------------------------- dataclasses and NamedTuples
 
 

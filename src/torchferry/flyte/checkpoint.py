@@ -92,7 +92,7 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
             return
         accepted = FlytekitCheckpoint if declared is PyTorchCheckpoint else declared
         if not (isinstance(accepted, type) and isinstance(v, accepted)):
-            hint = "; make a LoadedCheckpoint of it" if isinstance(v, dict) else ""
+            hint = "; make a torchferry.flyte.LoadedCheckpoint of it" if isinstance(v, dict) else ""
             raise TypeTransformerFailedError(f"Expected a {_name(declared)}, given: a {_name(type(v))}{hint}.")
 
     def get_literal_type(self, t: type[Any]) -> LiteralType:

@@ -11,7 +11,7 @@ import torch
 from flytekit.core.type_engine import TypeTransformerFailedError
 
 from torchferry.flyte.hyperparameters import as_dict
-from torchferry.flyte.values import MODULE_KEY, OPTIMIZER_KEY, FlytekitCheckpoint, LoadedCheckpoint
+from torchferry.flyte.values import MODULE_KEY, OPTIMIZER_KEY, FlytekitCheckpoint, LoadedCheckpoint, check_names
 
 __all__ = ["check_loadable", "content_of"]
 
@@ -38,12 +38,7 @@ def content_of(checkpoint: FlytekitCheckpoint) -> dict[str, Any]:
         if checkpoint.module is not None:
             content[MODULE_KEY] = _state_of("module", checkpoint.module)
         hyperparameters = as_dict(checkpoint.hyperparameters)
-        for reserved in (MODULE_KEY, OPTIMIZER_KEY):
-            if reserved in hyperparameters:
-                raise TypeTransformerFailedError(
-                    f"A hyperparameter cannot be named {reserved!r}: the checkpoint keeps the state itself there. "
-                    "Rename it; of a checkpoint that was loaded, pass on its .hyperparameters."
-                )
+        check_names(hyperparameters)
         content.update(hyperparameters)
         if checkpoint.optimizer is not None:
             content[OPTIMIZER_KEY] = _state_of("optimizer", checkpoint.optimizer)
@@ -53,15 +48,22 @@ def content_of(checkpoint: FlytekitCheckpoint) -> dict[str, Any]:
 
 
 def check_loadable(content: dict[str, Any]) -> None:
-    """Refuses what ``torch.load(weights_only=True)``, the default on the other side, would refuse.
+    """Refuses what cannot be pickled, and what ``torch.load(weights_only=True)``, the default, would refuse.
 
     Raises:
         TypeTransformerFailedError: names the first such value, its type, and how to allow it.
     """
     for path, value in _unknown_values(content):
-        reason = _refusal(value)
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        archive = io.BytesIO()
+        try:
+            torch.save(value, archive)
+        except Exception as error:  # pickling runs user code, which may raise anything
+            raise TypeTransformerFailedError(
+                f"{path} is a {kind}, and cannot be saved: {error}. Save a plain value in its place."
+            ) from error
+        reason = _refusal(archive)
         if reason is not None:
-            kind = f"{type(value).__module__}.{type(value).__qualname__}"
             raise TypeTransformerFailedError(
                 f"{path} is a {kind}, and could not be loaded again: loading takes tensors and plain values only "
                 f"(weights_only=True). Save a plain value in its place; or allow the type in every task that loads it, "
@@ -109,19 +111,14 @@ def _unknown_values(content: dict[str, Any]) -> list[tuple[str, Any]]:
     return unknown
 
 
-def _refusal(value: Any) -> str | None:
-    """Why the weights_only unpickler refuses ``value``; None when it takes it.
+def _refusal(archive: io.BytesIO) -> str | None:
+    """Why the weights_only unpickler refuses what was saved; None when it takes it.
 
     Asks the unpickler itself, and so knows what ``add_safe_globals`` allowed.
     """
-    buffer = io.BytesIO()
+    archive.seek(0)
     try:
-        torch.save(value, buffer)
-    except Exception as error:  # noqa: BLE001 - pickling runs user code, which may raise anything
-        return f"it cannot even be saved: {error}"
-    buffer.seek(0)
-    try:
-        torch.load(buffer, weights_only=True, map_location="cpu")
+        torch.load(archive, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         return str(error.__context__ or error).strip().splitlines()[0]
     return None

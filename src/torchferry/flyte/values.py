@@ -23,6 +23,7 @@ __all__ = [
     "LoadedCheckpoint",
     "PyTorchCheckpoint",
     "RestoredHyperparameters",
+    "check_names",
 ]
 
 T = TypeVar("T")
@@ -138,12 +139,17 @@ class LoadedCheckpoint(dict[str, Any], PyTorchCheckpoint):
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """Everything but the two states, in a new dict. Setting it replaces them."""
+        """Everything but the two states, in a new dict. Setting it replaces them.
+
+        Raises:
+            TypeTransformerFailedError: set with the name of one of the states.
+        """
         return {key: value for key, value in self.items() if key not in {MODULE_KEY, OPTIMIZER_KEY}}
 
     @hyperparameters.setter
     def hyperparameters(self, value: dict[str, Any] | NamedTuple | IsDataclass | None) -> None:
         hyperparameters = as_dict(value)
+        check_names(hyperparameters)
         for key in self.hyperparameters.keys() - hyperparameters.keys():
             del self[key]
         self.update(hyperparameters)
@@ -211,6 +217,20 @@ class LoadedCheckpoint(dict[str, Any], PyTorchCheckpoint):
     def __repr__(self) -> str:
         states = [key for key in (MODULE_KEY, OPTIMIZER_KEY) if key in self]
         return f"LoadedCheckpoint({', '.join([repr(self.uri), *states, _describe(self.hyperparameters)])})"
+
+
+def check_names(hyperparameters: Mapping[str, Any]) -> None:
+    """Refuses hyperparameters with the name of one of the states.
+
+    Raises:
+        TypeTransformerFailedError: names it.
+    """
+    for reserved in (MODULE_KEY, OPTIMIZER_KEY):
+        if reserved in hyperparameters:
+            raise TypeTransformerFailedError(
+                f"A hyperparameter cannot be named {reserved!r}: the checkpoint keeps the state itself there. "
+                "Rename it; of a checkpoint that was loaded, pass on its .hyperparameters."
+            )
 
 
 def _describe(value: object) -> str:
