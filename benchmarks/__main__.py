@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks import report, suites
 from benchmarks.contenders import CONTENDERS
-from benchmarks.run import run_case, warm_memory
+from benchmarks.run import run_case
 from benchmarks.works import GIB, MIB
 from torchferry.testing.servers import ServerStartError
 
@@ -48,9 +48,6 @@ def _measure(arguments: argparse.Namespace, path: Path) -> None:
         sys.exit(
             "SeaweedFS is measured over plain http only: leave out --scheme https and the suites https and shaped."
         )
-    if not arguments.smoke:
-        print("Touching the memory once", flush=True)
-        warm_memory(4 * max(case.size for case in cases) + 4 * GIB)
     path.parent.mkdir(parents=True, exist_ok=True)
     for case in cases:
         result = run_case(case, endpoint=arguments.endpoint, rounds=rounds, say=_say)

@@ -93,16 +93,6 @@ def summarize(measurements: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def warm_memory(needed: int) -> None:
-    """Touches ``needed`` bytes once, or most of what is free: memory that a virtual machine never used costs more."""
-    available = next(
-        int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line
-    )
-    size = min(needed, int(available * 0.8))
-    code = f"import ctypes; ctypes.memset(ctypes.create_string_buffer({size}), 1, {size})"
-    subprocess.run([sys.executable, "-c", code], check=False)
-
-
 def environment() -> dict[str, Any]:
     """The machine and the versions."""
     cpu = next(
