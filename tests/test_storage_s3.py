@@ -9,6 +9,7 @@ import socket
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
@@ -19,17 +20,19 @@ from s3fs import S3FileSystem
 import torchferry_s3
 from torchferry._sync import run_on
 from torchferry.errors import (
+    CheckpointChangedError,
     StorageError,
     StoragePermissionError,
     StorageUnavailableError,
     UnsupportedOptionError,
 )
 from torchferry.storage import bridge
-from torchferry.storage.base import MIB, Backend, Plane
+from torchferry.storage.base import MIB, Backend, ObjectStat, Plane
 from torchferry.storage.registry import open_backend
 from torchferry.testing import CloudConformance, StoreUnderTest
 from torchferry.testing.conformance import stream
 from torchferry.testing.faultproxy import Fault
+from torchferry.testing.servers import storage_options_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -263,6 +266,67 @@ async def test_cancel_while_a_part_hangs_leaves_nothing(s3_client: Any, s3_url: 
         await task
     assert not store.raw_exists(path)
     assert store.leftovers() == []
+
+
+@pytest.mark.parametrize("plane", PLANES)
+async def test_cancel_that_comes_again_and_again_leaves_nothing(
+    s3_client: Any, s3_url: str, faulty_s3: Any, plane: Plane
+) -> None:
+    faulty = faulty_s3()
+    store = S3Store(s3_client, s3_url, faulty.storage_options, plane)
+
+    async def unending() -> AsyncIterator[bytes]:
+        yield DATA * 3
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(store.write(store.path("checkpoint.pt"), unending()))
+    await asyncio.to_thread(faulty.proxy.wait_for, "PUT", "partNumber=1")
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert store.leftovers() == []
+
+
+async def test_path_without_a_key_is_refused_and_makes_no_bucket(
+    s3_client: Any, s3_storage_options: dict[str, Any]
+) -> None:
+    name = f"ferry-{uuid.uuid4().hex[:12]}"
+    for plane in PLANES:
+        backend, path = open_backend(f"s3://{name}", storage_options=s3_storage_options, plane=plane)
+        with pytest.raises(StorageError, match=f"s3://{name}"):
+            await run_on(backend.loop, backend.write, path, stream(b"x", 1), size_hint=1)
+    assert name not in [bucket["Name"] for bucket in s3_client.list_buckets()["Buckets"]]
+
+
+@pytest.mark.parametrize("key", ["a//b", "/a", "a/../b", "a/./b", "a\nb"])
+async def test_key_that_obstore_would_change_is_refused_with_the_way_out(
+    s3_url: str, s3_storage_options: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(UnsupportedOptionError, match="plane='fsspec'"):
+        backend, path = open_backend(f"{s3_url}/{key}", storage_options=s3_storage_options, plane="obstore")
+        await backend.write(path, stream(b"x", 1), size_hint=1)
+
+
+@pytest.mark.parametrize("plane", PLANES)
+async def test_store_that_ignores_conditions_does_not_mix_versions(plane: Plane) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        fields = 'ETag: "new"\r\nContent-Range: bytes 0-3/4\r\nLast-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\n'
+        writer.write(f"HTTP/1.1 206 OK\r\n{fields}Content-Length: 4\r\nConnection: close\r\n\r\ndata".encode())
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    options = storage_options_for(endpoint, "key", "secret")
+    opened = partial(open_backend, "s3://bucket/x", storage_options=options, plane=plane)
+    backend, path = await asyncio.to_thread(opened)
+    async with server:
+        assert await run_on(backend.loop, backend.read, path, 0, 4, ObjectStat("", 4, '"new"')) == b"data"
+        with pytest.raises(CheckpointChangedError, match="s3://bucket/x was replaced"):
+            await run_on(backend.loop, backend.read, path, 0, 4, ObjectStat("", 4, '"old"'))
 
 
 async def test_only_the_bytes_asked_for_travel(through: Through) -> None:

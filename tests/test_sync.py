@@ -85,6 +85,29 @@ async def test_run_on_another_loop_passes_a_cancel_on_and_waits_for_the_clean_up
     assert log == ["fsspecIO"]
 
 
+async def test_run_on_another_loop_waits_for_the_clean_up_however_often_it_is_cancelled() -> None:
+    started, may_end, log = threading.Event(), threading.Event(), []
+
+    async def work() -> None:
+        try:
+            started.set()
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(may_end.wait)
+                log.append("cleaned up")
+
+    task = asyncio.ensure_future(run_on(get_loop(), work))
+    await anyio.to_thread.run_sync(started.wait)
+    for _ in range(3):
+        task.cancel()
+        await anyio.lowlevel.checkpoint()
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert log == ["cleaned up"]
+
+
 async def test_run_on_no_loop_or_this_one_stays_here() -> None:
     async def where() -> threading.Thread:
         return threading.current_thread()

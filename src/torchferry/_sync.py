@@ -12,8 +12,9 @@ from collections.abc import Callable, Coroutine
 from functools import partial, wraps
 from typing import Any, Generic, ParamSpec, TypeVar
 
-import anyio
 from fsspec.asyn import get_loop
+
+from torchferry.storage.cancellation import wait_through_cancellations
 
 __all__ = ["run", "run_on", "synchronous"]
 
@@ -70,15 +71,14 @@ async def run_on(
     here = asyncio.get_running_loop()
     if loop is None or loop is here:
         return await func(*args, **kwargs)
-    done = asyncio.Event()
-    call = _Call(loop, partial(func, *args, **kwargs), lambda: here.call_soon_threadsafe(done.set))
+    done: asyncio.Future[None] = here.create_future()
+    call = _Call(loop, partial(func, *args, **kwargs), lambda: here.call_soon_threadsafe(done.set_result, None))
     call.start()
     try:
-        await done.wait()
+        await asyncio.wait([done])
     except asyncio.CancelledError:
         call.cancel()
-        with anyio.CancelScope(shield=True):
-            await done.wait()
+        await wait_through_cancellations(done)
         raise
     return call.result()
 

@@ -10,7 +10,7 @@ import anyio
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-__all__ = ["in_thread", "to_the_end"]
+__all__ = ["in_thread", "to_the_end", "wait_through_cancellations"]
 
 T = TypeVar("T")
 
@@ -33,14 +33,20 @@ async def to_the_end(
     try:
         await asyncio.wait([task])
     except asyncio.CancelledError:
-        await _wait_through_cancellations(task, patience() if callable(patience) else patience)
+        await wait_through_cancellations(task, patience() if callable(patience) else patience)
         if not task.cancelled():
             task.exception()  # looked at, so that asyncio does not log it as forgotten
         raise
     return task.result()
 
 
-async def _wait_through_cancellations(task: asyncio.Future[T], patience: float | None) -> None:
+async def wait_through_cancellations(task: asyncio.Future[T], patience: float | None = None) -> None:
+    """Waits until ``task`` is done, whatever cancels the caller meanwhile, and however often.
+
+    Args:
+        task: What to wait for.
+        patience: How many seconds it may take, before it is cancelled too; None for no limit.
+    """
     with anyio.CancelScope(shield=True):  # against anyio's cancellations; the except is for asyncio's
         while not task.done():
             try:

@@ -9,11 +9,12 @@ a cancelled ``put_async`` would leave the upload behind.
 from __future__ import annotations
 
 import asyncio
+import errno
+import re
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import anyio
 import obstore
 from obstore import exceptions as obstore_errors
 
@@ -23,8 +24,10 @@ from torchferry.errors import (
     StorageError,
     StoragePermissionError,
     StorageUnavailableError,
+    UnsupportedOptionError,
 )
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
+from torchferry.storage.cancellation import wait_through_cancellations
 from torchferry.storage.multipart import part_size_for
 
 if TYPE_CHECKING:
@@ -95,6 +98,8 @@ class ObstoreBackend(Backend):
             options["if_match"] = stat.etag
         with self._translated(path, "read"):
             result = await obstore.get_async(store, key, options=options)
+            if stat.etag not in {None, result.meta["e_tag"]}:  # some stores ignore If-Match
+                raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.")
             data = memoryview(await result.buffer_async())
         if len(data) != stop - start:
             raise StorageUnavailableError(
@@ -145,6 +150,13 @@ class ObstoreBackend(Backend):
 
     async def _locate(self, path: str) -> tuple[ObjectStore, str]:
         bucket, _, key = path.partition("/")
+        if not key:  # requests without a key are about the bucket: a PUT would make one
+            raise StorageError(errno.EISDIR, f"{self.url(path)} names a bucket or container, not an object in it.")
+        if any(part in {"", ".", ".."} for part in key.split("/")) or re.search(r"[\x00-\x1f\x7f]", key):
+            raise UnsupportedOptionError(
+                f"{self.url(path)}: obstore would not keep this name as it is: correct it (an empty part, such as in "
+                "'a//b', is often a slip), or use plane='fsspec' (or TORCHFERRY_PLANE=fsspec)."
+            )
         if bucket not in self._stores:
             with self._translated(path, "open"):
                 self._stores[bucket] = await self._open_store(bucket)
@@ -222,8 +234,7 @@ async def _interruptible(put: Awaitable[Any], source: _Interruptible) -> Any:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
         source.interrupt()
-        with anyio.move_on_after(_ABORT_SECONDS, shield=True):
-            await asyncio.wait([future])
+        await wait_through_cancellations(future, _ABORT_SECONDS)
         raise
 
 
