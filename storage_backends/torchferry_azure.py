@@ -168,7 +168,8 @@ class AzureBackend(Backend):
         once. For the moment in between there is an empty blob.
 
         A blob that exists is left alone, and so are the blocks staged for it, which nobody can see: to discard them
-        it would have to be written anew. So is one that the credentials may not delete.
+        it would have to be written anew. So is one that the credentials may not delete, or that the container's policy
+        makes immutable.
 
         Args:
             path: Where the blob would be.
@@ -184,7 +185,7 @@ class AzureBackend(Backend):
                     return
                 raise
             others = mine is not None and any(block.id not in mine for block in uncommitted)
-            if uncommitted and not others and await self._may_delete(blob):
+            if uncommitted and not others and await self._may_delete(blob) and not await self._immutable(blob):
                 await self._commit_nothing_and_delete(blob)
 
     def blob(self, path: str) -> BlobClient:
@@ -211,6 +212,16 @@ class AzureBackend(Backend):
         except HttpResponseError as error:
             return error.status_code in {HTTPStatus.NOT_FOUND, HTTPStatus.PRECONDITION_FAILED}
         return True
+
+    async def _immutable(self, blob: BlobClient) -> bool:
+        """Whether what is written to the container cannot be deleted for a while; False where nobody tells."""
+        container = self._fs.service_client.get_container_client(blob.container_name)
+        try:
+            policy = await container.get_container_properties(**self._timeouts)
+        except HttpResponseError:
+            return False
+        versions = policy.immutable_storage_with_versioning_enabled
+        return bool(policy.has_immutability_policy or policy.has_legal_hold or versions)
 
     async def _commit_nothing_and_delete(self, blob: BlobClient) -> None:
         try:

@@ -3,17 +3,27 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import ipaddress
+import json
+import os
+import subprocess
+import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 from adlfs import AzureBlobFileSystem
 from azure.storage.blob import AccountSasPermissions, ResourceTypes, generate_account_sas
+from azure.storage.blob import BlobServiceClient as SyncBlobServiceClient
 from azure.storage.blob.aio import BlobServiceClient
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 import torchferry_azure
 from torchferry._sync import run_on
@@ -22,7 +32,7 @@ from torchferry.storage.base import MIB, Backend, Chunk, Plane
 from torchferry.storage.multipart import PartSizes, part_size_for
 from torchferry.storage.registry import open_backend
 from torchferry.testing import CloudConformance, StoreUnderTest
-from torchferry.testing.azure import AzureServer, connection_string_for
+from torchferry.testing.azure import AzureServer, azurite, connection_string_for
 from torchferry.testing.conformance import SourceError, stream
 from torchferry.testing.faultproxy import Fault, FaultProxy
 
@@ -354,3 +364,119 @@ async def test_adlfs_sees_what_was_written(store: AzureStore, azure_storage_opti
     assert len(fs.ls(fs._parent(path))) == 1
     await store.write(path, stream(b"12345", 2))
     assert path in fs.ls(fs._parent(path))
+
+
+# --- over TLS, which adlfs insists on for everything but connection strings
+
+
+def write_certificate(stem: Path, issuer: Path | None) -> tuple[Path, Path]:
+    """Writes a certificate for 127.0.0.1, or without an issuer one that issues; returns its file and its key's."""
+    pem = serialization.Encoding.PEM
+    key = ec.generate_private_key(ec.SECP256R1())
+    signing_key: Any = key
+    if issuer:
+        signing_key = serialization.load_pem_private_key(issuer.with_suffix(".key").read_bytes(), None)
+    names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]) for name in ("authority", stem.name)]
+    now = datetime.now(UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    certificate = (
+        x509.CertificateBuilder(*names, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+        .sign(signing_key, hashes.SHA256())
+    )
+    files = stem.with_suffix(".pem"), stem.with_suffix(".key")
+    files[0].write_bytes(certificate.public_bytes(pem))
+    files[1].write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    return files
+
+
+@pytest.fixture(scope="session")
+def tls_server(azurite_program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[AzureServer, Path]]:
+    """Azurite over TLS, where it also takes bearer tokens; and the certificate of who issued its own."""
+    directory = tmp_path_factory.mktemp("azurite-tls")
+    authority, _ = write_certificate(directory / "authority", None)
+    files = write_certificate(directory / "server", directory / "authority")
+    with azurite(directory, program=azurite_program, certificate=files) as server:
+        yield server, authority
+
+
+CREDENTIALS = {
+    "account key": '{"account_key": server["account_key"]}',
+    "shared access signature": '{"sas_token": server["signature"]}',
+    "token": '{"credential": Token(server["token"])}',
+}
+
+ROUND_TRIP = """
+import json, sys, time
+import torch, torchferry
+from adlfs import AzureBlobFileSystem
+from azure.core.credentials import AccessToken
+
+class Token:
+    "What azure-identity's credentials are: of a service principal, a managed identity, the default credential."
+    def __init__(self, token): self.token = token
+    async def get_token(self, *scopes, **options):
+        assert scopes == ("https://storage.azure.com/.default",)
+        return AccessToken(self.token, int(time.time()) + 3600)
+    async def close(self): pass
+
+server = json.loads(sys.argv[1])
+fs = AzureBlobFileSystem(account_name="ferrytest", account_host=server["host"], **{credentials})
+tensors = [torch.arange(1 << 21), torch.arange(1 << 21)]
+for plane in ("fsspec", "obstore"):
+    url = f"abfs://{{server['container']}}/{{plane}}.pt"
+    torchferry.save(tensors, url, filesystem=fs, plane=plane, part_size=5 << 20)
+    loaded = torchferry.load(url, filesystem=fs, plane=plane)
+    assert all(map(torch.equal, loaded, tensors))
+print("both planes")
+"""
+
+
+def bearer_token() -> str:
+    """Azurite checks who issued it, for whom and until when, and not who signed it."""
+    now = int(datetime.now(UTC).timestamp())
+    claims = {
+        "aud": "https://storage.azure.com",
+        "iss": "https://sts.windows.net/ab1f708d-50f6-404c-a006-d71b2ac7a606/",
+        "iat": now - 60,
+        "nbf": now - 60,
+        "exp": now + 3600,
+    }
+    parts = [{"alg": "none", "typ": "JWT"}, claims]
+    encoded = [base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts]
+    return ".".join([*encoded, "c2lnbmF0dXJl"])
+
+
+@pytest.mark.parametrize("kind", CREDENTIALS)
+def test_credentials_of_the_filesystem_serve_both_planes(tls_server: tuple[AzureServer, Path], kind: str) -> None:
+    """In a process of its own, which trusts the certificate from its start."""
+    server, certificate = tls_server
+    signature = generate_account_sas(
+        server.account_name,
+        server.account_key,
+        ResourceTypes(container=True, object=True),
+        AccountSasPermissions(read=True, write=True, delete=True, list=True, create=True),
+        datetime.now(UTC) + timedelta(hours=1),
+    )
+    container = f"ferry-{uuid.uuid4().hex[:12]}"
+    connection = connection_string_for(server.endpoint, AccountName=server.account_name, AccountKey=server.account_key)
+    with SyncBlobServiceClient.from_connection_string(connection, connection_verify=str(certificate)) as client:
+        client.create_container(container)
+    known = {
+        "host": server.endpoint.removeprefix("https://"),
+        "account_key": server.account_key,
+        "signature": signature,
+        "token": bearer_token(),
+        "container": container,
+    }
+    program = ROUND_TRIP.format(credentials=CREDENTIALS[kind])
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(known)],
+        env=os.environ | {"SSL_CERT_FILE": str(certificate)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.stdout == "both planes\n", done.stderr

@@ -24,7 +24,7 @@ class AzureServer:
     """A blob service of this machine, and the account that it knows.
 
     Attributes:
-        endpoint: The account's URL, ``http://127.0.0.1:<port>/<account>``.
+        endpoint: The account's URL, ``http://127.0.0.1:<port>/<account>``, or https.
         port: Its port.
         account_name: The account.
         account_key: Its key, in base64. Requests signed with another one are refused (403).
@@ -53,7 +53,7 @@ def connection_string_for(endpoint: str, **credentials: str) -> str:
 
 @contextmanager
 def azurite(
-    directory: Path | None = None, *, program: Path | None = None, arguments: tuple[str, ...] = ()
+    directory: Path | None = None, *, program: Path | None = None, certificate: tuple[Path, Path] | None = None
 ) -> Iterator[AzureServer]:
     """Runs Azurite's blob service (``npm install azurite``) on a free port until the block ends.
 
@@ -62,7 +62,8 @@ def azurite(
     Args:
         directory: Where it keeps its data and ``server.log``; a temporary directory by default, deleted at the end.
         program: Its ``azurite-blob``; by default the one on the PATH.
-        arguments: More of its arguments.
+        certificate: The files of a certificate for 127.0.0.1 and of its key, in PEM. With them it speaks https, and
+            takes bearer tokens too.
 
     Raises:
         ServerStartError: it is not installed, or did not answer within a minute.
@@ -75,8 +76,9 @@ def azurite(
         if directory is None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="azurite-")))
         command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        command += ["--location", str(directory), "--silent", "--disableTelemetry", "--skipApiVersionCheck", *arguments]
-        stack.enter_context(
-            run_server(command, directory, port, environment={"AZURITE_ACCOUNTS": f"{ACCOUNT}:{ACCOUNT_KEY}"})
-        )
-        yield AzureServer(f"http://{HOST}:{port}/{ACCOUNT}", port)
+        command += ["--location", str(directory), "--silent", "--disableTelemetry", "--skipApiVersionCheck"]
+        if certificate:
+            command += ["--cert", str(certificate[0]), "--key", str(certificate[1]), "--oauth", "basic"]
+        environment = {"AZURITE_ACCOUNTS": f"{ACCOUNT}:{ACCOUNT_KEY}"}
+        stack.enter_context(run_server(command, directory, port, environment=environment, tls=bool(certificate)))
+        yield AzureServer(f"{'https' if certificate else 'http'}://{HOST}:{port}/{ACCOUNT}", port)

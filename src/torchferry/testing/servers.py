@@ -139,6 +139,7 @@ def run_server(
     port: int,
     *,
     environment: dict[str, str] | None = None,
+    tls: bool = False,
     timeout: float = 60.0,
 ) -> Iterator[None]:
     """Runs an HTTP server in a process group of its own until the block ends.
@@ -148,6 +149,7 @@ def run_server(
         directory: Its working directory; its output goes to ``server.log`` there.
         port: The port of 127.0.0.1 that it will answer on. An answer of 503 counts as not ready.
         environment: Variables on top of this process's own, less those that configure cloud clients.
+        tls: Whether it speaks https; it counts as ready when it takes connections.
         timeout: Seconds to wait for the first answer.
 
     Raises:
@@ -168,7 +170,7 @@ def run_server(
         )
     try:
         deadline = time.monotonic() + timeout
-        while not _answers(port):
+        while not (_listens(port) if tls else _answers(port)):
             if process.poll() is not None:
                 raise ServerStartError(f"{command[0]} ended with status {process.returncode}:\n{_last_lines(log)}")
             if time.monotonic() > deadline:
@@ -199,6 +201,11 @@ def free_ports(count: int) -> list[int]:
         for sock in sockets:
             sock.bind((HOST, 0))
         return [sock.getsockname()[1] for sock in sockets]
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex((HOST, port)) == 0
 
 
 def _answers(port: int) -> bool:
