@@ -76,6 +76,14 @@ def test_shares_are_of_all_bytes() -> None:
     assert "25.0%" in page.text
 
 
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod.", "a.b.c.d."])
+def test_the_chart_shows_the_parts_of_a_model_in_wrappers(prefix: str) -> None:
+    content = {f"{prefix}{part}.weight": torch.ones(3) for part in ("encoder", "decoder")}
+    html = html_of(LoadedCheckpoint({"module_state_dict": content}))
+    assert html.count("<rect") == 2
+    assert f">{prefix}encoder<" in html
+
+
 def test_a_shared_storage_counts_once() -> None:
     weight = torch.zeros(250)
     page = Page(html_of(LoadedCheckpoint({"module_state_dict": {"a": weight, "tied": weight, "view": weight[:1]}})))

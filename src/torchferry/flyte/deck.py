@@ -54,7 +54,7 @@ def render(summary: Summary) -> str:
         f'<p class="uri">{_text(summary.uri, 600)}</p>' if summary.uri else "",
         _totals(summary, sizes, total),
         _chart(summary, sizes, total),
-        _tensors("Parameters", summary.module, total),
+        _tensors(summary.module, total),
         _groups(summary.groups),
         _hyperparameters(summary.hyperparameters),
     ]
@@ -102,7 +102,7 @@ def _chart(summary: Summary, sizes: dict[str, int], total: int) -> str:
     )
 
 
-def _tensors(title: str, rows: Sequence[TensorRow], total: int) -> str:
+def _tensors(rows: Sequence[TensorRow], total: int) -> str:
     if not rows:
         return ""
     shown: Sequence[TensorRow] = rows
@@ -121,7 +121,7 @@ def _tensors(title: str, rows: Sequence[TensorRow], total: int) -> str:
         )
         for row in shown
     )
-    return _table(title, ("Name", "Shape", "Type", "Bytes", "Share"), cells, numbers=(3, 4), note=note)
+    return _table("Parameters", ("Name", "Shape", "Type", "Bytes", "Share"), cells, numbers=(3, 4), note=note)
 
 
 def _groups(groups: Sequence[dict[str, str]]) -> str:
@@ -156,15 +156,16 @@ def _table(
 
 
 def _grouped(rows: Sequence[TensorRow]) -> list[tuple[str, int]]:
-    """Bytes by the deepest level of names that still fits the chart."""
+    """Bytes by parts of the module: the finest level of names that still fits the chart."""
     chosen: Counter[str] = Counter()
     for depth in range(1, 8):
         groups: Counter[str] = Counter()
         for row in rows:
             groups[".".join(row.name.split(".")[:depth])] += row.size
-        if chosen and (len(groups) > _MAX_BARS or len(groups) == len(chosen)):
+        if chosen and len(groups) > _MAX_BARS:
             break
-        chosen = groups
+        if len(groups) > len(chosen):  # not where it only makes names longer: wrappers add levels with one name each
+            chosen = groups
     if len(chosen) <= _MAX_BARS:
         return list(chosen.items())
     largest = chosen.most_common(_MAX_BARS - 1)

@@ -63,13 +63,9 @@ def register(transformer: TypeTransformer[Any], *types: type) -> None:
 
 def register_guesser() -> None:
     """Makes flytekit guess ``PyTorchCheckpoint`` for a checkpoint's literal type before torch is imported."""
-    if not any(is_ours(transformer) for transformer in TypeEngine._REGISTRY.values()):
+    # torchferry's own transformer, or the guesser that holds its place
+    if not any(type(other).__module__.startswith("torchferry.") for other in TypeEngine._REGISTRY.values()):
         TypeEngine._REGISTRY = {_Unimported: _Guesser(), **TypeEngine._REGISTRY}
-
-
-def is_ours(transformer: TypeTransformer[Any]) -> bool:
-    """Whether this is torchferry's transformer, or the guesser that holds its place."""
-    return type(transformer).__module__.startswith("torchferry.")
 
 
 def rename(module: str, **values: object) -> None:
@@ -105,18 +101,18 @@ def register_field(
     from mashumaro.jsonschema.models import JSONSchema
     from mashumaro.jsonschema.schema import Registry as SchemaRegistry
 
-    def is_ours(spec: Any) -> bool:
+    def concerns(spec: Any) -> bool:
         return isinstance(spec.origin_type, type) and issubclass(spec.origin_type, kind)
 
     def call(function: Callable[[Any, Any], Any], spec: Any) -> str | None:
-        if not is_ours(spec):
+        if not concerns(spec):
             return None
         name = f"__torchferry_{function.__name__}_{uuid.uuid4().hex}"
         setattr(spec.attrs, name, partial(function, spec.annotated_type or spec.type))
         return f"{spec.cls_attrs_name}.{name}({spec.expression})"
 
     def describe(instance: Any, _ctx: Any) -> Any:
-        return JSONSchema.from_dict(dict(json_schema)) if is_ours(instance) else None
+        return JSONSchema.from_dict(dict(json_schema)) if concerns(instance) else None
 
     # flytekit prepares the values of a dataclass in place, down into the fields of dataclasses inside. A checkpoint is
     # one, but has nothing to prepare: and its hyperparameters would be called types that Flyte does not support.
