@@ -31,6 +31,14 @@ def test_inspect_lists_the_tensors(checkpoint: str, capsys: pytest.CaptureFixtur
     assert "2 tensors in 2 storages" in output
 
 
+def test_inspect_prints_keys_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["w[/b]", "x[red]y", ":smile:"]
+    torch.save({key: torch.ones(1) for key in keys}, tmp_path / "x.pt")
+    assert main(["inspect", str(tmp_path / "x.pt")]) == 0
+    output = capsys.readouterr().out
+    assert [key for key in keys if key in output] == keys
+
+
 def test_inspect_shortens_a_long_list_unless_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tmp_path / "many.pt")
     torchferry.save([torch.zeros(1) for _ in range(50)], path)

@@ -87,7 +87,7 @@ def _inspect(options: argparse.Namespace) -> None:
     for tensor in shown:
         dtype, shape = str(tensor.dtype).removeprefix("torch."), " x ".join(map(str, tensor.shape)) or "scalar"
         table.add_row(tensor.key, dtype, shape, decimal(tensor.nbytes), tensor.record)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # keys are printed as they are
     console.print(table)
     if left_out := len(manifest.tensors) - len(shown):
         console.print(f"... and {left_out:,} more (--all lists them)")
