@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from torchferry.errors import BackendNotInstalledError, UnsupportedOptionError, UnsupportedURLError
@@ -66,6 +67,11 @@ def test_unknown_protocol_is_a_value_error_that_names_it() -> None:
 def test_storage_options_and_filesystem_contradict_each_other() -> None:
     with pytest.raises(UnsupportedOptionError, match="not both"):
         open_backend("memory://x", storage_options={"a": 1}, filesystem=MemoryFileSystem())
+
+
+def test_url_of_another_filesystem_than_the_given_one_is_refused() -> None:
+    with pytest.raises(UnsupportedOptionError, match=r"s3://bucket/x is not a URL of .* LocalFileSystem"):
+        open_backend("s3://bucket/x", filesystem=LocalFileSystem())
 
 
 @pytest.mark.parametrize("plane", ["fsspec", "obstore"])

@@ -56,7 +56,7 @@ def open_backend(
     elif storage_options:
         raise UnsupportedOptionError(f"{url}: pass storage_options or a filesystem, not both.")
     else:
-        path = filesystem._strip_protocol(url)
+        path = _path_in(filesystem, url)
     return _backend_class(filesystem).from_filesystem(filesystem, plane), path
 
 
@@ -83,6 +83,13 @@ def _filesystem_for(url: str, storage_options: Mapping[str, Any]) -> tuple[Abstr
             f"{url}: no filesystem is known for the protocol {protocol!r}. "
             "fsspec.available_protocols() lists those that are."
         ) from error
+
+
+def _path_in(fs: AbstractFileSystem, url: str) -> str:
+    path: str = fs._strip_protocol(url)
+    if "://" in url and path != url and path.endswith(url):  # the local filesystem takes s3:// for a directory
+        raise UnsupportedOptionError(f"{url} is not a URL of the filesystem that was given, {type(fs).__name__}.")
+    return path
 
 
 def _backend_class(fs: AbstractFileSystem) -> type[Backend]:
