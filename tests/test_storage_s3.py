@@ -6,6 +6,9 @@ import contextlib
 import dataclasses
 import json
 import socket
+import subprocess
+import sys
+import textwrap
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -287,6 +290,22 @@ async def test_cancel_that_comes_again_and_again_leaves_nothing(
     with pytest.raises(asyncio.CancelledError):
         await task
     assert store.leftovers() == []
+
+
+def test_forked_child_of_a_process_that_used_obstore_still_loads(
+    s3_url: str, s3_storage_options: dict[str, Any]
+) -> None:
+    program = """
+        import os, sys, torchferry
+        url, options = sys.argv[1], eval(sys.argv[2])
+        torchferry.save({"a": 1}, url, storage_options=options, plane="obstore")
+        if child := os.fork():
+            sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        assert torchferry.load(url, storage_options=options) == {"a": 1}
+        os._exit(0)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), f"{s3_url}/x", repr(s3_storage_options)]
+    subprocess.run(command, check=True, timeout=60)
 
 
 async def test_path_without_a_key_is_refused_and_makes_no_bucket(

@@ -37,6 +37,8 @@ UPLOAD_PATIENCE = timedelta(minutes=5)
 
 _CREDENTIALS_PATIENCE = 60.0  # seconds
 
+_user: int | None = None  # the process that first used obstore: this one, or the one it was forked from
+
 
 class UntranslatableError(Exception):
     """A setting of an fsspec filesystem that obstore cannot honour; the message names it."""
@@ -73,12 +75,20 @@ def choose_plane(
 def once_a_process(fs: AbstractFileSystem, make: Callable[[], ObstoreBackend]) -> ObstoreBackend:
     """What ``make()`` returned first for this filesystem in this process: it owns the connections.
 
-    Connections do not survive a fork, so a child makes its own.
+    Neither connections nor what obstore runs on survive a fork: a child would wait for its first answer for ever.
+
+    Raises:
+        UntranslatableError: this process was forked from one that had used obstore.
     """
-    known: dict[int, ObstoreBackend] = vars(fs).setdefault("_torchferry_obstore", {})
-    if os.getpid() not in known:
-        known[os.getpid()] = make()
-    return known[os.getpid()]
+    global _user  # noqa: PLW0603 - obstore has one runtime in a process
+    _user = _user or os.getpid()
+    if _user != os.getpid():
+        raise UntranslatableError("a process that was forked from one that had used it (start it with 'spawn')")
+    attributes = vars(fs)
+    if "_torchferry_obstore" not in attributes:
+        attributes["_torchferry_obstore"] = make()
+    backend: ObstoreBackend = attributes["_torchferry_obstore"]
+    return backend
 
 
 def credentials_from(
