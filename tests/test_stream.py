@@ -5,6 +5,9 @@ from __future__ import annotations
 import collections
 import gc
 import io
+import subprocess
+import sys
+import textwrap
 import threading
 import weakref
 from typing import Any
@@ -292,6 +295,18 @@ async def test_streams_wait_for_each_other_inside_the_process_budget() -> None:
         for _ in range(25):
             tasks.start_soon(consume)
     assert 0 < peak <= PROCESS_BUDGET._total
+
+
+def test_a_child_forked_during_a_save_has_a_budget_of_its_own() -> None:
+    program = """
+        import os, sys
+        from torchferry._memory import PROCESS_BUDGET
+        PROCESS_BUDGET.take(PROCESS_BUDGET._total, abandoned=bool)
+        if child := os.fork():
+            sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        PROCESS_BUDGET.take(1, abandoned=bool)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60)
 
 
 def test_a_budget_serves_in_order_and_wakes_the_abandoned() -> None:

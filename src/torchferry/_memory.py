@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import threading
 import weakref
 from collections import deque
@@ -28,7 +29,11 @@ class ByteBudget:
 
     def __init__(self, total: int) -> None:
         self._total = total
-        self._free = total
+        self.reset()
+
+    def reset(self) -> None:
+        """Makes all of it free: for a forked child, in which nobody is left who holds any."""
+        self._free = self._total
         self._line: deque[object] = deque()
         # Re-entrant, as threading.Condition is by default: giving back happens in finalizers, and those run anywhere.
         self._changed = threading.Condition()
@@ -75,6 +80,8 @@ class ByteBudget:
 
 PROCESS_BUDGET = ByteBudget(48 << 20)
 """What all saves and copies of this process may hold together beyond the tensors themselves: 48 MiB."""
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=PROCESS_BUDGET.reset)
 
 
 class Blocks:
