@@ -112,7 +112,7 @@ class AzureBackend(Backend):
 
     async def stat(self, path: str) -> ObjectStat:
         """Looks a blob up, past adlfs's listings cache."""
-        with _translated(self.url(path), "stat"):
+        with _translated(self.url(path), "look up"):
             found = await self.blob(path).get_blob_properties(**self._timeouts)
         return ObjectStat(self.url(path), found.size, found.etag, dict(found.metadata or {}))
 

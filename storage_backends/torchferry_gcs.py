@@ -112,7 +112,7 @@ class GcsBackend(Backend):
 
     async def stat(self, path: str) -> ObjectStat:
         """Looks an object up, past gcsfs's listings cache."""
-        with _translated(self.url(path), "stat"):
+        with _translated(self.url(path), "look up"):
             found = await self._lookup(path)
         return self._stat(path, found)
 

@@ -97,7 +97,7 @@ class S3Backend(Backend):
 
     async def stat(self, path: str) -> ObjectStat:
         """Looks an object up with a HEAD request: s3fs's listings cache is not asked."""
-        with _translated(self.url(path), "stat"):
+        with _translated(self.url(path), "look up"):
             try:
                 head = await self._call("head_object", **self._address(path))
             except FileNotFoundError:
@@ -371,7 +371,7 @@ _ADDITIONAL_KWARGS = names(
     "ServerSideEncryption SSEKMSKeyId BucketKeyEnabled SSECustomerAlgorithm SSECustomerKey SSECustomerKeyMD5 "
     "RequestPayer"
 )
-_MOST_CONNECTIONS = 16  # Backend.range_concurrency
+_MOST_CONNECTIONS = Backend.range_concurrency
 _REQUEST_PATIENCE = timedelta(minutes=2)
 
 

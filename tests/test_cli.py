@@ -79,6 +79,13 @@ def test_a_failure_is_one_line_on_standard_error(tmp_path: Path, capsys: pytest.
     assert "missing.pt" in captured.err
 
 
+@pytest.mark.parametrize("text", ["{bad", "[1]"])
+def test_options_that_are_no_json_object_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["inspect", "memory://x", "--storage-options", text])
+    assert "not " in capsys.readouterr().err
+
+
 def test_the_command_is_installed(checkpoint: str) -> None:
     command = Path(sys.executable).with_name("torchferry")
     result = subprocess.run([command, "inspect", checkpoint], capture_output=True, text=True, check=True)

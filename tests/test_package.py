@@ -61,6 +61,12 @@ def test_options_are_hashable_whatever_they_hold() -> None:
     assert hash(torchferry.SaveOptions(metadata={"a": "b"})) != hash(torchferry.SaveOptions())
 
 
+def test_keys_may_be_a_list_but_not_a_string() -> None:
+    assert hash(torchferry.LoadOptions(keys=["a"])) == hash(torchferry.LoadOptions(keys=["a"]))
+    with pytest.raises(TypeError, match="sequence of keys"):
+        torchferry.LoadOptions(keys="a")
+
+
 def test_the_fields_of_the_options_are_arguments_of_the_functions() -> None:
     for options, function in (
         (torchferry.LoadOptions, torchferry.load_async),

@@ -47,6 +47,18 @@ def test_run_raises_what_the_coroutine_raises() -> None:
         add("one")  # type: ignore[arg-type]
 
 
+@pytest.mark.timeout(20)
+def test_a_wrong_argument_is_a_type_error_at_once() -> None:
+    with pytest.raises(TypeError, match="bogus"):
+        add(1, bogus=2)  # type: ignore[call-arg]
+
+
+@pytest.mark.timeout(20)
+async def test_a_wrong_argument_on_another_loop_is_a_type_error_at_once() -> None:
+    with pytest.raises(TypeError, match="bogus"):
+        await run_on(get_loop(), add_async, 1, bogus=2)
+
+
 def test_run_carries_the_context_over() -> None:
     async def look() -> str:
         return variable.get()

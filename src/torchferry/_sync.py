@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from fsspec.asyn import get_loop
@@ -38,7 +38,7 @@ def run(func: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: An
             "A synchronous torchferry call on fsspec's event loop would wait for itself: await the async one."
         )
     done = threading.Event()
-    call = _Call(loop, partial(func, *args, **kwargs), done.set)
+    call = _Call(loop, func(*args, **kwargs), done.set)
     try:
         call.start()
         done.wait()
@@ -72,7 +72,7 @@ async def run_on(
     if loop is None or loop is here:
         return await func(*args, **kwargs)
     done: asyncio.Future[None] = here.create_future()
-    call = _Call(loop, partial(func, *args, **kwargs), lambda: here.call_soon_threadsafe(done.set_result, None))
+    call = _Call(loop, func(*args, **kwargs), lambda: here.call_soon_threadsafe(done.set_result, None))
     call.start()
     try:
         await asyncio.wait([done])
@@ -89,11 +89,11 @@ class _Call(Generic[T]):
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        coroutine_function: Callable[[], Coroutine[Any, Any, T]],
+        coroutine: Coroutine[Any, Any, T],
         on_done: Callable[[], object],
     ) -> None:
         self._loop = loop
-        self._coroutine_function = coroutine_function
+        self._coroutine = coroutine
         self._on_done = on_done
         self._task: asyncio.Task[T] | None = None
 
@@ -101,7 +101,7 @@ class _Call(Generic[T]):
         self._loop.call_soon_threadsafe(self._start)
 
     def _start(self) -> None:
-        self._task = self._loop.create_task(self._coroutine_function())
+        self._task = self._loop.create_task(self._coroutine)
         self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[T]) -> None:
@@ -115,6 +115,7 @@ class _Call(Generic[T]):
 
     def _cancel(self) -> None:
         if self._task is None:  # interrupted before start() was through
+            self._coroutine.close()
             self._on_done()
         else:
             self._task.cancel()

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (inspect, verify):
         command.add_argument("url", help="an fsspec URL or a local path")
         command.add_argument(
-            "--storage-options", type=json.loads, metavar="JSON", help="arguments for the fsspec filesystem"
+            "--storage-options", type=_json_object, metavar="JSON", help="arguments for the fsspec filesystem"
         )
     inspect.add_argument("--json", action="store_true", help="print everything as JSON")
     inspect.add_argument("--all", action="store_true", help=f"list every tensor, not only the first {_SHOWN}")
@@ -70,10 +70,20 @@ def _parser() -> argparse.ArgumentParser:
     copy = add("copy", _copy, "Copy a checkpoint from one store to another, checked on the way.")
     copy.add_argument("source", help="an fsspec URL or a local path")
     copy.add_argument("target", help="an fsspec URL or a local path")
-    copy.add_argument("--source-options", type=json.loads, metavar="JSON", help="for the filesystem of the source")
-    copy.add_argument("--target-options", type=json.loads, metavar="JSON", help="for the filesystem of the target")
+    copy.add_argument("--source-options", type=_json_object, metavar="JSON", help="for the filesystem of the source")
+    copy.add_argument("--target-options", type=_json_object, metavar="JSON", help="for the filesystem of the target")
     copy.add_argument("--no-verify", action="store_true", help="copy whatever it is, without checking")
     return parser
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("not a JSON object")
+    return value
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -75,8 +75,8 @@ class Mirror:
         storage = torch.frombuffer(self._memory, dtype=torch.uint8).untyped_storage()  # keeps the memory
         self._memory.seek(0)
         unpickler = _weights_only_unpickler if weights_only else pickle
-        with serialization._open_zipfile_reader(self._memory) as reader:  # noqa: SLF001
-            return serialization._load(  # noqa: SLF001
+        with serialization._open_zipfile_reader(self._memory) as reader:  # type: ignore[arg-type]  # noqa: SLF001
+            return serialization._load(  # type: ignore[no-untyped-call]  # noqa: SLF001
                 reader, map_location, unpickler, overall_storage=storage, encoding="utf-8"
             )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,17 +35,21 @@ class LoadOptions:
     hashes by what it holds.
     """
 
-    keys: tuple[str, ...] | None = None
+    keys: Sequence[str] | None = None
     map_location: Any = None
     weights_only: bool = True
     verify: bool = True
     storage_options: Mapping[str, Any] | None = None
     plane: Plane = "auto"
 
+    def __post_init__(self) -> None:
+        if isinstance(self.keys, str):
+            raise TypeError(f"keys is a sequence of keys: ({self.keys!r},) for one.")
+
     def __hash__(self) -> int:
         return hash(
             (
-                self.keys,
+                _freeze(self.keys),
                 _freeze(self.map_location),
                 self.weights_only,
                 self.verify,
@@ -60,5 +64,7 @@ def _freeze(value: Any) -> Hashable:
         return frozenset((key, _freeze(item)) for key, item in value.items())
     if isinstance(value, list | tuple):
         return tuple(_freeze(item) for item in value)
+    if isinstance(value, set):
+        return frozenset(value)
     hashable: Hashable = value
     return hashable

@@ -28,7 +28,7 @@ _WHOLE = 1 * MIB  # an object up to this size is read at once
 _PROBE = (64 << 10, 1 * MIB)  # least and most bytes of the first look at either end
 _PROBE_SHARE = 96  # each is this part of the object: looking costs 2% of it at most
 _END_SIZE = 66 << 10  # the end records, with the longest comment
-_UNDER_WAY = 64 * MIB  # bytes of all ranges under way; clients hold up to twice as many
+_UNDER_WAY = 96 * MIB  # bytes of all ranges under way; clients hold up to twice as many
 _LIMITER: RunVar[CapacityLimiter] = RunVar("torchferry.source._LIMITER")
 _GAP = 64 << 10  # needed ranges that are this near are read in one: a request costs more
 

@@ -69,6 +69,7 @@ class CheckpointStream(AsyncIterator["Chunk"]):
         self._blocks = Blocks()
         self._begun = anyio.Event()
         self._reserved = 0
+        self._taken = 0
         self._closed = False
         self._failure: Exception | None = None
 
@@ -107,7 +108,10 @@ class CheckpointStream(AsyncIterator["Chunk"]):
         except anyio.EndOfStream:
             if self._failure is not None:
                 raise self._failure from None
+            if self._callback is not None:
+                self._callback.set_size(self._taken)  # no longer a hint
             raise StopAsyncIteration from None
+        self._taken += len(chunk)
         if self._callback is not None:
             self._callback.relative_update(len(chunk))
         return chunk

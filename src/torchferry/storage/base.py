@@ -64,10 +64,10 @@ class Backend(ABC):
     plane: ClassVar[str]
     """Which client moves the bytes: "fsspec", "obstore" or "local". For logs and messages."""
 
-    range_size: ClassVar[int] = 8 * MIB
+    range_size: ClassVar[int] = 4 * MIB
     """How many bytes one ``read`` should ask for, for the best throughput of many at once."""
 
-    range_concurrency: ClassVar[int] = 16
+    range_concurrency: ClassVar[int] = 24
     """How many reads should be under way at once."""
 
     @classmethod

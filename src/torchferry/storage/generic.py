@@ -75,7 +75,7 @@ class GenericBackend(Backend):
 
     async def stat(self, path: str) -> ObjectStat:
         """Looks a file up, past the filesystem's listings cache."""
-        return await in_thread(self._stat, path, "stat")
+        return await in_thread(self._stat, path, "look up")
 
     async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
         """Reads a range, and then asks for the file's version again."""

@@ -81,7 +81,7 @@ class LocalBackend(Backend):
         await in_thread(self._delete, path)
 
     def _stat(self, path: str) -> ObjectStat:
-        with _translated(self.url(path), "stat"):
+        with _translated(self.url(path), "look up"):
             return self._object_stat(path, os.stat(path))  # noqa: PTH116 - a path like fsspec's, not a Path
 
     def _object_stat(self, path: str, result: os.stat_result) -> ObjectStat:
@@ -191,7 +191,7 @@ def _translated(url: str, verb: str) -> Iterator[None]:
     except OSError as error:
         number = error.errno or errno.EIO
         message = f"Cannot {verb} {url}: {error.strerror or error}."
-        if isinstance(error, FileNotFoundError) or (verb in {"stat", "read"} and number == errno.ENOTDIR):
+        if isinstance(error, FileNotFoundError) or (verb in {"look up", "read"} and number == errno.ENOTDIR):
             raise CheckpointNotFoundError(number, message) from error
         if number in {errno.EACCES, errno.EPERM, errno.EROFS}:
             raise StoragePermissionError(number, message) from error

@@ -80,7 +80,7 @@ class ObstoreBackend(Backend):
 
     async def stat(self, path: str) -> ObjectStat:
         store, key = await self._locate(path)
-        with self._translated(path, "stat"):
+        with self._translated(path, "look up"):
             try:
                 result = await obstore.get_async(store, key, options={"head": True})
             except FileNotFoundError:
@@ -240,7 +240,7 @@ async def _interruptible(put: Awaitable[Any], source: _Interruptible) -> Any:
 
 def _translate(url: str, verb: str, error: BaseException) -> StorageError:
     """The torchferry error for one of obstore's."""
-    reason = str(error).split("\n\nDebug source", 1)[0].strip()
+    reason = _reason(error)
     if isinstance(error, FileNotFoundError):
         missing = (
             "the bucket or container does not exist"
@@ -255,3 +255,12 @@ def _translate(url: str, verb: str, error: BaseException) -> StorageError:
     if ("after" in reason and "retries" in reason) or "error sending request" in reason:
         return StorageUnavailableError(f"Cannot {verb} {url}: the store is not available. {reason}")
     return StorageError(f"Cannot {verb} {url}: {reason}")
+
+
+def _reason(error: BaseException) -> str:
+    """What obstore says, without the time it took and with the store's own words instead of its XML."""
+    text = str(error).split("\n\nDebug source", 1)[0].strip()
+    text = re.sub(r" in [\d.]+(ns|µs|ms|s)\b", "", text)
+    if xml := re.search(r"<Code>(.*?)</Code>(?:\s*<Message>(.*?)</Message>)?", text, re.DOTALL):
+        text = f"{text.partition('<')[0].rstrip(': ')}: {': '.join(filter(None, xml.groups()))}"
+    return text
