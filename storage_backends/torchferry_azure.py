@@ -7,6 +7,7 @@ credentials.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
 from contextlib import contextmanager
@@ -47,7 +48,6 @@ from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_f
 from torchferry.storage.obstore import ObstoreBackend
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping, Sequence
 
     from adlfs import AzureBlobFileSystem
@@ -65,6 +65,7 @@ _SMALLEST_BLOCK = MIB
 _LARGEST_SINGLE_PUT = MIB  # Azure takes more, but the client library copies it, and sends it in one piece
 _IN_FLIGHT = 10
 _CLEANUP_SECONDS = 30.0
+_LATE_BLOCK_SECONDS = 0.1
 _INVALID_BLOCK_LIST = "InvalidBlockList"
 _OTHER_WRITER = "{}: another writer wrote it at the same time, and Azure kept that one."
 _SCOPE = "https://storage.azure.com/.default"
@@ -438,11 +439,17 @@ class _AzureThroughObstore(ObstoreBackend):
         """Discards uncommitted blocks, which obstore leaves; where that fails, says so with ``reason``."""
         adlfs = self._through_adlfs
         try:
-            await to_the_end(run_on, adlfs.loop, adlfs.discard_uncommitted, path, patience=_CLEANUP_SECONDS)
+            await to_the_end(run_on, adlfs.loop, self._discard_twice, path, patience=_CLEANUP_SECONDS)
         except StorageError as error:
             message = f"What was staged could not be removed: {error}"
             reason.add_note(message)
             logger.warning("%s", message)
+
+    async def _discard_twice(self, path: str) -> None:
+        """Discards, and looks again: a block that was on its way when obstore stopped can arrive a moment later."""
+        await self._through_adlfs.discard_uncommitted(path)
+        await asyncio.sleep(_LATE_BLOCK_SECONDS)
+        await self._through_adlfs.discard_uncommitted(path)
 
 
 async def _open_store(fs: AzureBlobFileSystem, container: str) -> Any:

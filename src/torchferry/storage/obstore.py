@@ -235,6 +235,8 @@ async def _interruptible(put: Awaitable[Any], source: _Interruptible) -> Any:
     except asyncio.CancelledError:
         source.interrupt()
         await wait_through_cancellations(future, _ABORT_SECONDS)
+        if not future.cancelled():
+            future.exception()  # looked at, so that asyncio does not log it as forgotten
         raise
 
 
