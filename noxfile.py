@@ -50,7 +50,9 @@ def install_stores(session: nox.Session) -> None:
 @nox.session
 def demo(session: nox.Session) -> None:
     """Train, evaluate and resume in a Flyte workflow whose checkpoints live in an S3 on this machine."""
-    install(session, "flyte", "test")
+    install(session, "flyte", "azure", "test")
+    if "azure" in session.posargs:
+        install_stores(session)
     session.run("python", "examples/flyte_demo.py", *session.posargs)
 
 

@@ -1,13 +1,14 @@
 """A Flyte workflow whose checkpoints never touch the disk: train, evaluate, resume.
 
-Runs by itself: python examples/flyte_demo.py (or nox -s demo). It starts an S3 on this machine, runs the
-workflow with it as Flyte's raw output store, and shows what each hand-over moved. It ends with status 0 only
-if everything it says is true.
+Runs by itself: python examples/flyte_demo.py --store s3 (or gcs, azure, local; nox -s demo -- --store gcs). It starts
+such a store on this machine, runs the workflow with it as Flyte's raw output store, and shows what each hand-over
+moved. It ends with status 0 only if everything it says is true.
 """
 
 # ruff: noqa: E402 - the filter for a warning has to come before what warns
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import shutil
@@ -22,7 +23,12 @@ from typing import Annotated, NamedTuple
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's word on what nothing here needs
 
-import s3fs
+# Whatever cloud this machine is set up for, the demo stays on 127.0.0.1.
+for name in [name for name in os.environ if name.startswith(("AWS_", "AZURE_", "GOOGLE_"))]:
+    del os.environ[name]
+os.environ |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+
+import fsspec
 import torch
 from flytekit import FlyteContextManager, task, workflow
 from flytekit.configuration import DataConfig, S3Config
@@ -33,6 +39,8 @@ from torch.nn.functional import mse_loss
 
 from torchferry import LoadOptions
 from torchferry.flyte.transfer import Transfer
+from torchferry.testing.azure import azurite
+from torchferry.testing.gcs import fake_gcs_server
 from torchferry.testing.servers import seaweedfs
 
 WIDTH = 1792
@@ -128,16 +136,39 @@ def pipeline(steps: int) -> Results:
 
 @contextmanager
 def s3_store(sandbox: Path) -> Iterator[tuple[str, FileAccessProvider]]:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        del os.environ[name]  # whatever cloud this machine is set up for: the demo stays on 127.0.0.1
-    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
     with seaweedfs() as server:
-        fs = s3fs.S3FileSystem(**server.storage_options)
+        fs = fsspec.filesystem("s3", **server.storage_options)
         fs.mkdir(BUCKET)
         fs.pipe_file(f"{BUCKET}/first", b"-")  # SeaweedFS makes room for a bucket at its first write: takes seconds
         config = S3Config(endpoint=server.endpoint, access_key_id=server.key, secret_access_key=server.secret)
         provider = FileAccessProvider(sandbox, f"s3://{BUCKET}/raw", data_config=DataConfig(s3=config))
-        yield f"SeaweedFS, an S3 on {server.endpoint}, sharing these {os.cpu_count()} cores", provider
+        yield f"SeaweedFS, an S3 on {server.endpoint}", provider
+
+
+@contextmanager
+def gcs_store(sandbox: Path) -> Iterator[tuple[str, FileAccessProvider]]:
+    with fake_gcs_server() as server:
+        fsspec.config.conf["gs"] = server.storage_options  # Flyte has no settings for another Google than Google
+        fsspec.filesystem("gs").mkdir(BUCKET)
+        yield f"fake-gcs-server, a GCS on {server.endpoint}", FileAccessProvider(sandbox, f"gs://{BUCKET}/raw")
+
+
+@contextmanager
+def azure_store(sandbox: Path) -> Iterator[tuple[str, FileAccessProvider]]:
+    program = Path(__file__).parents[1] / "tests/azurite/node_modules/.bin/azurite-blob"
+    with azurite(program=program if program.exists() else None) as server:
+        fsspec.config.conf["abfs"] = server.storage_options
+        fsspec.filesystem("abfs").mkdir(BUCKET)
+        yield f"Azurite, an Azure on {server.endpoint}", FileAccessProvider(sandbox, f"abfs://{BUCKET}/raw")
+
+
+@contextmanager
+def local_store(sandbox: Path) -> Iterator[tuple[str, FileAccessProvider]]:
+    with tempfile.TemporaryDirectory(prefix="flyte-demo-store-") as directory:
+        yield "a directory of this machine", FileAccessProvider(sandbox, f"{directory}/raw")
+
+
+STORES = {"s3": s3_store, "gcs": gcs_store, "azure": azure_store, "local": local_store}
 
 
 # ------------------------------------------------------------------------------------------------------- what happened
@@ -172,11 +203,11 @@ def losses_of(values: list[float]) -> str:
     return " ".join(f"{value:.4f}" for value in values)
 
 
-def run() -> bool:
+def run(store: str) -> bool:
     """Runs the workflow, prints what it did, and returns whether all of it held."""
     sandbox = Path(tempfile.mkdtemp(prefix="flyte-demo-"))
     try:
-        with s3_store(sandbox) as (description, provider):
+        with STORES[store](sandbox) as (description, provider):
             return _run(description, provider, sandbox)
     finally:
         shutil.rmtree(sandbox)
@@ -184,7 +215,8 @@ def run() -> bool:
 
 def _run(description: str, provider: FileAccessProvider, sandbox: Path) -> bool:
     print("\ntorchferry demo: a Flyte workflow trains, evaluates and resumes\n")
-    print(f"  store        {description}\n  raw output   {provider.raw_output_prefix}", flush=True)
+    print(f"  store        {description}, sharing these {os.cpu_count()} cores")
+    print(f"  raw output   {provider.raw_output_prefix}", flush=True)
     transfers = Transfers()
     context = FlyteContextManager.current_context()
     with FlyteContextManager.with_context(context.with_file_access(provider)):
@@ -235,4 +267,6 @@ def _run(description: str, provider: FileAccessProvider, sandbox: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if run() else 1)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--store", choices=STORES, default="s3", help="where the checkpoints go (default: s3)")
+    sys.exit(0 if run(parser.parse_args().store) else 1)
