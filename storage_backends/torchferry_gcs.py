@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import os
 import secrets
 from contextlib import contextmanager
 from datetime import UTC, timedelta
@@ -19,11 +20,11 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import anyio
-import gcsfs.core
+import gcsfs.retry
 import google.auth.exceptions
 import google_crc32c
 import requests
-from gcsfs.retry import HttpError, NonRetryableError
+from gcsfs.retry import HttpError
 from obstore.store import GCSStore
 
 from torchferry.errors import (
@@ -438,7 +439,7 @@ def _translate(what: str, error: Exception, missing: str) -> StorageError:  # no
         return CheckpointChangedError(f"{what}: it was replaced meanwhile.")
     if isinstance(error, _CONNECTION_ERRORS) or status in _UNAVAILABLE:
         return StorageUnavailableError(f"{what}: the store is not available, after all retries. {reason}")
-    if isinstance(error, google.auth.exceptions.GoogleAuthError | NonRetryableError):
+    if isinstance(error, _CREDENTIAL_ERRORS):
         return StoragePermissionError(f"{what}: no usable credentials. {reason}")
     if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
         return StoragePermissionError(f"{what}: the store refused these credentials. {reason}")
@@ -451,6 +452,10 @@ _CONNECTION_ERRORS = (
     requests.exceptions.RequestException,
     ConnectionError,
     TimeoutError,
+)
+_CREDENTIAL_ERRORS = (
+    google.auth.exceptions.GoogleAuthError,
+    *([gcsfs.retry.NonRetryableError] if "NonRetryableError" in vars(gcsfs.retry) else []),  # newer gcsfs has it
 )
 _UNAVAILABLE = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, *range(500, 600)}
 
@@ -548,7 +553,8 @@ def _require_translatable(fs: GCSFileSystem) -> None:
 
 def _speaks_xml(host: str) -> bool:
     """Whether a host is Google's own, in any universe; private endpoints are below googleapis.com too."""
-    return host.endswith(".googleapis.com") or host == f"storage.{gcsfs.core._gcp_universe_domain()}"
+    universe = os.environ.get("GOOGLE_CLOUD_UNIVERSE_DOMAIN", "googleapis.com")  # as gcsfs has it
+    return host.endswith(".googleapis.com") or host == f"storage.{universe}"
 
 
 class _Bridge:
