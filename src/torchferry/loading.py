@@ -2,7 +2,7 @@
 
 A load looks at both ends of the object first (the directory is at the end, the pickle at the start), decides which
 records it needs, fetches those in parallel ranges into a :class:`~torchferry.mirror.Mirror`, checks each record's CRC32
-on the way, and then has ``torch.load`` map the mirror. So whatever the checkpoint contains is for torch to make of it.
+on the way, and then has torch unpickle what lies there. So whatever the checkpoint contains is for torch to make of it.
 """
 
 from __future__ import annotations
