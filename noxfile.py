@@ -102,7 +102,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Types: mypy, strict."""
-    install(session, "all")
+    install(session, "all", "test")
     session.install("-c", "constraints.txt", "mypy")
     session.run("mypy")
 
