@@ -581,8 +581,9 @@ async def test_credentials_that_expire_are_asked_for_again(
     backend, path = open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane)
     await round_trip(backend, path)
     before = renewals()
-    await round_trip(backend, path)
-    assert renewals() > before
+    with anyio.fail_after(60):  # the client may keep them for as long as they are good, which is not long
+        while renewals() == before:
+            await round_trip(backend, path)
 
 
 async def test_credentials_are_renewed_in_the_middle_of_an_upload(
