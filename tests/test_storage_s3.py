@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import anyio
 import pytest
 from aiobotocore.session import AioSession
 from botocore.exceptions import ClientError
