@@ -154,3 +154,26 @@ def test_ctrl_c_cancels_the_coroutine_and_waits_for_its_clean_up() -> None:
     output, errors = process.communicate(timeout=30)
     assert output == "cleaned up\n"
     assert "KeyboardInterrupt" in errors
+
+
+def test_a_worker_thread_ends_before_the_interpreter_does() -> None:
+    program = """
+        import asyncio, threading, time
+        from anyio import to_thread
+        from fsspec.asyn import get_loop
+        import torchferry._sync
+
+        begun = threading.Event()
+
+        def work():
+            begun.set()
+            time.sleep(0.5)
+            print("ended", flush=True)
+
+        asyncio.run_coroutine_threadsafe(to_thread.run_sync(work), get_loop())
+        begun.wait()
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout == "ended\n"

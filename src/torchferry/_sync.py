@@ -7,9 +7,11 @@ filesystems bind themselves to a loop, and one that ends takes their connections
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
 from collections.abc import Callable, Coroutine
 from functools import wraps
+from time import monotonic
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from fsspec.asyn import get_loop
@@ -20,6 +22,8 @@ __all__ = ["run", "run_on", "synchronous"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_EXIT_SECONDS = 2.0
 
 
 def run(func: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: Any) -> T:
@@ -123,6 +127,20 @@ class _Call(Generic[T]):
     def result(self) -> T:
         assert self._task is not None  # noqa: S101  # asked for only when done
         return self._task.result()
+
+
+@atexit.register
+def _wait_for_workers() -> None:
+    """Lets the threads of anyio end before the interpreter does.
+
+    Such a thread outlives its last call by a moment, in which it lets go of what it worked on. Where its event loop
+    runs in a daemon thread (fsspec's, flytekit's) it is a daemon, too, for which the interpreter does not wait; and
+    one that frees a tensor while the interpreter ends aborts the process (torch 2.13 takes the GIL in a destructor).
+    """
+    deadline = monotonic() + _EXIT_SECONDS
+    for thread in threading.enumerate():
+        if thread.daemon and thread.name == "AnyIO worker thread":
+            thread.join(max(0.0, deadline - monotonic()))
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
