@@ -390,7 +390,7 @@ class _S3ThroughObstore(ObstoreBackend):
     """S3 through obstore, beside an s3fs filesystem that its user goes on using."""
 
     def __init__(self, bridge: _Bridge, fs: S3FileSystem) -> None:
-        super().__init__("s3", bridge.open_store)
+        super().__init__("s3", bridge.open_store, verify=bridge.verify)
         self._users_fs = fs
 
     async def write(
@@ -474,6 +474,9 @@ class _Bridge:
         self._config = _store_config(self.fs, config)
         self._client_options = _client_options(self.fs, config)
         self._retry = _retry_config(config)
+        # A URL says nothing of who pays, and has no key; and a proxy is for the client that knows it.
+        plain = not (self.fs.anon or config.proxies or self._config["request_payer"])
+        self.verify = _trusted(self.fs) if plain and "sse_customer_key_base64" not in self._config else None
 
     async def open_store(self, bucket: str) -> Any:
         """The store of a bucket; on any event loop."""
@@ -588,14 +591,10 @@ def _client_options(fs: S3FileSystem, config: Any) -> ClientConfig:
     if config.read_timeout < S3FileSystem.read_timeout:
         raise UntranslatableError(f"config_kwargs 'read_timeout' below {S3FileSystem.read_timeout} s")
     options["timeout"] = max(timedelta(seconds=config.read_timeout), _REQUEST_PATIENCE)
-    verify = fs.client_kwargs.get("verify")
-    if verify is None:
-        verify = fs.session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
+    verify = _trusted(fs)
     if verify is False:
         options["allow_invalid_certificates"] = True
-    elif isinstance(verify, str | os.PathLike):
-        if not Path(verify).is_file():
-            raise UntranslatableError(f"the certificates {os.fspath(verify)!r}, which are not one file")
+    elif verify is not True:
         options["root_certificate"] = Path(verify).read_bytes()
     if config.proxies:
         proxies = set(config.proxies.values())
@@ -605,6 +604,18 @@ def _client_options(fs: S3FileSystem, config: Any) -> ClientConfig:
     if "max_pool_connections" in fs.config_kwargs and fs.config_kwargs["max_pool_connections"] < _MOST_CONNECTIONS:
         raise UntranslatableError(f"config_kwargs 'max_pool_connections' below {_MOST_CONNECTIONS}")
     return options
+
+
+def _trusted(fs: S3FileSystem) -> str | bool:
+    """The file with the certificates of the authorities to trust; True for the usual ones, False for anyone."""
+    verify = fs.client_kwargs.get("verify")
+    if verify is None:
+        verify = fs.session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
+    if not isinstance(verify, str | os.PathLike):
+        return verify is not False
+    if not Path(verify).is_file():
+        raise UntranslatableError(f"the certificates {os.fspath(verify)!r}, which are not one file")
+    return os.fspath(verify)
 
 
 def _retry_config(config: Any) -> Any:

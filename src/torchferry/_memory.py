@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torchferry.storage.base import Chunk
 
-__all__ = ["BLOCK_SIZE", "PROCESS_BUDGET", "Blocks", "ByteBudget", "address_of"]
+__all__ = ["BLOCK_SIZE", "PROCESS_BUDGET", "Blocks", "ByteBudget", "address_of", "copy_bytes"]
 
 BLOCK_SIZE = 4 << 20
 """Bytes in a block."""
@@ -157,3 +157,13 @@ def address_of(data: Chunk) -> int:
         return buffer.buf or 0
     finally:
         ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
+
+
+def copy_bytes(target: Chunk, source: Chunk) -> None:
+    """Copies ``source`` to where ``target``, which is as long, begins; other threads run meanwhile.
+
+    They would not, if it was assigned to a slice of ``target``.
+    """
+    if len(target) != len(source):
+        raise ValueError(f"{len(source)} bytes do not fill {len(target)}.")
+    ctypes.memmove(address_of(target), address_of(source), len(source))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from isal import isal_zlib
@@ -17,9 +16,7 @@ if TYPE_CHECKING:
     from torchferry.archive import Record
     from torchferry.storage.base import Chunk
 
-__all__ = ["Checksums", "crc32_concat"]
-
-_POLYNOMIAL = 0xEDB88320  # CRC32 as in zip, bits reversed
+__all__ = ["Checksums"]
 
 
 class Checksums:
@@ -82,7 +79,7 @@ class Checksums:
             self._unchecked -= 1
         total = 0
         for _, piece_length, piece_crc32 in sorted(pieces):
-            total = crc32_concat(total, piece_crc32, piece_length)
+            total = isal_zlib.crc32_combine(total, piece_crc32, piece_length)
         self._check(record, total)
 
     def _check(self, record: Record, crc32: int) -> None:
@@ -92,34 +89,3 @@ class Checksums:
                 f"{crc32:08x}, not {record.crc32:08x} as when it was saved. Another copy may be whole; "
                 "verify=False loads this one as it is."
             )
-
-
-def crc32_concat(first: int, second: int, second_length: int) -> int:
-    """The CRC32 of two byte strings, one after the other, from theirs and the length of the second.
-
-    This is ``crc32_combine`` of zlib (crc32.c), which Python's module does not offer.
-    """
-    return _multiply(_shift(second_length), first) ^ second
-
-
-@lru_cache(maxsize=64)  # pieces are mostly of one length
-def _shift(length: int) -> int:
-    """What to multiply a CRC32 by when ``length`` bytes follow: x to the power of 8 * length."""
-    power, square = 1 << 31, 1 << 30  # 1 and x, as polynomials with their bits reversed
-    bits = 8 * length
-    while bits:
-        if bits & 1:
-            power = _multiply(square, power)
-        square = _multiply(square, square)
-        bits >>= 1
-    return power
-
-
-def _multiply(a: int, b: int) -> int:
-    """The product of two polynomials over GF(2), modulo that of the CRC."""
-    product = 0
-    for bit in range(31, -1, -1):
-        if a >> bit & 1:
-            product ^= b
-        b = (b >> 1) ^ (_POLYNOMIAL if b & 1 else 0)
-    return product

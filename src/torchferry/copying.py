@@ -18,6 +18,7 @@ from torchferry.checksum import Checksums
 from torchferry.errors import CheckpointFormatError
 from torchferry.source import Source
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
+from torchferry.storage.cancellation import in_thread
 from torchferry.storage.multipart import part_size_for
 from torchferry.storage.registry import open_backend
 
@@ -75,10 +76,10 @@ async def copy_async(
         CheckpointChangedError: it was replaced meanwhile.
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
-    reader, source_path = await to_thread.run_sync(
+    reader, source_path = await in_thread(
         partial(open_backend, source, storage_options=source_storage_options, filesystem=source_filesystem, plane=plane)
     )
-    writer, target_path = await to_thread.run_sync(
+    writer, target_path = await in_thread(
         partial(open_backend, target, storage_options=target_storage_options, filesystem=target_filesystem, plane=plane)
     )
     return await run_on(
@@ -105,7 +106,7 @@ async def _copy(
         raise CheckpointFormatError(
             f"{source.url} carries no checksums: it is not a zip file of torch.save. Copy it with verify=False."
         )
-    checksums = await to_thread.run_sync(Checksums, archive.records if archive else (), source.url)
+    checksums = await in_thread(Checksums, archive.records if archive else (), source.url)
     size = source.stat.size
     stream = _CopyStream(source, checksums, min(size, 2 * part_size_for(size, part_size)), callback)
     async with stream.running(cost=writer.write_cost(size, part_size)):
@@ -203,7 +204,7 @@ class _CopyStream(AsyncIterator["Chunk"]):
     async def _fill(self, piece: _Piece) -> None:
         async with self._reading:
             buffer = await self._source.fetch(piece.start, piece.stop)
-            await to_thread.run_sync(self._check_and_copy, piece, buffer)
+            await in_thread(self._check_and_copy, piece, buffer)
         piece.filled.set()
 
     def _check_and_copy(self, piece: _Piece, buffer: Chunk) -> None:

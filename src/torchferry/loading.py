@@ -265,17 +265,24 @@ async def _read_pickle(source: Source, archive: Archive, *, verify: bool) -> byt
 
 
 async def _fetch(
-    source: Source, extents: Sequence[tuple[int, int]], sink: Callable[[int, Chunk], object], callback: Callback
+    source: Source,
+    extents: Sequence[tuple[int, int]],
+    sink: Callable[[int, Chunk], object],
+    callback: Callback,
+    mirror: Mirror | None = None,
 ) -> None:
-    """Hands the bytes of the extents to ``sink``, and all that is there already."""
+    """Hands the bytes of the extents to ``sink``, and all that is there already; by then they are in ``mirror``."""
     ranges = await in_thread(source.plan, extents)
     kept = source.kept
     nbytes = sum(len(buffer) for _, buffer in kept)
     callback.set_size(nbytes + sum(stop - start for start, stop in ranges))
     for start, buffer in kept:
+        if mirror is not None:
+            mirror.write(start, buffer)
         await in_thread(sink, start, buffer)
     callback.relative_update(nbytes)
-    await source.stream(ranges, sink, callback.relative_update)
+    memory = None if mirror is None else mirror.view
+    await source.stream(ranges, sink, callback.relative_update, memory=memory)
 
 
 async def _load(backend: Backend, path: str, request: _Request, callback: Callback) -> Any:
@@ -335,17 +342,13 @@ async def _load_mirrored(
     checksums = await in_thread(Checksums, selection.records if request.verify else (), source.url)
     mirror = Mirror(source.stat.size)
 
-    def sink(start: int, buffer: Chunk) -> None:
-        checksums.add(start, buffer)
-        mirror.write(start, buffer)
-
     def load() -> Any:
         if archive is None or archive.is_torchscript:
             return mirror.load_copy(map_location=selection.map_location, weights_only=request.weights_only)
         mirror.write_headers(archive)
         return mirror.load(map_location=selection.map_location, weights_only=request.weights_only)
 
-    await _fetch(source, selection.extents, sink, callback)
+    await _fetch(source, selection.extents, checksums.add, callback, mirror)
     checksums.finish()
     return await in_thread(_torch_load, load, source.url, request)
 

@@ -10,7 +10,6 @@ filling small ones takes, or a file in memory (Linux 6.18, ``benchmarks/``).
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import mmap
 import pickle
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import _weights_only_unpickler, serialization
 
-from torchferry._memory import address_of
+from torchferry._memory import copy_bytes
 
 if TYPE_CHECKING:
     from torchferry.archive import Archive
@@ -51,14 +50,16 @@ class Mirror:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # a kernel without huge pages
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self._address = address_of(memoryview(self._memory))
+
+    def view(self, start: int, stop: int) -> memoryview:
+        """The memory for the bytes ``start`` to ``stop`` of the object: to be written to, from any thread."""
+        if not 0 <= start <= stop <= len(self._memory):
+            raise ValueError(f"The bytes {start} to {stop} are not within the {len(self._memory)} of the mirror.")
+        return memoryview(self._memory)[start:stop]
 
     def write(self, offset: int, buffer: Chunk) -> None:
         """Writes the bytes that the object has at ``offset``. May be called in many threads at once."""
-        if not 0 <= offset <= offset + len(buffer) <= len(self._memory):
-            raise ValueError(f"{len(buffer)} bytes at {offset} are not within the {len(self._memory)} of the mirror.")
-        # memmove as ctypes calls it lets other threads run meanwhile; assigning to a slice of the memory would not.
-        ctypes.memmove(self._address + offset, address_of(buffer), len(buffer))
+        copy_bytes(self.view(offset, offset + len(buffer)), buffer)
 
     def write_headers(self, archive: Archive) -> None:
         """Writes a local header for each record of the archive over what may be there, damaged or not read at all.

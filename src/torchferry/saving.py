@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from anyio import to_thread
-
 from torchferry._sync import run_on, synchronous
 from torchferry.storage.base import Backend, ObjectStat, Plane
+from torchferry.storage.cancellation import in_thread
 from torchferry.storage.registry import open_backend
 from torchferry.stream import CheckpointStream
 
@@ -59,7 +58,7 @@ async def save_async(
         StorageError: the store refused or failed; subclasses say which way (see :mod:`torchferry.errors`).
         Exception: whatever ``torch.save`` raises for an object that cannot be pickled.
     """
-    backend, path = await to_thread.run_sync(
+    backend, path = await in_thread(
         partial(open_backend, url, storage_options=storage_options, filesystem=filesystem, plane=plane)
     )
     return await run_on(backend.loop, _save, obj, backend, path, part_size, metadata, callback)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from anyio import CapacityLimiter
@@ -30,6 +31,8 @@ _PROBE_SHARE = 96  # each is this part of the object: looking costs 2% of it at 
 _END_SIZE = 66 << 10  # the end records, with the longest comment
 _UNDER_WAY = 96 * MIB  # bytes of all ranges under way; clients hold up to twice as many
 _LIMITER: RunVar[CapacityLimiter] = RunVar("torchferry.source._LIMITER")
+_AT_FIRST = 4  # ranges under way
+_GAIN = 1.2  # how many times the bytes a second make an increase worth it
 _GAP = 64 << 10  # needed ranges that are this near are read in one: a request costs more
 
 
@@ -103,25 +106,41 @@ class Source:
         ranges: Sequence[tuple[int, int]],
         sink: Callable[[int, Chunk], object],
         progress: Callable[[int], object] = lambda _: None,
+        *,
+        memory: Callable[[int, int], memoryview] | None = None,
     ) -> None:
         """Reads ranges, many at once, and calls ``sink(start, buffer)`` with each, in a worker thread.
 
+        They are read into ``memory(start, stop)``, where there is such memory. At first a few are under way, and more
+        and more as long as that moves more bytes a second: up to ``range_concurrency``, including those that ``sink``
+        works on, and up to the default of that for all streams on this event loop together.
         Then it calls ``progress`` with the number of bytes, on the event loop.
-        At most ``range_concurrency`` buffers exist at a time, including those that ``sink`` works on; and of all
-        streams on this event loop together, at most as many as one backend of the default may have.
         """
         queue = iter(ranges)
         limiter = _limiter()
+        pace = _Pace(self._backend.range_concurrency)
+        workers = 0
 
         async def work() -> None:
             for start, stop in queue:
                 async with limiter:
-                    await in_thread(sink, start, await self.fetch(start, stop))
+                    if memory is None:
+                        await in_thread(sink, start, await self.fetch(start, stop))
+                    else:
+                        await self._fetch_into(start, buffer := memory(start, stop))
+                        group.start_soon(in_thread, sink, start, buffer)  # meanwhile the next one can come
                 progress(stop - start)
+                pace.note(stop - start)
+                employ()
+
+        def employ() -> None:
+            nonlocal workers
+            while workers < pace.limit:
+                workers += 1
+                group.start_soon(work)
 
         async with task_group() as group:
-            for _ in range(min(self._backend.range_concurrency, len(ranges))):
-                group.start_soon(work)
+            employ()
 
     async def read_archive(self) -> Archive | None:
         """Reads the archive's central directory; None if the object is no zip archive.
@@ -163,6 +182,9 @@ class Source:
             raise StorageError(f"{self.url}: the store sent {len(buffer)} bytes for the range {start} to {stop}.")
         return buffer
 
+    async def _fetch_into(self, start: int, buffer: memoryview) -> None:
+        await run_on(self._backend.loop, self._backend.read_into, self._path, start, buffer, self.stat)
+
     def _missing(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         for at, buffer in self._kept:
             if start < min(at, stop):
@@ -170,6 +192,39 @@ class Source:
             start = max(start, at + len(buffer))
         if start < stop:
             yield start, stop
+
+
+class _Pace:
+    """How many ranges to read at once: twice as many, whenever the last increase has paid.
+
+    A few fill a fast link, where more would only get into each other's way; a store that is far away, or slow on each
+    connection, as S3 is (some 90 MB/s), takes many.
+
+    Attributes:
+        limit: How many.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.limit = min(_AT_FIRST, most)
+        self._most = most
+        self._wanted = 0.0  # bytes a second
+        self._start_round()
+
+    def note(self, nbytes: int) -> None:
+        """Tells of a range that has arrived."""
+        self._count += 1
+        self._nbytes += nbytes
+        if self._count < self.limit:
+            return
+        rate = self._nbytes / max(monotonic() - self._since, 1e-6)
+        if rate >= self._wanted:
+            self._wanted = _GAIN * rate
+            self.limit = min(2 * self.limit, self._most)
+        self._start_round()
+
+    def _start_round(self) -> None:
+        self._since = monotonic()
+        self._count = self._nbytes = 0
 
 
 def _limiter() -> CapacityLimiter:

@@ -10,8 +10,6 @@ import logging
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, get_args
 
-import anyio
-import anyio.to_thread
 import msgpack  # type: ignore[import-untyped]  # no stubs exist
 from dataclasses_json import DataClassJsonMixin
 from flytekit.core.constants import MESSAGEPACK
@@ -32,6 +30,7 @@ from torchferry.flyte.summary import Summary, summarize
 from torchferry.flyte.transfer import download, upload
 from torchferry.flyte.values import FlytekitCheckpoint, IsDataclass, LoadedCheckpoint, PyTorchCheckpoint
 from torchferry.options import LoadOptions, SaveOptions
+from torchferry.storage.cancellation import in_thread
 
 if TYPE_CHECKING:
     from flytekit.models.literals import Binary
@@ -196,13 +195,13 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         return cast("LoadedCheckpoint", loaded)
 
     async def _save(self, ctx: FlyteContext, checkpoint: Any, python_type: type[Any]) -> str:
-        content = await anyio.to_thread.run_sync(content_of, checkpoint)
+        content = await in_thread(content_of, checkpoint)
         if options_of(python_type, LoadOptions).weights_only:
-            await anyio.to_thread.run_sync(check_loadable, content)
+            await in_thread(check_loadable, content)
         loaded_from = checkpoint.uri if isinstance(checkpoint, LoadedCheckpoint) else None
         uri = await upload(ctx, content, options_of(python_type, SaveOptions), loaded_from=loaded_from)
         if _shows_decks(ctx):
-            await anyio.to_thread.run_sync(_remember, checkpoint, content, uri)
+            await in_thread(_remember, checkpoint, content, uri)
         return uri
 
     async def _load(self, ctx: FlyteContext, uri: str, expected_python_type: type[Any]) -> LoadedCheckpoint:

@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
-import anyio.to_thread
 from fsspec.callbacks import Callback
 from fsspec.utils import get_protocol
 
@@ -20,6 +19,7 @@ from torchferry.flyte.devices import default_map_location
 from torchferry.flyte.unchanged import is_unchanged
 from torchferry.loading import load_async
 from torchferry.saving import save_async
+from torchferry.storage.cancellation import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -128,7 +128,7 @@ async def download(ctx: FlyteContext, uri: str, options: LoadOptions) -> Any:
         if get_protocol(uri) not in _ANONYMOUS or options.storage_options:
             raise
         get_filesystem = partial(ctx.file_access.get_filesystem, get_protocol(uri), anonymous=True)
-        arguments["filesystem"] = await anyio.to_thread.run_sync(get_filesystem)
+        arguments["filesystem"] = await in_thread(get_filesystem)
         try:
             return await _move("Loaded", uri, partial(load_async, uri, **arguments))
         except StoragePermissionError:
@@ -138,7 +138,7 @@ async def download(ctx: FlyteContext, uri: str, options: LoadOptions) -> Any:
 
 async def _is_stored(ctx: FlyteContext, content: dict[str, Any], uri: str) -> bool:
     try:
-        filesystem = await anyio.to_thread.run_sync(_filesystem, ctx, uri)
+        filesystem = await in_thread(_filesystem, ctx, uri)
     except Exception as error:  # noqa: BLE001 - a filesystem's constructor raises anything; there may be no way back
         # What was loaded with LoadOptions(storage_options=...) can be out of reach without them.
         _logger.debug("%s is not looked at again: %s", uri, error)
@@ -150,7 +150,7 @@ async def _store(ctx: FlyteContext, uri: str, options: SaveOptions | LoadOptions
     if options.storage_options:
         return {"storage_options": options.storage_options}
     # The first filesystem of a kind imports its library: not on the event loop.
-    return {"filesystem": await anyio.to_thread.run_sync(_filesystem, ctx, uri)}
+    return {"filesystem": await in_thread(_filesystem, ctx, uri)}
 
 
 def _filesystem(ctx: FlyteContext, uri: str) -> AbstractFileSystem:

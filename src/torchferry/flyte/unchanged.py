@@ -12,11 +12,11 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 import torch
-from anyio import to_thread
 
 from torchferry.archive import LOCAL_HEADER_SIZE, find_directory, parse_directory
 from torchferry.errors import TorchferryError
 from torchferry.loading import inspect_async
+from torchferry.storage.cancellation import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +43,7 @@ async def is_unchanged(content: dict[str, Any], uri: str, filesystem: AbstractFi
         manifest = await inspect_async(uri, filesystem=filesystem)
     except TorchferryError:
         return False  # gone, replaced by something else, or out of reach: nothing can be proved
-    return await to_thread.run_sync(_saves_as, content, manifest.records)
+    return await in_thread(_saves_as, content, manifest.records)
 
 
 def _saves_as(content: dict[str, Any], records: Sequence[Record]) -> bool:

@@ -12,6 +12,10 @@ from collections.abc import AsyncIterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
+from torchferry._memory import copy_bytes
+from torchferry.errors import StorageError
+from torchferry.storage.cancellation import in_thread
+
 if TYPE_CHECKING:
     import asyncio
     from pathlib import Path
@@ -116,6 +120,21 @@ class Backend(ABC):
         Raises:
             CheckpointChangedError: the object is not that version any more.
         """
+
+    async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
+        """Fills ``buffer`` with the bytes from ``start`` of the version that ``stat`` names.
+
+        By default it copies what ``read`` returns. For a backend that can spare the copy to do better.
+
+        Raises:
+            CheckpointChangedError: the object is not that version any more.
+        """
+        for at in range(0, len(buffer), Backend.range_size):
+            piece = buffer[at : at + Backend.range_size]
+            data = await self.read(path, start + at, start + at + len(piece), stat)
+            if len(data) != len(piece):
+                raise StorageError(f"{stat.url}: the store sent {len(data)} bytes where {len(piece)} were asked for.")
+            await in_thread(copy_bytes, piece, data)
 
     @abstractmethod
     async def write(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
@@ -14,9 +18,12 @@ __all__ = ["in_thread", "to_the_end", "wait_through_cancellations"]
 
 T = TypeVar("T")
 
+_MOST_THREADS = 64
+_threads: ThreadPoolExecutor  # the interpreter waits for them when it ends
+
 
 async def to_the_end(
-    func: Callable[..., Awaitable[T]], /, *args: object, patience: float | Callable[[], float] | None = None
+    func: Callable[..., Awaitable[T]], /, *args: object, patience: float | Callable[[], float | None] | None = None
 ) -> T:
     """Awaits ``func(*args)`` to its end even when the caller is cancelled meanwhile; then the cancellation goes on.
 
@@ -58,13 +65,29 @@ async def wait_through_cancellations(task: asyncio.Future[T], patience: float | 
                 patience = None
 
 
-async def in_thread(func: Callable[..., T], /, *args: object) -> T:
+async def in_thread(func: Callable[..., T], /, *args: object, interrupt: Callable[[], None] = lambda: None) -> T:
     """Runs ``func(*args)`` in a worker thread, and does not return before the thread is done with it.
 
-    A cancelled ``anyio.to_thread.run_sync`` can leave its thread working, on a file that its caller then closes.
+    A cancelled ``anyio.to_thread.run_sync`` can leave its thread working, on a file that its caller then closes. And
+    it starts a thread for each call that is made in a plain asyncio task.
+
+    Args:
+        func: What to run, in a copy of the caller's context.
+        *args: Its arguments.
+        interrupt: Called when the caller is cancelled: to make ``func`` end soon.
     """
-    return await to_the_end(_run_sync, func, *args)
+    return await to_the_end(_submit, func, *args, patience=interrupt)
 
 
-async def _run_sync(func: Callable[..., T], *args: object) -> T:
-    return await anyio.to_thread.run_sync(func, *args)
+def _submit(func: Callable[..., T], *args: object) -> asyncio.Future[T]:
+    return asyncio.get_running_loop().run_in_executor(_threads, partial(copy_context().run, func, *args))
+
+
+def _renew_threads() -> None:
+    global _threads  # noqa: PLW0603 - there is one pool
+    _threads = ThreadPoolExecutor(_MOST_THREADS, "torchferry")
+
+
+_renew_threads()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_threads)  # threads do not survive a fork

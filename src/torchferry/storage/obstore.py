@@ -13,6 +13,7 @@ import errno
 import re
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import obstore
@@ -28,6 +29,7 @@ from torchferry.errors import (
 )
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
 from torchferry.storage.cancellation import wait_through_cancellations
+from torchferry.storage.direct import DirectReader
 from torchferry.storage.multipart import part_size_for
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ __all__ = ["ObstoreBackend"]
 
 _PARTS_IN_FLIGHT = 12
 _ABORT_SECONDS = 30.0
+_SIGNED_FOR = timedelta(hours=1)
 _NO_CONTAINER = ("NoSuchBucket", "ContainerNotFound")
 _STANDARD_ATTRIBUTES = frozenset(
     {
@@ -58,17 +61,25 @@ class ObstoreBackend(Backend):
         protocol: The URL protocol, for messages.
         open_store: Makes the obstore store of a bucket (or container). Called once for each.
         max_parts: How many parts the store allows in one upload.
+        verify: Whose certificates to trust when ranges are read directly (see :class:`DirectReader`); None to read
+            nothing directly.
     """
 
     plane = "obstore"
 
     def __init__(
-        self, protocol: str, open_store: Callable[[str], Awaitable[ObjectStore]], *, max_parts: int = 10_000
+        self,
+        protocol: str,
+        open_store: Callable[[str], Awaitable[ObjectStore]],
+        *,
+        max_parts: int = 10_000,
+        verify: str | bool | None = None,
     ) -> None:
         self._protocol = protocol
         self._open_store = open_store
         self._max_parts = max_parts
         self._stores: dict[str, ObjectStore] = {}
+        self._direct = None if verify is None else DirectReader(self._sign, verify=verify)
 
     @classmethod
     def from_filesystem(cls, fs: AbstractFileSystem, plane: Plane) -> Backend:
@@ -106,6 +117,10 @@ class ObstoreBackend(Backend):
                 f"{self.url(path)}: read {len(data)} bytes where {stop - start} were asked for ({start} to {stop})."
             )
         return data
+
+    async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
+        if self._direct is None or not await self._direct.read_into(path, start, buffer, stat):
+            await super().read_into(path, start, buffer, stat)
 
     async def write(
         self,
@@ -147,6 +162,11 @@ class ObstoreBackend(Backend):
                 await obstore.delete_async(store, key)
         except CheckpointNotFoundError:
             return
+
+    async def _sign(self, path: str) -> str:
+        store: Any  # the store of a cloud: others cannot sign
+        store, key = await self._locate(path)
+        return await obstore.sign_async(store, "GET", key, _SIGNED_FOR)
 
     async def _locate(self, path: str) -> tuple[ObjectStore, str]:
         bucket, _, key = path.partition("/")

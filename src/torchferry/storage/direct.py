@@ -1,0 +1,213 @@
+"""Reads ranges of an object straight from the socket into the memory they are for.
+
+The clients of both planes hand out memory of their own, which then has to be copied. Python's own HTTP client reads
+into memory that it is given, and does not hold the interpreter's lock meanwhile. That takes half the CPU time.
+
+It knows nothing of stores. A plane's client signs the URL, and stays in charge: whatever is not exactly the answer that
+was asked for (an error, a redirect, a connection that breaks or falls silent), that client is asked for again, with its
+retries and its words for what is wrong.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import socket
+import ssl
+import time
+import urllib.request
+import weakref
+from collections import deque
+from contextlib import suppress
+from functools import cached_property
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from torchferry.storage.cancellation import in_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from torchferry.storage.base import ObjectStat
+
+__all__ = ["DirectReader"]
+
+_SILENCE = 30.0  # seconds without a byte, after which the plane's client is asked
+_IDLE = 10.0  # seconds after which a connection is not used again: stores close them soon, and not all of them say so
+_FRESH = 300.0  # seconds for which a signed URL is used
+_FAILURES = 3  # in a row, after which it is not tried again: the store does not take what is signed like this, say
+
+_logger = logging.getLogger("torchferry.storage")
+
+
+class DirectReader:
+    """Connections to one store, which stay open for the next range.
+
+    Args:
+        sign: Makes a URL that anyone may GET an object with, in the next hour.
+        verify: The file with the certificates of the authorities to trust; True for the system's; False to trust
+            anyone.
+    """
+
+    def __init__(self, sign: Callable[[str], Awaitable[str]], *, verify: str | bool = True) -> None:
+        self._sign = sign
+        self._verify = verify
+        self._signed: dict[str, tuple[str, float]] = {}
+        self._failures = 0
+        self._idle: deque[_Connection] = deque()
+        weakref.finalize(self, _close_all, self._idle)
+
+    async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> bool:
+        """Fills ``buffer`` with the bytes from ``start`` of the version that ``stat`` names.
+
+        Returns:
+            False where that did not work, for whatever reason. ``buffer`` may have been written to then.
+        """
+        if self._failures >= _FAILURES:
+            return False
+        try:
+            request = _Request(self, await self._url(path), start, buffer, stat)
+            await in_thread(request.run, interrupt=request.interrupt)
+        except Exception as error:  # noqa: BLE001 - a signer raises anything; what is wrong the plane's client will say
+            self._failures += 1
+            self._signed.pop(path, None)
+            _logger.debug("%s is not read directly: %s", stat.url, error)
+            return False
+        self._failures = 0
+        return True
+
+    async def _url(self, path: str) -> str:
+        url, made = self._signed.get(path, ("", -_FRESH))
+        now = time.monotonic()
+        if now - made >= _FRESH:
+            url = await self._sign(path)
+            self._signed.clear()  # one object after another is what is read
+            self._signed[path] = url, now
+        return url
+
+    def take(self, scheme: str, host: str) -> _Connection:
+        """An idle connection, or else a new one."""
+        with suppress(IndexError):
+            while True:
+                connection = self._idle.pop()
+                if (connection.scheme, connection.host) == (scheme, host) and connection.idle < _IDLE:
+                    return connection
+                connection.close()
+        return _Connection(scheme, host, self._tls)
+
+    def give_back(self, connection: _Connection) -> None:
+        self._idle.append(connection)
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=self._verify if isinstance(self._verify, str) else None)
+        if not self._verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return context
+
+
+class _Connection:
+    """One connection to a store."""
+
+    def __init__(self, scheme: str, host: str, tls: ssl.SSLContext) -> None:
+        if scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
+            raise ConnectionError("there is a proxy")
+        self.scheme, self.host = scheme, host
+        self.used = False
+        self._since = 0.0
+        self._http = (
+            http.client.HTTPSConnection(host, timeout=_SILENCE, context=tls)
+            if scheme == "https"
+            else http.client.HTTPConnection(host, timeout=_SILENCE)
+        )
+
+    @property
+    def idle(self) -> float:
+        """Seconds since its last use."""
+        return time.monotonic() - self._since
+
+    def open(self) -> None:
+        if self._http.sock is None:
+            self._http.connect()
+
+    def get(self, target: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+        self._http.request("GET", target, headers=headers)
+        return self._http.getresponse()
+
+    def rest(self) -> None:
+        self.used = True
+        self._since = time.monotonic()
+
+    def interrupt(self) -> None:
+        """Ends what another thread is doing with it."""
+        if sock := self._http.sock:
+            with suppress(OSError):  # not connected yet, or not any more
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._http.close()
+
+
+class _Request:
+    """One range on its way into memory."""
+
+    def __init__(self, reader: DirectReader, url: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
+        self._reader = reader
+        self._url = urlsplit(url)
+        self._start = start
+        self._buffer = buffer
+        self._stat = stat
+        self._connection: _Connection | None = None
+        self._interrupted = False
+
+    def run(self) -> None:
+        """Reads; blocks the thread. Raises whatever may happen."""
+        while True:
+            self._connection = connection = self._reader.take(self._url.scheme, self._url.netloc)
+            try:
+                self._read(connection)
+            except ConnectionError:
+                connection.close()
+                if connection.used and not self._interrupted:  # the store closed it while it was idle
+                    continue
+                raise
+            except BaseException:
+                connection.close()
+                raise
+            connection.rest()
+            self._reader.give_back(connection)
+            return
+
+    def interrupt(self) -> None:
+        """Makes :meth:`run` raise soon."""
+        self._interrupted = True
+        if self._connection is not None:
+            self._connection.interrupt()
+
+    def _read(self, connection: _Connection) -> None:
+        stop = self._start + len(self._buffer)
+        headers = {"Range": f"bytes={self._start}-{stop - 1}"}
+        if self._stat.etag is not None:
+            headers["If-Match"] = self._stat.etag
+        url = self._url
+        connection.open()
+        if self._interrupted:  # before there was anything to end
+            raise InterruptedError
+        response = connection.get(f"{url.path}?{url.query}" if url.query else url.path, headers)
+        if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+            raise OSError(f"status {response.status}")
+        if response.headers["Content-Range"] != f"bytes {self._start}-{stop - 1}/{self._stat.size}":
+            raise OSError(f"another range: {response.headers['Content-Range']}")
+        if self._stat.etag not in {None, response.headers["ETag"]}:
+            raise OSError("another version")  # some stores ignore If-Match
+        filled = 0
+        while filled < len(self._buffer):
+            if not (count := response.readinto(self._buffer[filled:])):
+                raise ConnectionResetError(f"the body ended after {filled} of {len(self._buffer)} bytes")
+            filled += count
+
+
+def _close_all(connections: deque[_Connection]) -> None:
+    while connections:
+        connections.pop().close()
