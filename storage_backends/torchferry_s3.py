@@ -42,6 +42,7 @@ from torchferry.storage.bridge import (
     once_a_process,
     require_known,
 )
+from torchferry.storage.direct import DirectReader
 from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.storage.obstore import ObstoreBackend
 
@@ -66,6 +67,8 @@ class S3Backend(Backend):
 
     def __init__(self, fs: S3FileSystem) -> None:
         self._fs = fs
+        self._direct: DirectReader | None = None
+        self._connected = False
 
     @classmethod
     def from_filesystem(cls, fs: AbstractFileSystem, plane: Plane) -> Backend:
@@ -107,17 +110,20 @@ class S3Backend(Backend):
 
     async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
         """Reads a range with one GET request, and with another one where its body breaks off."""
-        if stop <= start:
-            return b""
-        with _translated(self.url(path), "read"):
-            for attempt in range(self._fs.retries):
-                try:
-                    return await self._read(path, start, stop, stat)
-                except _connection_errors():
-                    if attempt + 1 == self._fs.retries:
-                        raise
-                    await asyncio.sleep(min(1.7**attempt * 0.1, 15))  # s3fs's own pace
-            raise AssertionError("unreachable: retries is at least 1")
+        data = bytearray(stop - start)
+        await self._read(path, start, memoryview(data), stat)
+        return data
+
+    async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
+        """Reads a range directly, with a URL that s3fs's client signs, where that says all; else like ``read``."""
+        if not self._connected:
+            with _translated(self.url(path), "read"):
+                await self._fs.set_session()
+            verify = _direct_trust(self._fs, self._fs.s3.meta.config)
+            self._direct = None if verify is None else DirectReader(self._sign, verify=verify)
+            self._connected = True
+        if self._direct is None or not await self._direct.read_into(path, start, buffer, stat):
+            await self._read(path, start, buffer, stat)
 
     async def write(
         self,
@@ -142,7 +148,27 @@ class S3Backend(Backend):
                 return
         self._forget(path)
 
-    async def _read(self, path: str, start: int, stop: int, stat: ObjectStat) -> bytearray:
+    async def _sign(self, path: str) -> str:
+        address = self._address(path)
+        client = await self._fs.get_s3(address["Bucket"])
+        url: str = await client.generate_presigned_url("get_object", Params=address)  # for an hour
+        return url
+
+    async def _read(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
+        if not buffer:
+            return
+        with _translated(self.url(path), "read"):
+            for attempt in range(self._fs.retries):
+                try:
+                    await self._read_once(path, start, buffer, stat)
+                    break
+                except _connection_errors():
+                    if attempt + 1 == self._fs.retries:
+                        raise
+                    await asyncio.sleep(min(1.7**attempt * 0.1, 15))  # s3fs's own pace
+
+    async def _read_once(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
+        stop = start + len(buffer)
         address = self._address(path)
         if stat.etag is not None and not self._fs.local_expiry_check:
             address["IfMatch"] = stat.etag
@@ -152,21 +178,19 @@ class S3Backend(Backend):
             # Some stores ignore If-Match, and some ranges.
             if stat.etag not in {None, response.get("ETag")}:
                 raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.")
-            if response["ContentLength"] != stop - start:
+            if response["ContentLength"] != len(buffer):
                 raise StorageError(
                     f"Cannot read the bytes {start} to {stop} of {self.url(path)}: "
                     f"the store offered {response['ContentLength']} bytes."
                 )
-            data = bytearray(stop - start)
             filled = 0
             while piece := await body.read(_READ_PIECE):
-                data[filled : filled + len(piece)] = piece
+                buffer[filled : filled + len(piece)] = piece
                 filled += len(piece)
         finally:
             body.close()
-        if filled != stop - start:
-            raise ConnectionResetError(f"the body ended after {filled} of {stop - start} bytes")
-        return data
+        if filled != len(buffer):
+            raise ConnectionResetError(f"the body ended after {filled} of {len(buffer)} bytes")
 
     def _address(self, path: str) -> dict[str, Any]:
         bucket, key, version = self._fs.split_path(path)
@@ -474,9 +498,7 @@ class _Bridge:
         self._config = _store_config(self.fs, config)
         self._client_options = _client_options(self.fs, config)
         self._retry = _retry_config(config)
-        # A URL says nothing of who pays, and has no key; and a proxy is for the client that knows it.
-        plain = not (self.fs.anon or config.proxies or self._config["request_payer"])
-        self.verify = _trusted(self.fs) if plain and "sse_customer_key_base64" not in self._config else None
+        self.verify = _direct_trust(self.fs, config)
 
     async def open_store(self, bucket: str) -> Any:
         """The store of a bucket; on any event loop."""
@@ -604,6 +626,22 @@ def _client_options(fs: S3FileSystem, config: Any) -> ClientConfig:
     if "max_pool_connections" in fs.config_kwargs and fs.config_kwargs["max_pool_connections"] < _MOST_CONNECTIONS:
         raise UntranslatableError(f"config_kwargs 'max_pool_connections' below {_MOST_CONNECTIONS}")
     return options
+
+
+def _direct_trust(fs: S3FileSystem, config: Any) -> str | bool | None:
+    """What :func:`_trusted` says; None where a signed URL does not say all that there is to say.
+
+    It does not say who pays, and has no key that the customer keeps. Proxies and client certificates are for the
+    client that knows them, as is whatever a class or a session of the user's does.
+    """
+    arguments = {**fs.req_kw, **fs.s3_additional_kwargs}
+    users = type(fs) is not S3FileSystem or fs.storage_options.get("session") is not None
+    if users or fs.anon or config.proxies or config.client_cert or {"RequestPayer", "SSECustomerKey"} & set(arguments):
+        return None
+    try:
+        return _trusted(fs)
+    except UntranslatableError:
+        return None
 
 
 def _trusted(fs: S3FileSystem) -> str | bool:

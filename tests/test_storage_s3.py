@@ -34,7 +34,7 @@ from torchferry.storage import bridge
 from torchferry.storage.base import MIB, Backend, ObjectStat, Plane
 from torchferry.storage.registry import open_backend
 from torchferry.testing import CloudConformance, StoreUnderTest
-from torchferry.testing.conformance import stream
+from torchferry.testing.conformance import READS, Reads, stream
 from torchferry.testing.faultproxy import Fault
 from torchferry.testing.servers import storage_options_for
 
@@ -189,23 +189,25 @@ async def test_small_upload_survives(through: Through, fault: Fault) -> None:
         "truncated three times",
     ],
 )
-async def test_download_survives_with_the_right_bytes(through: Through, fault: Fault) -> None:
+@READS
+async def test_download_survives_with_the_right_bytes(through: Through, reads: Reads, fault: Fault) -> None:
     store, faulty = through(_fresh(fault))
     path = store.path("checkpoint.pt")
     store.raw_write(path, DATA)
     found = await store.stat(path)
-    assert await store.read(path, 5, 3 * MIB, found) == DATA[5 : 3 * MIB]
+    assert await getattr(store, reads)(path, 5, 3 * MIB, found) == DATA[5 : 3 * MIB]
     assert len(faulty.proxy.requests("GET")) > 1
 
 
-async def test_download_that_is_always_cut_is_an_error_and_never_data(through: Through) -> None:
+@READS
+async def test_download_that_is_always_cut_is_an_error_and_never_data(through: Through, reads: Reads) -> None:
     retries = {"config_kwargs": {"retries": {"max_attempts": 2}}}
     store, _ = through(Fault(method="GET", truncate_after=1000, times=None), **retries)
     path = store.path("checkpoint.pt")
     store.raw_write(path, DATA)
     found = await store.stat(path)
     with pytest.raises(StorageError, match=r"checkpoint\.pt"):
-        await store.read(path, 0, 3 * MIB, found)
+        await getattr(store, reads)(path, 0, 3 * MIB, found)
 
 
 async def test_part_that_is_never_taken_is_unavailable_and_leaves_nothing(through: Through) -> None:
@@ -329,8 +331,9 @@ async def test_key_that_obstore_would_change_is_refused_with_the_way_out(
         await backend.write(path, stream(b"x", 1), size_hint=1)
 
 
+@READS
 @pytest.mark.parametrize("plane", PLANES)
-async def test_store_that_ignores_conditions_does_not_mix_versions(plane: Plane) -> None:
+async def test_store_that_ignores_conditions_does_not_mix_versions(plane: Plane, reads: Reads) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         fields = 'ETag: "new"\r\nContent-Range: bytes 0-3/4\r\nLast-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\n'
@@ -341,12 +344,12 @@ async def test_store_that_ignores_conditions_does_not_mix_versions(plane: Plane)
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     options = storage_options_for(endpoint, "key", "secret")
-    opened = partial(open_backend, "s3://bucket/x", storage_options=options, plane=plane)
-    backend, path = await asyncio.to_thread(opened)
+    store = await asyncio.to_thread(S3Store, None, "s3://bucket/x", options, plane)
     async with server:
-        assert await run_on(backend.loop, backend.read, path, 0, 4, ObjectStat("", 4, '"new"')) == b"data"
+        read = partial(getattr(store, reads), "bucket/x", 0, 4)
+        assert await read(ObjectStat("", 4, '"new"')) == b"data"
         with pytest.raises(CheckpointChangedError, match="s3://bucket/x was replaced"):
-            await run_on(backend.loop, backend.read, path, 0, 4, ObjectStat("", 4, '"old"'))
+            await read(ObjectStat("", 4, '"old"'))
 
 
 async def test_only_the_bytes_asked_for_travel(through: Through) -> None:

@@ -63,6 +63,8 @@ class DirectReader:
         Returns:
             False where that did not work, for whatever reason. ``buffer`` may have been written to then.
         """
+        if not buffer:
+            return True
         if self._failures >= _FAILURES:
             return False
         try:

@@ -19,7 +19,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import anyio
 import pytest
@@ -124,6 +124,11 @@ class StoreUnderTest(ABC):
     async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> bytes:
         return bytes(await run_on(self.backend.loop, self.backend.read, path, start, stop, stat))
 
+    async def read_into(self, path: str, start: int, stop: int, stat: ObjectStat) -> bytes:
+        buffer = bytearray(stop - start)
+        await run_on(self.backend.loop, self.backend.read_into, path, start, memoryview(buffer), stat)
+        return bytes(buffer)
+
     async def delete(self, path: str) -> None:
         await run_on(self.backend.loop, self.backend.delete, path)
 
@@ -150,6 +155,11 @@ async def stream(data: bytes, piece: int, *, then: Callable[[], Any] | None = No
 
 def _raise_source_error() -> None:
     raise SourceError
+
+
+Reads: TypeAlias = Literal["read", "read_into"]
+READS = pytest.mark.parametrize("reads", get_args(Reads))
+"""Both verbs that read."""
 
 
 class BackendConformance(ABC):
@@ -400,7 +410,8 @@ class BackendConformance(ABC):
         assert after.size == 7
         assert after != before
 
-    async def test_ranges_are_exact(self, store: StoreUnderTest) -> None:
+    @READS
+    async def test_ranges_are_exact(self, store: StoreUnderTest, reads: Reads) -> None:
         path, data = store.path("checkpoint.pt"), _random_bytes(PART + 17)
         store.raw_write(path, data)
         found = await store.stat(path)
@@ -409,41 +420,47 @@ class BackendConformance(ABC):
         results: dict[tuple[int, int], bytes] = {}
 
         async def read(start: int, stop: int) -> None:
-            results[start, stop] = await store.read(path, start, stop, found)
+            results[start, stop] = await getattr(store, reads)(path, start, stop, found)
 
         async with anyio.create_task_group() as tasks:
             for start, stop in ranges:
                 tasks.start_soon(read, start, stop)
         assert all(results[start, stop] == data[start:stop] for start, stop in ranges)
 
-    async def test_what_was_written_can_be_read_with_what_write_returned(self, store: StoreUnderTest) -> None:
+    @READS
+    async def test_what_was_written_can_be_read_with_what_write_returned(
+        self, store: StoreUnderTest, reads: Reads
+    ) -> None:
         path, data = store.path("checkpoint.pt"), _random_bytes(PART + 17)
         written = await store.write(path, stream(data, MIB))
-        assert await store.read(path, 0, len(data), written) == data
+        assert await getattr(store, reads)(path, 0, len(data), written) == data
 
-    async def test_range_beyond_the_end_is_an_error(self, store: StoreUnderTest) -> None:
+    @READS
+    async def test_range_beyond_the_end_is_an_error(self, store: StoreUnderTest, reads: Reads) -> None:
         path = store.path("checkpoint.pt")
         store.raw_write(path, b"12345")
         found = await store.stat(path)
         for start, stop in ((0, 6), (4, 100), (5, 6), (50, 60)):
             with pytest.raises(StorageError):
-                await store.read(path, start, stop, found)
+                await getattr(store, reads)(path, start, stop, found)
 
-    async def test_reading_a_replaced_version_is_an_error(self, store: StoreUnderTest) -> None:
+    @READS
+    async def test_reading_a_replaced_version_is_an_error(self, store: StoreUnderTest, reads: Reads) -> None:
         path = store.path("checkpoint.pt")
         store.raw_write(path, b"version 1")
         found = await store.stat(path)
         store.raw_write(path, b"version 2")
         with pytest.raises(CheckpointChangedError, match="replaced"):
-            await store.read(path, 0, 9, found)
+            await getattr(store, reads)(path, 0, 9, found)
 
-    async def test_missing_object_is_not_found(self, store: StoreUnderTest) -> None:
+    @READS
+    async def test_missing_object_is_not_found(self, store: StoreUnderTest, reads: Reads) -> None:
         path = store.path("missing.pt")
         with pytest.raises(CheckpointNotFoundError) as caught:
             await store.stat(path)
         assert store.backend.url(path) in str(caught.value)
         with pytest.raises(CheckpointNotFoundError) as caught:
-            await store.read(path, 0, 5, ObjectStat(store.backend.url(path), 5))
+            await getattr(store, reads)(path, 0, 5, ObjectStat(store.backend.url(path), 5))
         assert store.backend.url(path) in str(caught.value)
 
     async def test_delete_removes_the_object(self, store: StoreUnderTest) -> None:
