@@ -501,8 +501,11 @@ def _obstore_backend(fs: GCSFileSystem, *, forced: bool) -> ObstoreBackend:
 class _GcsThroughObstore(ObstoreBackend):
     """Google Cloud Storage through obstore, beside a gcsfs filesystem that its user goes on using.
 
-    A version is the object's ETag. Without credentials only reads go through obstore: for anything else it looks for
-    some of its own, and does not find the user's.
+    A version is the object's generation, on this plane too; its ETag only where a server has no generations. Google's
+    ETags may be those of the bytes, and the same after they were written anew.
+
+    Without credentials only reads go through obstore: for anything else it looks for some of its own, and does not find
+    the user's.
     """
 
     def __init__(self, fs: GCSFileSystem) -> None:
@@ -514,6 +517,13 @@ class _GcsThroughObstore(ObstoreBackend):
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The loop of gcsfs where that writes; else any."""
         return self._anonymously.loop if self._anonymously else None
+
+    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
+        try:
+            return await super().read(path, start, stop, stat)
+        except CheckpointNotFoundError as error:
+            await self.stat(path)  # raises where there is no object, or no bucket
+            raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.") from error
 
     async def write(
         self,
@@ -532,6 +542,12 @@ class _GcsThroughObstore(ObstoreBackend):
     async def delete(self, path: str) -> None:
         await (self._anonymously.delete(path) if self._anonymously else super().delete(path))
         self._users_fs.invalidate_cache(path)
+
+    def _version(self, found: Mapping[str, Any]) -> str | None:
+        return found["version"] or super()._version(found)
+
+    def _pinned_to(self, version: str) -> dict[str, str]:
+        return {"version": version} if version.isdecimal() else super()._pinned_to(version)  # ETags are in quotes
 
 
 def _require_translatable(fs: GCSFileSystem) -> None:

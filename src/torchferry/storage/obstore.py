@@ -87,7 +87,7 @@ class ObstoreBackend(Backend):
                 # The answer to a HEAD has no body. The one to a GET says whether the bucket is missing too.
                 result = await obstore.get_async(store, key)
         metadata = {name: value for name, value in result.attributes.items() if name not in _STANDARD_ATTRIBUTES}
-        return ObjectStat(self.url(path), result.meta["size"], result.meta["e_tag"], metadata)
+        return ObjectStat(self.url(path), result.meta["size"], self._version(result.meta), metadata)
 
     async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
         if stop <= start:
@@ -95,10 +95,10 @@ class ObstoreBackend(Backend):
         store, key = await self._locate(path)
         options: Any = {"range": (start, stop)}
         if stat.etag is not None:
-            options["if_match"] = stat.etag
+            options |= self._pinned_to(stat.etag)
         with self._translated(path, "read"):
             result = await obstore.get_async(store, key, options=options)
-            if stat.etag not in {None, result.meta["e_tag"]}:  # some stores ignore If-Match
+            if stat.etag not in {None, result.meta["e_tag"], result.meta["version"]}:  # some stores ignore the pin
                 raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.")
             data = memoryview(await result.buffer_async())
         if len(data) != stop - start:
@@ -138,7 +138,7 @@ class ObstoreBackend(Backend):
             )
         with self._translated(path, "write"):
             result = await _interruptible(put, source)
-        return ObjectStat(self.url(path), source.size, result["e_tag"], attributes)
+        return ObjectStat(self.url(path), source.size, self._version(result), attributes)
 
     async def delete(self, path: str) -> None:
         store, key = await self._locate(path)
@@ -147,6 +147,15 @@ class ObstoreBackend(Backend):
                 await obstore.delete_async(store, key)
         except CheckpointNotFoundError:
             return
+
+    def _version(self, found: Mapping[str, Any]) -> str | None:
+        """What names a version: of what obstore returned for an object, the ETag."""
+        etag: str | None = found["e_tag"]
+        return etag
+
+    def _pinned_to(self, version: str) -> dict[str, str]:
+        """The options of a request for this version only."""
+        return {"if_match": version}
 
     async def _locate(self, path: str) -> tuple[ObjectStore, str]:
         bucket, _, key = path.partition("/")
