@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 from adlfs import AzureBlobFileSystem
-from azure.storage.blob import AccountSasPermissions, ResourceTypes, generate_account_sas
+from azure.core import MatchConditions
+from azure.core.exceptions import HttpResponseError, ResourceModifiedError
+from azure.storage.blob import (
+    AccountSasPermissions,
+    BlobBlock,
+    ContentSettings,
+    ResourceTypes,
+    generate_account_sas,
+)
 from azure.storage.blob import BlobServiceClient as SyncBlobServiceClient
 from azure.storage.blob.aio import BlobServiceClient
 from cryptography import x509
@@ -57,14 +65,14 @@ class AzureStore(StoreUnderTest):
         return f"{self._prefix}/{name}"
 
     def raw_write(self, path: str, data: bytes) -> None:
-        self._blob(path).upload_blob(data, overwrite=True)
+        self.raw_blob(path).upload_blob(data, overwrite=True)
 
     def raw_read(self, path: str) -> bytes:
-        data: bytes = self._blob(path).download_blob().readall()
+        data: bytes = self.raw_blob(path).download_blob().readall()
         return data
 
     def raw_exists(self, path: str) -> bool:
-        found: bool = self._blob(path).exists()
+        found: bool = self.raw_blob(path).exists()
         return found
 
     def leftovers(self) -> list[str]:
@@ -75,9 +83,9 @@ class AzureStore(StoreUnderTest):
         container, _, prefix = self._prefix.partition("/")
         blobs = self._client.get_container_client(container).list_blobs(prefix, include=["uncommittedblobs"])
         paths = [f"{container}/{blob.name}" for blob in blobs]
-        return [path for path in paths if self._blob(path).get_block_list("uncommitted")[1]]
+        return [path for path in paths if self.raw_blob(path).get_block_list("uncommitted")[1]]
 
-    def _blob(self, path: str) -> Any:
+    def raw_blob(self, path: str) -> Any:
         container, _, key = path.partition("/")
         return self._client.get_blob_client(container, key)
 
@@ -124,8 +132,9 @@ def through_adlfs(azure_client: Any, azure_url: str, azure_storage_options: dict
     return AzureStore(azure_client, azure_url, azure_storage_options, "fsspec")
 
 
-async def interrupted_write(store: AzureStore, path: str) -> None:
-    """A write that fails when some of its blocks are staged."""
+async def interrupted_write(store: AzureStore, path: str, ending: str = "failure") -> None:
+    """A write that fails or is cancelled when some of its blocks are staged."""
+    loop, staged = asyncio.get_running_loop(), asyncio.Event()
 
     async def chunks() -> AsyncIterator[Chunk]:
         async for chunk in stream(DATA, MIB):
@@ -133,27 +142,70 @@ async def interrupted_write(store: AzureStore, path: str) -> None:
         with anyio.fail_after(60):
             while not await anyio.to_thread.run_sync(store.staged):
                 pass
-        raise SourceError
+        if ending == "failure":
+            raise SourceError
+        loop.call_soon_threadsafe(staged.set)
+        await anyio.sleep_forever()
 
-    with pytest.raises(SourceError):
-        await store.write(path, chunks())
+    task = asyncio.create_task(store.write(path, chunks()))
+    if ending == "cancel":
+        await staged.wait()
+        task.cancel()
+    with pytest.raises((SourceError, asyncio.CancelledError)):
+        await task
 
 
-async def test_blocks_staged_for_a_blob_that_exists_go_with_the_next_write(store: AzureStore) -> None:
-    """To discard them at once, the blob, which others may be reading, would have to be written anew."""
+@pytest.mark.parametrize("ending", ["failure", "cancel"])
+@pytest.mark.parametrize("form", ["put whole", "made of blocks"])
+async def test_interrupted_write_leaves_a_blob_that_exists_as_it_is_and_its_blocks_go_with_the_next_one(
+    store: AzureStore, form: str, ending: str
+) -> None:
     path = store.path("checkpoint.pt")
-    store.raw_write(path, b"old")
-    before = await store.stat(path)
-    await interrupted_write(store, path)
-    assert await store.stat(path) == before  # the same version: who is reading it goes on reading
+    blob = store.raw_blob(path)
+    described: dict[str, Any] = {"metadata": {"step": "1"}, "content_settings": ContentSettings("application/x-old")}
+    if form == "put whole":
+        blob.upload_blob(b"old", **described)
+    else:
+        blob.stage_block("block", b"old")
+        blob.commit_block_list([BlobBlock("block")], **described)
+    blob.set_standard_blob_tier("Cool")
+    before = blob.get_blob_properties(), blob.get_block_list("committed")
+    await interrupted_write(store, path, ending)
+    after = blob.get_blob_properties(), blob.get_block_list("committed")
+    assert [str(found) for found in after] == [str(found) for found in before]
+    assert store.raw_read(path) == b"old"
     assert store.staged() == [path]
     await store.write(path, stream(DATA, MIB))
     assert store.staged() == []
     assert store.raw_read(path) == DATA
 
 
-async def test_failed_upload_leaves_the_blocks_of_another_one(through_adlfs: AzureStore) -> None:
-    store = through_adlfs
+@pytest.mark.parametrize("form", ["put whole", "made of blocks"])
+def test_why_staged_blocks_are_left_beside_a_blob_that_exists(through_adlfs: AzureStore, form: str) -> None:
+    """Nothing discards them but what makes another version of the blob, or even empties it."""
+    blob = through_adlfs.raw_blob(through_adlfs.path("checkpoint.pt"))
+    if form == "put whole":
+        blob.upload_blob(b"old")
+    else:
+        blob.stage_block("block", b"old")
+        blob.commit_block_list([BlobBlock("block")])
+    blob.stage_block("stage", b"new")
+    version = blob.get_blob_properties().etag
+    with pytest.raises(ResourceModifiedError):
+        blob.commit_block_list([], etag='"none"', match_condition=MatchConditions.IfNotModified)
+    with pytest.raises(HttpResponseError, match="block list"):
+        blob.commit_block_list([BlobBlock("other")])
+    blob.create_snapshot()
+    blob.delete_blob(delete_snapshots="only")
+    assert blob.get_blob_properties().etag == version
+    assert len(blob.get_block_list("uncommitted")[1]) == 1
+    blob.commit_block_list(blob.get_block_list("committed")[0])
+    assert blob.get_block_list("uncommitted")[1] == []
+    assert blob.get_blob_properties().etag != version
+    assert blob.download_blob().readall() == (b"" if form == "put whole" else b"old")
+
+
+async def test_failed_upload_leaves_the_blocks_of_another_one(store: AzureStore) -> None:
     path = store.path("checkpoint.pt")
     loop, go_on, staged = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
 
