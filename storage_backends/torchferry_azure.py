@@ -11,7 +11,6 @@ import asyncio
 import logging
 import secrets
 import uuid
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
@@ -27,11 +26,9 @@ from obstore.store import AzureStore
 
 from torchferry._sync import run_on
 from torchferry.errors import (
-    CheckpointChangedError,
     CheckpointNotFoundError,
     StorageError,
     StoragePermissionError,
-    StorageUnavailableError,
 )
 from torchferry.storage.base import MIB, Backend, Chunk, ObjectStat, Plane
 from torchferry.storage.body import SEND_PIECE, RequestBody, whole_or_not_at_all
@@ -47,9 +44,10 @@ from torchferry.storage.bridge import (
 from torchferry.storage.cancellation import to_the_end
 from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.storage.obstore import ObstoreBackend
+from torchferry.storage.translation import REFUSED, by_status, translated
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
 
     from adlfs import AzureBlobFileSystem
     from azure.storage.blob.aio import BlobClient
@@ -308,18 +306,7 @@ class _BlockUpload(MultipartUpload[BlobBlock, ObjectStat]):
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _translated(url: str, verb: str) -> Iterator[None]:
-    """Turns the errors of Azure's client library into torchferry's."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except Exception as error:
-        raise _translate(f"Cannot {verb} {url}", error) from error
-
-
-def _translate(what: str, error: Exception) -> StorageError:  # noqa: PLR0911 - a table, in order
+def _translate(what: str, error: Exception) -> StorageError:
     # https://learn.microsoft.com/rest/api/storageservices/blob-service-error-codes
     status = error.status_code or 0 if isinstance(error, HttpResponseError) else 0
     code = getattr(error, "error_code", None) or ""
@@ -331,17 +318,13 @@ def _translate(what: str, error: Exception) -> StorageError:  # noqa: PLR0911 - 
         return CheckpointNotFoundError(f"{what}: there is no such blob.")
     if code == _INVALID_BLOCK_LIST:
         return StorageError(_OTHER_WRITER.format(what))
-    if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
-        return StoragePermissionError(f"{what}: the store refused these credentials ({code or status}). {reason}")
-    if isinstance(error, ClientAuthenticationError):
+    if isinstance(error, ClientAuthenticationError) and status not in REFUSED:
         return StoragePermissionError(f"{what}: no usable credentials. {reason}")
-    if status == HTTPStatus.PRECONDITION_FAILED:
-        return CheckpointChangedError(f"{what}: it was replaced meanwhile.")
-    busy = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
     unanswered = isinstance(error, ConnectionError | TimeoutError) or (isinstance(error, AzureError) and not status)
-    if unanswered or status in busy or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return StorageUnavailableError(f"{what}: the store is not available, after all retries. {reason}")
-    return StorageError(f"{what}: {reason} {f'({code})' if code else ''}".rstrip())
+    return by_status(what, reason, status, code, unanswered=unanswered)
+
+
+_translated = partial(translated, _translate)
 
 
 # --- the bridge to obstore ------------------------------------------------------------------------------------------
@@ -387,8 +370,7 @@ class _AzureThroughObstore(ObstoreBackend):
         twin = fs
         if fs.asynchronous:
             twin = type(fs)(*fs.storage_args, **{**fs.storage_options, "asynchronous": False, "loop": None})
-        super().__init__("abfs", partial(_open_store, twin), max_parts=_MOST_BLOCKS)
-        self._users_fs = fs
+        super().__init__("abfs", partial(_open_store, twin), max_parts=_MOST_BLOCKS, forget=AzureBackend(fs).forget)
         self._through_adlfs = AzureBackend(twin)
 
     async def write(
@@ -411,7 +393,7 @@ class _AzureThroughObstore(ObstoreBackend):
                 yield chunk
 
         try:
-            written = await super().write(path, counted(), size_hint=size_hint, part_size=part_size, metadata=metadata)
+            return await super().write(path, counted(), size_hint=size_hint, part_size=part_size, metadata=metadata)
         except (StoragePermissionError, CheckpointNotFoundError):  # nothing was staged
             raise
         except BaseException as error:
@@ -419,14 +401,12 @@ class _AzureThroughObstore(ObstoreBackend):
                 sizes = {part_size, size % part_size}  # of all blocks, and of the last
                 await self._clean_up(path, lambda block: block.size in sizes, error)
                 raise
-            written = await self._find_committed(path, size, dict(metadata or {}), error)
-        self._users_fs.invalidate_cache(self._users_fs._parent(path))
-        return written
+            return await self._find_committed(path, size, dict(metadata or {}), error)
 
     async def delete(self, path: str) -> None:
         # obstore sends a batch of one, which takes other permissions than a deletion, and loses what went wrong.
         await run_on(self._through_adlfs.loop, self._through_adlfs.delete, path)
-        self._users_fs.invalidate_cache(self._users_fs._parent(path))
+        self.forget(path)
 
     async def _find_committed(self, path: str, size: int, metadata: dict[str, str], error: StorageError) -> ObjectStat:
         """What is there when Azure did not find the blocks to commit.
@@ -439,6 +419,7 @@ class _AzureThroughObstore(ObstoreBackend):
             raise error from None
         if found.size != size:
             raise StorageError(_OTHER_WRITER.format(f"Cannot write {found.url}")) from error
+        self.forget(path)
         return ObjectStat(found.url, found.size, found.etag, metadata)
 
     async def _clean_up(self, path: str, mine: Callable[[BlobBlock], bool], reason: BaseException) -> None:

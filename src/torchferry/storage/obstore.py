@@ -12,7 +12,7 @@ import asyncio
 import errno
 import re
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import obstore
@@ -58,16 +58,24 @@ class ObstoreBackend(Backend):
         protocol: The URL protocol, for messages.
         open_store: Makes the obstore store of a bucket (or container). Called once for each.
         max_parts: How many parts the store allows in one upload.
+        forget: Called with the path of what was written or deleted: lets the listings of the filesystem, which its user
+            goes on using, find what is there now.
     """
 
     plane = "obstore"
 
     def __init__(
-        self, protocol: str, open_store: Callable[[str], Awaitable[ObjectStore]], *, max_parts: int = 10_000
+        self,
+        protocol: str,
+        open_store: Callable[[str], Awaitable[ObjectStore]],
+        *,
+        max_parts: int = 10_000,
+        forget: Callable[[str], None],
     ) -> None:
         self._protocol = protocol
         self._open_store = open_store
         self._max_parts = max_parts
+        self.forget = forget
         self._stores: dict[str, ObjectStore] = {}
 
     @classmethod
@@ -138,15 +146,14 @@ class ObstoreBackend(Backend):
             )
         with self._translated(path, "write"):
             result = await _interruptible(put, source)
+        self.forget(path)
         return ObjectStat(self.url(path), source.size, self._version(result), attributes)
 
     async def delete(self, path: str) -> None:
         store, key = await self._locate(path)
-        try:
-            with self._translated(path, "delete"):
-                await obstore.delete_async(store, key)
-        except CheckpointNotFoundError:
-            return
+        with suppress(CheckpointNotFoundError), self._translated(path, "delete"):
+            await obstore.delete_async(store, key)
+        self.forget(path)
 
     def _version(self, found: Mapping[str, Any]) -> str | None:
         """What names a version: of what obstore returned for an object, the ETag."""
