@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import uuid
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
@@ -26,11 +26,9 @@ from obstore.store import AzureStore
 
 from torchferry._sync import run_on
 from torchferry.errors import (
-    CheckpointChangedError,
     CheckpointNotFoundError,
     StorageError,
     StoragePermissionError,
-    StorageUnavailableError,
 )
 from torchferry.storage.base import MIB, Backend, Chunk, ObjectStat, Plane
 from torchferry.storage.body import SEND_PIECE, RequestBody, whole_or_not_at_all
@@ -46,9 +44,10 @@ from torchferry.storage.bridge import (
 from torchferry.storage.cancellation import to_the_end
 from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.storage.obstore import ObstoreBackend
+from torchferry.storage.translation import REFUSED, by_status, translated
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
 
     from adlfs import AzureBlobFileSystem
     from azure.storage.blob.aio import BlobClient
@@ -66,6 +65,7 @@ _LARGEST_SINGLE_PUT = MIB  # Azure takes more, but the client library copies it,
 _IN_FLIGHT = 10
 _CLEANUP_SECONDS = 30.0
 _LATE_BLOCK_SECONDS = 0.1
+_MOST_TELLING_BYTES = 1 << 16
 _INVALID_BLOCK_LIST = "InvalidBlockList"
 _OTHER_WRITER = "{}: another writer wrote it at the same time, and Azure kept that one."
 _SCOPE = "https://storage.azure.com/.default"
@@ -161,21 +161,21 @@ class AzureBackend(Backend):
                     raise
         self.forget(path)
 
-    async def discard_uncommitted(self, path: str, mine: frozenset[str] | None = None) -> None:
+    async def discard_uncommitted(self, path: str, mine: Callable[[BlobBlock], bool]) -> None:
         """Discards the uncommitted blocks of a blob that does not exist, after a failed upload.
 
         Azure has no request for it. It discards them a week after the last of them came; when the blob is written;
         or, and that is what this does, when an empty block list is committed, which makes an empty blob, deleted at
         once. For the moment in between there is an empty blob.
 
-        A blob that exists is left alone, and so are the blocks staged for it, which nobody can see: to discard them
-        it would have to be written anew. So is one that the credentials may not delete, or that the container's policy
-        makes immutable.
+        A blob that exists is left alone, and so are the blocks staged for it, which nobody can see: what discards them
+        makes another version of it, or empties it (``docs/clouds.md``). So is one that the credentials may not delete,
+        or that the container's policy makes immutable.
 
         Args:
             path: Where the blob would be.
-            mine: The ids of the failed upload's blocks: where there are others too, another upload is under way, and
-                all stay. None where the ids are not known: then that other upload loses its blocks.
+            mine: Whether a block is the failed upload's. Where there are others too, another upload is under way, and
+                all stay.
         """
         blob = self.blob(path)
         with _translated(self.url(path), "clean up"):
@@ -185,8 +185,9 @@ class AzureBackend(Backend):
                 if error.status_code == HTTPStatus.NOT_FOUND:
                     return
                 raise
-            others = mine is not None and any(block.id not in mine for block in uncommitted)
-            if uncommitted and not others and await self._may_delete(blob) and not await self._immutable(blob):
+            if not uncommitted or not all(map(mine, uncommitted)):
+                return
+            if await self._may_delete(blob) and not await self._immutable(blob):
                 await self._commit_nothing_and_delete(blob)
 
     def blob(self, path: str) -> BlobClient:
@@ -285,7 +286,7 @@ class _BlockUpload(MultipartUpload[BlobBlock, ObjectStat]):
 
     async def abort(self) -> None:
         if self._staged:
-            await self._backend.discard_uncommitted(self._path, frozenset(self._staged))
+            await self._backend.discard_uncommitted(self._path, lambda block: block.id in self._staged)
 
     async def _put_as_block(self, body: Sequence[Chunk]) -> ObjectStat:
         try:
@@ -305,18 +306,7 @@ class _BlockUpload(MultipartUpload[BlobBlock, ObjectStat]):
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _translated(url: str, verb: str) -> Iterator[None]:
-    """Turns the errors of Azure's client library into torchferry's."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except Exception as error:
-        raise _translate(f"Cannot {verb} {url}", error) from error
-
-
-def _translate(what: str, error: Exception) -> StorageError:  # noqa: PLR0911 - a table, in order
+def _translate(what: str, error: Exception) -> StorageError:
     # https://learn.microsoft.com/rest/api/storageservices/blob-service-error-codes
     status = error.status_code or 0 if isinstance(error, HttpResponseError) else 0
     code = getattr(error, "error_code", None) or ""
@@ -328,17 +318,13 @@ def _translate(what: str, error: Exception) -> StorageError:  # noqa: PLR0911 - 
         return CheckpointNotFoundError(f"{what}: there is no such blob.")
     if code == _INVALID_BLOCK_LIST:
         return StorageError(_OTHER_WRITER.format(what))
-    if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
-        return StoragePermissionError(f"{what}: the store refused these credentials ({code or status}). {reason}")
-    if isinstance(error, ClientAuthenticationError):
+    if isinstance(error, ClientAuthenticationError) and status not in REFUSED:
         return StoragePermissionError(f"{what}: no usable credentials. {reason}")
-    if status == HTTPStatus.PRECONDITION_FAILED:
-        return CheckpointChangedError(f"{what}: it was replaced meanwhile.")
-    busy = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
     unanswered = isinstance(error, ConnectionError | TimeoutError) or (isinstance(error, AzureError) and not status)
-    if unanswered or status in busy or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return StorageUnavailableError(f"{what}: the store is not available, after all retries. {reason}")
-    return StorageError(f"{what}: {reason} {f'({code})' if code else ''}".rstrip())
+    return by_status(what, reason, status, code, unanswered=unanswered)
+
+
+_translated = partial(translated, _translate)
 
 
 # --- the bridge to obstore ------------------------------------------------------------------------------------------
@@ -384,8 +370,7 @@ class _AzureThroughObstore(ObstoreBackend):
         twin = fs
         if fs.asynchronous:
             twin = type(fs)(*fs.storage_args, **{**fs.storage_options, "asynchronous": False, "loop": None})
-        super().__init__("abfs", partial(_open_store, twin), max_parts=_MOST_BLOCKS)
-        self._users_fs = fs
+        super().__init__("abfs", partial(_open_store, twin), max_parts=_MOST_BLOCKS, forget=AzureBackend(fs).forget)
         self._through_adlfs = AzureBackend(twin)
 
     async def write(
@@ -397,6 +382,8 @@ class _AzureThroughObstore(ObstoreBackend):
         part_size: int | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> ObjectStat:
+        # obstore does not tell the ids of its blocks: a size that no other upload has tells them from another's.
+        part_size = part_size_for(size_hint, part_size, max_parts=_MOST_BLOCKS) + secrets.randbelow(_MOST_TELLING_BYTES)
         size = 0
 
         async def counted() -> AsyncIterator[Chunk]:
@@ -406,21 +393,20 @@ class _AzureThroughObstore(ObstoreBackend):
                 yield chunk
 
         try:
-            written = await super().write(path, counted(), size_hint=size_hint, part_size=part_size, metadata=metadata)
+            return await super().write(path, counted(), size_hint=size_hint, part_size=part_size, metadata=metadata)
         except (StoragePermissionError, CheckpointNotFoundError):  # nothing was staged
             raise
         except BaseException as error:
             if not isinstance(error, StorageError) or _INVALID_BLOCK_LIST not in str(error):
-                await self._clean_up(path, error)
+                sizes = {part_size, size % part_size}  # of all blocks, and of the last
+                await self._clean_up(path, lambda block: block.size in sizes, error)
                 raise
-            written = await self._find_committed(path, size, dict(metadata or {}), error)
-        self._users_fs.invalidate_cache(self._users_fs._parent(path))
-        return written
+            return await self._find_committed(path, size, dict(metadata or {}), error)
 
     async def delete(self, path: str) -> None:
         # obstore sends a batch of one, which takes other permissions than a deletion, and loses what went wrong.
         await run_on(self._through_adlfs.loop, self._through_adlfs.delete, path)
-        self._users_fs.invalidate_cache(self._users_fs._parent(path))
+        self.forget(path)
 
     async def _find_committed(self, path: str, size: int, metadata: dict[str, str], error: StorageError) -> ObjectStat:
         """What is there when Azure did not find the blocks to commit.
@@ -433,23 +419,24 @@ class _AzureThroughObstore(ObstoreBackend):
             raise error from None
         if found.size != size:
             raise StorageError(_OTHER_WRITER.format(f"Cannot write {found.url}")) from error
+        self.forget(path)
         return ObjectStat(found.url, found.size, found.etag, metadata)
 
-    async def _clean_up(self, path: str, reason: BaseException) -> None:
+    async def _clean_up(self, path: str, mine: Callable[[BlobBlock], bool], reason: BaseException) -> None:
         """Discards uncommitted blocks, which obstore leaves; where that fails, says so with ``reason``."""
         adlfs = self._through_adlfs
         try:
-            await to_the_end(run_on, adlfs.loop, self._discard_twice, path, patience=_CLEANUP_SECONDS)
+            await to_the_end(run_on, adlfs.loop, self._discard_twice, path, mine, patience=_CLEANUP_SECONDS)
         except StorageError as error:
             message = f"What was staged could not be removed: {error}"
             reason.add_note(message)
             logger.warning("%s", message)
 
-    async def _discard_twice(self, path: str) -> None:
+    async def _discard_twice(self, path: str, mine: Callable[[BlobBlock], bool]) -> None:
         """Discards, and looks again: a block that was on its way when obstore stopped can arrive a moment later."""
-        await self._through_adlfs.discard_uncommitted(path)
+        await self._through_adlfs.discard_uncommitted(path, mine)
         await asyncio.sleep(_LATE_BLOCK_SECONDS)
-        await self._through_adlfs.discard_uncommitted(path)
+        await self._through_adlfs.discard_uncommitted(path, mine)
 
 
 async def _open_store(fs: AzureBlobFileSystem, container: str) -> Any:

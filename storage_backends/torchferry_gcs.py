@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import secrets
-from contextlib import contextmanager
 from datetime import UTC, timedelta
 from functools import partial
 from http import HTTPStatus
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
-import anyio
 import gcsfs.retry
 import google.auth.exceptions
 import google_crc32c
@@ -27,12 +25,12 @@ import requests
 from gcsfs.retry import HttpError
 from obstore.store import GCSStore
 
+from torchferry._tasks import task_group
 from torchferry.errors import (
     CheckpointChangedError,
     CheckpointNotFoundError,
     StorageError,
     StoragePermissionError,
-    StorageUnavailableError,
 )
 from torchferry.storage.base import MIB, Backend, Chunk, ObjectStat, Plane
 from torchferry.storage.body import SEND_PIECE, RequestBody, whole_or_not_at_all
@@ -47,10 +45,11 @@ from torchferry.storage.bridge import (
 from torchferry.storage.cancellation import in_thread
 from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.storage.obstore import ObstoreBackend
+from torchferry.storage.translation import by_status, translated
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import AsyncIterable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterable, Mapping, Sequence
 
     from fsspec import AbstractFileSystem
     from gcsfs import GCSFileSystem
@@ -364,7 +363,7 @@ class _Composition(MultipartUpload[_Component, ObjectStat]):
         return ObjectStat(self._backend.url(self._path), int(found["size"]), found.get("generation"), self._metadata)
 
     def _translated(self) -> Any:
-        return _translated(self._backend.url(self._path), "write", missing="the bucket does not exist")
+        return _translated_write(self._backend.url(self._path), "write")
 
 
 def _grouped(parts: Sequence[_Component]) -> list[Sequence[_Component]]:
@@ -393,7 +392,7 @@ async def _concurrently(func: Any, indexes: range) -> None:
         for index in left:
             await func(index)
 
-    async with anyio.create_task_group() as tasks:
+    async with task_group() as tasks:
         for _ in range(min(_IN_FLIGHT, len(indexes))):
             tasks.start_soon(work)
 
@@ -415,36 +414,22 @@ class _NoSuchBucketError(FileNotFoundError):
     """The bucket is what is missing."""
 
 
-@contextmanager
-def _translated(url: str, verb: str, missing: str = "there is no such object") -> Iterator[None]:
-    """Turns the errors of gcsfs into torchferry's; ``missing`` says what a 404 means."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except ExceptionGroup as errors:  # from composing, which leaves the first error to speak for all
-        raise _translate(f"Cannot {verb} {url}", errors.exceptions[0], missing) from errors.exceptions[0]
-    except Exception as error:
-        raise _translate(f"Cannot {verb} {url}", error, missing) from error
-
-
-def _translate(what: str, error: Exception, missing: str) -> StorageError:  # noqa: PLR0911 - a table, in order
+def _translate(what: str, error: Exception, missing: str = "there is no such object") -> StorageError:
+    """The torchferry error for one of gcsfs; ``missing`` says what a 404 means."""
     status = _status(error)
     reason = str(error) or type(error).__name__
     if isinstance(error, _NoSuchBucketError):
         return CheckpointNotFoundError(f"{what}: the bucket does not exist.")
     if isinstance(error, FileNotFoundError):
         return CheckpointNotFoundError(f"{what}: {missing}.")
-    if isinstance(error, FileExistsError):  # what gcsfs makes of 412, Precondition Failed
-        return CheckpointChangedError(f"{what}: it was replaced meanwhile.")
-    if isinstance(error, _CONNECTION_ERRORS) or status in _UNAVAILABLE:
-        return StorageUnavailableError(f"{what}: the store is not available, after all retries. {reason}")
-    if isinstance(error, _CREDENTIAL_ERRORS):
+    unanswered = isinstance(error, _CONNECTION_ERRORS)
+    if isinstance(error, _CREDENTIAL_ERRORS) and not unanswered:
         return StoragePermissionError(f"{what}: no usable credentials. {reason}")
-    if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
-        return StoragePermissionError(f"{what}: the store refused these credentials. {reason}")
-    return StorageError(f"{what}: {reason}")
+    return by_status(what, reason, status, unanswered=unanswered)
 
+
+_translated = partial(translated, _translate)
+_translated_write = partial(translated, partial(_translate, missing="the bucket does not exist"))
 
 _CONNECTION_ERRORS = (
     aiohttp.ClientError,
@@ -457,7 +442,6 @@ _CREDENTIAL_ERRORS = (
     google.auth.exceptions.GoogleAuthError,
     *([gcsfs.retry.NonRetryableError] if "NonRetryableError" in vars(gcsfs.retry) else []),  # newer gcsfs has it
 )
-_UNAVAILABLE = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, *range(500, 600)}
 
 
 def _status(error: Exception) -> int:
@@ -466,6 +450,8 @@ def _status(error: Exception) -> int:
         return int(error.code)
     if type(error) is OSError and str(error).startswith("Forbidden"):
         return HTTPStatus.FORBIDDEN
+    if isinstance(error, FileExistsError):  # what it makes of a 412
+        return HTTPStatus.PRECONDITION_FAILED
     return 0
 
 
@@ -501,19 +487,28 @@ def _obstore_backend(fs: GCSFileSystem, *, forced: bool) -> ObstoreBackend:
 class _GcsThroughObstore(ObstoreBackend):
     """Google Cloud Storage through obstore, beside a gcsfs filesystem that its user goes on using.
 
-    A version is the object's ETag. Without credentials only reads go through obstore: for anything else it looks for
-    some of its own, and does not find the user's.
+    A version is the object's generation, on this plane too; its ETag only where a server has no generations. Google's
+    ETags may be those of the bytes, and the same after they were written anew.
+
+    Without credentials only reads go through obstore: for anything else it looks for some of its own, and does not find
+    the user's.
     """
 
     def __init__(self, fs: GCSFileSystem) -> None:
-        super().__init__("gs", _Bridge(fs).open_store)
-        self._users_fs = fs
+        super().__init__("gs", _Bridge(fs).open_store, forget=fs.invalidate_cache)
         self._anonymously = GcsBackend(fs) if fs.credentials.credentials is None else None
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The loop of gcsfs where that writes; else any."""
         return self._anonymously.loop if self._anonymously else None
+
+    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
+        try:
+            return await super().read(path, start, stop, stat)
+        except CheckpointNotFoundError as error:
+            await self.stat(path)  # raises where there is no object, or no bucket
+            raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.") from error
 
     async def write(
         self,
@@ -525,13 +520,16 @@ class _GcsThroughObstore(ObstoreBackend):
         metadata: Mapping[str, str] | None = None,
     ) -> ObjectStat:
         write = self._anonymously.write if self._anonymously else super().write
-        written = await write(path, chunks, size_hint=size_hint, part_size=part_size, metadata=metadata)
-        self._users_fs.invalidate_cache(path)
-        return written
+        return await write(path, chunks, size_hint=size_hint, part_size=part_size, metadata=metadata)
 
     async def delete(self, path: str) -> None:
         await (self._anonymously.delete(path) if self._anonymously else super().delete(path))
-        self._users_fs.invalidate_cache(path)
+
+    def _version(self, found: Mapping[str, Any]) -> str | None:
+        return found["version"] or super()._version(found)
+
+    def _pinned_to(self, version: str) -> dict[str, str]:
+        return {"version": version} if version.isdecimal() else super()._pinned_to(version)  # ETags are in quotes
 
 
 def _require_translatable(fs: GCSFileSystem) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from http import HTTPStatus
@@ -29,7 +28,6 @@ from torchferry.errors import (
     CheckpointNotFoundError,
     StorageError,
     StoragePermissionError,
-    StorageUnavailableError,
     UnsupportedOptionError,
 )
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
@@ -45,9 +43,10 @@ from torchferry.storage.bridge import (
 from torchferry.storage.direct import DirectReader
 from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.storage.obstore import ObstoreBackend
+from torchferry.storage.translation import by_status, translated
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterable, Mapping, Sequence
 
     from fsspec import AbstractFileSystem
     from obstore.store import ClientConfig
@@ -329,18 +328,7 @@ def _perhaps_complete() -> tuple[type[Exception], ...]:
     return (FileNotFoundError, *_connection_errors())
 
 
-@contextmanager
-def _translated(url: str, verb: str) -> Iterator[None]:
-    """Turns the errors of s3fs and botocore into torchferry's."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except Exception as error:
-        raise _translate(f"Cannot {verb} {url}", error) from error
-
-
-def _translate(what: str, error: Exception) -> StorageError:  # noqa: PLR0911 - a table, in order
+def _translate(what: str, error: Exception) -> StorageError:
     code, status = _code_and_status(error)
     reason = str(error) or type(error).__name__
     if isinstance(error, _NoSuchBucketError) or code == "NoSuchBucket":
@@ -349,14 +337,13 @@ def _translate(what: str, error: Exception) -> StorageError:  # noqa: PLR0911 - 
         return CheckpointNotFoundError(f"{what}: there is no such object.")
     if isinstance(error, _CREDENTIAL_ERRORS):
         return StoragePermissionError(f"{what}: no usable credentials. {reason}")
-    if code in _PERMISSION_CODES or status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
-        return StoragePermissionError(f"{what}: the store refused these credentials ({code or status}). {reason}")
-    if status == HTTPStatus.PRECONDITION_FAILED:
-        return CheckpointChangedError(f"{what}: it was replaced meanwhile.")
-    busy = code in _UNAVAILABLE_CODES or status == HTTPStatus.TOO_MANY_REQUESTS
-    if busy or status >= HTTPStatus.INTERNAL_SERVER_ERROR or isinstance(error, _connection_errors()):
-        return StorageUnavailableError(f"{what}: the store is not available, after all retries. {reason}")
-    return StorageError(f"{what}: {reason} {f'({code})' if code else ''}".rstrip())
+    if code in _PERMISSION_CODES:
+        status = HTTPStatus.FORBIDDEN
+    unanswered = code in _UNAVAILABLE_CODES or isinstance(error, _connection_errors())
+    return by_status(what, reason, status, code, unanswered=unanswered)
+
+
+_translated = partial(translated, _translate)
 
 
 def _code_and_status(error: Exception) -> tuple[str, int]:
@@ -407,32 +394,8 @@ def _obstore_backend(fs: S3FileSystem) -> ObstoreBackend:
         StoragePermissionError: the credentials' profile does not exist.
     """
     _check_filesystem(fs)
-    return _S3ThroughObstore(_Bridge(fs), fs)
-
-
-class _S3ThroughObstore(ObstoreBackend):
-    """S3 through obstore, beside an s3fs filesystem that its user goes on using."""
-
-    def __init__(self, bridge: _Bridge, fs: S3FileSystem) -> None:
-        super().__init__("s3", bridge.open_store, verify=bridge.verify)
-        self._users_fs = fs
-
-    async def write(
-        self,
-        path: str,
-        chunks: AsyncIterable[Chunk],
-        *,
-        size_hint: int,
-        part_size: int | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> ObjectStat:
-        written = await super().write(path, chunks, size_hint=size_hint, part_size=part_size, metadata=metadata)
-        self._users_fs.invalidate_cache(path)
-        return written
-
-    async def delete(self, path: str) -> None:
-        await super().delete(path)
-        self._users_fs.invalidate_cache(path)
+    bridge = _Bridge(fs)
+    return ObstoreBackend("s3", bridge.open_store, forget=fs.invalidate_cache, verify=bridge.verify)
 
 
 def _check_filesystem(fs: S3FileSystem) -> None:

@@ -3,22 +3,34 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import http.server
 import ipaddress
 import json
 import os
+import ssl
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import parse_qsl
 
 import anyio
 import pytest
 from adlfs import AzureBlobFileSystem
-from azure.storage.blob import AccountSasPermissions, ResourceTypes, generate_account_sas
+from azure.core import MatchConditions
+from azure.core.exceptions import HttpResponseError, ResourceModifiedError
+from azure.storage.blob import (
+    AccountSasPermissions,
+    BlobBlock,
+    ContentSettings,
+    ResourceTypes,
+    generate_account_sas,
+)
 from azure.storage.blob import BlobServiceClient as SyncBlobServiceClient
 from azure.storage.blob.aio import BlobServiceClient
 from cryptography import x509
@@ -57,14 +69,14 @@ class AzureStore(StoreUnderTest):
         return f"{self._prefix}/{name}"
 
     def raw_write(self, path: str, data: bytes) -> None:
-        self._blob(path).upload_blob(data, overwrite=True)
+        self.raw_blob(path).upload_blob(data, overwrite=True)
 
     def raw_read(self, path: str) -> bytes:
-        data: bytes = self._blob(path).download_blob().readall()
+        data: bytes = self.raw_blob(path).download_blob().readall()
         return data
 
     def raw_exists(self, path: str) -> bool:
-        found: bool = self._blob(path).exists()
+        found: bool = self.raw_blob(path).exists()
         return found
 
     def leftovers(self) -> list[str]:
@@ -75,9 +87,9 @@ class AzureStore(StoreUnderTest):
         container, _, prefix = self._prefix.partition("/")
         blobs = self._client.get_container_client(container).list_blobs(prefix, include=["uncommittedblobs"])
         paths = [f"{container}/{blob.name}" for blob in blobs]
-        return [path for path in paths if self._blob(path).get_block_list("uncommitted")[1]]
+        return [path for path in paths if self.raw_blob(path).get_block_list("uncommitted")[1]]
 
-    def _blob(self, path: str) -> Any:
+    def raw_blob(self, path: str) -> Any:
         container, _, key = path.partition("/")
         return self._client.get_blob_client(container, key)
 
@@ -124,8 +136,9 @@ def through_adlfs(azure_client: Any, azure_url: str, azure_storage_options: dict
     return AzureStore(azure_client, azure_url, azure_storage_options, "fsspec")
 
 
-async def interrupted_write(store: AzureStore, path: str) -> None:
-    """A write that fails when some of its blocks are staged."""
+async def interrupted_write(store: AzureStore, path: str, ending: str = "failure") -> None:
+    """A write that fails or is cancelled when some of its blocks are staged."""
+    loop, staged = asyncio.get_running_loop(), asyncio.Event()
 
     async def chunks() -> AsyncIterator[Chunk]:
         async for chunk in stream(DATA, MIB):
@@ -133,27 +146,70 @@ async def interrupted_write(store: AzureStore, path: str) -> None:
         with anyio.fail_after(60):
             while not await anyio.to_thread.run_sync(store.staged):
                 pass
-        raise SourceError
+        if ending == "failure":
+            raise SourceError
+        loop.call_soon_threadsafe(staged.set)
+        await anyio.sleep_forever()
 
-    with pytest.raises(SourceError):
-        await store.write(path, chunks())
+    task = asyncio.create_task(store.write(path, chunks()))
+    if ending == "cancel":
+        await staged.wait()
+        task.cancel()
+    with pytest.raises((SourceError, asyncio.CancelledError)):
+        await task
 
 
-async def test_blocks_staged_for_a_blob_that_exists_go_with_the_next_write(store: AzureStore) -> None:
-    """To discard them at once, the blob, which others may be reading, would have to be written anew."""
+@pytest.mark.parametrize("ending", ["failure", "cancel"])
+@pytest.mark.parametrize("form", ["put whole", "made of blocks"])
+async def test_interrupted_write_leaves_a_blob_that_exists_as_it_is_and_its_blocks_go_with_the_next_one(
+    store: AzureStore, form: str, ending: str
+) -> None:
     path = store.path("checkpoint.pt")
-    store.raw_write(path, b"old")
-    before = await store.stat(path)
-    await interrupted_write(store, path)
-    assert await store.stat(path) == before  # the same version: who is reading it goes on reading
+    blob = store.raw_blob(path)
+    described: dict[str, Any] = {"metadata": {"step": "1"}, "content_settings": ContentSettings("application/x-old")}
+    if form == "put whole":
+        blob.upload_blob(b"old", **described)
+    else:
+        blob.stage_block("block", b"old")
+        blob.commit_block_list([BlobBlock("block")], **described)
+    blob.set_standard_blob_tier("Cool")
+    before = blob.get_blob_properties(), blob.get_block_list("committed")
+    await interrupted_write(store, path, ending)
+    after = blob.get_blob_properties(), blob.get_block_list("committed")
+    assert [str(found) for found in after] == [str(found) for found in before]
+    assert store.raw_read(path) == b"old"
     assert store.staged() == [path]
     await store.write(path, stream(DATA, MIB))
     assert store.staged() == []
     assert store.raw_read(path) == DATA
 
 
-async def test_failed_upload_leaves_the_blocks_of_another_one(through_adlfs: AzureStore) -> None:
-    store = through_adlfs
+@pytest.mark.parametrize("form", ["put whole", "made of blocks"])
+def test_why_staged_blocks_are_left_beside_a_blob_that_exists(through_adlfs: AzureStore, form: str) -> None:
+    """Nothing discards them but what makes another version of the blob, or even empties it."""
+    blob = through_adlfs.raw_blob(through_adlfs.path("checkpoint.pt"))
+    if form == "put whole":
+        blob.upload_blob(b"old")
+    else:
+        blob.stage_block("block", b"old")
+        blob.commit_block_list([BlobBlock("block")])
+    blob.stage_block("stage", b"new")
+    version = blob.get_blob_properties().etag
+    with pytest.raises(ResourceModifiedError):
+        blob.commit_block_list([], etag='"none"', match_condition=MatchConditions.IfNotModified)
+    with pytest.raises(HttpResponseError, match="block list"):
+        blob.commit_block_list([BlobBlock("other")])
+    blob.create_snapshot()
+    blob.delete_blob(delete_snapshots="only")
+    assert blob.get_blob_properties().etag == version
+    assert len(blob.get_block_list("uncommitted")[1]) == 1
+    blob.commit_block_list(blob.get_block_list("committed")[0])
+    assert blob.get_block_list("uncommitted")[1] == []
+    assert blob.get_blob_properties().etag != version
+    assert blob.download_blob().readall() == (b"" if form == "put whole" else b"old")
+
+
+async def test_failed_upload_leaves_the_blocks_of_another_one(store: AzureStore) -> None:
     path = store.path("checkpoint.pt")
     loop, go_on, staged = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
 
@@ -401,36 +457,62 @@ def tls_server(azurite_program: Path, tmp_path_factory: pytest.TempPathFactory) 
         yield server, authority
 
 
-CREDENTIALS = {
-    "account key": '{"account_key": server["account_key"]}',
-    "shared access signature": '{"sas_token": server["signature"]}',
-    "token": '{"credential": Token(server["token"])}',
-}
+class TokenIssuer:
+    """What Microsoft Entra ID is to service principals: over TLS, gives out tokens for their secret.
 
-ROUND_TRIP = """
-import json, sys, time
-import torch, torchferry
-from adlfs import AzureBlobFileSystem
-from azure.core.credentials import AccessToken
+    https://learn.microsoft.com/entra/identity-platform/v2-oauth2-client-creds-grant-flow
+    """
 
-class Token:
-    "What azure-identity's credentials are: of a service principal, a managed identity, the default credential."
-    def __init__(self, token): self.token = token
-    async def get_token(self, *scopes, **options):
-        assert scopes == ("https://storage.azure.com/.default",)
-        return AccessToken(self.token, int(time.time()) + 3600)
-    async def close(self): pass
+    tenant = "ferry-tenant"
+    secret = "ferry-secret"
 
-server = json.loads(sys.argv[1])
-fs = AzureBlobFileSystem(account_name="ferrytest", account_host=server["host"], **{credentials})
-tensors = [torch.arange(1 << 21), torch.arange(1 << 21)]
-for plane in ("fsspec", "obstore"):
-    url = f"abfs://{{server['container']}}/{{plane}}.pt"
-    torchferry.save(tensors, url, filesystem=fs, plane=plane, part_size=5 << 20)
-    loaded = torchferry.load(url, filesystem=fs, plane=plane)
-    assert all(map(torch.equal, loaded, tensors))
-print("both planes")
-"""
+    def __init__(self, certificate: tuple[Path, Path]) -> None:
+        self.served: list[str] = []  # the ids of those who got a token
+        issuer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                form = dict(parse_qsl(self.rfile.read(int(self.headers["Content-Length"])).decode()))
+                status, answer = issuer.answer(self.path, **form)
+                content = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args: object) -> None:
+                """Nothing."""
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*certificate)
+        self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+
+    def answer(self, path: str, **form: str) -> tuple[int, dict[str, Any]]:
+        assert path == f"/{self.tenant}/oauth2/v2.0/token"
+        assert form["grant_type"] == "client_credentials"
+        assert form["scope"] == "https://storage.azure.com/.default"
+        if form["client_secret"] != self.secret:
+            return 401, {"error": "invalid_client", "error_description": "AADSTS7000215: Invalid client secret."}
+        self.served.append(form["client_id"])
+        return 200, {"access_token": bearer_token(), "expires_in": 3600, "token_type": "Bearer"}
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self.server.serve_forever)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.server.shutdown()
+        self._thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture
+def token_issuer(tls_server: tuple[AzureServer, Path], tmp_path: Path) -> Iterator[TokenIssuer]:
+    with TokenIssuer(write_certificate(tmp_path / "issuer", tls_server[1])) as issuer:
+        yield issuer
 
 
 def bearer_token() -> str:
@@ -448,9 +530,59 @@ def bearer_token() -> str:
     return ".".join([*encoded, "c2lnbmF0dXJl"])
 
 
-@pytest.mark.parametrize("kind", CREDENTIALS)
-def test_credentials_of_the_filesystem_serve_both_planes(tls_server: tuple[AzureServer, Path], kind: str) -> None:
-    """In a process of its own, which trusts the certificate from its start."""
+CREDENTIALS = {  # how a filesystem is told, and who is given a token then
+    "account key": ('{"account_key": server["account_key"]}', []),
+    "shared access signature": ('{"sas_token": server["signature"]}', []),
+    "service principal": (
+        '{"tenant_id": "ferry-tenant", "client_id": "principal", "client_secret": "ferry-secret"}',
+        ["principal"],
+    ),
+    "default credential": ('{"anon": False}', ["of the environment"]),
+    "credential": (
+        '{"credential": ClientSecretCredential("ferry-tenant", "of the user", "ferry-secret")}',
+        ["of the user"],
+    ),
+}
+
+CONNECT = """
+import json, sys
+import torch, torchferry
+from adlfs import AzureBlobFileSystem
+from azure.identity.aio import ClientSecretCredential
+
+server = json.loads(sys.argv[1])
+fs = AzureBlobFileSystem(account_name="ferrytest", account_host=server["host"], **{credentials})
+"""
+
+ROUND_TRIP = """
+tensors = [torch.arange(1 << 21), torch.arange(1 << 21)]
+for plane in ("fsspec", "obstore"):
+    url = f"abfs://{server['container']}/{plane}.pt"
+    torchferry.save(tensors, url, filesystem=fs, plane=plane, part_size=5 << 20)
+    loaded = torchferry.load(url, filesystem=fs, plane=plane)
+    assert all(map(torch.equal, loaded, tensors))
+    print(plane)
+"""
+
+REFUSED = """
+from azure.storage.blob._shared.policies_async import ExponentialRetry
+
+ExponentialRetry.get_backoff_time = lambda *_: 0.1  # it asks four times, in 86 seconds
+for plane in ("fsspec", "obstore"):
+    url = f"abfs://{server['container']}/{plane}.pt"
+    try:
+        torchferry.save(torch.arange(10), url, filesystem=fs, plane=plane)
+    except torchferry.StoragePermissionError as error:
+        assert "Invalid client secret" in str(error), error
+        print(plane)
+"""
+
+
+@pytest.fixture
+def tls_run(
+    tls_server: tuple[AzureServer, Path], token_issuer: TokenIssuer
+) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """Runs a program in a process of its own, which trusts the certificates from its start."""
     server, certificate = tls_server
     signature = generate_account_sas(
         server.account_name,
@@ -467,16 +599,44 @@ def test_credentials_of_the_filesystem_serve_both_planes(tls_server: tuple[Azure
         "host": server.endpoint.removeprefix("https://"),
         "account_key": server.account_key,
         "signature": signature,
-        "token": bearer_token(),
         "container": container,
     }
-    program = ROUND_TRIP.format(credentials=CREDENTIALS[kind])
-    done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(known)],
-        env=os.environ | {"SSL_CERT_FILE": str(certificate)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.stdout == "both planes\n", done.stderr
+    environment = {
+        "SSL_CERT_FILE": str(certificate),
+        "AZURE_AUTHORITY_HOST": f"127.0.0.1:{token_issuer.server.server_port}",
+        "AZURE_TENANT_ID": TokenIssuer.tenant,
+        "AZURE_CLIENT_ID": "of the environment",
+        "AZURE_CLIENT_SECRET": TokenIssuer.secret,
+    }
+
+    def run(program: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", program, json.dumps(known)],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("kind", CREDENTIALS)
+def test_credentials_of_the_filesystem_serve_both_planes(
+    tls_run: Callable[[str], subprocess.CompletedProcess[str]], token_issuer: TokenIssuer, kind: str
+) -> None:
+    """With azure-identity's own credentials; one token, got over TLS, serves both planes."""
+    credentials, served = CREDENTIALS[kind]
+    done = tls_run(CONNECT.format(credentials=credentials) + ROUND_TRIP)
+    assert done.stdout == "fsspec\nobstore\n", done.stderr
+    assert token_issuer.served == served
+
+
+def test_service_principal_that_is_refused_a_token_is_a_permission_error(
+    tls_run: Callable[[str], subprocess.CompletedProcess[str]], token_issuer: TokenIssuer
+) -> None:
+    credentials = '{"tenant_id": "ferry-tenant", "client_id": "principal", "client_secret": "wrong"}'
+    done = tls_run(CONNECT.format(credentials=credentials) + REFUSED)
+    assert done.stdout == "fsspec\nobstore\n", done.stderr
+    assert token_issuer.served == []

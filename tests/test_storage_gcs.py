@@ -23,8 +23,15 @@ from google.oauth2.credentials import Credentials
 
 import torchferry_gcs
 from torchferry._sync import run_on
-from torchferry.errors import StorageError, StoragePermissionError, StorageUnavailableError, UnsupportedOptionError
-from torchferry.storage.base import MIB, Backend
+from torchferry.errors import (
+    CheckpointChangedError,
+    CheckpointNotFoundError,
+    StorageError,
+    StoragePermissionError,
+    StorageUnavailableError,
+    UnsupportedOptionError,
+)
+from torchferry.storage.base import MIB, Backend, Plane
 from torchferry.storage.registry import open_backend
 from torchferry.testing import CloudConformance, StoreUnderTest
 from torchferry.testing.conformance import stream
@@ -47,8 +54,8 @@ class GcsStore(StoreUnderTest):
 
     keeps_metadata = True
 
-    def __init__(self, client: GcsClient, url: str, storage_options: dict[str, Any]) -> None:
-        self.options = {"storage_options": storage_options, "plane": "fsspec"}
+    def __init__(self, client: GcsClient, url: str, storage_options: dict[str, Any], plane: Plane = "fsspec") -> None:
+        self.options = {"storage_options": storage_options, "plane": plane}
         self.backend, self._prefix = open_backend(url, **self.options)
         self._client = client
 
@@ -157,6 +164,88 @@ class TestGcsThroughObstore(CloudConformance):
     def unauthorized(self, xml_url: str, gcs_xml: tuple[TokenProxy, GcsServer]) -> Backend:
         options = with_token("ferry-powerless-token", gcs_xml[0].endpoint)
         return open_backend(xml_url, storage_options=options, plane="obstore")[0]
+
+
+# --- generations
+
+
+@pytest.fixture(params=["fsspec", "obstore"])
+def pinned(
+    request: pytest.FixtureRequest, gcs_server: GcsServer, gcs_client: GcsClient, gcs_url: str
+) -> Iterator[tuple[GcsStore, TokenProxy]]:
+    """fake-gcs-server, which has generations, and of the XML API what reads; and the proxy that the requests pass."""
+    with TokenProxy(gcs_server.port) as proxy:
+        yield GcsStore(gcs_client, gcs_url, with_token("ferry-test-token", proxy.endpoint), request.param), proxy
+
+
+async def test_reads_are_pinned_to_the_generation(pinned: tuple[GcsStore, TokenProxy], store: GcsStore) -> None:
+    reading, proxy = pinned
+    path = store.path("checkpoint.pt")
+    written = await store.write(path, stream(DATA, MIB))
+    assert written.etag is not None
+    assert written.etag.isdecimal()
+    assert await reading.stat(path) == written
+    before = len(proxy.log)
+    assert await reading.read(path, 5, 100, written) == DATA[5:100]
+    assert [f"generation={written.etag}" in request.target for request in proxy.log[before:]] == [True]
+
+
+async def test_same_bytes_written_anew_are_another_version(pinned: tuple[GcsStore, TokenProxy]) -> None:
+    """Their ETag, which is their MD5, is the same."""
+    store, _ = pinned
+    path = store.path("checkpoint.pt")
+    store.raw_write(path, b"12345")
+    before = await store.stat(path)
+    store.raw_write(path, b"12345")
+    assert await store.stat(path) != before
+    with pytest.raises(CheckpointChangedError, match="replaced"):
+        await store.read(path, 0, 5, before)
+
+
+async def test_what_is_deleted_while_it_is_read_is_not_found(pinned: tuple[GcsStore, TokenProxy]) -> None:
+    store, _ = pinned
+    path = store.path("checkpoint.pt")
+    store.raw_write(path, b"12345")
+    found = await store.stat(path)
+    await store.delete(path)
+    with pytest.raises(CheckpointNotFoundError):
+        await store.read(path, 0, 5, found)
+
+
+class GenerationProxy(TokenProxy):
+    """Adds to every answer the generation that the server behind it does not have."""
+
+    generation = 1
+
+    def answered(self, head: Head) -> Head:
+        head = super().answered(head)
+        return Head(head.first_line, (b"x-goog-generation: %d\r\n" % self.generation, *head.lines))
+
+
+@pytest.mark.parametrize("size", [5, len(DATA)], ids=["small", "parts"])
+async def test_generation_that_a_write_is_answered_with_is_what_reads_are_pinned_to(
+    xml_client: Any, xml_url: str, gcs_xml: tuple[TokenProxy, GcsServer], size: int
+) -> None:
+    with GenerationProxy(gcs_xml[1].port) as proxy:
+        store = GcsXmlStore(xml_client, xml_url, with_token("ferry-test-token", proxy.endpoint))
+        path = store.path("checkpoint.pt")
+        written = await store.write(path, stream(DATA[:size], MIB))
+        assert written.etag == "1"
+        assert await store.read(path, 0, 5, written) == DATA[:5]
+        assert "generation=1" in proxy.log[-1].target
+        proxy.generation = 2
+        with pytest.raises(CheckpointChangedError, match="replaced"):  # whatever bytes this server then sends
+            await store.read(path, 0, 5, written)
+
+
+async def test_read_is_pinned_to_the_etag_where_the_server_has_no_generations(
+    xml_client: Any, xml_url: str, recording_proxy: RecordingProxy
+) -> None:
+    store = GcsXmlStore(xml_client, xml_url, with_token("ferry-test-token", recording_proxy.endpoint))
+    path = store.path("checkpoint.pt")
+    written = await store.write(path, stream(b"12345", 2))
+    assert await store.read(path, 0, 5, written) == b"12345"
+    assert recording_proxy.pins[-1] == written.etag
 
 
 # --- components
@@ -341,16 +430,18 @@ async def test_gcsfs_sees_what_was_written(store: GcsStore, gcs_storage_options:
 
 
 class RecordingProxy(TokenProxy):
-    """Keeps what each request is authorized with, and billed to."""
+    """Keeps what each request is authorized with, billed to and pinned to."""
 
     def __init__(self, upstream_port: int) -> None:
         super().__init__(upstream_port)
         self.authorizations: list[str] = []
         self.payers: set[str] = set()
+        self.pins: list[str] = []
 
     def admit(self, head: Head) -> Head | bytes:
         self.authorizations.append(head.fields.get("authorization", ""))
         self.payers.add(head.fields.get("x-goog-user-project", ""))
+        self.pins.append(head.fields.get("if-match", ""))
         return super().admit(head) if self.authorizations[-1] else head
 
 

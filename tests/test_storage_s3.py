@@ -379,7 +379,7 @@ def _unused_port() -> Iterator[int]:
 
 def config_of(backend: Backend) -> dict[str, Any]:
     """The settings that a store of this backend is made with."""
-    made = torchferry_s3._Bridge(backend._users_fs)  # type: ignore[attr-defined]
+    made = backend._open_store.__self__  # type: ignore[attr-defined]
     return {**made._config, "client": made._client_options, "retry": made._retry}
 
 

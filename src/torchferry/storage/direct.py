@@ -196,18 +196,23 @@ class _Request:
         connection.open()
         if self._interrupted:  # before there was anything to end
             raise InterruptedError
-        response = connection.get(f"{url.path}?{url.query}" if url.query else url.path, headers)
+        with connection.get(f"{url.path}?{url.query}" if url.query else url.path, headers) as response:
+            self._check(response)
+            filled = 0
+            while filled < len(self._buffer):
+                if not (count := response.readinto(self._buffer[filled:])):
+                    raise ConnectionResetError(f"the body ended after {filled} of {len(self._buffer)} bytes")
+                filled += count
+
+    def _check(self, response: http.client.HTTPResponse) -> None:
+        """Raises OSError for an answer with anything but the bytes that were asked for."""
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
             raise OSError(f"status {response.status}")
+        stop = self._start + len(self._buffer)
         if response.headers["Content-Range"] != f"bytes {self._start}-{stop - 1}/{self._stat.size}":
             raise OSError(f"another range: {response.headers['Content-Range']}")
         if self._stat.etag not in {None, response.headers["ETag"]}:
             raise OSError("another version")  # some stores ignore If-Match
-        filled = 0
-        while filled < len(self._buffer):
-            if not (count := response.readinto(self._buffer[filled:])):
-                raise ConnectionResetError(f"the body ended after {filled} of {len(self._buffer)} bytes")
-            filled += count
 
 
 def _close_all(connections: deque[_Connection]) -> None:

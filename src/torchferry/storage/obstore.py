@@ -12,7 +12,7 @@ import asyncio
 import errno
 import re
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,8 @@ class ObstoreBackend(Backend):
         protocol: The URL protocol, for messages.
         open_store: Makes the obstore store of a bucket (or container). Called once for each.
         max_parts: How many parts the store allows in one upload.
+        forget: Called with the path of what was written or deleted: lets the listings of the filesystem, which its user
+            goes on using, find what is there now.
         verify: Whose certificates to trust when ranges are read directly (see :class:`DirectReader`); None to read
             nothing directly.
     """
@@ -73,11 +75,13 @@ class ObstoreBackend(Backend):
         open_store: Callable[[str], Awaitable[ObjectStore]],
         *,
         max_parts: int = 10_000,
+        forget: Callable[[str], None],
         verify: str | bool | None = None,
     ) -> None:
         self._protocol = protocol
         self._open_store = open_store
         self._max_parts = max_parts
+        self.forget = forget
         self._stores: dict[str, ObjectStore] = {}
         self._direct = None if verify is None else DirectReader(self._sign, verify=verify)
 
@@ -98,7 +102,7 @@ class ObstoreBackend(Backend):
                 # The answer to a HEAD has no body. The one to a GET says whether the bucket is missing too.
                 result = await obstore.get_async(store, key)
         metadata = {name: value for name, value in result.attributes.items() if name not in _STANDARD_ATTRIBUTES}
-        return ObjectStat(self.url(path), result.meta["size"], result.meta["e_tag"], metadata)
+        return ObjectStat(self.url(path), result.meta["size"], self._version(result.meta), metadata)
 
     async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
         if stop <= start:
@@ -106,10 +110,10 @@ class ObstoreBackend(Backend):
         store, key = await self._locate(path)
         options: Any = {"range": (start, stop)}
         if stat.etag is not None:
-            options["if_match"] = stat.etag
+            options |= self._pinned_to(stat.etag)
         with self._translated(path, "read"):
             result = await obstore.get_async(store, key, options=options)
-            if stat.etag not in {None, result.meta["e_tag"]}:  # some stores ignore If-Match
+            if stat.etag not in {None, result.meta["e_tag"], result.meta["version"]}:  # some stores ignore the pin
                 raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.")
             data = memoryview(await result.buffer_async())
         if len(data) != stop - start:
@@ -153,15 +157,23 @@ class ObstoreBackend(Backend):
             )
         with self._translated(path, "write"):
             result = await _interruptible(put, source)
-        return ObjectStat(self.url(path), source.size, result["e_tag"], attributes)
+        self.forget(path)
+        return ObjectStat(self.url(path), source.size, self._version(result), attributes)
 
     async def delete(self, path: str) -> None:
         store, key = await self._locate(path)
-        try:
-            with self._translated(path, "delete"):
-                await obstore.delete_async(store, key)
-        except CheckpointNotFoundError:
-            return
+        with suppress(CheckpointNotFoundError), self._translated(path, "delete"):
+            await obstore.delete_async(store, key)
+        self.forget(path)
+
+    def _version(self, found: Mapping[str, Any]) -> str | None:
+        """What names a version: of what obstore returned for an object, the ETag."""
+        etag: str | None = found["e_tag"]
+        return etag
+
+    def _pinned_to(self, version: str) -> dict[str, str]:
+        """The options of a request for this version only."""
+        return {"if_match": version}
 
     async def _sign(self, path: str) -> str:
         store: Any  # the store of a cloud: others cannot sign

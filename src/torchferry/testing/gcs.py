@@ -1,7 +1,8 @@
 """Starts what stands in for Google Cloud Storage on this machine. Nothing here needs pytest.
 
 No server has all of it, so there are three: fake-gcs-server and gcp-storage-emulator speak the JSON API, which gcsfs
-uses; SeaweedFS, behind a proxy, speaks as much of the XML API as obstore uses.
+uses; SeaweedFS, behind a proxy, speaks as much of the XML API as obstore uses, but for generations. fake-gcs-server has
+those, and of the XML API what reads.
 """
 
 from __future__ import annotations
@@ -43,9 +44,10 @@ class GcsServer:
 
 
 class TokenProxy(FaultProxy):
-    """A proxy that asks for a bearer token, as Google does, and forwards requests without it.
+    """A proxy that asks for a bearer token, as Google does, and forwards requests without it, under the server's name.
 
-    To a server that speaks S3 it makes user metadata that of S3, and back.
+    fake-gcs-server speaks the XML API under its own name only. To a server that speaks S3 the proxy makes user metadata
+    that of S3, and back.
 
     Args:
         upstream_port: The server's port on 127.0.0.1.
@@ -65,8 +67,9 @@ class TokenProxy(FaultProxy):
         """The request without its token; or a refusal, where that is wrong or missing."""
         scheme, _, token = head.fields.get("authorization", "").partition(" ")
         if scheme == "Bearer" and token in self.tokens:
-            lines = head.without("authorization").lines
-            return Head(head.first_line, tuple(line.replace(b"x-goog-meta-", b"x-amz-meta-") for line in lines))
+            lines = head.without("authorization").without("host").lines
+            host = b"Host: %s:%d\r\n" % (HOST.encode(), self._upstream_port)
+            return Head(head.first_line, (host, *(line.replace(b"x-goog-meta-", b"x-amz-meta-") for line in lines)))
         status = b"403 Forbidden" if token in self.powerless_tokens else b"401 Unauthorized"
         error = b'{"error": {"code": %s, "message": "The caller does not have access to the object."}}' % status[:3]
         content = b"" if head.first_line.startswith("HEAD ") else error

@@ -1,0 +1,52 @@
+"""What the clouds' backends share in turning their clients' errors into torchferry's."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from torchferry.errors import (
+    CheckpointChangedError,
+    StorageError,
+    StoragePermissionError,
+    StorageUnavailableError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["REFUSED", "by_status", "translated"]
+
+REFUSED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
+_BUSY = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
+
+
+@contextmanager
+def translated(translate: Callable[[str, Exception], StorageError], url: str, verb: str) -> Iterator[None]:
+    """Raises what ``translate("Cannot <verb> <url>", error)`` returns in place of any error but torchferry's own."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        raise translate(f"Cannot {verb} {url}", error) from error
+
+
+def by_status(what: str, reason: str, status: int, code: str = "", *, unanswered: bool = False) -> StorageError:
+    """The error for a request that failed, where nothing but its HTTP status tells which.
+
+    Args:
+        what: What was tried.
+        reason: What the client says.
+        status: The answer's status; 0 where there is none, or nobody knows.
+        code: The store's own name for the error, where it has one.
+        unanswered: Whether there was no answer, or one that is as good as none.
+    """
+    if status in REFUSED:
+        return StoragePermissionError(f"{what}: the store refused these credentials ({code or int(status)}). {reason}")
+    if status == HTTPStatus.PRECONDITION_FAILED:
+        return CheckpointChangedError(f"{what}: it was replaced meanwhile.")
+    if unanswered or status in _BUSY or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return StorageUnavailableError(f"{what}: the store is not available, after all retries. {reason}")
+    return StorageError(f"{what}: {reason} {f'({code})' if code else ''}".rstrip())
