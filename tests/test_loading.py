@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import gc
 import io
 import pathlib
 import pickle
 import random
 import struct
 import tarfile
+import time
 import uuid
 import warnings
+import weakref
 import zipfile
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,7 @@ import torch
 from fsspec.callbacks import Callback
 
 import torchferry
+import torchferry.loading
 from torchferry.errors import (
     CheckpointChangedError,
     CheckpointCorruptError,
@@ -30,6 +34,7 @@ from torchferry.errors import (
     UnsafeCheckpointError,
 )
 from torchferry.loading import load_async
+from torchferry.mirror import Mirror
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -665,3 +670,31 @@ async def test_a_checkpoint_on_s3(s3_url: str, s3_client: Any, s3_storage_option
 def test_the_synchronous_load_is_the_same(counting_store: CountingStore) -> None:
     url = counting_store.put({"a": torch.ones(3)})
     assert torchferry.load(url)["a"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("keys", [None, ["a"]])
+def test_memory_is_free_with_the_last_tensor_and_not_when_the_collector_comes(
+    monkeypatch: pytest.MonkeyPatch, keys: list[str] | None
+) -> None:
+    memories: list[weakref.ref[Any]] = []
+
+    class Watched(Mirror):
+        def __init__(self, size: int) -> None:
+            super().__init__(size)
+            memories.append(weakref.ref(self._memory))
+
+    monkeypatch.setattr(torchferry.loading, "Mirror", Watched)
+    url = f"memory://{uuid.uuid4().hex}/x.pt"
+    torchferry.save({"a": torch.ones(1 << 20), "b": torch.ones(1 << 20)}, url)
+    gc.disable()
+    try:
+        loaded = torchferry.load(url, keys=keys)
+        assert [memory() is not None for memory in memories] == [True]
+        del loaded
+        for _ in range(500):  # threads that worked on it let go of it a moment later
+            if memories[0]() is None:
+                break
+            time.sleep(0.01)
+        assert memories[0]() is None
+    finally:
+        gc.enable()

@@ -272,7 +272,7 @@ async def _fetch(
     mirror: Mirror | None = None,
 ) -> None:
     """Hands the bytes of the extents to ``sink``, and all that is there already; by then they are in ``mirror``."""
-    ranges = await in_thread(source.plan, extents)
+    ranges = await in_thread(partial(source.plan, extents, into_memory=mirror is not None))
     kept = source.kept
     nbytes = sum(len(buffer) for _, buffer in kept)
     callback.set_size(nbytes + sum(stop - start for start, stop in ranges))

@@ -6,6 +6,7 @@ from bisect import bisect_left, insort
 from time import monotonic
 from typing import TYPE_CHECKING
 
+import anyio
 from anyio import CapacityLimiter
 from anyio.lowlevel import RunVar
 
@@ -91,9 +92,14 @@ class Source:
         pieces = ((at, memoryview(buffer)) for at, buffer in self._kept)
         return b"".join(piece[max(start - at, 0) : max(stop - at, 0)] for at, piece in pieces)
 
-    def plan(self, extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-        """The ranges to stream for these extents, what is kept already left out: neighbours merged, long ones cut."""
-        step = min(self._backend.range_size, _UNDER_WAY // self._backend.range_concurrency)
+    def plan(self, extents: Iterable[tuple[int, int]], *, into_memory: bool = False) -> list[tuple[int, int]]:
+        """The ranges to stream for these extents, what is kept already left out: neighbours merged, long ones cut.
+
+        They are shorter where :meth:`stream` has to hold them, because nobody gives it memory for them.
+        """
+        step = self._backend.range_size
+        if not into_memory:
+            step = min(step, _UNDER_WAY // self._backend.range_concurrency)
         return [
             (at, min(at + step, last))
             for start, stop in _merge(extents, _GAP, self.stat.size)
@@ -116,31 +122,25 @@ class Source:
         works on, and up to the default of that for all streams on this event loop together.
         Then it calls ``progress`` with the number of bytes, on the event loop.
         """
-        queue = iter(ranges)
         limiter = _limiter()
         pace = _Pace(self._backend.range_concurrency)
-        workers = 0
+        slots = anyio.Semaphore(pace.limit)
 
-        async def work() -> None:
-            for start, stop in queue:
-                async with limiter:
-                    if memory is None:
-                        await in_thread(sink, start, await self.fetch(start, stop))
-                    else:
-                        await self._fetch_into(start, buffer := memory(start, stop))
-                        group.start_soon(in_thread, sink, start, buffer)  # meanwhile the next one can come
-                progress(stop - start)
-                pace.note(stop - start)
-                employ()
-
-        def employ() -> None:
-            nonlocal workers
-            while workers < pace.limit:
-                workers += 1
-                group.start_soon(work)
+        async def read(start: int, stop: int) -> None:
+            async with limiter:
+                if memory is None:
+                    await in_thread(sink, start, await self.fetch(start, stop))
+                else:
+                    await self._fetch_into(start, buffer := memory(start, stop))
+                    group.start_soon(in_thread, sink, start, buffer)  # meanwhile the next one can come
+            progress(stop - start)
+            for _ in range(1 + pace.note(stop - start)):
+                slots.release()
 
         async with task_group() as group:
-            employ()
+            for start, stop in ranges:
+                await slots.acquire()
+                group.start_soon(read, start, stop)
 
     async def read_archive(self) -> Archive | None:
         """Reads the archive's central directory; None if the object is no zip archive.
@@ -210,17 +210,19 @@ class _Pace:
         self._wanted = 0.0  # bytes a second
         self._start_round()
 
-    def note(self, nbytes: int) -> None:
-        """Tells of a range that has arrived."""
+    def note(self, nbytes: int) -> int:
+        """Tells of a range that has arrived; returns by how much the limit is higher now."""
         self._count += 1
         self._nbytes += nbytes
         if self._count < self.limit:
-            return
+            return 0
+        before = self.limit
         rate = self._nbytes / max(monotonic() - self._since, 1e-6)
         if rate >= self._wanted:
             self._wanted = _GAIN * rate
             self.limit = min(2 * self.limit, self._most)
         self._start_round()
+        return self.limit - before
 
     def _start_round(self) -> None:
         self._since = monotonic()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["MIB", "Backend", "Chunk", "ObjectStat", "Plane"]
 
 MIB = 1 << 20
+_COPIED = 4 * MIB  # at a time
 
 Plane: TypeAlias = Literal["auto", "fsspec", "obstore"]
 """Which client moves the bytes: the fsspec filesystem itself, obstore, or the best one that honours every setting."""
@@ -68,7 +69,7 @@ class Backend(ABC):
     plane: ClassVar[str]
     """Which client moves the bytes: "fsspec", "obstore" or "local". For logs and messages."""
 
-    range_size: ClassVar[int] = 4 * MIB
+    range_size: ClassVar[int] = 8 * MIB
     """How many bytes one ``read`` should ask for, for the best throughput of many at once."""
 
     range_concurrency: ClassVar[int] = 24
@@ -129,8 +130,8 @@ class Backend(ABC):
         Raises:
             CheckpointChangedError: the object is not that version any more.
         """
-        for at in range(0, len(buffer), Backend.range_size):
-            piece = buffer[at : at + Backend.range_size]
+        for at in range(0, len(buffer), _COPIED):
+            piece = buffer[at : at + _COPIED]
             data = await self.read(path, start + at, start + at + len(piece), stat)
             if len(data) != len(piece):
                 raise StorageError(f"{stat.url}: the store sent {len(data)} bytes where {len(piece)} were asked for.")
