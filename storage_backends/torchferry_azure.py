@@ -11,7 +11,8 @@ import asyncio
 import logging
 import secrets
 import uuid
-from datetime import UTC, datetime
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 from azure.core import MatchConditions
 from azure.core.credentials import AzureSasCredential
 from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
-from azure.storage.blob import BlobBlock
+from azure.storage.blob import BlobBlock, BlobSasPermissions, generate_blob_sas
 from azure.storage.blob._shared.authentication import SharedKeyCredentialPolicy
 from obstore.store import AzureStore
 
@@ -42,6 +43,7 @@ from torchferry.storage.bridge import (
     require_known,
 )
 from torchferry.storage.cancellation import to_the_end
+from torchferry.storage.direct import DirectReader, SignedGet
 from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.storage.obstore import ObstoreBackend
 from torchferry.storage.translation import REFUSED, by_status, translated
@@ -68,6 +70,7 @@ _LATE_BLOCK_SECONDS = 0.1
 _MOST_TELLING_BYTES = 1 << 16
 _INVALID_BLOCK_LIST = "InvalidBlockList"
 _OTHER_WRITER = "{}: another writer wrote it at the same time, and Azure kept that one."
+_SIGNED_FOR = timedelta(hours=1)
 _SCOPE = "https://storage.azure.com/.default"
 
 
@@ -87,6 +90,10 @@ class AzureBackend(Backend):
     def __init__(self, fs: AzureBlobFileSystem) -> None:
         self._fs = fs
         self._timeouts: dict[str, Any] = vars(fs).get("_timeout_kwargs", {})
+        self._direct: DirectReader | None = None
+        with suppress(UntranslatableError):
+            _require_translatable(fs)
+            self._direct = DirectReader(self.sign)
 
     @classmethod
     def from_filesystem(cls, fs: AbstractFileSystem, plane: Plane) -> Backend:
@@ -135,6 +142,33 @@ class AzureBackend(Backend):
             )
         chunk: bytes = data
         return chunk
+
+    async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
+        """Reads a range directly, where adlfs has no settings that only it can honour; else like ``read``."""
+        if self._direct is None or not await self._direct.read_into(path, start, buffer, stat):
+            await super().read_into(path, start, buffer, stat)
+
+    async def sign(self, path: str, stat: ObjectStat) -> SignedGet:
+        """The request that reads a version directly, with the credentials of adlfs's client."""
+        blob = self.blob(path)
+        url, credential = str(blob.url), blob.credential
+        if isinstance(credential, SharedKeyCredentialPolicy):
+            signature = generate_blob_sas(
+                credential.account_name,
+                blob.container_name,
+                blob.blob_name,
+                account_key=credential.account_key,
+                permission=BlobSasPermissions(read=True),
+                expiry=datetime.now(UTC) + _SIGNED_FOR,
+            )
+            url += f"?{signature}"
+        elif isinstance(credential, AzureSasCredential):
+            url += f"?{credential.signature.lstrip('?')}"
+        elif credential is not None:
+            token = (await _bearer_token(credential))["token"]
+            headers = {"Authorization": f"Bearer {token}", "x-ms-version": blob.api_version}
+            return SignedGet.if_match(url, stat.etag, headers)
+        return SignedGet.if_match(url, stat.etag)
 
     async def write(
         self,
@@ -347,6 +381,12 @@ def _obstore_backend(fs: AzureBlobFileSystem) -> ObstoreBackend:
     Raises:
         UntranslatableError: a setting does not translate.
     """
+    _require_translatable(fs)
+    return once_a_process(fs, lambda: _AzureThroughObstore(fs))
+
+
+def _require_translatable(fs: AzureBlobFileSystem) -> None:
+    """Raises UntranslatableError for settings that obstore has nothing for."""
     if f"{type(fs).__module__}.{type(fs).__qualname__}" != "adlfs.spec.AzureBlobFileSystem":
         raise UntranslatableError(f"the filesystem class {type(fs).__name__}, a subclass of AzureBlobFileSystem")
     # What else there is goes to DefaultAzureCredential, and is in the credential.
@@ -358,7 +398,6 @@ def _obstore_backend(fs: AzureBlobFileSystem) -> ObstoreBackend:
             raise UntranslatableError(f"the option {name!r}")
     if fs.service_client.location_mode != "primary":
         raise UntranslatableError(f"the location mode {fs.service_client.location_mode!r}")
-    return once_a_process(fs, lambda: _AzureThroughObstore(fs))
 
 
 class _AzureThroughObstore(ObstoreBackend):
@@ -370,7 +409,8 @@ class _AzureThroughObstore(ObstoreBackend):
         twin = fs
         if fs.asynchronous:
             twin = type(fs)(*fs.storage_args, **{**fs.storage_options, "asynchronous": False, "loop": None})
-        super().__init__("abfs", partial(_open_store, twin), max_parts=_MOST_BLOCKS, forget=AzureBackend(fs).forget)
+        forget = AzureBackend(fs).forget
+        super().__init__("abfs", partial(_open_store, twin), max_parts=_MOST_BLOCKS, forget=forget, verify=True)
         self._through_adlfs = AzureBackend(twin)
 
     async def write(
@@ -402,6 +442,9 @@ class _AzureThroughObstore(ObstoreBackend):
                 await self._clean_up(path, lambda block: block.size in sizes, error)
                 raise
             return await self._find_committed(path, size, dict(metadata or {}), error)
+
+    async def _sign(self, path: str, stat: ObjectStat) -> SignedGet:
+        return await run_on(self._through_adlfs.loop, self._through_adlfs.sign, path, stat)
 
     async def delete(self, path: str) -> None:
         # obstore sends a batch of one, which takes other permissions than a deletion, and loses what went wrong.

@@ -40,7 +40,7 @@ from torchferry.storage.bridge import (
     once_a_process,
     require_known,
 )
-from torchferry.storage.direct import DirectReader
+from torchferry.storage.direct import DirectReader, SignedGet
 from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.storage.obstore import ObstoreBackend
 from torchferry.storage.translation import by_status, translated
@@ -118,7 +118,7 @@ class S3Backend(Backend):
         if not self._connected:
             with _translated(self.url(path), "read"):
                 await self._fs.set_session()
-            verify = _direct_trust(self._fs, self._fs.s3.meta.config)
+            verify = _direct_trust(self._fs)
             self._direct = None if verify is None else DirectReader(self._sign, verify=verify)
             self._connected = True
         if self._direct is None or not await self._direct.read_into(path, start, buffer, stat):
@@ -147,11 +147,11 @@ class S3Backend(Backend):
                 return
         self._forget(path)
 
-    async def _sign(self, path: str) -> str:
+    async def _sign(self, path: str, stat: ObjectStat) -> SignedGet:
         address = self._address(path)
         client = await self._fs.get_s3(address["Bucket"])
-        url: str = await client.generate_presigned_url("get_object", Params=address)  # for an hour
-        return url
+        url = await client.generate_presigned_url("get_object", Params=address)  # for an hour
+        return SignedGet.if_match(url, None if getattr(self._fs, "local_expiry_check", False) else stat.etag)
 
     async def _read(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
         if not buffer:
@@ -169,7 +169,7 @@ class S3Backend(Backend):
     async def _read_once(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
         stop = start + len(buffer)
         address = self._address(path)
-        if stat.etag is not None and not self._fs.local_expiry_check:
+        if stat.etag is not None and not getattr(self._fs, "local_expiry_check", False):  # new in 2025
             address["IfMatch"] = stat.etag
         response = await self._call("get_object", Range=f"bytes={start}-{stop - 1}", **address)
         body = response["Body"]
@@ -461,7 +461,7 @@ class _Bridge:
         self._config = _store_config(self.fs, config)
         self._client_options = _client_options(self.fs, config)
         self._retry = _retry_config(config)
-        self.verify = _direct_trust(self.fs, config)
+        self.verify = _direct_trust(self.fs)
 
     async def open_store(self, bucket: str) -> Any:
         """The store of a bucket; on any event loop."""
@@ -591,12 +591,13 @@ def _client_options(fs: S3FileSystem, config: Any) -> ClientConfig:
     return options
 
 
-def _direct_trust(fs: S3FileSystem, config: Any) -> str | bool | None:
-    """What :func:`_trusted` says; None where a signed URL does not say all that there is to say.
+def _direct_trust(fs: S3FileSystem) -> str | bool | None:
+    """What :func:`_trusted` says of a connected filesystem; None where a URL does not say all that there is to say.
 
     It does not say who pays, and has no key that the customer keeps. Proxies and client certificates are for the
     client that knows them, as is whatever a class or a session of the user's does.
     """
+    config = fs.s3.meta.config
     arguments = {**fs.req_kw, **fs.s3_additional_kwargs}
     users = type(fs) is not S3FileSystem or fs.storage_options.get("session") is not None
     if users or fs.anon or config.proxies or config.client_cert or {"RequestPayer", "SSECustomerKey"} & set(arguments):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from conftest import FaultyS3
 
     from torchferry.storage.base import Backend, ObjectStat, Plane
+    from torchferry.storage.direct import SignedGet
     from torchferry.testing.faultproxy import FaultProxy
 
 DATA = bytes(range(256)) * 4096  # 1 MiB
@@ -150,12 +151,8 @@ async def test_no_signature_is_logged(through: Through, caplog: pytest.LogCaptur
 async def test_a_proxy_is_left_to_the_planes_client(through: Through, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = through()
     stat = await stored.stat()
-    signed: str = await stored.backend._sign(stored.path)  # type: ignore[attr-defined]
-
-    async def sign(path: str) -> str:
-        del path
-        return signed
-
+    sign = stored.backend._sign  # type: ignore[attr-defined]
+    await sign(stored.path, stat)  # the backend asks for the bucket's address once
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -164,20 +161,20 @@ async def test_a_proxy_is_left_to_the_planes_client(through: Through, monkeypatc
     assert await DirectReader(sign).read_into(stored.path, 0, memoryview(bytearray(10)), stat)
 
 
-async def test_a_url_is_signed_anew_after_a_while(through: Through, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_is_signed_anew_after_a_while(through: Through, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = through()
     stat = await stored.stat()
     calls = 0
     sign = stored.backend._sign  # type: ignore[attr-defined]
 
-    async def counting(path: str) -> str:
+    async def counting(path: str, stat: ObjectStat) -> SignedGet:
         nonlocal calls
         calls += 1
-        url: str = await sign(path)
-        return url
+        get: SignedGet = await sign(path, stat)
+        return get
 
     reader = DirectReader(counting)
-    for expected, seconds in ((1, 0), (1, 200), (2, 301)):
+    for expected, seconds in ((1, 0), (1, 50), (2, 61)):
         now = time.monotonic() + seconds
         monkeypatch.setattr(time, "monotonic", lambda now=now: now)
         assert await reader.read_into(stored.path, 0, memoryview(bytearray(10)), stat)
@@ -223,7 +220,7 @@ def test_only_what_a_url_says_in_full_is_read_directly(
         settings.update({name: path for name, value in settings.items() if value == "CERTIFICATES"})
     fs = S3FileSystem(key="key", secret="secret", skip_instance_cache=True, **options)
     fs.connect()
-    trust = torchferry_s3._direct_trust(fs, fs.s3.meta.config)
+    trust = torchferry_s3._direct_trust(fs)
     assert trust == (path if expected == "CERTIFICATES" else expected)
 
 
@@ -233,4 +230,4 @@ def test_a_subclass_is_not_read_directly() -> None:
 
     fs = Own(key="key", secret="secret", skip_instance_cache=True)
     fs.connect()
-    assert torchferry_s3._direct_trust(fs, fs.s3.meta.config) is None
+    assert torchferry_s3._direct_trust(fs) is None

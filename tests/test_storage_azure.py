@@ -555,11 +555,22 @@ fs = AzureBlobFileSystem(account_name="ferrytest", account_host=server["host"], 
 """
 
 ROUND_TRIP = """
+from torchferry.storage.direct import DirectReader
+
+read_into = DirectReader.read_into
+
+async def noting(*arguments):
+    read_directly.append(await read_into(*arguments))
+    return read_directly[-1]
+
+DirectReader.read_into = noting
 tensors = [torch.arange(1 << 21), torch.arange(1 << 21)]
 for plane in ("fsspec", "obstore"):
     url = f"abfs://{server['container']}/{plane}.pt"
+    read_directly = []
     torchferry.save(tensors, url, filesystem=fs, plane=plane, part_size=5 << 20)
     loaded = torchferry.load(url, filesystem=fs, plane=plane)
+    assert read_directly and all(read_directly), read_directly
     assert all(map(torch.equal, loaded, tensors))
     print(plane)
 """
@@ -626,7 +637,7 @@ def tls_run(
 def test_credentials_of_the_filesystem_serve_both_planes(
     tls_run: Callable[[str], subprocess.CompletedProcess[str]], token_issuer: TokenIssuer, kind: str
 ) -> None:
-    """With azure-identity's own credentials; one token, got over TLS, serves both planes."""
+    """With azure-identity's own credentials; one token, got over TLS, serves both planes, and what is read directly."""
     credentials, served = CREDENTIALS[kind]
     done = tls_run(CONNECT.format(credentials=credentials) + ROUND_TRIP)
     assert done.stdout == "fsspec\nobstore\n", done.stderr

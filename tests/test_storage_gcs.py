@@ -571,3 +571,18 @@ async def test_credentials_that_cannot_be_renewed_are_a_permission_error(
     store = GcsXmlStore(xml_client, xml_url, {"token": expired, "endpoint_url": recording_proxy.endpoint})
     with pytest.raises(StoragePermissionError, match="credentials"):
         await store.stat(store.path("checkpoint.pt"))
+
+
+async def test_ranges_are_read_directly_from_the_generation(
+    gcs_client: GcsClient, gcs_url: str, gcs_storage_options: dict[str, Any]
+) -> None:
+    store = GcsStore(gcs_client, gcs_url, gcs_storage_options)
+    path = store.path("a checkpoint%.pt")
+    store.raw_write(path, DATA)
+    stat = await store.stat(path)
+    direct = store.backend._direct  # type: ignore[attr-defined]
+    buffer = bytearray(MIB)
+    assert await direct.read_into(path, 17, memoryview(buffer), stat)
+    assert buffer == DATA[17 : 17 + MIB]
+    store.raw_write(path, DATA)  # the same bytes, another generation
+    assert not await direct.read_into(path, 17, memoryview(buffer), stat)

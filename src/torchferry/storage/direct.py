@@ -3,9 +3,9 @@
 The clients of both planes hand out memory of their own, which then has to be copied. Python's own HTTP client reads
 into memory that it is given, and does not hold the interpreter's lock meanwhile. That takes half the CPU time.
 
-It knows nothing of stores. A plane's client signs the URL, and stays in charge: whatever is not exactly the answer that
-was asked for (an error, a redirect, a connection that breaks or falls silent), that client is asked for again, with its
-retries and its words for what is wrong.
+It knows nothing of stores. A plane's client signs the request, and stays in charge: whatever is not exactly the answer
+that was asked for (an error, a redirect, a connection that breaks or falls silent), that client is asked for again,
+with its retries and its words for what is wrong.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import weakref
 from collections import deque
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from torchferry.storage.cancellation import in_thread
@@ -30,29 +30,50 @@ if TYPE_CHECKING:
 
     from torchferry.storage.base import ObjectStat
 
-__all__ = ["DirectReader"]
+__all__ = ["DirectReader", "SignedGet"]
 
 _SILENCE = 30.0  # seconds without a byte, after which the plane's client is asked
 _IDLE = 10.0  # seconds after which a connection is not used again: stores close them soon, and not all of them say so
-_FRESH = 300.0  # seconds for which a signed URL is used
+_FRESH = 60.0  # seconds for which a signed request is used: no client hands out one that expires sooner
 _FAILURES = 3  # in a row, after which it is not tried again: the store does not take what is signed like this, say
 
 _logger = logging.getLogger("torchferry.storage")
+
+
+class SignedGet(NamedTuple):
+    """What it takes to read one version of one object, in any range.
+
+    Attributes:
+        url: Where it is.
+        headers: What to send.
+        version: A header of the answer, and what it says where the answer is of that version; None to trust the store.
+    """
+
+    url: str
+    headers: dict[str, str]
+    version: tuple[str, str] | None
+
+    @classmethod
+    def if_match(cls, url: str, etag: str | None, headers: dict[str, str] | None = None) -> SignedGet:
+        """Of a store where the ETag names a version."""
+        if etag is None:
+            return cls(url, headers or {}, None)
+        return cls(url, {**(headers or {}), "If-Match": etag}, ("ETag", etag))
 
 
 class DirectReader:
     """Connections to one store, which stay open for the next range.
 
     Args:
-        sign: Makes a URL that anyone may GET an object with, in the next hour.
+        sign: Signs the request for a version of an object.
         verify: The file with the certificates of the authorities to trust; True for the system's; False to trust
             anyone.
     """
 
-    def __init__(self, sign: Callable[[str], Awaitable[str]], *, verify: str | bool = True) -> None:
+    def __init__(self, sign: Callable[[str, ObjectStat], Awaitable[SignedGet]], *, verify: str | bool = True) -> None:
         self._sign = sign
         self._verify = verify
-        self._signed: dict[str, tuple[str, float]] = {}
+        self._signed: dict[tuple[str, str | None], tuple[SignedGet, float]] = {}
         self._failures = 0
         self._idle: deque[_Connection] = deque()
         weakref.finalize(self, _close_all, self._idle)
@@ -68,24 +89,25 @@ class DirectReader:
         if self._failures >= _FAILURES:
             return False
         try:
-            request = _Request(self, await self._url(path), start, buffer, stat)
+            request = _Request(self, await self._get(path, stat), start, buffer, stat.size)
             await in_thread(request.run, interrupt=request.interrupt)
         except Exception as error:  # noqa: BLE001 - a signer raises anything; what is wrong the plane's client will say
             self._failures += 1
-            self._signed.pop(path, None)
+            self._signed.clear()
             _logger.debug("%s is not read directly: %s", stat.url, error)
             return False
         self._failures = 0
         return True
 
-    async def _url(self, path: str) -> str:
-        url, made = self._signed.get(path, ("", -_FRESH))
+    async def _get(self, path: str, stat: ObjectStat) -> SignedGet:
+        version = path, stat.etag
         now = time.monotonic()
-        if now - made >= _FRESH:
-            url = await self._sign(path)
+        if version not in self._signed or now - self._signed[version][1] >= _FRESH:
+            get = await self._sign(path, stat)
             self._signed.clear()  # one object after another is what is read
-            self._signed[path] = url, now
-        return url
+            self._signed[version] = get, now
+            return get
+        return self._signed[version][0]
 
     def take(self, scheme: str, host: str) -> _Connection:
         """An idle connection, or else a new one."""
@@ -154,12 +176,13 @@ class _Connection:
 class _Request:
     """One range on its way into memory."""
 
-    def __init__(self, reader: DirectReader, url: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
+    def __init__(self, reader: DirectReader, get: SignedGet, start: int, buffer: memoryview, size: int) -> None:
         self._reader = reader
-        self._url = urlsplit(url)
-        self._start = start
+        self._url = urlsplit(get.url)
+        self._headers = {**get.headers, "Range": f"bytes={start}-{start + len(buffer) - 1}"}
+        self._version = get.version
+        self._expected = f"bytes {start}-{start + len(buffer) - 1}/{size}"
         self._buffer = buffer
-        self._stat = stat
         self._connection: _Connection | None = None
         self._interrupted = False
 
@@ -188,15 +211,11 @@ class _Request:
             self._connection.interrupt()
 
     def _read(self, connection: _Connection) -> None:
-        stop = self._start + len(self._buffer)
-        headers = {"Range": f"bytes={self._start}-{stop - 1}"}
-        if self._stat.etag is not None:
-            headers["If-Match"] = self._stat.etag
         url = self._url
         connection.open()
         if self._interrupted:  # before there was anything to end
             raise InterruptedError
-        with connection.get(f"{url.path}?{url.query}" if url.query else url.path, headers) as response:
+        with connection.get(f"{url.path}?{url.query}" if url.query else url.path, self._headers) as response:
             self._check(response)
             filled = 0
             while filled < len(self._buffer):
@@ -208,11 +227,10 @@ class _Request:
         """Raises OSError for an answer with anything but the bytes that were asked for."""
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
             raise OSError(f"status {response.status}")
-        stop = self._start + len(self._buffer)
-        if response.headers["Content-Range"] != f"bytes {self._start}-{stop - 1}/{self._stat.size}":
+        if response.headers["Content-Range"] != self._expected:
             raise OSError(f"another range: {response.headers['Content-Range']}")
-        if self._stat.etag not in {None, response.headers["ETag"]}:
-            raise OSError("another version")  # some stores ignore If-Match
+        if self._version is not None and response.headers[self._version[0]] != self._version[1]:
+            raise OSError("another version")  # some stores ignore what they are asked for
 
 
 def _close_all(connections: deque[_Connection]) -> None:

@@ -29,7 +29,7 @@ from torchferry.errors import (
 )
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
 from torchferry.storage.cancellation import wait_through_cancellations
-from torchferry.storage.direct import DirectReader
+from torchferry.storage.direct import DirectReader, SignedGet
 from torchferry.storage.multipart import part_size_for
 
 if TYPE_CHECKING:
@@ -175,10 +175,11 @@ class ObstoreBackend(Backend):
         """The options of a request for this version only."""
         return {"if_match": version}
 
-    async def _sign(self, path: str) -> str:
+    async def _sign(self, path: str, stat: ObjectStat) -> SignedGet:
+        """The request that reads a version directly."""
         store: Any  # the store of a cloud: others cannot sign
         store, key = await self._locate(path)
-        return await obstore.sign_async(store, "GET", key, _SIGNED_FOR)
+        return SignedGet.if_match(await obstore.sign_async(store, "GET", key, _SIGNED_FOR), stat.etag)
 
     async def _locate(self, path: str) -> tuple[ObjectStore, str]:
         bucket, _, key = path.partition("/")
