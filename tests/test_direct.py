@@ -101,6 +101,16 @@ async def test_what_cannot_be_read_directly_is_read_by_the_planes_client(
     assert stored.gets() == [True, False] * 3 + [False] * 2  # after three failures it is not tried again
 
 
+async def test_after_a_pause_it_is_tried_again(through: Through, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = through(Fault(target=SIGNED, status=503, times=3))
+    stat = await stored.stat()
+    for _ in range(4):
+        assert await stored.read(0, 10, stat) == DATA[:10]
+    monkeypatch.setattr(stored.backend._direct, "_resumes", time.monotonic())  # type: ignore[attr-defined]
+    assert await stored.read(0, 10, stat) == DATA[:10]
+    assert stored.gets() == [True, False] * 3 + [False] + [True]
+
+
 async def test_a_success_between_failures_keeps_it_going(through: Through) -> None:
     stored = through(*(Fault(target=SIGNED, status=503, skip=skip) for skip in (0, 1, 2)))
     stat = await stored.stat()

@@ -35,7 +35,8 @@ __all__ = ["DirectReader", "SignedGet"]
 _SILENCE = 30.0  # seconds without a byte, after which the plane's client is asked
 _IDLE = 10.0  # seconds after which a connection is not used again: stores close them soon, and not all of them say so
 _FRESH = 60.0  # seconds for which a signed request is used: no client hands out one that expires sooner
-_FAILURES = 3  # in a row, after which it is not tried again: the store does not take what is signed like this, say
+_FAILURES = 3  # in a row, after which it is not tried for a while
+_PAUSE = 60.0  # seconds: the store may be out of breath; or it never takes what is signed like this
 
 _logger = logging.getLogger("torchferry.storage")
 
@@ -75,6 +76,7 @@ class DirectReader:
         self._verify = verify
         self._signed: dict[tuple[str, str | None], tuple[SignedGet, float]] = {}
         self._failures = 0
+        self._resumes = 0.0
         self._idle: deque[_Connection] = deque()
         weakref.finalize(self, _close_all, self._idle)
 
@@ -86,13 +88,15 @@ class DirectReader:
         """
         if not buffer:
             return True
-        if self._failures >= _FAILURES:
+        if time.monotonic() < self._resumes:
             return False
         try:
             request = _Request(self, await self._get(path, stat), start, buffer, stat.size)
             await in_thread(request.run, interrupt=request.interrupt)
         except Exception as error:  # noqa: BLE001 - a signer raises anything; what is wrong the plane's client will say
             self._failures += 1
+            if self._failures >= _FAILURES:
+                self._resumes = time.monotonic() + _PAUSE
             self._signed.clear()
             _logger.debug("%s is not read directly: %s", stat.url, error)
             return False
@@ -117,7 +121,7 @@ class DirectReader:
                 if (connection.scheme, connection.host) == (scheme, host) and connection.idle < _IDLE:
                     return connection
                 connection.close()
-        return _Connection(scheme, host, self._tls)
+        return _Connection(scheme, host, self._tls if scheme == "https" else None)
 
     def give_back(self, connection: _Connection) -> None:
         self._idle.append(connection)
@@ -134,7 +138,7 @@ class DirectReader:
 class _Connection:
     """One connection to a store."""
 
-    def __init__(self, scheme: str, host: str, tls: ssl.SSLContext) -> None:
+    def __init__(self, scheme: str, host: str, tls: ssl.SSLContext | None) -> None:
         if scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
             raise ConnectionError("there is a proxy")
         self.scheme, self.host = scheme, host
@@ -142,7 +146,7 @@ class _Connection:
         self._since = 0.0
         self._http = (
             http.client.HTTPSConnection(host, timeout=_SILENCE, context=tls)
-            if scheme == "https"
+            if tls
             else http.client.HTTPConnection(host, timeout=_SILENCE)
         )
 
