@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 import botocore.exceptions as boto_errors
 import s3fs.core
 from botocore import UNSIGNED
+from isal import isal_zlib
 from obstore.store import S3Store
 from s3fs import S3FileSystem
 
@@ -40,6 +41,7 @@ from torchferry.storage.bridge import (
     once_a_process,
     require_known,
 )
+from torchferry.storage.cancellation import in_thread
 from torchferry.storage.direct import DirectReader, SignedGet
 from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.storage.obstore import ObstoreBackend
@@ -280,7 +282,22 @@ class _S3Upload(MultipartUpload["dict[str, Any]", ObjectStat]):
     async def _send(self, operation: str, buffers: Sequence[Chunk], **arguments: Any) -> dict[str, Any]:
         """An operation with a body; once the store has all of it, a cancel waits for its answer."""
         body = RequestBody(buffers)
+        arguments |= await self._checksum(buffers)
         return await whole_or_not_at_all(body, partial(self._call, operation, Body=body, **arguments))
+
+    async def _checksum(self, buffers: Sequence[Chunk]) -> dict[str, str]:
+        """The CRC32 that botocore would put into the request's head, computed in a thread instead of the event loop's.
+
+        Over https botocore sends it behind the body, computed on the way; and another one where the user wants that.
+        """
+        fs = self._backend._fs
+        await fs.set_session()
+        client = await fs.get_s3(self._target["Bucket"])
+        default = getattr(client.meta.config, "request_checksum_calculation", None) == "when_supported"
+        chosen = any(name.startswith("Checksum") for name in fs.s3_additional_kwargs)
+        if client.meta.endpoint_url.startswith("https:") or chosen or not default:
+            return {}
+        return {"ChecksumCRC32": await in_thread(_crc32, buffers)}
 
     async def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
         return await self._backend._call(operation, **self._target, **arguments)
@@ -294,6 +311,14 @@ class _S3Upload(MultipartUpload["dict[str, Any]", ObjectStat]):
 
     def _translated(self) -> Any:
         return _translated(self._url, "write")
+
+
+def _crc32(buffers: Sequence[Chunk]) -> str:
+    """The CRC32 of buffers, as S3 writes it: big-endian, in base64."""
+    value = 0
+    for buffer in buffers:
+        value = isal_zlib.crc32(buffer, value)
+    return base64.b64encode(value.to_bytes(4, "big")).decode()
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

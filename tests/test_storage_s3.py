@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import uuid
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -350,6 +351,44 @@ async def test_store_that_ignores_conditions_does_not_mix_versions(plane: Plane,
         assert await read(ObjectStat("", 4, '"new"')) == b"data"
         with pytest.raises(CheckpointChangedError, match="s3://bucket/x was replaced"):
             await read(ObjectStat("", 4, '"old"'))
+
+
+@pytest.mark.parametrize(
+    ("options", "algorithms"),
+    [
+        ({}, {"crc32"}),
+        ({"config_kwargs": {"request_checksum_calculation": "when_required"}}, set()),
+        ({"s3_additional_kwargs": {"ChecksumAlgorithm": "SHA256"}}, {"sha256"}),
+    ],
+    ids=["by default", "only when required", "another algorithm"],
+)
+async def test_parts_carry_the_checksum_that_botocore_is_configured_for(
+    s3_client: Any, s3_url: str, faulty_s3: Any, options: dict[str, Any], algorithms: set[str]
+) -> None:
+    """On the fsspec plane, over http."""
+    store = S3Store(s3_client, s3_url, faulty_s3().storage_options | options, "fsspec")
+    backend = store.backend
+    assert isinstance(backend, torchferry_s3.S3Backend)
+    sent: list[tuple[bytes, dict[str, Any]]] = []
+
+    def note(request: Any, **_: Any) -> None:
+        sent.append((b"".join(request.body._views), dict(request.headers.items())))
+
+    async def listen() -> None:
+        client = await backend._fs.set_session()
+        for operation in ("UploadPart", "PutObject"):
+            client.meta.events.register(f"before-send.s3.{operation}", note)
+
+    await run_on(backend.loop, listen)
+    await store.write(store.path("large.pt"), stream(DATA, MIB))
+    await store.write(store.path("small.pt"), stream(DATA[:1000], 100))
+    assert len(sent) == 4
+    for body, headers in sent:
+        prefix = "x-amz-checksum-"
+        checksums = {name.lower().removeprefix(prefix): v for name, v in headers.items() if prefix in name.lower()}
+        assert set(checksums) == algorithms
+        if "crc32" in algorithms:
+            assert checksums["crc32"] == base64.b64encode(zlib.crc32(body).to_bytes(4, "big"))
 
 
 async def test_only_the_bytes_asked_for_travel(through: Through) -> None:

@@ -15,7 +15,7 @@ __all__ = ["SEND_PIECE", "RequestBody", "whole_or_not_at_all"]
 
 T = TypeVar("T")
 
-SEND_PIECE = 128 << 10
+SEND_PIECE = 512 << 10
 """Bytes handed to a connection at once; about as many wait in its buffer."""
 
 _PATIENCE = 10.0
@@ -48,8 +48,8 @@ class RequestBody:
         self._position = base + offset
         return self._position
 
-    def read(self, size: int | None = -1) -> bytes:
-        """Copies ``size`` bytes out, or all that are left."""
+    def read(self, size: int | None = -1) -> Chunk:
+        """``size`` bytes, or all that are left; copied only where they lie in more than one buffer."""
         stop = self._size if size is None or size < 0 else min(self._size, self._position + size)
         pieces = []
         start = 0
@@ -58,7 +58,7 @@ class RequestBody:
                 pieces.append(view[max(0, self._position - start) : stop - start])
             start += len(view)
         self._position = max(stop, self._position)
-        return b"".join(pieces)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def interrupt(self) -> bool:
         """Keeps the last piece from being sent; returns whether that was still possible."""
