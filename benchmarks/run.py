@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import os
 import platform
+import random
 import signal
 import statistics
 import subprocess
@@ -45,7 +46,8 @@ def run_case(case: Case, *, endpoint: str, rounds: int, say: Any = print) -> dic
         for name, failure in _prepare(store, case).items():
             contenders[name].update(failure)
         for number in range(1, rounds + 1):
-            for name in case.contenders:
+            # In another order each time: what ran before leaves the machine's memory in a better or worse state.
+            for name in random.Random(number).sample(case.contenders, len(case.contenders)):
                 if "error" in contenders[name] or "missing" in contenders[name]:
                     continue
                 say(f"  {case.id}, round {number} of {rounds}: {name}")
