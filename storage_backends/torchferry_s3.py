@@ -117,12 +117,12 @@ class S3Backend(Backend):
 
     async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
         """Reads a range directly, with a URL that s3fs's client signs, where that says all; else like ``read``."""
+        with _translated(self.url(path), "read"):
+            await self._fs.set_session()
         if not self._connected:
-            with _translated(self.url(path), "read"):
-                await self._fs.set_session()
+            self._connected = True
             verify = _direct_trust(self._fs)
             self._direct = None if verify is None else DirectReader(self._sign, verify=verify)
-            self._connected = True
         if self._direct is None or not await self._direct.read_into(path, start, buffer, stat):
             await self._read(path, start, buffer, stat)
 
