@@ -42,7 +42,7 @@ def draw(cases: list[dict[str, Any]], path: Path) -> bool:
         _growth(figure.add_subplot(grid[1, 1]), growth, "peak_bytes", "peak memory, MiB", MIB)
     environment = bars[0]["environment"]
     words = (
-        f"Medians of {bars[0]['rounds']} rounds, lines from slowest to fastest; sand: without a client, bare sockets. "
+        f"Medians of {bars[0]['rounds']} rounds, lines from slowest to fastest; sand: bare sockets. "
         f"{environment['cpus']} x {environment['cpu']}, {bars[0]['endpoint']} on the same machine, "
         f"{bars[0]['scheme']}, torch {environment['versions']['torch']}, {bars[0]['date'][:10]}"
     )
