@@ -3,21 +3,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
-import http.server
 import ipaddress
 import json
 import os
-import ssl
 import subprocess
 import sys
-import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import parse_qsl
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -47,6 +43,7 @@ from torchferry.testing import CloudConformance, StoreUnderTest
 from torchferry.testing.azure import AzureServer, azurite, connection_string_for
 from torchferry.testing.conformance import SourceError, stream
 from torchferry.testing.faultproxy import Fault, FaultProxy
+from torchferry.testing.tokens import TokenServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -457,7 +454,7 @@ def tls_server(azurite_program: Path, tmp_path_factory: pytest.TempPathFactory) 
         yield server, authority
 
 
-class TokenIssuer:
+class TokenIssuer(TokenServer):
     """What Microsoft Entra ID is to service principals: over TLS, gives out tokens for their secret.
 
     https://learn.microsoft.com/entra/identity-platform/v2-oauth2-client-creds-grant-flow
@@ -467,27 +464,8 @@ class TokenIssuer:
     secret = "ferry-secret"
 
     def __init__(self, certificate: tuple[Path, Path]) -> None:
+        super().__init__(certificate)
         self.served: list[str] = []  # the ids of those who got a token
-        issuer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                form = dict(parse_qsl(self.rfile.read(int(self.headers["Content-Length"])).decode()))
-                status, answer = issuer.answer(self.path, **form)
-                content = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args: object) -> None:
-                """Nothing."""
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*certificate)
-        self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
 
     def answer(self, path: str, **form: str) -> tuple[int, dict[str, Any]]:
         assert path == f"/{self.tenant}/oauth2/v2.0/token"
@@ -497,16 +475,6 @@ class TokenIssuer:
             return 401, {"error": "invalid_client", "error_description": "AADSTS7000215: Invalid client secret."}
         self.served.append(form["client_id"])
         return 200, {"access_token": bearer_token(), "expires_in": 3600, "token_type": "Bearer"}
-
-    def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self.server.serve_forever)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self.server.shutdown()
-        self._thread.join()
-        self.server.server_close()
 
 
 @pytest.fixture
@@ -614,7 +582,7 @@ def tls_run(
     }
     environment = {
         "SSL_CERT_FILE": str(certificate),
-        "AZURE_AUTHORITY_HOST": f"127.0.0.1:{token_issuer.server.server_port}",
+        "AZURE_AUTHORITY_HOST": f"127.0.0.1:{token_issuer.port}",
         "AZURE_TENANT_ID": TokenIssuer.tenant,
         "AZURE_CLIENT_ID": "of the environment",
         "AZURE_CLIENT_SECRET": TokenIssuer.secret,

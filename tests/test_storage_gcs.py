@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
-import http.server
 import json
-import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import botocore.session
@@ -38,6 +36,7 @@ from torchferry.testing.conformance import stream
 from torchferry.testing.faultproxy import Fault, Head
 from torchferry.testing.fixtures import GcsClient
 from torchferry.testing.gcs import GcsServer, TokenProxy
+from torchferry.testing.tokens import TokenServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -477,40 +476,20 @@ async def test_billed_project_goes_along(xml_client: Any, xml_url: str, recordin
     assert recording_proxy.payers == {"ferry-test-project"}
 
 
-class TokenIssuer:
+class TokenIssuer(TokenServer):
     """An OAuth server that gives out tokens, as Google's does for a service account."""
 
     def __init__(self, proxy: TokenProxy, lifetime: int) -> None:
+        super().__init__()
         self.issued: list[str] = []
-        issuer = self
+        self._proxy = proxy
+        self._lifetime = lifetime
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
-                issuer.issued.append(f"issued-{len(issuer.issued)}")
-                proxy.tokens.add(issuer.issued[-1])
-                answer = {"access_token": issuer.issued[-1], "expires_in": lifetime, "token_type": "Bearer"}
-                content = json.dumps(answer).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args: object) -> None:
-                """Nothing."""
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-
-    def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self.server.serve_forever)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self.server.shutdown()
-        self._thread.join()
-        self.server.server_close()
+    def answer(self, path: str, **form: str) -> tuple[int, dict[str, Any]]:
+        del path, form
+        self.issued.append(f"issued-{len(self.issued)}")
+        self._proxy.tokens.add(self.issued[-1])
+        return 200, {"access_token": self.issued[-1], "expires_in": self._lifetime, "token_type": "Bearer"}
 
     def service_account(self) -> dict[str, str]:
         key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -522,7 +501,7 @@ class TokenIssuer:
             "client_email": "ferry@test.iam.gserviceaccount.com",
             "private_key": pem.decode(),
             "private_key_id": "1",
-            "token_uri": f"http://127.0.0.1:{self.server.server_port}/token",
+            "token_uri": f"http://127.0.0.1:{self.port}/token",
         }
 
 
@@ -580,7 +559,7 @@ async def test_ranges_are_read_directly_from_the_generation(
     path = store.path("a checkpoint%.pt")
     store.raw_write(path, DATA)
     stat = await store.stat(path)
-    direct = store.backend._direct  # type: ignore[attr-defined]
+    direct = store.backend.direct
     buffer = bytearray(MIB)
     assert await direct.read_into(path, 17, memoryview(buffer), stat)
     assert buffer == DATA[17 : 17 + MIB]
