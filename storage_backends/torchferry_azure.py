@@ -90,10 +90,9 @@ class AzureBackend(Backend):
     def __init__(self, fs: AzureBlobFileSystem) -> None:
         self._fs = fs
         self._timeouts: dict[str, Any] = vars(fs).get("_timeout_kwargs", {})
-        self._direct: DirectReader | None = None
-        with suppress(UntranslatableError):
+        with suppress(UntranslatableError):  # then there are settings that only adlfs can honour
             _require_translatable(fs)
-            self._direct = DirectReader(self.sign)
+            self.direct = DirectReader(self.sign)
 
     @classmethod
     def from_filesystem(cls, fs: AbstractFileSystem, plane: Plane) -> Backend:
@@ -142,11 +141,6 @@ class AzureBackend(Backend):
             )
         chunk: bytes = data
         return chunk
-
-    async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
-        """Reads a range directly, where adlfs has no settings that only it can honour; else like ``read``."""
-        if self._direct is None or not await self._direct.read_into(path, start, buffer, stat):
-            await super().read_into(path, start, buffer, stat)
 
     async def sign(self, path: str, stat: ObjectStat) -> SignedGet:
         """The request that reads a version directly, with the credentials of adlfs's client."""

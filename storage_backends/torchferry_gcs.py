@@ -82,10 +82,9 @@ class GcsBackend(Backend):
     def __init__(self, fs: GCSFileSystem) -> None:
         self._fs = fs
         self._kms_key_name: str | None = fs.storage_options.get("kms_key_name")
-        self._direct: DirectReader | None = None
-        with suppress(UntranslatableError):
+        with suppress(UntranslatableError):  # then there are settings that only gcsfs can honour
             _require_translatable(fs)
-            self._direct = DirectReader(self.sign)
+            self.direct = DirectReader(self.sign)
 
     @classmethod
     def from_filesystem(cls, fs: AbstractFileSystem, plane: Plane) -> Backend:
@@ -147,11 +146,6 @@ class GcsBackend(Backend):
             )
         chunk: bytes = data
         return chunk
-
-    async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
-        """Reads a range directly, where gcsfs has no settings that only it can honour; else like ``read``."""
-        if self._direct is None or not await self._direct.read_into(path, start, buffer, stat):
-            await super().read_into(path, start, buffer, stat)
 
     async def sign(self, path: str, stat: ObjectStat) -> SignedGet:
         """The request that reads a version directly, with gcsfs's credentials."""

@@ -68,7 +68,6 @@ class S3Backend(Backend):
 
     def __init__(self, fs: S3FileSystem) -> None:
         self._fs = fs
-        self._direct: DirectReader | None = None
         self._connected = False
 
     @classmethod
@@ -122,8 +121,8 @@ class S3Backend(Backend):
         if not self._connected:
             self._connected = True
             verify = _direct_trust(self._fs)
-            self._direct = None if verify is None else DirectReader(self._sign, verify=verify)
-        if self._direct is None or not await self._direct.read_into(path, start, buffer, stat):
+            self.direct = None if verify is None else DirectReader(self._sign, verify=verify)
+        if self.direct is None or not await self.direct.read_into(path, start, buffer, stat):
             await self._read(path, start, buffer, stat)
 
     async def write(
@@ -153,7 +152,8 @@ class S3Backend(Backend):
         address = self._address(path)
         client = await self._fs.get_s3(address["Bucket"])
         url = await client.generate_presigned_url("get_object", Params=address)  # for an hour
-        return SignedGet.if_match(url, None if getattr(self._fs, "local_expiry_check", False) else stat.etag)
+        get = SignedGet.if_match(url, stat.etag)
+        return get if self._pins else get._replace(headers={})
 
     async def _read(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
         if not buffer:
@@ -171,7 +171,7 @@ class S3Backend(Backend):
     async def _read_once(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
         stop = start + len(buffer)
         address = self._address(path)
-        if stat.etag is not None and not getattr(self._fs, "local_expiry_check", False):  # new in 2025
+        if stat.etag is not None and self._pins:
             address["IfMatch"] = stat.etag
         response = await self._call("get_object", Range=f"bytes={start}-{stop - 1}", **address)
         body = response["Body"]
@@ -192,6 +192,11 @@ class S3Backend(Backend):
             body.close()
         if filled != len(buffer):
             raise ConnectionResetError(f"the body ended after {filled} of {len(buffer)} bytes")
+
+    @property
+    def _pins(self) -> bool:
+        """Whether the store is asked for one version only; the answer's version is looked at either way."""
+        return not getattr(self._fs, "local_expiry_check", False)  # which s3fs 2024.10 does not have
 
     def _address(self, path: str) -> dict[str, Any]:
         bucket, key, version = self._fs.split_path(path)

@@ -15,6 +15,7 @@ from s3fs import S3FileSystem
 
 import torchferry_s3
 from torchferry._sync import run_on
+from torchferry.errors import CheckpointChangedError
 from torchferry.storage import direct
 from torchferry.storage.direct import DirectReader
 from torchferry.storage.registry import open_backend
@@ -75,7 +76,7 @@ async def test_ranges_come_by_signed_urls_on_one_connection_after_another(throug
     for start, stop in ((0, 1), (5, 100_000), (0, len(DATA)), (len(DATA) - 1, len(DATA)), (7, 7)):
         assert await stored.read(start, stop, stat) == DATA[start:stop]
     assert stored.gets() == [True] * 4
-    assert len(stored.backend._direct._idle) == 1  # type: ignore[attr-defined]
+    assert len(stored.backend.direct._idle) == 1
 
 
 @pytest.mark.parametrize("plane", ["fsspec", "obstore"])
@@ -106,7 +107,7 @@ async def test_after_a_pause_it_is_tried_again(through: Through, monkeypatch: py
     stat = await stored.stat()
     for _ in range(4):
         assert await stored.read(0, 10, stat) == DATA[:10]
-    monkeypatch.setattr(stored.backend._direct, "_resumes", time.monotonic())  # type: ignore[attr-defined]
+    monkeypatch.setattr(stored.backend.direct, "_resumes", time.monotonic())
     assert await stored.read(0, 10, stat) == DATA[:10]
     assert stored.gets() == [True, False] * 3 + [False] + [True]
 
@@ -148,6 +149,21 @@ async def test_a_cancelled_read_ends_soon_and_writes_nothing_afterwards(through:
     with pytest.raises(asyncio.CancelledError):
         await reading
     assert buffer == bytes(10)
+
+
+async def test_the_version_is_looked_at_where_the_store_is_not_asked_for_it(
+    through: Through, s3_client: Any, faulty_s3: Callable[..., FaultyS3]
+) -> None:
+    stored = through()
+    options = faulty_s3().storage_options | {"local_expiry_check": True}
+    backend, _ = open_backend(f"s3://{stored.path}", storage_options=options, plane="fsspec")
+    stored = Stored(backend, stored.path, stored.proxy)
+    stat = await stored.stat()
+    assert await stored.read(0, 10, stat) == DATA[:10]
+    bucket, _, key = stored.path.partition("/")
+    s3_client.put_object(Bucket=bucket, Key=key, Body=DATA[::-1])
+    with pytest.raises(CheckpointChangedError):
+        await stored.read(0, 10, stat)
 
 
 async def test_no_signature_is_logged(through: Through, caplog: pytest.LogCaptureFixture) -> None:

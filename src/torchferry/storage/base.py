@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from fsspec import AbstractFileSystem
 
+    from torchferry.storage.direct import DirectReader
+
 __all__ = ["MIB", "Backend", "Chunk", "ObjectStat", "Plane"]
 
 MIB = 1 << 20
@@ -68,6 +70,9 @@ class Backend(ABC):
 
     plane: ClassVar[str]
     """Which client moves the bytes: "fsspec", "obstore" or "local". For logs and messages."""
+
+    direct: DirectReader | None = None
+    """Reads ranges without a copy, where the store's client can sign the requests for it; None (the default) if not."""
 
     range_size: ClassVar[int] = 8 * MIB
     """How many bytes one ``read`` should ask for, for the best throughput of many at once."""
@@ -125,11 +130,13 @@ class Backend(ABC):
     async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
         """Fills ``buffer`` with the bytes from ``start`` of the version that ``stat`` names.
 
-        By default it copies what ``read`` returns. For a backend that can spare the copy to do better.
+        Directly, where that works; else it copies what ``read`` returns.
 
         Raises:
             CheckpointChangedError: the object is not that version any more.
         """
+        if self.direct is not None and await self.direct.read_into(path, start, buffer, stat):
+            return
         for at in range(0, len(buffer), _COPIED):
             piece = buffer[at : at + _COPIED]
             data = await self.read(path, start + at, start + at + len(piece), stat)

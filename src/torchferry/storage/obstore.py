@@ -83,7 +83,8 @@ class ObstoreBackend(Backend):
         self._max_parts = max_parts
         self.forget = forget
         self._stores: dict[str, ObjectStore] = {}
-        self._direct = None if verify is None else DirectReader(self._sign, verify=verify)
+        if verify is not None:
+            self.direct = DirectReader(self._sign, verify=verify)
 
     @classmethod
     def from_filesystem(cls, fs: AbstractFileSystem, plane: Plane) -> Backend:
@@ -121,10 +122,6 @@ class ObstoreBackend(Backend):
                 f"{self.url(path)}: read {len(data)} bytes where {stop - start} were asked for ({start} to {stop})."
             )
         return data
-
-    async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
-        if self._direct is None or not await self._direct.read_into(path, start, buffer, stat):
-            await super().read_into(path, start, buffer, stat)
 
     async def write(
         self,
