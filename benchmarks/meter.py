@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import resource
-import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,19 +24,15 @@ class Measurement:
     """What an operation took.
 
     Attributes:
-        began: When it began, by ``time.monotonic()``, which is the same for all processes.
         seconds: Of wall-clock time.
         cpu_seconds: Of CPU time, user and system, in all threads of this process and in its children.
-        resident_before: The process's resident memory just before, in bytes.
-        peak_bytes: Resident memory at the highest, over that.
+        peak_bytes: The process's resident memory at the highest, over what it was just before.
         endpoint_bytes: What the endpoint received (a save) or sent (a load); None where it does not count.
         loopback_bytes: What went over the loopback device, from whomever.
     """
 
-    began: float = 0.0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
-    resident_before: int = 0
     peak_bytes: int = 0
     endpoint_bytes: int | None = None
     loopback_bytes: int = 0
@@ -60,15 +54,14 @@ def measuring(store: Store, verb: str, payload: int) -> Iterator[Measurement]:
     result = Measurement()
     counted_before, loopback_before = count(), _loopback_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
-    result.resident_before = _status()["VmRSS"]
-    cpu_before = _cpu_seconds()
-    result.began = time.monotonic()
+    resident_before, cpu_before = _status()["VmRSS"], _cpu_seconds()
+    began = time.monotonic()
 
     yield result
 
-    result.seconds = time.monotonic() - result.began
+    result.seconds = time.monotonic() - began
     result.cpu_seconds = _cpu_seconds() - cpu_before
-    result.peak_bytes = max(0, _status()["VmHWM"] - result.resident_before)
+    result.peak_bytes = max(0, _status()["VmHWM"] - resident_before)
     result.loopback_bytes = _loopback_bytes() - loopback_before
     if store.counts:
         deadline = time.monotonic() + _PATIENCE
@@ -82,51 +75,9 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-class MemoryWatch:
-    """Watches, from another process, memory that does not count as resident: pages of memory files not mapped yet.
-
-    Samples what a process holds, 50 times a second, until the block ends. (Resident memory by itself has no need of
-    this: the kernel remembers its peak.)
-    """
-
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
-        self._samples: list[tuple[float, int]] = []
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def peak(self, began: float, seconds: float) -> int:
-        """The most that the process held in that time, in bytes."""
-        return max((held for at, held in self._samples if began <= at <= began + seconds), default=0)
-
-    def _watch(self) -> None:
-        with suppress(OSError, KeyError):  # the process has ended
-            while not self._ended.wait(0.02):
-                self._samples.append((time.monotonic(), _held_bytes(self._pid)))
-
-
-def _held_bytes(pid: int) -> int:
-    files: dict[int, int] = {}  # by inode: a file may be open more than once
-    for fd in os.scandir(f"/proc/{pid}/fd"):
-        with suppress(OSError):
-            if os.readlink(fd.path).startswith("/memfd:"):  # noqa: PTH115 - 50 times a second
-                stat = fd.stat()
-                files[stat.st_ino] = stat.st_blocks * 512
-    status = _status(pid)
-    return status["VmRSS"] + max(0, sum(files.values()) - status["RssShmem"])
-
-
-def _status(pid: int | str = "self") -> dict[str, int]:
-    """The memory figures of /proc/<pid>/status, in bytes."""
-    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+def _status() -> dict[str, int]:
+    """The memory figures of /proc/self/status, in bytes."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
 
 
@@ -138,17 +89,19 @@ def _loopback_bytes() -> int:
     return 0
 
 
-def warm_memory(size: int) -> None:
-    """Fills ``size`` bytes of memory, or most of what is free, and gives them back.
+@contextmanager
+def warm_memory(size: int, *, spare: int = 0) -> Iterator[None]:
+    """Fills ``size`` bytes of memory, or most of what is available less ``spare``, and gives them back after the block.
 
     A virtual machine may have to get memory from its host first, which costs up to ten times what using it does, and
     may give back within seconds what nobody uses. Which contender has to pay for that should not be left to chance.
     """
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    size = min(size, int(available * 0.7))
+    size = max(1, min(size, int(available * 0.9) - spare))
     with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory.madvise(mmap.MADV_HUGEPAGE)
         buffer = (ctypes.c_char * size).from_buffer(memory)
         ctypes.memset(buffer, 1, size)
         del buffer
+        yield

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.contenders import CONTENDERS
 from benchmarks.endpoint import Store, nginx, seaweedfs
-from benchmarks.meter import MemoryWatch
 from benchmarks.works import GIB
 
 if TYPE_CHECKING:
@@ -152,8 +151,7 @@ def _in_process(store: Store, **order: Any) -> dict[str, Any]:
         )
         timeout = 120 + order["size"] / 10e6
         try:
-            with MemoryWatch(process.pid) as memory:
-                out, err = process.communicate(timeout=timeout)
+            out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             return {"error": f"not done after {timeout:.0f} s"}
         finally:
@@ -164,9 +162,6 @@ def _in_process(store: Store, **order: Any) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(out.splitlines()[-1])
     except (ValueError, IndexError):
         return {"error": f"the process ended with status {process.returncode}: {err[-500:]}"}
-    if "seconds" in answer:
-        held = memory.peak(answer["began"], answer["seconds"]) - answer["resident_before"]
-        answer["peak_bytes"] = max(answer["peak_bytes"], held)
     return answer
 
 

@@ -70,7 +70,8 @@ def measure(
         first_seconds = _seconds(operation, works.make("flat", WARM_UP_SIZE), f"{prefix}/warm")
         works.forget()
         gc.collect()
-        warm_memory(_WARMED * payload)
+        with warm_memory(_WARMED * payload):
+            pass
         with measuring(store, verb, payload if chosen.remote else 0) as measurement:
             operation(checkpoint, f"{prefix}/checkpoint")
     else:
@@ -78,7 +79,8 @@ def measure(
         warm, data = (formats.key(chosen.format, f"{prefix}/{n}") if chosen.format else "" for n in ("warm", "data"))
         first_seconds = _seconds(operation, warm) if chosen.remote else 0.0
         gc.collect()
-        warm_memory(_WARMED * payload)
+        with warm_memory(_WARMED * payload, spare=payload):
+            store.read_through(prefix)
         with measuring(store, verb, payload if chosen.remote else 0) as measurement:
             loaded = operation(data)
             if not isinstance(loaded, memoryview):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 
+from benchmarks.works import MIB
 from torchferry.testing import servers
 
 if TYPE_CHECKING:
@@ -136,6 +137,20 @@ class Store:
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(directory, target)
+
+    def read_through(self, prefix: str) -> None:
+        """Has the objects under ``prefix`` in the system's page cache, if the endpoint serves them from files.
+
+        The system may have dropped them to make room, or for no reason; then the endpoint would wait for its disk.
+        """
+        if self.data is None:
+            return
+        buffer = bytearray(MIB)
+        for path in Path(self.data, self.bucket, prefix).rglob("*"):
+            if path.is_file():
+                with path.open("rb", buffering=0) as file:
+                    while file.readinto(buffer):
+                        pass
 
     def remove(self, prefix: str) -> None:
         """Removes the objects under ``prefix``."""
