@@ -46,7 +46,7 @@ from torchferry.storage.cancellation import to_the_end
 from torchferry.storage.direct import DirectReader, SignedGet
 from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.storage.obstore import ObstoreBackend
-from torchferry.storage.translation import REFUSED, by_status, translated
+from torchferry.storage.translation import REFUSED, by_status, require_key, translated
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
@@ -221,6 +221,7 @@ class AzureBackend(Backend):
     def blob(self, path: str) -> BlobClient:
         """The client of one blob."""
         container, _, key = path.partition("/")
+        require_key(self.url(path), key)
         version = None
         if self._fs.version_aware:
             key, _, version = key.partition("?versionid=")

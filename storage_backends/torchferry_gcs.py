@@ -47,7 +47,7 @@ from torchferry.storage.cancellation import in_thread
 from torchferry.storage.direct import DirectReader, SignedGet
 from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.storage.obstore import ObstoreBackend
-from torchferry.storage.translation import by_status, translated
+from torchferry.storage.translation import by_status, require_key, translated
 
 if TYPE_CHECKING:
     import asyncio
@@ -125,7 +125,7 @@ class GcsBackend(Backend):
         """Reads a range of the generation that ``stat`` names, with one GET request."""
         if stop <= start:
             return b""
-        bucket, key, _ = self._fs.split_path(path)
+        bucket, key, _ = self.address(path)
         with _translated(self.url(path), "read"):
             try:
                 _, data = await self._fs._call(
@@ -149,7 +149,7 @@ class GcsBackend(Backend):
 
     async def sign(self, path: str, stat: ObjectStat) -> SignedGet:
         """The request that reads a version directly, with gcsfs's credentials."""
-        bucket, key, _ = self._fs.split_path(path)
+        bucket, key, _ = self.address(path)
         url = f"{self._fs._location}/download/storage/v1/b/{quote(bucket)}/o/{quote(key, safe='')}?alt=media"
         headers = await in_thread(_headers, self._fs)
         if stat.etag is None or not stat.etag.isdecimal():  # a server without generations
@@ -172,7 +172,7 @@ class GcsBackend(Backend):
 
     async def delete(self, path: str) -> None:
         """Deletes an object."""
-        bucket, key, generation = self._fs.split_path(path)
+        bucket, key, generation = self.address(path)
         with _translated(self.url(path), "delete"):
             try:
                 await self._fs._call("DELETE", "b/{}/o/{}", bucket, key, generation=generation)
@@ -180,9 +180,15 @@ class GcsBackend(Backend):
                 return
         self._forget(path)
 
+    def address(self, path: str) -> tuple[str, str, str | None]:
+        """The bucket, the key, and the generation where the path names one."""
+        bucket, key, generation = self._fs.split_path(path)
+        require_key(self.url(path), key)
+        return bucket, key, generation
+
     async def _lookup(self, path: str) -> dict[str, Any]:
         """The object's resource: https://cloud.google.com/storage/docs/json_api/v1/objects#resource."""
-        bucket, key, generation = self._fs.split_path(path)
+        bucket, key, generation = self.address(path)
         try:
             found: dict[str, Any] = await self._fs._call(
                 "GET", "b/{}/o/{}", bucket, key, generation=generation, json_out=True
@@ -223,7 +229,7 @@ class _Composition(MultipartUpload[_Component, ObjectStat]):
         self._backend = backend
         self._path = path
         self._metadata = metadata
-        self._bucket, self._key, _ = backend._fs.split_path(path)
+        self._bucket, self._key, _ = backend.address(path)
         parent = self._key[: self._key.rfind("/") + 1]
         self._prefix = f"{parent}.torchferry-{secrets.token_hex(8)}/"
         self._components: list[str] = []  # those that exist, or may

@@ -45,7 +45,7 @@ from torchferry.storage.cancellation import in_thread
 from torchferry.storage.direct import DirectReader, SignedGet
 from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.storage.obstore import ObstoreBackend
-from torchferry.storage.translation import by_status, translated
+from torchferry.storage.translation import by_status, require_key, translated
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Mapping, Sequence
@@ -200,6 +200,7 @@ class S3Backend(Backend):
 
     def _address(self, path: str) -> dict[str, Any]:
         bucket, key, version = self._fs.split_path(path)
+        require_key(self.url(path), key)
         return {"Bucket": bucket, "Key": key} | ({"VersionId": version} if version else {})
 
     async def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:

@@ -10,7 +10,12 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from torchferry.errors import BackendNotInstalledError, UnsupportedOptionError, UnsupportedURLError
+from torchferry.errors import (
+    BackendNotInstalledError,
+    CheckpointNotFoundError,
+    UnsupportedOptionError,
+    UnsupportedURLError,
+)
 from torchferry.storage.generic import GenericBackend
 from torchferry.storage.local import LocalBackend
 from torchferry.storage.registry import open_backend
@@ -62,6 +67,11 @@ def test_unknown_protocol_is_a_value_error_that_names_it() -> None:
     with pytest.raises(UnsupportedURLError, match="'gopher'") as caught:
         open_backend("gopher://host/x.pt")
     assert isinstance(caught.value, ValueError)
+
+
+def test_chain_that_starts_from_nothing_is_a_missing_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=r"none\.zip"):
+        open_backend(f"zip://checkpoint.pt::{tmp_path}/none.zip")
 
 
 def test_storage_options_and_filesystem_contradict_each_other() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import socket
 import threading
 import uuid
 import zipfile
@@ -14,7 +15,13 @@ import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from torchferry.errors import StorageError, StoragePermissionError, UnsupportedOptionError
+from torchferry.errors import (
+    CheckpointNotFoundError,
+    StorageError,
+    StoragePermissionError,
+    StorageUnavailableError,
+    UnsupportedOptionError,
+)
 from torchferry.storage.generic import GenericBackend
 from torchferry.testing import BackendConformance, StoreUnderTest
 from torchferry.testing.conformance import stream
@@ -99,6 +106,16 @@ async def test_web_server_without_ranges_never_gives_wrong_bytes(http_url: str) 
     assert await backend.read(f"{http_url}/checkpoint.pt", 0, 5, found) == b"12345"
     with pytest.raises(StorageError, match="returned 5 bytes"):
         await backend.read(f"{http_url}/checkpoint.pt", 1, 3, found)
+
+
+async def test_web_server_that_is_not_there_is_not_a_missing_file(http_url: str) -> None:
+    backend = GenericBackend.from_filesystem(fsspec.filesystem("http", skip_instance_cache=True), "auto")
+    with pytest.raises(CheckpointNotFoundError, match="no such file"):
+        await backend.stat(f"{http_url}/missing.pt")
+    with socket.create_server(("127.0.0.1", 0)) as unanswered:
+        port = unanswered.getsockname()[1]
+    with pytest.raises(StorageUnavailableError, match=f"http://127.0.0.1:{port}/x.pt"):
+        await backend.stat(f"http://127.0.0.1:{port}/x.pt")
 
 
 async def test_filesystem_made_for_its_users_loop_works(http_url: str) -> None:

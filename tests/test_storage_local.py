@@ -7,12 +7,14 @@ import resource
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+import torchferry
 from torchferry.errors import CheckpointNotFoundError, StorageError, StoragePermissionError
 from torchferry.storage.local import LocalBackend
 from torchferry.testing import BackendConformance, StoreUnderTest
@@ -94,6 +96,12 @@ async def test_directory_in_the_way_is_refused(store: LocalStore, tmp_path: Path
         await store.stat(path)
     assert (tmp_path / "directory").is_dir()
     assert store.leftovers() == []
+
+
+def test_name_that_no_file_can_have_is_an_error(tmp_path: Path) -> None:
+    for do in (partial(torchferry.save, {"a": 1}), torchferry.load):
+        with pytest.raises(StorageError, match="null"):
+            do(f"{tmp_path}/a\0b.pt")
 
 
 async def test_device_is_not_replaced(store: LocalStore) -> None:

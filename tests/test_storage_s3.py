@@ -22,6 +22,7 @@ from aiobotocore.session import AioSession
 from botocore.exceptions import ClientError
 from s3fs import S3FileSystem
 
+import torchferry
 import torchferry_s3
 from torchferry._sync import run_on
 from torchferry.errors import (
@@ -330,6 +331,15 @@ async def test_key_that_obstore_would_change_is_refused_with_the_way_out(
     with pytest.raises(UnsupportedOptionError, match="plane='fsspec'"):
         backend, path = open_backend(f"{s3_url}/{key}", storage_options=s3_storage_options, plane="obstore")
         await backend.write(path, stream(b"x", 1), size_hint=1)
+
+
+@pytest.mark.parametrize("key", ["a//b", "a\nb"])
+async def test_key_that_obstore_would_change_goes_through_the_fsspec_plane(
+    s3_url: str, s3_storage_options: dict[str, Any], key: str
+) -> None:
+    url = f"{s3_url}/{uuid.uuid4().hex}/{key}"
+    await torchferry.save_async({"a": 1}, url, storage_options=s3_storage_options)
+    assert await torchferry.load_async(url, storage_options=s3_storage_options) == {"a": 1}
 
 
 @READS

@@ -92,6 +92,11 @@ class Backend(ABC):
             UnsupportedOptionError: ``plane`` is forced, and ``fs`` has settings that it cannot honour.
         """
 
+    def can_hold(self, path: str) -> bool:
+        """Whether this plane keeps the name as it is; True by default. Where not, "auto" takes the fsspec plane."""
+        del path
+        return True
+
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The event loop that the verbs must run on; None (the default) where any loop will do."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import secrets
 from contextlib import contextmanager, suppress
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from fsspec import AbstractFileSystem
@@ -20,6 +21,7 @@ from torchferry.errors import (
 )
 from torchferry.storage.base import MIB, Backend, Chunk, ObjectStat, Plane
 from torchferry.storage.cancellation import in_thread
+from torchferry.storage.translation import by_status
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Iterator, Mapping
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["GenericBackend"]
 
 _BLOCK_SIZE = 8 * MIB
+_MISSING = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
 
 _VERSION_FIELDS = (
     # What filesystems put into info() that changes with an object; fsspec has no common name for it.
@@ -205,6 +208,10 @@ def _translated(url: str, verb: str) -> Iterator[None]:
     except StorageError:
         raise
     except FileNotFoundError as error:
+        cause = error.__cause__  # fsspec's http says so of a server that refused, failed or was not there, too
+        status = getattr(cause, "status", 0)
+        if isinstance(cause, Exception) and type(cause).__module__.startswith("aiohttp.") and status not in _MISSING:
+            raise by_status(f"Cannot {verb} {url}", _describe(cause), status, unanswered=not status) from error
         raise CheckpointNotFoundError(errno.ENOENT, f"Cannot {verb} {url}: there is no such file.") from error
     except NotImplementedError as error:
         raise StoragePermissionError(

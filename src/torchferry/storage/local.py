@@ -196,3 +196,5 @@ def _translated(url: str, verb: str) -> Iterator[None]:
         if number in {errno.EACCES, errno.EPERM, errno.EROFS}:
             raise StoragePermissionError(number, message) from error
         raise StorageError(number, message) from error
+    except ValueError as error:  # a name that no file can have
+        raise StorageError(errno.EINVAL, f"Cannot {verb} {url!r}: {error}.") from error

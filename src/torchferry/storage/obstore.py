@@ -9,7 +9,6 @@ a cancelled ``put_async`` would leave the upload behind.
 from __future__ import annotations
 
 import asyncio
-import errno
 import re
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -31,6 +30,7 @@ from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
 from torchferry.storage.cancellation import wait_through_cancellations
 from torchferry.storage.direct import DirectReader, SignedGet
 from torchferry.storage.multipart import part_size_for
+from torchferry.storage.translation import require_key
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -93,6 +93,11 @@ class ObstoreBackend(Backend):
 
     def url(self, path: str) -> str:
         return f"{self._protocol}://{path}"
+
+    def can_hold(self, path: str) -> bool:
+        """Whether obstore asks the store for this very name: not where a part is empty, ``.`` or ``..``."""
+        _, _, key = path.partition("/")
+        return not any(part in {"", ".", ".."} for part in key.split("/")) and not re.search(r"[\x00-\x1f\x7f]", key)
 
     async def stat(self, path: str) -> ObjectStat:
         store, key = await self._locate(path)
@@ -180,9 +185,8 @@ class ObstoreBackend(Backend):
 
     async def _locate(self, path: str) -> tuple[ObjectStore, str]:
         bucket, _, key = path.partition("/")
-        if not key:  # requests without a key are about the bucket: a PUT would make one
-            raise StorageError(errno.EISDIR, f"{self.url(path)} names a bucket or container, not an object in it.")
-        if any(part in {"", ".", ".."} for part in key.split("/")) or re.search(r"[\x00-\x1f\x7f]", key):
+        require_key(self.url(path), key)
+        if not self.can_hold(path):
             raise UnsupportedOptionError(
                 f"{self.url(path)}: obstore would not keep this name as it is: correct it (an empty part, such as in "
                 "'a//b', is often a slip), or use plane='fsspec' (or TORCHFERRY_PLANE=fsspec)."

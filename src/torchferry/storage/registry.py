@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, get_args
 import fsspec
 from fsspec.core import url_to_fs
 
-from torchferry.errors import BackendNotInstalledError, UnsupportedOptionError, UnsupportedURLError
+from torchferry.errors import (
+    BackendNotInstalledError,
+    CheckpointNotFoundError,
+    StorageError,
+    UnsupportedOptionError,
+    UnsupportedURLError,
+)
 from torchferry.storage.base import Backend, Plane
 
 if TYPE_CHECKING:
@@ -48,6 +54,7 @@ def open_backend(
         UnsupportedURLError: fsspec knows no such protocol.
         BackendNotInstalledError: the protocol's library is not installed.
         UnsupportedOptionError: the options contradict each other, or the forced plane cannot honour them.
+        StorageError: what a chained URL (``zip://x::file.zip``) starts from cannot be opened.
     """
     url = os.fspath(url)
     plane = _resolve_plane(plane)
@@ -57,7 +64,11 @@ def open_backend(
         raise UnsupportedOptionError(f"{url}: pass storage_options or a filesystem, not both.")
     else:
         path = _path_in(filesystem, url)
-    return _backend_class(filesystem).from_filesystem(filesystem, plane), path
+    backend_class = _backend_class(filesystem)
+    backend = backend_class.from_filesystem(filesystem, plane)
+    if plane == "auto" and not backend.can_hold(path):
+        backend = backend_class.from_filesystem(filesystem, "fsspec")
+    return backend, path
 
 
 def _resolve_plane(plane: Plane) -> Plane:
@@ -76,6 +87,10 @@ def _filesystem_for(url: str, storage_options: Mapping[str, Any]) -> tuple[Abstr
         extra = _EXTRAS.get(protocol)
         hint = f"pip install 'torchferry[{extra}]'" if extra else f"install what fsspec needs for {protocol}://"
         raise BackendNotInstalledError(f"{url}: {error}. To use {protocol}:// URLs, {hint}.") from error
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(error.errno, f"{url}: {error}") from error
+    except OSError as error:
+        raise StorageError(error.errno, f"{url}: {error}") from error
     except ValueError as error:
         if protocol in fsspec.available_protocols():
             raise UnsupportedOptionError(f"{url}: {error}") from error

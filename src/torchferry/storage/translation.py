@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -16,10 +17,16 @@ from torchferry.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["REFUSED", "by_status", "translated"]
+__all__ = ["REFUSED", "by_status", "require_key", "translated"]
 
 REFUSED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 _BUSY = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
+
+
+def require_key(url: str, key: str) -> None:
+    """Raises a StorageError where a URL has no key: requests without one are about the bucket, and may make one."""
+    if not key:
+        raise StorageError(errno.EISDIR, f"{url} names a bucket or container, not an object in it.")
 
 
 @contextmanager

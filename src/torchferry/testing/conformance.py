@@ -539,6 +539,18 @@ class CloudConformance(BackendConformance):
         with pytest.raises(CheckpointNotFoundError, match=r"bucket|container"):
             await store.read(path, 0, 5, ObjectStat(store.backend.url(path), 5))
 
+    async def test_container_itself_is_no_place_for_an_object(self, store: StoreUnderTest) -> None:
+        for path in (store.path("x").partition("/")[0], store.path("x").partition("/")[0] + "/", ""):
+            for size in (1, 2 * PART):
+                with pytest.raises(StorageError, match="names a bucket or container"):
+                    await store.write(path, stream(_random_bytes(size), MIB))
+            with pytest.raises(StorageError, match="names a bucket or container"):
+                await store.stat(path)
+            with pytest.raises(StorageError, match="names a bucket or container"):
+                await store.read(path, 0, 5, ObjectStat(store.backend.url(path), 5))
+            with pytest.raises(StorageError, match="names a bucket or container"):
+                await store.delete(path)
+
     async def test_wrong_credentials_are_a_permission_error(self, store: StoreUnderTest, unauthorized: Backend) -> None:
         path = store.path("checkpoint.pt")
         store.raw_write(path, b"12345")
