@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from http import HTTPStatus
@@ -151,7 +152,12 @@ class S3Backend(Backend):
     async def _sign(self, path: str, stat: ObjectStat) -> SignedGet:
         address = self._address(path)
         client = await self._fs.get_s3(address["Bucket"])
-        url = await client.generate_presigned_url("get_object", Params=address)  # for an hour
+        client.meta.events.register_first("choose-signer.s3.GetObject", _version_4, unique_id="torchferry")
+        signing = _signing.set(True)
+        try:
+            url = await client.generate_presigned_url("get_object", Params=address)  # for an hour
+        finally:
+            _signing.reset(signing)
         get = SignedGet.if_match(url, stat.etag)
         return get if self._pins else get._replace(headers={})
 
@@ -317,6 +323,18 @@ class _S3Upload(MultipartUpload["dict[str, Any]", ObjectStat]):
 
     def _translated(self) -> Any:
         return _translated(self._url, "write")
+
+
+_signing: ContextVar[bool] = ContextVar("_signing", default=False)
+
+
+def _version_4(signature_version: Any, **_: object) -> str | None:
+    """Has botocore sign our URLs with signature version 4, unless its user chose another.
+
+    By itself it takes version 2 in the older regions, which newer buckets refuse there, too, as does what is encrypted
+    with KMS: https://docs.aws.amazon.com/AmazonS3/latest/API/Appendix-Sigv2.html
+    """
+    return "s3v4-query" if _signing.get() and signature_version in {"v4-query", "s3v4-query"} else None
 
 
 def _crc32(buffers: Sequence[Chunk]) -> str:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torchferry.testing.faultproxy import FaultProxy
 
 DATA = bytes(range(256)) * 4096  # 1 MiB
-SIGNED = "Signature="  # in the URL; botocore makes ones of AWS's version 2, too
+SIGNED = "X-Amz-Signature="  # in the URL
 
 
 class Stored:
@@ -77,6 +77,20 @@ async def test_ranges_come_by_signed_urls_on_one_connection_after_another(throug
         assert await stored.read(start, stop, stat) == DATA[start:stop]
     assert stored.gets() == [True] * 4
     assert len(stored.backend.direct._idle) == 1
+
+
+@pytest.mark.parametrize("plane", ["fsspec", "obstore"])
+async def test_urls_are_signed_with_version_4_where_botocore_would_take_version_2(
+    through: Through, plane: Plane
+) -> None:
+    stored = through(plane=plane)
+    assert await stored.read(0, 5, await stored.stat()) == DATA[:5]
+    (read,) = stored.proxy.requests("GET")
+    assert "X-Amz-Algorithm=AWS4-HMAC-SHA256" in read.target
+    if plane == "fsspec":
+        fs = stored.backend._fs  # type: ignore[attr-defined]
+        url = await run_on(fs.loop, fs._url, stored.path)  # the URLs of the client's other users stay as they are
+        assert "AWSAccessKeyId=" in url
 
 
 @pytest.mark.parametrize("plane", ["fsspec", "obstore"])
