@@ -128,7 +128,7 @@ class GcsBackend(Backend):
         bucket, key, _ = self.address(path)
         with _translated(self.url(path), "read"):
             try:
-                _, data = await self._fs._call(
+                headers, data = await self._fs._call(
                     "GET",
                     f"{self._fs._location}/download/storage/v1/b/{{}}/o/{{}}",
                     bucket,
@@ -140,9 +140,12 @@ class GcsBackend(Backend):
             except FileNotFoundError as error:
                 await self._lookup(path)  # raises where there is no object, or no bucket
                 raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.") from error
-        if len(data) != stop - start:
+        asked = f"bytes {start}-{stop - 1}"
+        offered = headers.get("Content-Range", asked).partition("/")[0]
+        if offered != asked or len(data) != stop - start:
             raise StorageError(
-                f"Cannot read the bytes {start} to {stop} of {self.url(path)}: the store returned {len(data)} bytes."
+                f"Cannot read the bytes {start} to {stop} of {self.url(path)}: "
+                f"the store returned {len(data)} bytes ({offered})."
             )
         chunk: bytes = data
         return chunk

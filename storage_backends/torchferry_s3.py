@@ -185,13 +185,18 @@ class S3Backend(Backend):
             # Some stores ignore If-Match, and some ranges.
             if stat.etag not in {None, response.get("ETag")}:
                 raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.")
-            if response["ContentLength"] != len(buffer):
+            whole = f"bytes 0-{stat.size - 1}"
+            offered = response.get("ContentRange", whole).partition("/")[0]
+            length = response.get("ContentLength", len(buffer))
+            if offered != f"bytes {start}-{stop - 1}" or length != len(buffer):
                 raise StorageError(
                     f"Cannot read the bytes {start} to {stop} of {self.url(path)}: "
-                    f"the store offered {response['ContentLength']} bytes."
+                    f"the store offered {length} bytes ({offered})."
                 )
             filled = 0
             while piece := await body.read(_READ_PIECE):
+                if filled + len(piece) > len(buffer):
+                    raise StorageError(f"Cannot read {self.url(path)}: the store sent more than it was asked for.")
                 buffer[filled : filled + len(piece)] = piece
                 filled += len(piece)
         finally:

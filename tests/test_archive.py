@@ -152,16 +152,6 @@ def test_local_headers_are_made_well_formed() -> None:
     assert torch.equal(torch.load(io.BytesIO(data))["a"], CHECKPOINT["a"])
 
 
-def test_check_headers_sees_a_shifted_record() -> None:
-    data = bytearray(saved(CHECKPOINT))
-    archive = parse(bytes(data))
-    archive.check_headers(memoryview(data))
-    shifted = dict(archive.local_headers())
-    data[list(shifted)[4] + 28] ^= 4
-    with pytest.raises(CheckpointCorruptError, match="data/0"):
-        archive.check_headers(memoryview(data))
-
-
 def test_a_damaged_directory_is_an_error_of_ours_or_the_same_directory() -> None:
     data = saved(CHECKPOINT)
     archive = parse(data)

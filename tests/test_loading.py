@@ -4,11 +4,15 @@ import asyncio
 import collections
 import gc
 import io
+import os
 import pathlib
 import pickle
 import random
 import struct
+import subprocess
+import sys
 import tarfile
+import textwrap
 import time
 import uuid
 import warnings
@@ -406,6 +410,11 @@ async def test_keys_of_what_is_no_dict(stored: Callable[[bytes], str]) -> None:
         await load_async(stored(saved([torch.ones(1)])), keys=("a",))
 
 
+async def test_keys_of_a_dict_of_another_kind(stored: Callable[[bytes], str]) -> None:
+    url = stored(saved(collections.Counter(a=2, b=3)))
+    assert await load_async(url, keys=("b",)) == {"b": 3}
+
+
 async def test_one_string_is_not_taken_for_keys(counting_store: CountingStore) -> None:
     with pytest.raises(TypeError, match="'lr'"):
         await load_async(counting_store.put({"lr": 1}), keys="lr")
@@ -550,6 +559,13 @@ async def test_no_truncation_gives_wrong_tensors(stored: Callable[[bytes], str])
             await load_async(stored(data[:length]))
 
 
+async def test_a_damaged_legacy_checkpoint_is_an_error_of_ours(stored: Callable[[bytes], str]) -> None:
+    data = saved(SMALL, _use_new_zipfile_serialization=False)
+    for length in range(40, len(data), 7):
+        with pytest.raises(TorchferryError):
+            await load_async(stored(data[:length]))
+
+
 # Reading
 
 
@@ -620,25 +636,88 @@ def open_files() -> int:
 # Local files
 
 
-async def test_a_local_file_is_mapped_and_never_written(tmp_path: pathlib.Path) -> None:
+async def test_a_local_file_is_never_written(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "x.pt"
     data = saved(adam_checkpoint())
     path.write_bytes(data)
-    with torch.serialization.set_default_mmap_options(1):  # MAP_SHARED, whatever the caller uses otherwise
-        loaded = await load_async(path)
+    loaded = await load_async(path)
     loaded["module_state_dict"]["0.weight"].zero_()
     assert path.read_bytes() == data
 
 
-async def test_a_local_header_that_would_shift_a_tensor_is_found(tmp_path: pathlib.Path) -> None:
+async def test_what_was_loaded_stays_when_its_file_is_written_over(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"w": torch.ones(1 << 20), "step": 1}, path)
+    loaded = await load_async(path)
+    torch.save({"w": torch.zeros(1 << 20), "step": 2}, path)  # into the same file
+    assert torch.equal(loaded["w"], torch.ones(1 << 20))
+    torch.save(loaded, path)  # truncates it first
+    assert torch.equal(torch.load(path)["w"], torch.ones(1 << 20))
+
+
+async def test_a_damaged_local_header_shifts_no_tensor(tmp_path: pathlib.Path) -> None:
     data = bytearray(saved({"a": torch.arange(100.0), "b": torch.ones(3)}))
     manifest = await torchferry.inspect_async(_file(tmp_path, bytes(data)))
     record = next(record for record in manifest.records if record.name == "data/1")
     at = data.rindex(b"PK\x03\x04", 0, record.offset)
     data[at + 28] ^= 0x08
     for verify in (True, False):
-        with pytest.raises(CheckpointCorruptError, match="local header of record data/1"):
-            await load_async(_file(tmp_path, bytes(data)), verify=verify)
+        assert (await load_async(_file(tmp_path, bytes(data)), verify=verify))["b"].tolist() == [1, 1, 1]
+
+
+def test_keys_take_no_memory_for_the_rest(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"step": torch.ones(3), "rest": [torch.ones(1 << 19) for _ in range(200)]}, path)  # 400 MiB
+    program = """
+        import pathlib, sys, torch, torchferry
+        def peak():
+            status = pathlib.Path("/proc/self/status").read_text()
+            return int(status.split("VmHWM:")[1].split()[0]) << 10
+        torchferry.load(sys.argv[2], keys=["step"])  # imports and threads are there
+        before = peak()
+        torchferry.load(sys.argv[1], keys=["step"])
+        print(peak() - before)
+    """
+    torch.save({"step": 1}, tmp_path / "small.pt")
+    assert int(run(program, path, tmp_path / "small.pt")) < 32 << 20
+
+
+def test_a_checkpoint_without_memory_for_it_is_an_error_that_says_so(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"step": 1, "w": torch.ones(200 << 20)}, path)  # 800 MiB
+    program = """
+        import pathlib, resource, sys, torchferry
+        torchferry.load(sys.argv[1], keys=["step"])
+        taken = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + (600 << 20), -1))
+        try:
+            torchferry.load(sys.argv[1])
+        except torchferry.NotEnoughMemoryError as error:
+            print(error)
+    """
+    assert "x.pt: this machine has no memory for its" in run(program, path)
+
+
+def run(program: str, *arguments: object) -> str:
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program), *map(str, arguments)]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=100).stdout
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # Python 3.12; the child only exits
+async def test_a_child_forked_during_a_load_has_its_collector(tmp_path: pathlib.Path) -> None:
+    states: list[int] = []
+
+    def fork(storage: torch.UntypedStorage, _: str) -> torch.UntypedStorage:
+        assert not gc.isenabled()
+        child = os.fork()
+        if not child:
+            os._exit(0 if gc.isenabled() else 1)
+        states.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        return storage
+
+    await load_async(_file(tmp_path, saved({"a": torch.ones(3)})), map_location=fork)
+    assert states == [0]
+    assert gc.isenabled()
 
 
 def _file(directory: pathlib.Path, data: bytes) -> pathlib.Path:
@@ -679,8 +758,8 @@ def test_memory_is_free_with_the_last_tensor_and_not_when_the_collector_comes(
     memories: list[weakref.ref[Any]] = []
 
     class Watched(Mirror):
-        def __init__(self, size: int) -> None:
-            super().__init__(size)
+        def __init__(self, size: int, *, sparse: bool) -> None:
+            super().__init__(size, sparse=sparse)
             memories.append(weakref.ref(self._memory))
 
     monkeypatch.setattr(torchferry.loading, "Mirror", Watched)

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch.serialization import get_default_mmap_options
 
 import torchferry
 from torchferry import mirror as mirror_module
 from torchferry.archive import find_directory, parse_directory
-from torchferry.mirror import Mirror, load_mapped
+from torchferry.mirror import Mirror
 
 if TYPE_CHECKING:
     from torchferry.archive import Archive
@@ -130,25 +129,23 @@ def test_damaged_local_headers_shift_nothing(mirror: Mirror, data: bytes, archiv
     assert torch.equal(load(mirror)["a"], CHECKPOINT["a"])
 
 
-@pytest.mark.parametrize("options", [mmap.MAP_PRIVATE, mmap.MAP_SHARED])
-def test_the_callers_mmap_options_are_put_back(data: bytes, tmp_path: Path, options: int) -> None:
-    path = tmp_path / "x.pt"
-    with torch.serialization.set_default_mmap_options(options):
-        path.write_bytes(data)
-        load_mapped(str(path), map_location=None, weights_only=True)
-        assert get_default_mmap_options() == options
-        path.write_bytes(bytes(len(data)))
-        with pytest.raises(RuntimeError):
-            load_mapped(str(path), map_location=None, weights_only=True)
-        assert get_default_mmap_options() == options
+def test_only_ranges_that_are_expected_take_huge_pages() -> None:
+    mirror = Mirror(64 << 20)
+    mirror.expect([(5, 8 << 20), (8 << 20, (16 << 20) + 7)])
+    before = resident()
+    for at in range(0, 64 << 20, 4 << 20):  # a local header here and there
+        mirror.write(at, b"x")
+    assert resident() - before <= (16 << 20) + 16 * mmap.PAGESIZE + (1 << 20)
 
 
-def test_a_mapped_file_is_left_alone(data: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "x.pt"
-    path.write_bytes(data)
-    loaded = load_mapped(str(path), map_location=None, weights_only=True)
-    loaded["a"].zero_()
-    assert path.read_bytes() == data
+def test_a_sparse_mirror_may_be_larger_than_the_machines_memory() -> None:
+    mirror = Mirror(1 << 44, sparse=True)
+    mirror.write(1 << 43, b"x")
+    assert bytes(mirror.view(1 << 43, (1 << 43) + 2)) == b"x\0"
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def test_torchs_switch_that_forces_weights_only_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:

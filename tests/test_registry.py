@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,17 @@ def test_unknown_protocol_is_a_value_error_that_names_it() -> None:
 def test_chain_that_starts_from_nothing_is_a_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"none\.zip"):
         open_backend(f"zip://checkpoint.pt::{tmp_path}/none.zip")
+
+
+def test_all_threads_share_a_filesystem() -> None:
+    """Up to fsspec 2026.3 even s3fs would be another one in each thread, with connections of its own."""
+    with ThreadPoolExecutor(2) as threads:
+        start = threading.Barrier(2)
+        opened = [threads.submit(lambda: (start.wait(), open_backend("memory://a"))[1][0]) for _ in range(2)]
+        first, second = (future.result() for future in opened)
+    assert isinstance(first, GenericBackend)
+    assert isinstance(second, GenericBackend)
+    assert first._fs is second._fs
 
 
 def test_storage_options_and_filesystem_contradict_each_other() -> None:

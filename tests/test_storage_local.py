@@ -59,11 +59,6 @@ class TestLocal(BackendConformance):
         return LocalStore(tmp_path)
 
 
-def test_local_path_is_the_file(store: LocalStore) -> None:
-    assert store.backend.local_path("/a/b.pt") == Path("/a/b.pt")
-    assert store.backend.url("/a/b.pt") == "file:///a/b.pt"
-
-
 async def test_missing_directories_are_made(store: LocalStore) -> None:
     path = store.path("some/new/directory/checkpoint.pt")
     await store.write(path, stream(b"12345", 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -15,6 +16,19 @@ __all__ = ["collector_paused"]
 _lock = threading.Lock()
 _pauses = 0
 _was_enabled = False
+
+
+def _forget_pauses() -> None:
+    """In a forked child nobody is in there, but for who forked: that one's own pause may end early."""
+    global _lock, _pauses  # noqa: PLW0603 - there is one collector
+    _lock = threading.Lock()
+    if _pauses and _was_enabled:
+        gc.enable()
+    _pauses = 0
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_pauses)
 
 
 @contextmanager
@@ -35,6 +49,6 @@ def collector_paused() -> Generator[None]:
         yield
     finally:
         with _lock:
-            _pauses -= 1
+            _pauses = max(_pauses - 1, 0)
             if not _pauses and _was_enabled:
                 gc.enable()

@@ -19,7 +19,6 @@ from torchferry.errors import CheckpointCorruptError, CheckpointFormatError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from mmap import mmap
 
 __all__ = [
     "LEGACY_FORMAT",
@@ -174,22 +173,11 @@ class Archive:
             fields = _LOCAL_HEADER.unpack(headers[entry.header_offset])
             offset = entry.header_offset + LOCAL_HEADER_SIZE + fields[9] + fields[10]
             limit = self._entries[index + 1].header_offset if index + 1 < len(records) else self.start
-            if fields[0] != _LOCAL_SIGNATURE or offset + entry.stored_size > limit:
+            least = entry.header_offset + LOCAL_HEADER_SIZE + len(entry.path)
+            if fields[0] != _LOCAL_SIGNATURE or offset < least or offset + entry.stored_size > limit:
                 raise CheckpointCorruptError(f"{self.url}: the local header of record {record.name} is damaged.")
             records[index] = Record(record.name, offset, record.size, record.crc32)
         return Archive(self.url, tuple(records), (), self.start, self._entries, self._index)
-
-    def check_headers(self, buffer: memoryview | mmap) -> None:
-        """Compares the local headers in ``buffer``, the whole object, with what is known of them.
-
-        Raises:
-            CheckpointCorruptError: torch would look for a record's data in another place, or find no header.
-        """
-        for entry, record in zip(self._entries, self.records, strict=True):
-            fields = _LOCAL_HEADER.unpack_from(buffer, entry.header_offset)
-            offset = entry.header_offset + LOCAL_HEADER_SIZE + fields[9] + fields[10]
-            if fields[0] != _LOCAL_SIGNATURE or offset != record.offset:
-                raise CheckpointCorruptError(f"{self.url}: the local header of record {record.name} is damaged.")
 
     def local_headers(self) -> Iterator[tuple[int, bytes]]:
         """Offset and bytes of a local header for each record, made from what is known.

@@ -17,6 +17,7 @@ __all__ = [
     "CheckpointFormatError",
     "CheckpointKeyError",
     "CheckpointNotFoundError",
+    "NotEnoughMemoryError",
     "StorageError",
     "StoragePermissionError",
     "StorageUnavailableError",
@@ -65,6 +66,10 @@ class CheckpointCorruptError(CheckpointFormatError):
 
 class CheckpointKeyError(TorchferryError, KeyError):
     """A key asked for in ``keys=`` is not in the checkpoint; the message lists those that are."""
+
+
+class NotEnoughMemoryError(TorchferryError, MemoryError):
+    """This machine has no memory for a whole checkpoint; ``keys=`` loads a part of it."""
 
 
 class UnsafeCheckpointError(TorchferryError, pickle.UnpicklingError):

@@ -7,15 +7,14 @@ on the way, and then has torch unpickle what lies there. So whatever the checkpo
 
 from __future__ import annotations
 
-import mmap
 import os
 import pickle
 import re
+import struct
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from fsspec.callbacks import NoOpCallback
 
 from torchferry import _sync
@@ -23,14 +22,14 @@ from torchferry._collector import collector_paused
 from torchferry.archive import LEGACY_FORMAT, SNIFF_SIZE, sniff
 from torchferry.checksum import Checksums
 from torchferry.errors import (
-    CheckpointChangedError,
     CheckpointCorruptError,
     CheckpointFormatError,
+    NotEnoughMemoryError,
     TorchferryError,
     UnsafeCheckpointError,
 )
 from torchferry.graph import read_graph
-from torchferry.mirror import Mirror, load_mapped
+from torchferry.mirror import Mirror
 from torchferry.selection import Selection, check_graph, check_keys, select_keys, unsafe_message
 from torchferry.source import Source
 from torchferry.storage.cancellation import in_thread
@@ -38,7 +37,6 @@ from torchferry.storage.registry import open_backend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
@@ -48,6 +46,9 @@ if TYPE_CHECKING:
     from torchferry.storage.base import Backend, Chunk, Plane
 
 __all__ = ["Manifest", "inspect", "inspect_async", "load", "load_async", "verify", "verify_async"]
+
+
+_OF_DAMAGE = (struct.error, IndexError, KeyError, AssertionError, UnicodeDecodeError)  # what torch's old reader raises
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +90,8 @@ async def load_async(
     """Loads a checkpoint from a store; any file that ``torch.save`` wrote.
 
     Takes memory for the object, or for the part that ``keys`` name, and at most 200 MiB beside. The tensors lie in
-    one piece of memory, which is freed when all of them are gone. A local file is mapped itself, privately:
-    writing to the tensors does not change it. A checkpoint in the legacy format (before torch 1.6) is read whole
-    and copied once more.
+    one piece of memory, which is freed when all of them are gone. A checkpoint in the legacy format (before torch 1.6)
+    is read whole and copied once more.
 
     Args:
         url: Any fsspec URL, or a local path.
@@ -281,21 +281,18 @@ async def _fetch(
             mirror.write(start, buffer)
         await in_thread(sink, start, buffer)
     callback.relative_update(nbytes)
-    memory = None if mirror is None else mirror.view
-    await source.stream(ranges, sink, callback.relative_update, memory=memory)
+    if mirror is None:
+        await source.stream(ranges, sink, callback.relative_update)
+    else:
+        await in_thread(mirror.expect, ranges)
+        await source.stream(ranges, sink, callback.relative_update, memory=mirror.view)
 
 
 async def _load(backend: Backend, path: str, request: _Request, callback: Callback) -> Any:
     source = await Source.open(backend, path)
     archive = await source.read_archive()
     selection = await (_select_legacy(source, request) if archive is None else _select(source, archive, request))
-    local = backend.local_path(path)
-    if local is None:
-        loaded = await _load_mirrored(source, archive, selection, request, callback)
-    else:
-        loaded = await _load_local(source, archive, selection, request, callback, local)
-        if (await backend.stat(path)).etag != source.stat.etag:
-            raise CheckpointChangedError(f"{source.url} was replaced while it was being loaded: load it again.")
+    loaded = await _load_mirrored(source, archive, selection, request, callback)
     if request.keys is None:
         return loaded
     check_keys(loaded, request.keys, source.url)
@@ -340,39 +337,24 @@ async def _load_mirrored(
     source: Source, archive: Archive | None, selection: Selection, request: _Request, callback: Callback
 ) -> Any:
     checksums = await in_thread(Checksums, selection.records if request.verify else (), source.url)
-    mirror = Mirror(source.stat.size)
+    try:
+        mirror = Mirror(source.stat.size, sparse=request.keys is not None)
+    except OSError as error:
+        raise NotEnoughMemoryError(
+            f"{source.url}: this machine has no memory for its {source.stat.size} bytes. keys= loads a part of them."
+        ) from error
 
     def load() -> Any:
         if archive is None or archive.is_torchscript:
-            return mirror.load_copy(map_location=selection.map_location, weights_only=request.weights_only)
+            try:
+                return mirror.load_copy(map_location=selection.map_location, weights_only=request.weights_only)
+            except _OF_DAMAGE as error:
+                raise CheckpointCorruptError(f"{source.url} is damaged: {type(error).__name__}: {error}") from error
         mirror.write_headers(archive)
         return mirror.load(map_location=selection.map_location, weights_only=request.weights_only)
 
     await _fetch(source, selection.extents, checksums.add, callback, mirror)
     checksums.finish()
-    return await in_thread(_torch_load, load, source.url, request)
-
-
-async def _load_local(
-    source: Source,
-    archive: Archive | None,
-    selection: Selection,
-    request: _Request,
-    callback: Callback,
-    path: Path,
-) -> Any:
-    if request.verify and archive is not None:
-        checksums = await in_thread(Checksums, selection.records, source.url)
-        await _fetch(source, selection.extents, checksums.add, callback)
-        checksums.finish()
-
-    def load() -> Any:
-        if archive is None:
-            return torch.load(path, map_location=selection.map_location, weights_only=request.weights_only)
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            archive.check_headers(view)
-        return load_mapped(str(path), map_location=selection.map_location, weights_only=request.weights_only)
-
     return await in_thread(_torch_load, load, source.url, request)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import mmap
 import pickle
-import threading
+import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,16 @@ from torch import _weights_only_unpickler, serialization
 from torchferry._memory import copy_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torchferry.archive import Archive
     from torchferry.storage.base import Chunk
 
-__all__ = ["Mirror", "load_mapped"]
+__all__ = ["Mirror"]
 
-_MMAP_OPTIONS = threading.RLock()
+_HUGE_PAGE = 2 << 20  # bytes, on x86 and on arm64 with small pages of 4 KiB
+_MAP_NORESERVE = 0x4000  # Linux, on all architectures that torch runs on; Python has a name for it since 3.13
+
 # torch.load maps a file and hands the mapping to this function. Ours is no file, so it is called directly: it is the
 # same from torch 2.7 to 2.13. Where it is not what it was, torch.load reads the mirror as a file object, and copies.
 _LOADS_FROM_STORAGE = {"zip_file", "map_location", "pickle_module", "overall_storage"} <= set(
@@ -40,16 +44,36 @@ class Mirror:
     """``size`` bytes of memory with the bytes of an object.
 
     The memory is freed when the mirror and all tensors in it are gone.
+
+    Args:
+        size: Of the object, in bytes.
+        sparse: Whether little of it may be needed: then the object may be larger than the machine's memory.
+
+    Raises:
+        OSError: there is no memory for all of it, and all of it is needed.
     """
 
-    def __init__(self, size: int) -> None:
-        if hasattr(mmap, "MAP_PRIVATE"):
-            self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        else:  # Windows
+    def __init__(self, size: int, *, sparse: bool = False) -> None:
+        if sys.platform == "win32":
             self._memory = mmap.mmap(-1, size)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # a kernel without huge pages
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
+            return
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        if sparse and sys.platform == "linux":
+            flags |= _MAP_NORESERVE
+        self._memory = mmap.mmap(-1, size, flags=flags)
+
+    def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Prepares for ranges to be filled: with huge pages, where they are large enough for some.
+
+        Only there: a huge page takes 2 MiB, however little is written to it, such as a local header.
+        """
+        if not hasattr(mmap, "MADV_HUGEPAGE"):
+            return
+        with suppress(OSError):  # a kernel without huge pages
+            for start, stop in ranges:
+                if stop - start >= _HUGE_PAGE:
+                    first = start // mmap.PAGESIZE * mmap.PAGESIZE  # so that neighbours overlap, and become one
+                    self._memory.madvise(mmap.MADV_HUGEPAGE, first, stop - first)
 
     def view(self, start: int, stop: int) -> memoryview:
         """The memory for the bytes ``start`` to ``stop`` of the object: to be written to, from any thread."""
@@ -85,13 +109,3 @@ class Mirror:
         """``torch.load`` of the mirror as of a file, in any format; the tensors are copies."""
         self._memory.seek(0)
         return torch.load(self._memory, map_location=map_location, weights_only=weights_only)  # type: ignore[arg-type]
-
-
-def load_mapped(path: str, *, map_location: Any, weights_only: bool) -> Any:
-    """``torch.load(path, mmap=True)`` with a private mapping: writing to a tensor does not write to the file.
-
-    torch takes the kind of mapping from a setting that, in some versions, belongs to the whole process. It is set
-    under a lock and put back at once.
-    """
-    with _MMAP_OPTIONS, serialization.set_default_mmap_options(mmap.MAP_PRIVATE):
-        return torch.load(path, mmap=True, map_location=map_location, weights_only=weights_only)

@@ -80,8 +80,9 @@ def select_keys(graph: Graph, archive: Archive, keys: Sequence[str], map_locatio
         CheckpointFormatError: the checkpoint is no dict.
         CheckpointKeyError: it lacks a key.
     """
-    check_keys(graph.root, keys, archive.url)
-    if not graph.is_transparent:
+    if graph.is_transparent or isinstance(graph.root, dict):
+        check_keys(graph.root, keys, archive.url)
+    if not graph.is_transparent:  # its root may be a dict of some kind, such as a Counter
         return None
     needed = {storage.record for key in keys for storage in graph.storages_of(graph.root[key]).values()}
     records = [record for record in archive.records if record.name in needed or not record.name.startswith("data/")]

@@ -18,7 +18,6 @@ from torchferry.storage.cancellation import in_thread
 
 if TYPE_CHECKING:
     import asyncio
-    from pathlib import Path
 
     from fsspec import AbstractFileSystem
 
@@ -105,10 +104,6 @@ class Backend(ABC):
     @abstractmethod
     def url(self, path: str) -> str:
         """The full URL of ``path``."""
-
-    def local_path(self, path: str) -> Path | None:
-        """The file of this machine that holds the object; None (the default) where there is none."""
-        return None
 
     def write_cost(self, size: int, part_size: int | None) -> int:
         """How many bytes of memory ``write`` takes at its peak beyond the chunks it is handed.

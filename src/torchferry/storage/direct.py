@@ -17,7 +17,7 @@ import ssl
 import time
 import urllib.request
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,6 +34,8 @@ __all__ = ["DirectReader", "SignedGet"]
 
 _SILENCE = 30.0  # seconds without a byte, after which the plane's client is asked
 _IDLE = 10.0  # seconds after which a connection is not used again: stores close them soon, and not all of them say so
+_CONNECT = 5.0  # seconds for each step of a connection
+_SIGNED = 8  # requests that are kept: several objects may be read side by side
 _FRESH = 60.0  # seconds for which a signed request is used: no client hands out one that expires sooner
 _FAILURES = 3  # in a row, after which it is not tried for a while
 _PAUSE = 60.0  # seconds: the store may be out of breath; or it never takes what is signed like this
@@ -66,15 +68,15 @@ class DirectReader:
     """Connections to one store, which stay open for the next range.
 
     Args:
-        sign: Signs the request for a version of an object.
+        sign: Signs the request for a version of an object; a method of the backend that the reader belongs to.
         verify: The file with the certificates of the authorities to trust; True for the system's; False to trust
             anyone.
     """
 
     def __init__(self, sign: Callable[[str, ObjectStat], Awaitable[SignedGet]], *, verify: str | bool = True) -> None:
-        self._sign = sign
+        self._sign = weakref.WeakMethod(sign)  # a backend has a reader: they are to go, and their sockets, without gc
         self._verify = verify
-        self._signed: dict[tuple[str, str | None], tuple[SignedGet, float]] = {}
+        self._signed: OrderedDict[tuple[str, str | None], tuple[SignedGet, float]] = OrderedDict()
         self._failures = 0
         self._resumes = 0.0
         self._idle: deque[_Connection] = deque()
@@ -106,12 +108,16 @@ class DirectReader:
     async def _get(self, path: str, stat: ObjectStat) -> SignedGet:
         version = path, stat.etag
         now = time.monotonic()
-        if version not in self._signed or now - self._signed[version][1] >= _FRESH:
-            get = await self._sign(path, stat)
-            self._signed.clear()  # one object after another is what is read
+        get, since = self._signed.get(version, (None, 0.0))
+        if get is None or now - since >= _FRESH:
+            sign = self._sign()
+            assert sign is not None  # noqa: S101 - it is the backend's that is reading
+            get = await sign(path, stat)
             self._signed[version] = get, now
-            return get
-        return self._signed[version][0]
+            while len(self._signed) > _SIGNED:
+                with suppress(KeyError):  # another loop's task was faster
+                    self._signed.popitem(last=False)
+        return get
 
     def take(self, scheme: str, host: str) -> _Connection:
         """An idle connection, or else a new one."""
@@ -125,6 +131,9 @@ class DirectReader:
 
     def give_back(self, connection: _Connection) -> None:
         self._idle.append(connection)
+        with suppress(IndexError):
+            while self._idle[0].idle >= _IDLE:
+                self._idle.popleft().close()
 
     @cached_property
     def _tls(self) -> ssl.SSLContext:
@@ -139,16 +148,14 @@ class _Connection:
     """One connection to a store."""
 
     def __init__(self, scheme: str, host: str, tls: ssl.SSLContext | None) -> None:
-        if scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
+        if {scheme, "all"} & urllib.request.getproxies().keys() and not urllib.request.proxy_bypass(host):
             raise ConnectionError("there is a proxy")
         self.scheme, self.host = scheme, host
         self.used = False
         self._since = 0.0
-        self._http = (
-            http.client.HTTPSConnection(host, timeout=_SILENCE, context=tls)
-            if tls
-            else http.client.HTTPConnection(host, timeout=_SILENCE)
-        )
+        self._tls = tls
+        self._sock: socket.socket | None = None
+        self._http = http.client.HTTPSConnection(host, context=tls) if tls else http.client.HTTPConnection(host)
 
     @property
     def idle(self) -> float:
@@ -156,8 +163,17 @@ class _Connection:
         return time.monotonic() - self._since
 
     def open(self) -> None:
-        if self._http.sock is None:
-            self._http.connect()
+        """Connects; not as http.client does, which keeps its socket to itself until the TLS handshake is done."""
+        if self._http.sock is not None:
+            return
+        self._sock = socket.create_connection((self._http.host, self._http.port), _CONNECT)
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._tls is not None:
+            tls = self._tls.wrap_socket(self._sock, server_hostname=self._http.host, do_handshake_on_connect=False)
+            self._sock = tls
+            tls.do_handshake()
+        self._sock.settimeout(_SILENCE)
+        self._http.sock = self._sock
 
     def get(self, target: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         self._http.request("GET", target, headers=headers)
@@ -169,12 +185,14 @@ class _Connection:
 
     def interrupt(self) -> None:
         """Ends what another thread is doing with it."""
-        if sock := self._http.sock:
-            with suppress(OSError):  # not connected yet, or not any more
-                sock.shutdown(socket.SHUT_RDWR)
+        if self._sock is not None:
+            with suppress(OSError):  # not connected any more
+                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # TLS's own would go on in clear text
 
     def close(self) -> None:
         self._http.close()
+        if self._sock is not None:
+            self._sock.close()
 
 
 class _Request:
@@ -195,7 +213,7 @@ class _Request:
         while True:
             self._connection = connection = self._reader.take(self._url.scheme, self._url.netloc)
             try:
-                self._read(connection)
+                reusable = self._read(connection)
             except ConnectionError:
                 connection.close()
                 if connection.used and not self._interrupted:  # the store closed it while it was idle
@@ -204,8 +222,11 @@ class _Request:
             except BaseException:
                 connection.close()
                 raise
-            connection.rest()
-            self._reader.give_back(connection)
+            if reusable:
+                connection.rest()
+                self._reader.give_back(connection)
+            else:
+                connection.close()
             return
 
     def interrupt(self) -> None:
@@ -214,7 +235,8 @@ class _Request:
         if self._connection is not None:
             self._connection.interrupt()
 
-    def _read(self, connection: _Connection) -> None:
+    def _read(self, connection: _Connection) -> bool:
+        """Returns whether the connection can be used again: whether the answer is read to its end."""
         url = self._url
         connection.open()
         if self._interrupted:  # before there was anything to end
@@ -226,6 +248,7 @@ class _Request:
                 if not (count := response.readinto(self._buffer[filled:])):
                     raise ConnectionResetError(f"the body ended after {filled} of {len(self._buffer)} bytes")
                 filled += count
+            return response.length == 0 and not response.will_close
 
     def _check(self, response: http.client.HTTPResponse) -> None:
         """Raises OSError for an answer with anything but the bytes that were asked for."""

@@ -42,17 +42,19 @@ class LocalBackend(Backend):
         """The ``file://`` URL of ``path``."""
         return f"file://{path}"
 
-    def local_path(self, path: str) -> Path:
-        """The file itself."""
-        return Path(path)
-
     async def stat(self, path: str) -> ObjectStat:
         """Looks a file up; a directory or device is not a checkpoint and raises a StorageError."""
         return await in_thread(self._stat, path)
 
     async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
         """Reads a range of the file, whose version is checked before and after."""
-        return await in_thread(self._read, path, start, stop, stat)
+        data = bytearray(stop - start)
+        await self.read_into(path, start, memoryview(data), stat)
+        return data
+
+    async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
+        """Reads a range of the file into memory that is there."""
+        await in_thread(self._read_into, path, start, buffer, stat)
 
     async def write(
         self,
@@ -91,20 +93,17 @@ class LocalBackend(Backend):
         etag = f"{result.st_ino:x}-{result.st_mtime_ns:x}-{result.st_size:x}"
         return ObjectStat(self.url(path), result.st_size, etag)
 
-    def _read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
+    def _read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
         with _translated(self.url(path), "read"), open(path, "rb", buffering=0) as file:  # noqa: PTH123
             self._check_version(path, file.fileno(), stat)
-            data = bytearray(stop - start)
-            view = memoryview(data)
             done = 0
-            while done < len(data) and (count := os.preadv(file.fileno(), [view[done:]], start + done)):
+            while done < len(buffer) and (count := os.preadv(file.fileno(), [buffer[done:]], start + done)):
                 done += count
             self._check_version(path, file.fileno(), stat)
-        if done < len(data):
+        if done < len(buffer):
             raise StorageError(
-                f"Cannot read the bytes {start} to {stop} of {self.url(path)}: it ends at {start + done}."
+                f"Cannot read {len(buffer)} bytes from {start} of {self.url(path)}: it ends at {start + done}."
             )
-        return data
 
     def _check_version(self, path: str, fd: int, expected: ObjectStat) -> None:
         if self._object_stat(path, os.fstat(fd)).etag != expected.etag:

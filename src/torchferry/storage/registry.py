@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -82,7 +83,7 @@ def _resolve_plane(plane: Plane) -> Plane:
 def _filesystem_for(url: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
     protocol = url.split("::", 1)[0].split("://", 1)[0]
     try:
-        return url_to_fs(url, **storage_options)  # type: ignore[no-any-return]
+        return _make(url, storage_options)
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
         hint = f"pip install 'torchferry[{extra}]'" if extra else f"install what fsspec needs for {protocol}://"
@@ -98,6 +99,27 @@ def _filesystem_for(url: str, storage_options: Mapping[str, Any]) -> tuple[Abstr
             f"{url}: no filesystem is known for the protocol {protocol!r}. "
             "fsspec.available_protocols() lists those that are."
         ) from error
+
+
+def _make(url: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
+    make = partial(url_to_fs, url, **storage_options)
+    try:
+        made = _opener.submit(make)
+    except RuntimeError:  # the interpreter is about to end, and waits for the thread that this is in
+        return make()  # type: ignore[no-any-return]
+    return made.result()  # type: ignore[no-any-return]
+
+
+def _renew_opener() -> None:
+    global _opener  # noqa: PLW0603 - there is one
+    _opener = ThreadPoolExecutor(1, "torchferry-opener")
+
+
+_opener: ThreadPoolExecutor
+"""The thread in which filesystems are made: up to fsspec 2026.3 each thread has its own, with its own connections."""
+_renew_opener()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_opener)  # threads do not survive a fork
 
 
 def _path_in(fs: AbstractFileSystem, url: str) -> str:
