@@ -7,6 +7,7 @@ import gc
 import logging
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,7 +18,8 @@ import torchferry_s3
 from torchferry._sync import run_on
 from torchferry.errors import CheckpointChangedError
 from torchferry.storage import direct
-from torchferry.storage.direct import DirectReader
+from torchferry.storage.base import ObjectStat
+from torchferry.storage.direct import DirectReader, SignedGet
 from torchferry.storage.registry import open_backend
 from torchferry.testing.faultproxy import Fault
 
@@ -26,8 +28,7 @@ if TYPE_CHECKING:
 
     from conftest import FaultyS3
 
-    from torchferry.storage.base import Backend, ObjectStat, Plane
-    from torchferry.storage.direct import SignedGet
+    from torchferry.storage.base import Backend, Plane
     from torchferry.testing.faultproxy import FaultProxy
 
 DATA = bytes(range(256)) * 4096  # 1 MiB
@@ -205,15 +206,16 @@ async def test_a_request_is_signed_anew_after_a_while(through: Through, monkeypa
     stored = through()
     stat = await stored.stat()
     calls = 0
-    sign = stored.backend._sign  # type: ignore[attr-defined]
 
-    async def counting(path: str, stat: ObjectStat) -> SignedGet:
-        nonlocal calls
-        calls += 1
-        get: SignedGet = await sign(path, stat)
-        return get
+    class Counting:
+        async def sign(self, path: str, stat: ObjectStat) -> SignedGet:
+            nonlocal calls
+            calls += 1
+            get: SignedGet = await stored.backend._sign(path, stat)  # type: ignore[attr-defined]
+            return get
 
-    reader = DirectReader(counting)
+    counting = Counting()
+    reader = DirectReader(counting.sign)
     for expected, seconds in ((1, 0), (1, 50), (2, 61)):
         now = time.monotonic() + seconds
         monkeypatch.setattr(time, "monotonic", lambda now=now: now)
@@ -232,6 +234,99 @@ async def test_connections_are_closed_with_their_reader(through: Through) -> Non
         del reader
         gc.collect()
     assert [sock.fileno() for sock in sockets] == [-1]
+
+
+async def test_a_reader_goes_with_its_backend_and_not_when_the_collector_comes(through: Through) -> None:
+    stored = through(plane="fsspec")
+    assert await stored.read(0, 10, await stored.stat()) == DATA[:10]
+    reader = weakref.ref(stored.backend.direct)
+    gc.disable()
+    try:
+        del stored
+        assert reader() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "ALL_PROXY"])
+async def test_what_is_behind_a_proxy_is_left_to_the_planes_client(
+    through: Through, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = through()
+    stat = await stored.stat()
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    assert not await stored.backend.direct.read_into(stored.path, 0, memoryview(bytearray(10)), stat)
+    assert stored.gets() == []
+
+
+class Stalling:
+    """A store that accepts a connection, perhaps begins to answer, and then falls silent."""
+
+    def __init__(self, answer: bytes) -> None:
+        self._answer = answer
+        self.heard = asyncio.Event()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(self._answer)
+        await writer.drain()
+        self.heard.set()
+        await reader.read()
+        writer.close()
+
+    async def sign(self, path: str, _: ObjectStat) -> SignedGet:
+        return SignedGet(path, {}, None)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("scheme", "answer"),
+    [
+        ("http", b"HTTP/1.1 206 OK\r\nContent-Range: bytes 0-9/10\r\nContent-Length: 10\r\n\r\n123"),
+        ("http", b"HTTP/1.0 206 OK\r\nContent-Range: bytes 0-9/10\r\nContent-Length: 10\r\n\r\n123"),
+        ("https", b""),
+    ],
+    ids=["body", "body of a connection that will close", "TLS handshake"],
+)
+async def test_a_cancel_ends_every_stage_of_a_read_soon(scheme: str, answer: bytes) -> None:
+    store = Stalling(answer)
+    server = await asyncio.start_server(store.serve, "127.0.0.1", 0)
+    url = f"{scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}/x"
+    reader = DirectReader(store.sign)
+    reading = asyncio.ensure_future(reader.read_into(url, 0, memoryview(bytearray(10)), ObjectStat(url, 10)))
+    await store.heard.wait()
+    await asyncio.sleep(0.2)  # the answer is being read
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    server.close()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"Transfer-Encoding: chunked\r\n\r\na\r\n0123456789\r\n0\r\n\r\n", b"Content-Length: 12\r\n\r\n0123456789xx"],
+    ids=["chunked", "longer than asked for"],
+)
+async def test_a_connection_with_something_left_in_it_is_not_used_again(head: bytes) -> None:
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        while await reader.readuntil(b"\r\n\r\n"):
+            writer.write(b"HTTP/1.1 206 OK\r\nContent-Range: bytes 0-9/10\r\n" + head)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/x"
+    store = Stalling(b"")
+    reader = DirectReader(store.sign)
+    for _ in range(3):
+        assert await reader.read_into(url, 0, memoryview(buffer := bytearray(10)), ObjectStat(url, 10))
+        assert buffer == b"0123456789"
+    assert connections == 3
+    server.close()
 
 
 @pytest.mark.parametrize(

@@ -342,6 +342,34 @@ async def test_key_that_obstore_would_change_goes_through_the_fsspec_plane(
     assert await torchferry.load_async(url, storage_options=s3_storage_options) == {"a": 1}
 
 
+@pytest.mark.parametrize("plane", PLANES)
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "206 OK\r\nContent-Range: bytes 0-3/8\r\nContent-Length: 4\r\n\r\nwron",
+        "206 OK\r\nContent-Range: bytes 4-7/8\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nlonge\r\n0\r\n\r\n",
+        "200 OK\r\nContent-Length: 4\r\n\r\nwron",
+    ],
+    ids=["another range", "longer", "no range"],
+)
+async def test_store_that_sends_other_bytes_is_not_believed(plane: Plane, answer: str) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        status, _, rest = answer.partition("\r\n")
+        fields = 'ETag: "x"\r\nLast-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\nConnection: close\r\n'
+        writer.write(f"HTTP/1.1 {status}\r\n{fields}{rest}".encode())
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    options = storage_options_for(endpoint, "key", "secret") | {"config_kwargs": {"retries": {"max_attempts": 1}}}
+    store = await asyncio.to_thread(S3Store, None, "s3://bucket/x", options, plane)
+    async with server:
+        with pytest.raises(StorageError):
+            await store.read("bucket/x", 4, 8, ObjectStat("s3://bucket/x", 8, '"x"'))
+
+
 @READS
 @pytest.mark.parametrize("plane", PLANES)
 async def test_store_that_ignores_conditions_does_not_mix_versions(plane: Plane, reads: Reads) -> None:
