@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -85,6 +86,19 @@ def test_all_threads_share_a_filesystem() -> None:
     assert isinstance(first, GenericBackend)
     assert isinstance(second, GenericBackend)
     assert first._fs is second._fs
+
+
+def test_directory_of_a_store_is_reached_as_the_store_is(tmp_path: Path) -> None:
+    nested = DirFileSystem("b", DirFileSystem(str(tmp_path / "a"), LocalFileSystem()))
+    backend, path = open_backend("run[1]/x?.pt", filesystem=nested)
+    assert isinstance(backend, LocalBackend)
+    assert path == str(tmp_path / "a/b/run[1]/x?.pt")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of FTPFileSystem's own __del__
+def test_setting_that_the_filesystem_needs_is_named() -> None:
+    with pytest.raises(UnsupportedOptionError, match="host"):
+        open_backend("ftp://")
 
 
 def test_storage_options_and_filesystem_contradict_each_other() -> None:

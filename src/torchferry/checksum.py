@@ -31,6 +31,7 @@ class Checksums:
         self._records = sorted((r for r in records if r.crc32 is not None and r.size), key=lambda record: record.offset)
         self._ends = [record.end for record in self._records]
         self._pieces: dict[int, list[tuple[int, int, int]]] = {}  # by record: (offset, length, CRC32) of its pieces
+        self._added: dict[int, int] = {}  # by record: bytes of its pieces
         self._unchecked = len(self._records)
         self._lock = threading.Lock()
 
@@ -73,9 +74,10 @@ class Checksums:
         with self._lock:
             pieces = self._pieces.setdefault(number, [])
             pieces.append((offset, length, crc32))
-            if sum(piece[1] for piece in pieces) < record.size:
+            self._added[number] = self._added.get(number, 0) + length
+            if self._added[number] < record.size:
                 return
-            del self._pieces[number]
+            del self._pieces[number], self._added[number]
             self._unchecked -= 1
         total = 0
         for _, piece_length, piece_crc32 in sorted(pieces):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import fsspec
 from fsspec.core import url_to_fs
+from fsspec.implementations.dirfs import DirFileSystem
 
 from torchferry.errors import (
     BackendNotInstalledError,
@@ -65,6 +66,8 @@ def open_backend(
         raise UnsupportedOptionError(f"{url}: pass storage_options or a filesystem, not both.")
     else:
         path = _path_in(filesystem, url)
+    while isinstance(filesystem, DirFileSystem):  # a directory of a store is reached as the store is
+        filesystem, path = filesystem.fs, filesystem._join(path)
     backend_class = _backend_class(filesystem)
     backend = backend_class.from_filesystem(filesystem, plane)
     if plane == "auto" and not backend.can_hold(path):
@@ -92,6 +95,8 @@ def _filesystem_for(url: str, storage_options: Mapping[str, Any]) -> tuple[Abstr
         raise CheckpointNotFoundError(error.errno, f"{url}: {error}") from error
     except OSError as error:
         raise StorageError(error.errno, f"{url}: {error}") from error
+    except TypeError as error:  # a setting that the filesystem needs, or does not know
+        raise UnsupportedOptionError(f"{url}: {error}") from error
     except ValueError as error:
         if protocol in fsspec.available_protocols():
             raise UnsupportedOptionError(f"{url}: {error}") from error
