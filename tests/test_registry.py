@@ -13,6 +13,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+import torchferry
 from torchferry.errors import (
     BackendNotInstalledError,
     CheckpointNotFoundError,
@@ -39,6 +40,14 @@ def test_paths_are_local_files(as_url: Any, tmp_path: Path) -> None:
     backend, path = open_backend(as_url(tmp_path / "a b#c?.pt"))
     assert isinstance(backend, LocalBackend)
     assert path == str(tmp_path / "a b#c?.pt")
+
+
+@pytest.mark.parametrize("url", ["s3:/bucket/x.pt", "s3:bucket/x.pt", "gs:/bucket/x.pt"])
+def test_slip_in_a_url_is_no_local_path(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnsupportedURLError, match=r"bucket/x\.pt"):
+        torchferry.save({"a": 1}, url)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_relative_path_is_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

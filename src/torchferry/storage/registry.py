@@ -29,6 +29,7 @@ __all__ = ["ENTRY_POINT_GROUP", "open_backend"]
 
 ENTRY_POINT_GROUP = "torchferry.storage_backends"
 
+_PROTOCOLS = frozenset(fsspec.available_protocols()) - {"file", "local", "data"}
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 
 
@@ -84,7 +85,9 @@ def _resolve_plane(plane: Plane) -> Plane:
 
 
 def _filesystem_for(url: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
-    protocol = url.split("::", 1)[0].split("://", 1)[0]
+    protocol, colon, rest = url.partition(":")
+    if colon and protocol in _PROTOCOLS and not rest.startswith(("//", ":")):  # to fsspec, a local path
+        raise UnsupportedURLError(f"{url} is no URL: use {protocol}://{rest.lstrip('/')}")
     try:
         return _make(url, storage_options)
     except ImportError as error:
