@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from functools import wraps
 from time import monotonic
 from typing import Any, Generic, ParamSpec, TypeVar
 
-from fsspec.asyn import get_loop
+from fsspec.asyn import get_loop, reset_lock
 
 from torchferry.storage.cancellation import wait_through_cancellations
 
@@ -24,6 +25,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _EXIT_SECONDS = 2.0
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=reset_lock)  # fsspec's loop stays behind; of late it does this itself
 
 
 def run(func: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: Any) -> T:
