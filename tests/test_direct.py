@@ -168,7 +168,8 @@ async def test_a_cancelled_read_ends_soon_and_writes_nothing_afterwards(through:
 
 
 @pytest.mark.skipif(
-    "local_expiry_check" not in inspect.signature(S3FileSystem).parameters, reason="this s3fs has no such option"
+    "local_expiry_check" not in inspect.signature(S3FileSystem.__init__).parameters,
+    reason="this s3fs has no such option",
 )
 async def test_the_version_is_looked_at_where_the_store_is_not_asked_for_it(
     through: Through, s3_client: Any, faulty_s3: Callable[..., FaultyS3]
