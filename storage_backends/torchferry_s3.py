@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import os
+import re
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -272,7 +274,7 @@ class _S3Upload(MultipartUpload["dict[str, Any]", ObjectStat]):
                 etag = response.get("ETag")
             except _perhaps_complete():
                 # Completed, perhaps, and only the reply was lost: then a repeated request finds no such upload.
-                if (etag := await self._etag_if_complete(len(parts))) is None:
+                if (etag := await self._etag_if_complete(_etag_of(parts))) is None:
                     raise
         self._backend._forget(self._path)
         return self._stat(self._size, etag)
@@ -286,15 +288,16 @@ class _S3Upload(MultipartUpload["dict[str, Any]", ObjectStat]):
             except FileNotFoundError:  # completed or aborted already
                 return
 
-    async def _etag_if_complete(self, parts: int) -> str | None:
-        """The ETag of what is there, if that can only be what was uploaded."""
+    async def _etag_if_complete(self, expected: str | None) -> str | None:
+        """The ETag of what is there, if that can only be what was uploaded: not what was there before."""
+        if expected is None:
+            return None
         try:
             head = await self._call("head_object")
         except FileNotFoundError:
             return None
         etag = str(head.get("ETag"))
-        same = head["ContentLength"] == self._size and etag.strip('"').endswith(f"-{parts}")
-        return etag if same else None
+        return etag if etag.strip('"') == expected else None
 
     async def _send(self, operation: str, buffers: Sequence[Chunk], **arguments: Any) -> dict[str, Any]:
         """An operation with a body; once the store has all of it, a cancel waits for its answer."""
@@ -340,6 +343,15 @@ def _version_4(signature_version: Any, **_: object) -> str | None:
     with KMS: https://docs.aws.amazon.com/AmazonS3/latest/API/Appendix-Sigv2.html
     """
     return "s3v4-query" if _signing.get() and signature_version in {"v4-query", "s3v4-query"} else None
+
+
+def _etag_of(parts: Sequence[Mapping[str, Any]]) -> str | None:
+    """The ETag of what these parts are completed to; None where they do not tell, as with some ways of encryption."""
+    etags = [part["ETag"].strip('"') for part in parts]
+    if not all(re.fullmatch("[0-9a-f]{32}", etag) for etag in etags):
+        return None
+    digests = bytes.fromhex("".join(etags))
+    return f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}"
 
 
 def _crc32(buffers: Sequence[Chunk]) -> str:

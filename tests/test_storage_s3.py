@@ -232,6 +232,34 @@ async def test_completion_that_is_refused_leaves_nothing(through: Through) -> No
     assert store.leftovers() == []
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(method="POST", target="uploadId=", reset_upload_after=0, times=None),
+        Fault(method="POST", target="uploadId=", status=404, code="NoSuchUpload", times=None),
+    ],
+    ids=["reset", "no such upload"],
+)
+async def test_completion_that_never_came_about_is_an_error_where_the_last_checkpoint_has_the_same_size(
+    through: Through, s3_client: Any, s3_url: str, s3_storage_options: dict[str, Any], plane: Plane, fault: Fault
+) -> None:
+    retries = {"config_kwargs": {"retries": {"max_attempts": 1}}}
+    store, _ = through(_fresh(fault), **retries)
+    path, old = store.path("checkpoint.pt"), DATA[::-1]
+    await S3Store(s3_client, s3_url, s3_storage_options, plane).write(path, stream(old, MIB))
+    with pytest.raises(StorageError, match=r"checkpoint\.pt"):
+        await store.write(path, stream(DATA, MIB))
+    assert store.raw_read(path) == old
+    assert store.leftovers() == []
+
+
+def test_parts_without_md5_digests_do_not_tell_the_etag_of_the_object() -> None:
+    md5 = {"ETag": '"d41d8cd98f00b204e9800998ecf8427e"'}
+    assert torchferry_s3._etag_of([md5, md5]) == "5873dd45edd01f09c1ef2e7819369e8e-2"
+    for other in ('"d41d8cd98f00b204e9800998ecf8427e-3"', '"0x8DC"', '"ünïcode"'):
+        assert torchferry_s3._etag_of([md5, {"ETag": other}]) is None
+
+
 async def test_server_that_is_not_there_is_unavailable(plane: Plane, s3_url: str) -> None:
     with _unused_port() as port:
         options = {
