@@ -218,6 +218,12 @@ class AzureBackend(Backend):
             if await self._may_delete(blob) and not await self._immutable(blob):
                 await self._commit_nothing_and_delete(blob)
 
+    async def block_sizes(self, path: str) -> list[int]:
+        """How many bytes each block of a blob has, in its order; none for a blob that was put in one request."""
+        with _translated(self.url(path), "look up"):
+            committed, _ = await self.blob(path).get_block_list("committed", **self._timeouts)
+        return [block.size for block in committed]
+
     def blob(self, path: str) -> BlobClient:
         """The client of one blob."""
         container, _, key = path.partition("/")
@@ -436,7 +442,7 @@ class _AzureThroughObstore(ObstoreBackend):
                 sizes = {part_size, size % part_size}  # of all blocks, and of the last
                 await self._clean_up(path, lambda block: block.size in sizes, error)
                 raise
-            return await self._find_committed(path, size, dict(metadata or {}), error)
+            return await self._find_committed(path, _block_sizes(size, part_size), dict(metadata or {}), error)
 
     async def _sign(self, path: str, stat: ObjectStat) -> SignedGet:
         return await run_on(self._through_adlfs.loop, self._through_adlfs.sign, path, stat)
@@ -446,16 +452,21 @@ class _AzureThroughObstore(ObstoreBackend):
         await run_on(self._through_adlfs.loop, self._through_adlfs.delete, path)
         self.forget(path)
 
-    async def _find_committed(self, path: str, size: int, metadata: dict[str, str], error: StorageError) -> ObjectStat:
+    async def _find_committed(
+        self, path: str, sizes: list[int], metadata: dict[str, str], error: StorageError
+    ) -> ObjectStat:
         """What is there when Azure did not find the blocks to commit.
 
-        Another writer was faster; or they are committed, the reply was lost, and obstore repeated its request.
+        Another writer was faster; or they are committed, the reply was lost, and obstore repeated its request. The
+        sizes of the blocks tell which: another writer of as many bytes cuts them elsewhere.
         """
+        adlfs = self._through_adlfs
         try:
             found = await self.stat(path)
+            committed = await run_on(adlfs.loop, adlfs.block_sizes, path)
         except CheckpointNotFoundError:
             raise error from None
-        if found.size != size:
+        if committed != sizes:
             raise StorageError(_OTHER_WRITER.format(f"Cannot write {found.url}")) from error
         self.forget(path)
         return ObjectStat(found.url, found.size, found.etag, metadata)
@@ -475,6 +486,11 @@ class _AzureThroughObstore(ObstoreBackend):
         await self._through_adlfs.discard_uncommitted(path, mine)
         await asyncio.sleep(_LATE_BLOCK_SECONDS)
         await self._through_adlfs.discard_uncommitted(path, mine)
+
+
+def _block_sizes(size: int, part_size: int) -> list[int]:
+    """How many bytes each block has of an object of ``size`` bytes in blocks of ``part_size``."""
+    return [min(part_size, size - start) for start in range(0, size, part_size)]
 
 
 async def _open_store(fs: AzureBlobFileSystem, container: str) -> Any:

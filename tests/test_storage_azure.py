@@ -226,7 +226,8 @@ async def test_failed_upload_leaves_the_blocks_of_another_one(store: AzureStore)
     assert store.raw_read(path) == DATA
 
 
-async def test_who_loses_against_another_writer_is_told(store: AzureStore) -> None:
+@pytest.mark.parametrize("other", [DATA + b"the other one's", DATA[::-1]], ids=["longer", "of the same size"])
+async def test_who_loses_against_another_writer_is_told(store: AzureStore, other: bytes) -> None:
     path = store.path("checkpoint.pt")
 
     async def chunks() -> AsyncIterator[Chunk]:
@@ -234,12 +235,12 @@ async def test_who_loses_against_another_writer_is_told(store: AzureStore) -> No
             yield chunk
         while not await anyio.to_thread.run_sync(store.staged):
             pass
-        await run_on(loop, store.write, path, stream(DATA + b"the other one's", MIB))
+        await run_on(loop, store.write, path, stream(other, MIB))
 
     loop = asyncio.get_running_loop()
     with pytest.raises(StorageError, match="another writer"):
         await store.write(path, chunks())
-    assert store.raw_read(path) == DATA + b"the other one's"
+    assert store.raw_read(path) == other
 
 
 async def test_blob_above_a_single_put_and_below_a_part_is_one_block(through_adlfs: AzureStore) -> None:
