@@ -48,7 +48,7 @@ from torchferry.storage.cancellation import in_thread
 from torchferry.storage.direct import DirectReader, SignedGet
 from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.storage.obstore import ObstoreBackend
-from torchferry.storage.translation import by_status, require_key, translated
+from torchferry.storage.translation import by_status, require_key, translated, upload_gone
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Mapping, Sequence
@@ -399,6 +399,8 @@ def _translate(what: str, error: Exception) -> StorageError:
     reason = str(error) or type(error).__name__
     if isinstance(error, _NoSuchBucketError) or code == "NoSuchBucket":
         return CheckpointNotFoundError(f"{what}: the bucket does not exist.")
+    if code == "NoSuchUpload":
+        return upload_gone(what, reason)
     if isinstance(error, FileNotFoundError) or status == HTTPStatus.NOT_FOUND:
         return CheckpointNotFoundError(f"{what}: there is no such object.")
     if isinstance(error, _CREDENTIAL_ERRORS):

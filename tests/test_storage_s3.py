@@ -253,6 +253,30 @@ async def test_completion_that_never_came_about_is_an_error_where_the_last_check
     assert store.leftovers() == []
 
 
+NO_SUCH_UPLOAD = Fault(method="POST", target="uploadId=", status=404, code="NoSuchUpload", times=None)
+
+
+async def test_upload_that_somebody_aborted_is_unavailable_because_saving_again_helps(through: Through) -> None:
+    store, _ = through(_fresh(NO_SUCH_UPLOAD))
+    path = store.path("checkpoint.pt")
+    with pytest.raises(StorageUnavailableError, match=r"checkpoint\.pt: the upload is gone.*saving again is safe"):
+        await store.write(path, stream(DATA, MIB))
+    assert not store.raw_exists(path)
+    assert store.leftovers() == []
+
+
+async def test_upload_that_the_store_forgot_when_it_was_complete_is_unavailable(
+    s3_client: Any, s3_url: str, faulty_s3: Callable[..., FaultyS3]
+) -> None:
+    """On the obstore plane, which does not know the ETag that tells; the fsspec plane finds the object complete."""
+    faulty = faulty_s3(Fault(method="POST", target="uploadId=", lose_reply=True), _fresh(NO_SUCH_UPLOAD))
+    store = S3Store(s3_client, s3_url, faulty.storage_options, "obstore")
+    path = store.path("checkpoint.pt")
+    with pytest.raises(StorageUnavailableError, match="may or may not be complete"):
+        await store.write(path, stream(DATA, MIB))
+    assert store.raw_read(path) == DATA
+
+
 def test_parts_without_md5_digests_do_not_tell_the_etag_of_the_object() -> None:
     md5 = {"ETag": '"d41d8cd98f00b204e9800998ecf8427e"'}
     assert torchferry_s3._etag_of([md5, md5]) == "5873dd45edd01f09c1ef2e7819369e8e-2"

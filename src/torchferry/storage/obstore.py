@@ -30,7 +30,7 @@ from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
 from torchferry.storage.cancellation import wait_through_cancellations
 from torchferry.storage.direct import DirectReader, SignedGet
 from torchferry.storage.multipart import part_size_for
-from torchferry.storage.translation import require_key
+from torchferry.storage.translation import require_key, upload_gone
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -278,12 +278,7 @@ def _translate(url: str, verb: str, error: BaseException) -> StorageError:
     """The torchferry error for one of obstore's."""
     reason = _reason(error)
     if isinstance(error, FileNotFoundError):
-        missing = (
-            "the bucket or container does not exist"
-            if any(code in reason for code in _NO_CONTAINER)
-            else "no such object"
-        )
-        return CheckpointNotFoundError(f"Cannot {verb} {url}: {missing}. {reason}")
+        return _translate_not_found(url, verb, reason)
     if isinstance(error, obstore_errors.PermissionDeniedError | obstore_errors.UnauthenticatedError):
         return StoragePermissionError(f"Cannot {verb} {url}: the store refused these credentials. {reason}")
     if isinstance(error, obstore_errors.PreconditionError | obstore_errors.NotModifiedError):
@@ -291,6 +286,15 @@ def _translate(url: str, verb: str, error: BaseException) -> StorageError:
     if ("after" in reason and "retries" in reason) or "error sending request" in reason:
         return StorageUnavailableError(f"Cannot {verb} {url}: the store is not available. {reason}")
     return StorageError(f"Cannot {verb} {url}: {reason}")
+
+
+def _translate_not_found(url: str, verb: str, reason: str) -> StorageError:
+    what = f"Cannot {verb} {url}"
+    if any(code in reason for code in _NO_CONTAINER):
+        return CheckpointNotFoundError(f"{what}: the bucket or container does not exist. {reason}")
+    if verb == "write":
+        return upload_gone(what, reason)
+    return CheckpointNotFoundError(f"{what}: no such object. {reason}")
 
 
 def _reason(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from torchferry.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["REFUSED", "by_status", "require_key", "translated"]
+__all__ = ["REFUSED", "by_status", "require_key", "translated", "upload_gone"]
 
 REFUSED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 _BUSY = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
@@ -57,3 +57,11 @@ def by_status(what: str, reason: str, status: int, code: str = "", *, unanswered
     if unanswered or status in _BUSY or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return StorageUnavailableError(f"{what}: the store is not available, after all retries. {reason}")
     return StorageError(f"{what}: {reason} {f'({code})' if code else ''}".rstrip())
+
+
+def upload_gone(what: str, reason: str) -> StorageError:
+    """The error where the store does not know the upload that is to be completed, or to get a part."""
+    return StorageUnavailableError(
+        f"{what}: the upload is gone, because it was aborted, or completed and the answer lost. The object may or may "
+        f"not be complete; saving again is safe. {reason}"
+    )
