@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 import uuid
 from contextlib import suppress
@@ -30,6 +31,7 @@ from torchferry.errors import (
     CheckpointNotFoundError,
     StorageError,
     StoragePermissionError,
+    UnsupportedOptionError,
 )
 from torchferry.storage.base import MIB, Backend, Chunk, ObjectStat, Plane
 from torchferry.storage.body import SEND_PIECE, RequestBody, whole_or_not_at_all
@@ -176,7 +178,7 @@ class AzureBackend(Backend):
         """Uploads a small blob with one request, a large one as blocks that are committed at once."""
         limits = {"maximum": _LARGEST_BLOCK, "max_parts": _MOST_BLOCKS}
         sizes = PartSizes(part_size_for(size_hint, part_size, minimum=_SMALLEST_BLOCK, **limits), **limits)
-        upload = _BlockUpload(self, path, dict(metadata or {}))
+        upload = _BlockUpload(self, path, _storable(self.url(path), metadata or {}))
         return await upload_parts(upload, chunks, sizes, in_flight=self._in_flight)
 
     async def delete(self, path: str) -> None:
@@ -270,6 +272,26 @@ class AzureBackend(Backend):
                 return
             raise
         await blob.delete_blob(etag=empty["etag"], match_condition=MatchConditions.IfNotModified, **self._timeouts)
+
+
+def _storable(url: str, metadata: Mapping[str, str]) -> dict[str, str]:
+    """User metadata as Azure takes it: its names must be C# identifiers, in ASCII, whose case does not count.
+
+    Azure looks at it with the last request of an upload, and takes spaces around a value for a wrong signature.
+
+    Raises:
+        UnsupportedOptionError: two names would become one, or a value is not ASCII.
+    """
+    storable: dict[str, str] = {}
+    asked: dict[str, str] = {}
+    for name, value in metadata.items():
+        if not value.isascii():
+            raise UnsupportedOptionError(f"{url}: Azure keeps metadata in ASCII only, unlike {name!r}: {value!r}.")
+        identifier = re.sub(r"^(?=[0-9])", "_", re.sub(r"[^A-Za-z0-9_]", "_", name))
+        if (other := asked.setdefault(identifier.lower(), name)) != name:
+            raise UnsupportedOptionError(f"{url}: the metadata {other!r} and {name!r} have the same name on Azure.")
+        storable[identifier] = value.strip()
+    return storable
 
 
 class _BlockUpload(MultipartUpload[BlobBlock, ObjectStat]):
@@ -423,6 +445,8 @@ class _AzureThroughObstore(ObstoreBackend):
         part_size: int | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> ObjectStat:
+        # obstore sends header names in lower case.
+        described = {name.lower(): value for name, value in _storable(self.url(path), metadata or {}).items()}
         # obstore does not tell the ids of its blocks: a size that no other upload has tells them from another's.
         part_size = part_size_for(size_hint, part_size, max_parts=_MOST_BLOCKS) + secrets.randbelow(_MOST_TELLING_BYTES)
         size = 0
@@ -434,7 +458,7 @@ class _AzureThroughObstore(ObstoreBackend):
                 yield chunk
 
         try:
-            return await super().write(path, counted(), size_hint=size_hint, part_size=part_size, metadata=metadata)
+            return await super().write(path, counted(), size_hint=size_hint, part_size=part_size, metadata=described)
         except (StoragePermissionError, CheckpointNotFoundError):  # nothing was staged
             raise
         except BaseException as error:
@@ -442,7 +466,7 @@ class _AzureThroughObstore(ObstoreBackend):
                 sizes = {part_size, size % part_size}  # of all blocks, and of the last
                 await self._clean_up(path, lambda block: block.size in sizes, error)
                 raise
-            return await self._find_committed(path, _block_sizes(size, part_size), dict(metadata or {}), error)
+            return await self._find_committed(path, _block_sizes(size, part_size), described, error)
 
     async def _sign(self, path: str, stat: ObjectStat) -> SignedGet:
         return await run_on(self._through_adlfs.loop, self._through_adlfs.sign, path, stat)

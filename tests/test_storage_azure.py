@@ -33,6 +33,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+import torchferry
 import torchferry_azure
 from torchferry._sync import run_on
 from torchferry.errors import StorageError, StorageUnavailableError, UnsupportedOptionError
@@ -241,6 +242,58 @@ async def test_who_loses_against_another_writer_is_told(store: AzureStore, other
     with pytest.raises(StorageError, match="another writer"):
         await store.write(path, chunks())
     assert store.raw_read(path) == other
+
+
+@pytest.mark.parametrize("size", [10, len(DATA)], ids=["small", "blocks"])
+async def test_metadata_is_kept_under_names_that_azure_takes(store: AzureStore, size: int) -> None:
+    path = store.path("checkpoint.pt")
+    metadata = {"flyte-execution-project": "p", "flyte-execution-launchplan": "", "1st": " x  y ", "Step": "1"}
+    written = await store.write(path, stream(DATA[:size], MIB), metadata=metadata)
+    kept = store.raw_blob(path).get_blob_properties().metadata
+    assert written.metadata == (await store.stat(path)).metadata == kept
+    assert {name.lower(): value for name, value in kept.items()} == {
+        "flyte_execution_project": "p",
+        "flyte_execution_launchplan": "",
+        "_1st": "x  y",
+        "step": "1",
+    }
+
+
+@pytest.mark.parametrize("plane", PLANES)
+@pytest.mark.parametrize(
+    ("metadata", "named"),
+    [
+        ({"a-b": "1", "a.b": "2"}, "'a-b' and 'a.b'"),
+        ({"_1": "1", "1": "2"}, "'_1' and '1'"),
+        ({"Step": "1", "step": "2"}, "'Step' and 'step'"),
+        ({"author": "Grüße"}, "'author': 'Grüße'"),
+    ],
+)
+async def test_metadata_that_azure_would_lose_is_refused_before_anything_is_sent(
+    faulty: Callable[..., Any], plane: Plane, metadata: dict[str, str], named: str
+) -> None:
+    store, proxy = faulty(plane)
+    with pytest.raises(UnsupportedOptionError, match=named):
+        await store.write(store.path("checkpoint.pt"), stream(DATA, MIB), metadata=metadata)
+    assert proxy.log == []
+
+
+@pytest.mark.parametrize("plane", PLANES)
+async def test_copy_from_s3_takes_flytes_metadata_along(
+    plane: Plane, azure_url: str, azure_storage_options: dict[str, Any], s3_url: str, s3_storage_options: dict[str, Any]
+) -> None:
+    source, target = f"{s3_url}/checkpoint.pt", f"{azure_url}/checkpoint.pt"
+    metadata = {"flyte-execution-project": "p"}
+    await torchferry.save_async([1], source, storage_options=s3_storage_options, metadata=metadata)
+    copied = await torchferry.copy_async(
+        source,
+        target,
+        source_storage_options=s3_storage_options,
+        target_storage_options=azure_storage_options,
+        plane=plane,
+    )
+    assert copied.metadata == {"flyte_execution_project": "p"}
+    assert await torchferry.load_async(target, storage_options=azure_storage_options) == [1]
 
 
 async def test_blob_above_a_single_put_and_below_a_part_is_one_block(through_adlfs: AzureStore) -> None:

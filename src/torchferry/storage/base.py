@@ -44,8 +44,8 @@ class ObjectStat:
         size: Its length in bytes.
         etag: Names this version: an ETag (S3, Azure), a generation (GCS), or what the filesystem has in
             its place. None where a store has nothing of the kind: its reads cannot be pinned.
-        metadata: User metadata stored with the object. ``write`` returns what it was given; ``stat`` what
-            the store holds.
+        metadata: User metadata stored with the object. ``write`` returns what it was given, or what a backend made of
+            that for a store that is particular about names; ``stat`` what the store holds.
     """
 
     url: str
