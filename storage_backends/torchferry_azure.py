@@ -468,6 +468,9 @@ class _AzureThroughObstore(ObstoreBackend):
                 raise
             return await self._find_committed(path, _block_sizes(size, part_size), described, error)
 
+    async def abort_upload(self, path: str, age: float) -> None:
+        """Nothing: Azure has no uploads, and ``write`` discards blocks whatever ended it."""
+
     async def _sign(self, path: str, stat: ObjectStat) -> SignedGet:
         return await run_on(self._through_adlfs.loop, self._through_adlfs.sign, path, stat)
 

@@ -13,6 +13,7 @@ import os
 import re
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -150,6 +151,27 @@ class S3Backend(Backend):
             except FileNotFoundError:
                 return
         self._forget(path)
+
+    async def abort_upload(self, path: str, age: float) -> None:
+        """Aborts the upload to ``path`` that was opened in the last ``age`` seconds.
+
+        Raises:
+            StorageError: it failed, or there is not exactly one.
+        """
+        bucket, key, _ = self._fs.split_path(path)
+        with _translated(self.url(path), "abort the upload to"):
+            found = await self._call("list_multipart_uploads", Bucket=bucket, Prefix=key)
+            # By the store's clock, and both of its times may be whole seconds.
+            now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
+            since = now - timedelta(seconds=age + 1)
+            ids = [
+                upload["UploadId"]
+                for upload in found.get("Uploads", [])
+                if upload["Key"] == key and upload["Initiated"] >= since
+            ]
+            if len(ids) != 1:
+                raise StorageError(f"Cannot abort the upload to {self.url(path)}: {len(ids)} could be the one.")
+            await self._call("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=ids[0])
 
     async def _sign(self, path: str, stat: ObjectStat) -> SignedGet:
         address = self._address(path)
@@ -462,8 +484,19 @@ def _obstore_backend(fs: S3FileSystem) -> ObstoreBackend:
         StoragePermissionError: the credentials' profile does not exist.
     """
     _check_filesystem(fs)
-    bridge = _Bridge(fs)
-    return ObstoreBackend("s3", bridge.open_store, forget=fs.invalidate_cache, verify=bridge.verify)
+    return _S3ThroughObstore(fs)
+
+
+class _S3ThroughObstore(ObstoreBackend):
+    """S3 through obstore, beside an s3fs filesystem that its user goes on using."""
+
+    def __init__(self, fs: S3FileSystem) -> None:
+        bridge = _Bridge(fs)
+        super().__init__("s3", bridge.open_store, forget=fs.invalidate_cache, verify=bridge.verify)
+        self._through_s3fs = S3Backend(bridge.fs)
+
+    async def abort_upload(self, path: str, age: float) -> None:
+        await run_on(self._through_s3fs.loop, self._through_s3fs.abort_upload, path, age)
 
 
 def _check_filesystem(fs: S3FileSystem) -> None:

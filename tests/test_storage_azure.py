@@ -369,6 +369,22 @@ async def test_store_that_goes_on_refusing_is_unavailable(faulty: Callable[..., 
     assert store.leftovers() == []
 
 
+@pytest.mark.parametrize("plane", PLANES)
+async def test_cancel_while_a_block_hangs_leaves_nothing(
+    faulty: Callable[..., Any], plane: Plane, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("torchferry.storage.obstore._ABORT_SECONDS", 2.0)
+    store, proxy = faulty(plane, Fault(method="PUT", target="comp=block&", skip=1, hang=True, times=None))
+    path = store.path("checkpoint.pt")
+    task = asyncio.create_task(store.write(path, stream(DATA, MIB)))
+    await asyncio.to_thread(proxy.wait_for, "PUT", "comp=block&", count=3)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert store.leftovers() == []
+    assert "may still be there" not in caplog.text
+
+
 # --- settings and credentials
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import uuid
@@ -245,6 +246,27 @@ async def test_read_is_pinned_to_the_etag_where_the_server_has_no_generations(
     written = await store.write(path, stream(b"12345", 2))
     assert await store.read(path, 0, 5, written) == b"12345"
     assert recording_proxy.pins[-1] == written.etag
+
+
+async def test_cancel_while_a_part_hangs_says_on_the_obstore_plane_that_parts_may_be_left(
+    xml_client: Any,
+    xml_url: str,
+    gcs_xml: tuple[TokenProxy, GcsServer],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("torchferry.storage.obstore._ABORT_SECONDS", 2.0)
+    hanging = Fault(method="PUT", target="partNumber=2", hang=True, times=None)
+    with TokenProxy(gcs_xml[1].port, hanging) as proxy:
+        store = GcsXmlStore(xml_client, xml_url, with_token("ferry-test-token", proxy.endpoint))
+        path = store.path("checkpoint.pt")
+        task = asyncio.create_task(store.write(path, stream(DATA, MIB)))
+        await asyncio.to_thread(proxy.wait_for, "PUT", "partNumber=2")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert not store.raw_exists(path)
+    assert f"What was staged for gs://{path} may still be there" in caplog.text
 
 
 # --- components

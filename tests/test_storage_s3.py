@@ -314,17 +314,65 @@ async def test_server_that_falls_silent_is_asked_again(s3_client: Any, s3_url: s
     assert len(faulty.proxy.requests("PUT", "partNumber=2")) == 2
 
 
-async def test_cancel_while_a_part_hangs_leaves_nothing(s3_client: Any, s3_url: str, faulty_s3: Any) -> None:
-    """On the fsspec plane; obstore aborts only when its parts under way have ended."""
-    faulty = faulty_s3(Fault(method="PUT", target="partNumber=2", hang=True, times=None))
-    store = S3Store(s3_client, s3_url, faulty.storage_options, "fsspec")
-    path = store.path("checkpoint.pt")
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits for a moment only until obstore has aborted an upload."""
+    monkeypatch.setattr("torchferry.storage.obstore._ABORT_SECONDS", 2.0)
+
+
+async def cancel_while_a_part_hangs(
+    store: S3Store, faulty: FaultyS3, path: str, *, meanwhile: Callable[[], object] = lambda: None
+) -> None:
     task = asyncio.create_task(store.write(path, stream(DATA, MIB)))
     await asyncio.to_thread(faulty.proxy.wait_for, "PUT", "partNumber=2")
+    meanwhile()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+HANGING_PART = Fault(method="PUT", target="partNumber=2", hang=True, times=None)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_cancel_while_a_part_hangs_leaves_nothing(
+    through: Through, s3_client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, faulty = through(_fresh(HANGING_PART))
+    path = store.path("checkpoint.pt")
+    other = store._address(f"{path}.other")
+    s3_client.create_multipart_upload(**other)
+    await cancel_while_a_part_hangs(store, faulty, path)
     assert not store.raw_exists(path)
+    assert store.leftovers() == [other["Key"]]
+    assert caplog.text == ""
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_cancel_while_a_part_hangs_leaves_all_uploads_where_it_cannot_tell_and_says_so(
+    s3_client: Any, s3_url: str, faulty_s3: Callable[..., FaultyS3], caplog: pytest.LogCaptureFixture
+) -> None:
+    """On the obstore plane; the fsspec plane knows the id of its upload."""
+    faulty = faulty_s3(_fresh(HANGING_PART))
+    store = S3Store(s3_client, s3_url, faulty.storage_options, "obstore")
+    path = store.path("checkpoint.pt")
+    another = partial(s3_client.create_multipart_upload, **store._address(path))
+    await cancel_while_a_part_hangs(store, faulty, path, meanwhile=another)
+    assert len(store.leftovers()) == 2
+    assert f"s3://{path}: 2 could be the one" in caplog.text
+
+
+async def test_only_the_upload_that_was_opened_meanwhile_is_aborted(
+    s3_client: Any, s3_url: str, s3_storage_options: dict[str, Any]
+) -> None:
+    store = S3Store(s3_client, s3_url, s3_storage_options, "fsspec")
+    backend, path = store.backend, store.path("checkpoint.pt")
+    assert isinstance(backend, torchferry_s3.S3Backend)
+    s3_client.create_multipart_upload(**store._address(path))
+    with pytest.raises(StorageError, match="0 could be the one"):
+        await run_on(backend.loop, backend.abort_upload, path, age=-60)
+    assert len(store.leftovers()) == 1
+    await run_on(backend.loop, backend.abort_upload, path, age=60)
     assert store.leftovers() == []
 
 

@@ -9,12 +9,16 @@ a cancelled ``put_async`` would leave the upload behind.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import obstore
 from obstore import exceptions as obstore_errors
 
@@ -27,7 +31,7 @@ from torchferry.errors import (
     UnsupportedOptionError,
 )
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
-from torchferry.storage.cancellation import wait_through_cancellations
+from torchferry.storage.cancellation import to_the_end, wait_through_cancellations
 from torchferry.storage.direct import DirectReader, SignedGet
 from torchferry.storage.multipart import part_size_for
 from torchferry.storage.translation import require_key, upload_gone
@@ -37,6 +41,8 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 __all__ = ["ObstoreBackend"]
+
+logger = logging.getLogger("torchferry.storage")
 
 _PARTS_IN_FLIGHT = 12
 _ABORT_SECONDS = 30.0
@@ -158,7 +164,7 @@ class ObstoreBackend(Backend):
                 max_concurrency=_PARTS_IN_FLIGHT,
             )
         with self._translated(path, "write"):
-            result = await _interruptible(put, source)
+            result = await _interruptible(put, source, partial(self._remove_upload, path, monotonic()))
         self.forget(path)
         return ObjectStat(self.url(path), source.size, self._version(result), attributes)
 
@@ -167,6 +173,26 @@ class ObstoreBackend(Backend):
         with suppress(CheckpointNotFoundError), self._translated(path, "delete"):
             await obstore.delete_async(store, key)
         self.forget(path)
+
+    async def abort_upload(self, path: str, age: float) -> None:
+        """For subclasses: removes, by other means, an upload that obstore has not aborted in time.
+
+        Args:
+            path: Where to.
+            age: How many seconds ago the write began.
+
+        Raises:
+            StorageError: there are no such means, or they do not tell which upload it is.
+        """
+        raise StorageError(f"Cannot abort the upload to {self.url(path)}: a request of it did not end in time.")
+
+    async def _remove_upload(self, path: str, began: float) -> None:
+        try:
+            with anyio.fail_after(_ABORT_SECONDS):
+                await self.abort_upload(path, monotonic() - began)
+        except Exception as error:  # noqa: BLE001 - the cancel that is on its way matters more
+            reason = str(error) or type(error).__name__
+            logger.warning("What was staged for %s may still be there: %s", self.url(path), reason)
 
     def _version(self, found: Mapping[str, Any]) -> str | None:
         """What names a version: of what obstore returned for an object, the ETag."""
@@ -209,6 +235,11 @@ class _Interruptible(AsyncIterator["Chunk"]):
 
     A cancel cannot reach those, so :meth:`interrupt` makes the iterator raise: that is what obstore
     aborts the upload for.
+
+    Attributes:
+        exhausted: Whether there are no more chunks.
+        size: Bytes taken so far.
+        asked: Whether obstore has asked for a chunk, which it does when it has opened an upload.
     """
 
     def __init__(self, chunks: AsyncIterable[Chunk]) -> None:
@@ -218,6 +249,7 @@ class _Interruptible(AsyncIterator["Chunk"]):
         self._interrupted = False
         self.exhausted = False
         self.size = 0
+        self.asked = False
 
     async def take(self, size: int) -> list[Chunk]:
         """Takes chunks until they are more than ``size`` bytes together, or the end."""
@@ -243,6 +275,7 @@ class _Interruptible(AsyncIterator["Chunk"]):
         if self._interrupted:
             raise InterruptedError("interrupted by the caller")
         if self._ahead:
+            self.asked = True
             return self._ahead.pop()
         self._pulling = asyncio.current_task()
         try:
@@ -261,8 +294,11 @@ class _Interruptible(AsyncIterator["Chunk"]):
         return chunk
 
 
-async def _interruptible(put: Awaitable[Any], source: _Interruptible) -> Any:
-    """Awaits ``put``; on cancel has it abort its upload, and waits for that, before the cancel goes on."""
+async def _interruptible(put: Awaitable[Any], source: _Interruptible, remove: Callable[[], Awaitable[None]]) -> Any:
+    """Awaits ``put``; on cancel has it abort its upload, and waits for that, before the cancel goes on.
+
+    Obstore aborts when the requests under way have ended. Where one hangs, ``remove`` is called in the end.
+    """
     future = asyncio.ensure_future(put)
     try:
         return await asyncio.shield(future)
@@ -271,6 +307,8 @@ async def _interruptible(put: Awaitable[Any], source: _Interruptible) -> Any:
         await wait_through_cancellations(future, _ABORT_SECONDS)
         if not future.cancelled():
             future.exception()  # looked at, so that asyncio does not log it as forgotten
+        elif source.asked:
+            await to_the_end(remove)
         raise
 
 
