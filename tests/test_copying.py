@@ -73,6 +73,16 @@ async def test_a_copy_keeps_the_metadata_or_takes_new_one(place: Any) -> None:
 
 
 @pytest.mark.parametrize("target_kind", KINDS)
+async def test_metadata_that_no_store_keeps_is_refused_and_named(place: Any, target_kind: str) -> None:
+    (source, _), (target, options) = place("local", "source.pt"), place(target_kind, "target.pt")
+    await torchferry.save_async([1], source)
+    with pytest.raises(torchferry.UnsupportedOptionError, match="'a b'"):
+        await torchferry.copy_async(source, target, target_storage_options=options, metadata={"a b": "x"})
+    with pytest.raises(torchferry.CheckpointNotFoundError):
+        await torchferry.load_async(target, storage_options=options)
+
+
+@pytest.mark.parametrize("target_kind", KINDS)
 async def test_a_damaged_checkpoint_is_not_copied(place: Any, target_kind: str) -> None:
     source, _ = place("local", "source.pt")
     target, options = place(target_kind, "target.pt")

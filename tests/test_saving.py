@@ -73,6 +73,27 @@ async def test_an_object_that_cannot_be_pickled_leaves_what_was_there(target: di
     assert stored(target) == torch_saved({"old": 1})
 
 
+@pytest.mark.parametrize(
+    ("metadata", "named"),
+    [
+        ({"a b": "x"}, "'a b'"),
+        ({"": "x"}, "''"),
+        ({"größe": "x"}, "'größe'"),
+        ({5: "x"}, "5"),
+        ({"lines": "a\nb"}, r"'lines': 'a\\nb'"),
+        ({"null": "\0"}, "'null'"),
+        ({"step": "1", "epoch": 5}, "'epoch': 5"),
+    ],
+)
+async def test_metadata_that_no_store_keeps_is_refused_and_named(
+    target: dict[str, Any], metadata: dict[Any, Any], named: str
+) -> None:
+    await torchferry.save_async("old", **target)
+    with pytest.raises(torchferry.UnsupportedOptionError, match=named):
+        await torchferry.save_async("new", metadata=metadata, **target)
+    assert await torchferry.load_async(**target) == "old"
+
+
 async def test_a_cancelled_save_leaves_what_was_there(target: dict[str, Any]) -> None:
     await torchferry.save_async({"old": 1}, **target)
 

@@ -470,6 +470,17 @@ async def test_store_that_sends_other_bytes_is_not_believed(plane: Plane, answer
             await store.read("bucket/x", 4, 8, ObjectStat("s3://bucket/x", 8, '"x"'))
 
 
+@pytest.mark.parametrize("name", ["Content-Type", "contenttype", "cache-control", "StorageClass", "a b"])
+async def test_metadata_that_obstore_would_not_keep_is_refused_before_anything_is_sent(
+    s3_client: Any, s3_url: str, faulty_s3: Callable[..., FaultyS3], name: str
+) -> None:
+    faulty = faulty_s3()
+    store = S3Store(s3_client, s3_url, faulty.storage_options, "obstore")
+    with pytest.raises(UnsupportedOptionError, match=name):
+        await store.write(store.path("checkpoint.pt"), stream(DATA, MIB), metadata={name: "x"})
+    assert faulty.proxy.log == []
+
+
 @READS
 @pytest.mark.parametrize("plane", PLANES)
 async def test_store_that_ignores_conditions_does_not_mix_versions(plane: Plane, reads: Reads) -> None:

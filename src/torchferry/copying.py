@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,12 +20,11 @@ from torchferry.errors import CheckpointFormatError
 from torchferry.source import Source
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
 from torchferry.storage.cancellation import in_thread
+from torchferry.storage.metadata import require_storable
 from torchferry.storage.multipart import part_size_for
 from torchferry.storage.registry import open_backend
 
 if TYPE_CHECKING:
-    import os
-
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
@@ -74,8 +74,10 @@ async def copy_async(
         CheckpointFormatError: the source is not a checkpoint that ``torch.save`` wrote.
         CheckpointCorruptError: it is damaged. Nothing is at ``target`` that was not there before.
         CheckpointChangedError: it was replaced meanwhile.
+        UnsupportedOptionError: an option is not one that these stores, or any, can honour; the message names it.
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
+    require_storable(os.fspath(target), metadata or {})
     reader, source_path = await in_thread(
         partial(open_backend, source, storage_options=source_storage_options, filesystem=source_filesystem, plane=plane)
     )

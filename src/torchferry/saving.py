@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torchferry._sync import run_on, synchronous
 from torchferry.storage.base import Backend, ObjectStat, Plane
 from torchferry.storage.cancellation import in_thread
+from torchferry.storage.metadata import require_storable
 from torchferry.storage.registry import open_backend
 from torchferry.stream import CheckpointStream
 
 if TYPE_CHECKING:
-    import os
-
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
@@ -45,7 +45,8 @@ async def save_async(
         storage_options: Arguments for the fsspec filesystem of ``url``.
         filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
         part_size: Bytes in a part of a multipart upload, instead of 16 MiB (or what the size needs).
-        metadata: User metadata to store with the object, where the store can.
+        metadata: User metadata to store with the object, where the store can: names that HTTP takes for a field, and
+            strings of printable characters.
         plane: Which client moves the bytes: "fsspec", "obstore", or "auto", the faster one that honours
             every setting of the filesystem.
         callback: Told the size in bytes, and of bytes as they are handed to the store; in the thread that
@@ -55,9 +56,11 @@ async def save_async(
         What is now at ``url``.
 
     Raises:
+        UnsupportedOptionError: an option is not one that this store, or any, can honour; the message names it.
         StorageError: the store refused or failed; subclasses say which way (see :mod:`torchferry.errors`).
         Exception: whatever ``torch.save`` raises for an object that cannot be pickled.
     """
+    require_storable(os.fspath(url), metadata or {})
     backend, path = await in_thread(
         partial(open_backend, url, storage_options=storage_options, filesystem=filesystem, plane=plane)
     )

@@ -33,6 +33,7 @@ from torchferry.errors import (
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
 from torchferry.storage.cancellation import to_the_end, wait_through_cancellations
 from torchferry.storage.direct import DirectReader, SignedGet
+from torchferry.storage.metadata import require_storable
 from torchferry.storage.multipart import part_size_for
 from torchferry.storage.translation import require_key, upload_gone
 
@@ -57,6 +58,9 @@ _STANDARD_ATTRIBUTES = frozenset(
         "Cache-Control",
         "Storage-Class",
     }
+)
+_TAKEN_FOR_STANDARD = frozenset(
+    form for name in map(str.lower, _STANDARD_ATTRIBUTES) for form in (name, name.replace("-", ""))
 )
 
 
@@ -143,11 +147,11 @@ class ObstoreBackend(Backend):
         part_size: int | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> ObjectStat:
+        attributes = self._attributes(path, metadata or {})
         store, key = await self._locate(path)
         part_size = part_size_for(size_hint, part_size, max_parts=self._max_parts)
         source = _Interruptible(chunks)
         first = await source.take(part_size)
-        attributes = dict(metadata or {})
         if source.exhausted:  # a single request puts it: no upload to complete or abort
             body: Any = iter(first) if first else b""
             put = obstore.put_async(store, key, body, attributes=attributes, use_multipart=False)
@@ -185,6 +189,17 @@ class ObstoreBackend(Backend):
             StorageError: there are no such means, or they do not tell which upload it is.
         """
         raise StorageError(f"Cannot abort the upload to {self.url(path)}: a request of it did not end in time.")
+
+    def _attributes(self, path: str, metadata: Mapping[str, str]) -> dict[str, str]:
+        """What obstore takes user metadata as; it panics at what no header can be, which an object's copy may bring."""
+        require_storable(self.url(path), metadata)
+        for name in metadata:
+            if name.lower() in _TAKEN_FOR_STANDARD:
+                raise UnsupportedOptionError(
+                    f"{self.url(path)}: obstore takes the metadata {name!r} for a header of HTTP: name it otherwise, "
+                    "or use plane='fsspec' (or TORCHFERRY_PLANE=fsspec)."
+                )
+        return dict(metadata)
 
     async def _remove_upload(self, path: str, began: float) -> None:
         try:
