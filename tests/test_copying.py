@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import fsspec
@@ -14,7 +15,11 @@ from fsspec.callbacks import Callback
 
 import torchferry
 from torchferry._memory import PROCESS_BUDGET
-from torchferry.storage.base import MIB
+from torchferry.storage.base import MIB, Plane
+from torchferry.testing.faultproxy import Fault
+
+if TYPE_CHECKING:
+    from conftest import FaultyS3
 
 KINDS = ["local", "memory", "s3"]
 
@@ -113,6 +118,22 @@ async def test_a_missing_source_is_said_to_be_missing(place: Any) -> None:
     with pytest.raises(torchferry.CheckpointNotFoundError, match="nothing"):
         await torchferry.copy_async(source, place("local", "target.pt")[0], source_storage_options=options)
     assert not Path(place("local", "target.pt")[0]).exists()
+
+
+@pytest.mark.timeout(60, method="thread")  # nothing less ends a test that waits for a thread
+@pytest.mark.parametrize("plane", ["obstore", "fsspec"])
+async def test_a_copy_ends_with_the_error_of_a_source_that_fails_midway(
+    place: Any, faulty_s3: Callable[..., FaultyS3], plane: Plane
+) -> None:
+    source, options = place("s3", "source.pt")
+    await torchferry.save_async(torch.zeros(20 * MIB), source, storage_options=options)
+    faulty = faulty_s3(Fault(method="GET", target="source.pt", skip=6, status=403, code="AccessDenied", times=None))
+    target = Path(place("local", "target.pt")[0])
+    with pytest.raises(torchferry.StoragePermissionError, match="refused") as caught:
+        await torchferry.copy_async(source, target, source_storage_options=faulty.storage_options, plane=plane)
+    assert "InterruptedError" not in str(getattr(caught.value, "__notes__", ""))
+    assert list(target.parent.iterdir()) == []
+    assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
 
 
 async def test_a_cancelled_copy_leaves_what_was_there(place: Any) -> None:

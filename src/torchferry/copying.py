@@ -19,7 +19,7 @@ from torchferry.checksum import Checksums
 from torchferry.errors import CheckpointFormatError
 from torchferry.source import Source
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
-from torchferry.storage.cancellation import in_thread
+from torchferry.storage.cancellation import in_thread, to_the_end
 from torchferry.storage.metadata import require_storable
 from torchferry.storage.multipart import part_size_for
 from torchferry.storage.registry import open_backend
@@ -192,7 +192,8 @@ class _CopyStream(AsyncIterator["Chunk"]):
             async with task_group() as tasks:
                 for start in range(0, size, BLOCK_SIZE):
                     # Taken in order: a later piece must never have the block that an earlier one waits for.
-                    block = await _wait_in_thread(self._blocks.take)
+                    # When another piece fails, the wait must end: the blocks may be held by the pieces behind that one.
+                    block = await to_the_end(_wait_in_thread, self._blocks.take, patience=self._blocks.abandon)
                     piece = _Piece(start, min(start + BLOCK_SIZE, size), block)
                     await self._send.send(piece)
                     tasks.start_soon(self._fill, piece)
