@@ -133,6 +133,26 @@ async def test_the_event_loop_turns_while_a_save_is_under_way(target: dict[str, 
     assert turns > 100
 
 
+def test_a_thread_saves_and_loads_when_the_main_thread_has_ended(target: dict[str, Any]) -> None:
+    program = f"""
+        import threading
+        import torch, torchferry
+
+        obj = torch.arange(9 << 20)
+        torchferry.save([1], **{target!r})  # s3fs begins its session in a pool of its own, shut down by then
+
+        def work():
+            threading.main_thread().join()
+            torchferry.save(obj, **{target!r})
+            print(torch.equal(torchferry.load(**{target!r}), obj))
+
+        threading.Thread(target=work).start()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
+    assert result.stdout == "True\n"
+
+
 MEASURE = """
     import os, sys, tempfile
     import torch, torchferry

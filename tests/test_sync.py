@@ -177,3 +177,22 @@ def test_a_worker_thread_ends_before_the_interpreter_does() -> None:
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True, timeout=60
     )
     assert result.stdout == "ended\n"
+
+
+def test_at_the_end_of_the_interpreter_nothing_new_begins_in_a_thread() -> None:
+    program = """
+        import asyncio, atexit
+
+        @atexit.register
+        def begin():
+            future = asyncio.run_coroutine_threadsafe(in_thread(print, "began"), get_loop())
+            print(type(future.exception(timeout=30)))
+
+        from fsspec.asyn import get_loop
+        import torchferry._sync
+        from torchferry.storage.cancellation import in_thread
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout == "<class 'RuntimeError'>\n"

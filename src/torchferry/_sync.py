@@ -17,7 +17,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 from fsspec.asyn import get_loop, reset_lock
 
-from torchferry.storage.cancellation import wait_through_cancellations
+from torchferry.storage.cancellation import refuse_threads, wait_through_cancellations
 
 __all__ = ["run", "run_on", "synchronous"]
 
@@ -140,7 +140,9 @@ def _wait_for_workers() -> None:
     Such a thread outlives its last call by a moment, in which it lets go of what it worked on. Where its event loop
     runs in a daemon thread (fsspec's, flytekit's) it is a daemon, too, for which the interpreter does not wait; and
     one that frees a tensor while the interpreter ends aborts the process (torch 2.13 takes the GIL in a destructor).
+    A save that a daemon thread waits for would keep one busy: it fails at its next step.
     """
+    refuse_threads()
     deadline = monotonic() + _EXIT_SECONDS
     for thread in threading.enumerate():
         if thread.daemon and thread.name == "AnyIO worker thread":

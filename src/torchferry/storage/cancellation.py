@@ -10,16 +10,18 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
+from anyio import to_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-__all__ = ["in_thread", "to_the_end", "wait_through_cancellations"]
+__all__ = ["in_thread", "refuse_threads", "to_the_end", "wait_through_cancellations"]
 
 T = TypeVar("T")
 
 _MOST_THREADS = 64
 _threads: ThreadPoolExecutor  # the interpreter waits for them when it ends
+_refusing = False
 
 
 async def to_the_end(
@@ -79,8 +81,23 @@ async def in_thread(func: Callable[..., T], /, *args: object, interrupt: Callabl
     return await to_the_end(_submit, func, *args, patience=interrupt)
 
 
+def refuse_threads() -> None:
+    """Makes :func:`in_thread` raise a RuntimeError from now on, once the interpreter has shut the pool down.
+
+    For when it has waited for all threads that it waits for, and what still runs is to end.
+    """
+    global _refusing  # noqa: PLW0603 - there is one pool
+    _refusing = True
+
+
 def _submit(func: Callable[..., T], *args: object) -> asyncio.Future[T]:
-    return asyncio.get_running_loop().run_in_executor(_threads, partial(copy_context().run, func, *args))
+    call = partial(copy_context().run, func, *args)
+    try:
+        return asyncio.get_running_loop().run_in_executor(_threads, call)
+    except RuntimeError:  # the interpreter has shut the pool down: it ends, when the threads of the user have ended
+        if _refusing:
+            raise
+        return asyncio.ensure_future(to_thread.run_sync(call, limiter=anyio.CapacityLimiter(1)))
 
 
 def _renew_threads() -> None:
