@@ -276,6 +276,17 @@ async def test_to_the_end_passes_results_and_errors_on() -> None:
         await to_the_end(fail)
 
 
+@pytest.mark.timeout(60, method="thread")  # nothing less ends a test that waits for a thread
+@pytest.mark.parametrize("error", [StopIteration, StopAsyncIteration])
+async def test_what_ends_an_iteration_comes_out_of_a_thread_as_an_error(error: type[Exception]) -> None:
+    def work() -> None:
+        raise error
+
+    with pytest.raises(RuntimeError, match=error.__name__) as caught:
+        await in_thread(work)
+    assert isinstance(caught.value.__cause__, error)
+
+
 async def test_thread_is_done_before_its_caller_goes_on() -> None:
     import threading
 

@@ -213,6 +213,18 @@ def test_an_object_that_cannot_be_pickled_says_so(s3_context: FlyteContext) -> N
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
+@pytest.mark.timeout(60, method="thread")  # nothing less ends a test in which flytekit waits
+def test_a_state_dict_that_raises_stop_iteration_is_an_error_and_not_waited_for(s3_context: FlyteContext) -> None:
+    class Empty(torch.nn.Module):
+        def state_dict(self, *_args: Any, **_kwargs: Any) -> Any:
+            return {"device": next(self.parameters()).device}
+
+    with pytest.raises(TypeTransformerFailedError, match="StopIteration") as caught:
+        save(s3_context, PyTorchCheckpoint(module=Empty()))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert isinstance(caught.value.__cause__.__cause__, StopIteration)
+
+
 def test_every_failure_is_logged_because_unions_hide_it(
     s3_context: FlyteContext, caplog: pytest.LogCaptureFixture, failing: Callable[..., None]
 ) -> None:

@@ -15,7 +15,7 @@ from anyio import to_thread
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-__all__ = ["in_thread", "refuse_threads", "to_the_end", "wait_through_cancellations"]
+__all__ = ["in_thread", "refuse_threads", "to_the_end", "wait_through_cancellations", "without_stops"]
 
 T = TypeVar("T")
 
@@ -73,12 +73,25 @@ async def in_thread(func: Callable[..., T], /, *args: object, interrupt: Callabl
     A cancelled ``anyio.to_thread.run_sync`` can leave its thread working, on a file that its caller then closes. And
     it starts a thread for each call that is made in a plain asyncio task.
 
+    A StopIteration is raised as a RuntimeError: no future takes it, and who awaits one would wait for ever.
+
     Args:
         func: What to run, in a copy of the caller's context.
         *args: Its arguments.
         interrupt: Called when the caller is cancelled: to make ``func`` end soon.
     """
     return await to_the_end(_submit, func, *args, patience=interrupt)
+
+
+def without_stops(func: Callable[..., T], /, *args: object) -> T:
+    """Calls ``func(*args)``; a StopIteration or StopAsyncIteration of it comes out as the cause of a RuntimeError.
+
+    As it does out of a generator (PEP 479), and for the same reason: out here it would mean something else.
+    """
+    try:
+        return func(*args)
+    except (StopIteration, StopAsyncIteration) as error:
+        raise RuntimeError(f"{type(error).__name__} was raised") from error
 
 
 def refuse_threads() -> None:
@@ -91,7 +104,7 @@ def refuse_threads() -> None:
 
 
 def _submit(func: Callable[..., T], *args: object) -> asyncio.Future[T]:
-    call = partial(copy_context().run, func, *args)
+    call = partial(copy_context().run, without_stops, func, *args)
     try:
         return asyncio.get_running_loop().run_in_executor(_threads, call)
     except RuntimeError:  # the interpreter has shut the pool down: it ends, when the threads of the user have ended
