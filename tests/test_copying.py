@@ -136,6 +136,25 @@ async def test_a_copy_ends_with_the_error_of_a_source_that_fails_midway(
     assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
 
 
+@pytest.mark.parametrize("error", [StopIteration(), StopAsyncIteration()], ids=repr)
+async def test_what_ends_an_iteration_never_ends_a_copy(place: Any, error: Exception) -> None:
+    source, _ = place("local", "source.pt")
+    target, options = place("s3", "target.pt")
+    await torchferry.save_async(checkpoint(), source)
+
+    class Raising(Callback):
+        def relative_update(self, inc: int = 1) -> None:
+            super().relative_update(inc)
+            if self.value > 20 * MIB:
+                raise error
+
+    with pytest.raises(RuntimeError, match=type(error).__name__) as caught:
+        await torchferry.copy_async(source, target, target_storage_options=options, callback=Raising())
+    assert caught.value.__cause__ is error
+    with pytest.raises(FileNotFoundError):
+        read(target, options)
+
+
 async def test_a_cancelled_copy_leaves_what_was_there(place: Any) -> None:
     source, _ = place("local", "source.pt")
     target, options = place("s3", "target.pt")

@@ -94,6 +94,40 @@ async def test_metadata_that_no_store_keeps_is_refused_and_named(
     assert await torchferry.load_async(**target) == "old"
 
 
+class Raising(fsspec.callbacks.Callback):
+    """Raises an error when it is told of bytes."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def relative_update(self, inc: int = 1) -> None:
+        super().relative_update(inc)
+        raise self.error
+
+
+class Unpicklable:
+    """Raises an error when it is pickled."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __reduce__(self) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [StopIteration(), StopAsyncIteration()], ids=repr)
+async def test_what_ends_an_iteration_never_ends_a_save(target: dict[str, Any], error: Exception) -> None:
+    await torchferry.save_async({"old": 1}, **target)
+    with pytest.raises(RuntimeError, match=type(error).__name__) as caught:
+        await torchferry.save_async([torch.zeros(8 * MIB), Unpicklable(error)], **target)
+    assert caught.value.__cause__ is error
+    with pytest.raises(RuntimeError, match=type(error).__name__) as caught:
+        await torchferry.save_async(torch.zeros(8 * MIB), callback=Raising(error), **target)
+    assert caught.value.__cause__ is error
+    assert stored(target) == torch_saved({"old": 1})
+
+
 async def test_a_cancelled_save_leaves_what_was_there(target: dict[str, Any]) -> None:
     await torchferry.save_async({"old": 1}, **target)
 

@@ -19,7 +19,7 @@ from torchferry.checksum import Checksums
 from torchferry.errors import CheckpointFormatError
 from torchferry.source import Source
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
-from torchferry.storage.cancellation import in_thread, to_the_end
+from torchferry.storage.cancellation import in_thread, to_the_end, without_stops
 from torchferry.storage.metadata import require_storable
 from torchferry.storage.multipart import part_size_for
 from torchferry.storage.registry import open_backend
@@ -179,7 +179,7 @@ class _CopyStream(AsyncIterator["Chunk"]):
         await piece.filled.wait()
         size = piece.stop - piece.start
         if self._callback is not None:
-            self._callback.relative_update(size)
+            without_stops(self._callback.relative_update, size)  # its StopAsyncIteration would be the end
         return piece.block[:size].toreadonly()
 
     async def _read_ahead(self, cost: int) -> None:

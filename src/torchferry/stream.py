@@ -25,6 +25,7 @@ from anyio import from_thread, to_thread
 from torchferry._memory import PROCESS_BUDGET, Blocks, address_of
 from torchferry._tasks import task_group
 from torchferry.storage.base import MIB, Chunk
+from torchferry.storage.cancellation import without_stops
 from torchferry.storage.multipart import part_size_for
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ _RECORD_OVERHEAD = 256  # bytes of zip headers, padding and directory for a reco
 
 class CheckpointStream(AsyncIterator["Chunk"]):
     """The chunks of one ``torch.save``: made in a thread, taken on an event loop, while :meth:`running`.
+
+    It ends when all of them are taken, never because pickling or the callback raises a StopAsyncIteration.
 
     Args:
         obj: Anything that ``torch.save`` takes.
@@ -94,7 +97,7 @@ class CheckpointStream(AsyncIterator["Chunk"]):
         except Exception as error:
             if self._failure is None or self._failure is error:
                 raise
-            raise self._failure from None  # a store's client may have wrapped it
+            raise self._failure from self._failure.__cause__  # a store's client may have wrapped it
         finally:
             # Classes made by torch.save refer to this one in cycles: what is large must not wait for the collector.
             self._obj = None
@@ -107,19 +110,19 @@ class CheckpointStream(AsyncIterator["Chunk"]):
             chunk = await self._receive.receive()
         except anyio.EndOfStream:
             if self._failure is not None:
-                raise self._failure from None
+                raise self._failure from self._failure.__cause__  # else the EndOfStream would be its context
             if self._callback is not None:
-                self._callback.set_size(self._taken)  # no longer a hint
+                without_stops(self._callback.set_size, self._taken)  # no longer a hint
             raise StopAsyncIteration from None
         self._taken += len(chunk)
         if self._callback is not None:
-            self._callback.relative_update(len(chunk))
+            without_stops(self._callback.relative_update, len(chunk))
         return chunk
 
     async def _produce(self) -> None:
         try:
             # A limiter of its own: streams that wait for the budget must not keep threads from those they wait for.
-            await to_thread.run_sync(self._torch_save, limiter=anyio.CapacityLimiter(1))
+            await to_thread.run_sync(without_stops, self._torch_save, limiter=anyio.CapacityLimiter(1))
         except Exception as error:  # noqa: BLE001  # it goes on from __anext__, so that the consumer cleans up
             if not self._closed:
                 self._failure = error
