@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,6 +154,24 @@ async def test_what_ends_an_iteration_never_ends_a_copy(place: Any, error: Excep
     assert caught.value.__cause__ is error
     with pytest.raises(FileNotFoundError):
         read(target, options)
+
+
+@pytest.mark.timeout(60, method="thread")  # nothing less ends a test that waits for a lost event loop
+@pytest.mark.parametrize("verb", ["set_size", "relative_update"])
+def test_an_exit_in_the_callback_goes_on_when_the_copy_has_cleaned_up(
+    place: Any, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    source, options = place("s3", "source.pt")
+    torchferry.save(checkpoint(), source, storage_options=options)
+    target = Path(place("local", "target.pt")[0])
+    callback = Callback()
+    monkeypatch.setattr(callback, verb, lambda _count: sys.exit(3))
+    with pytest.raises(SystemExit) as caught:
+        torchferry.copy(source, target, source_storage_options=options, callback=callback)
+    assert caught.value.code == 3
+    assert list(target.parent.iterdir()) == []
+    assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
+    torchferry.copy(source, target, source_storage_options=options)
 
 
 async def test_a_cancelled_copy_leaves_what_was_there(place: Any) -> None:

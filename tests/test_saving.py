@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import torchferry
+from torchferry._memory import PROCESS_BUDGET
 from torchferry.storage.base import MIB
 
 
@@ -95,15 +96,17 @@ async def test_metadata_that_no_store_keeps_is_refused_and_named(
 
 
 class Raising(fsspec.callbacks.Callback):
-    """Raises an error when it is told of bytes."""
+    """Raises an error when it is told of more bytes than some."""
 
-    def __init__(self, error: BaseException) -> None:
+    def __init__(self, error: BaseException, after: int = 0) -> None:
         super().__init__()
         self.error = error
+        self.after = after
 
     def relative_update(self, inc: int = 1) -> None:
         super().relative_update(inc)
-        raise self.error
+        if self.value > self.after:
+            raise self.error
 
 
 class Unpicklable:
@@ -126,6 +129,27 @@ async def test_what_ends_an_iteration_never_ends_a_save(target: dict[str, Any], 
         await torchferry.save_async(torch.zeros(8 * MIB), callback=Raising(error), **target)
     assert caught.value.__cause__ is error
     assert stored(target) == torch_saved({"old": 1})
+
+
+@pytest.mark.timeout(60, method="thread")  # nothing less ends a test that waits for a lost event loop
+@pytest.mark.parametrize("exit_", [SystemExit(3), KeyboardInterrupt()], ids=repr)
+def test_an_exit_in_the_users_code_goes_on_when_the_save_has_cleaned_up(
+    target: dict[str, Any], exit_: BaseException
+) -> None:
+    torchferry.save({"old": 1}, **target)
+    with pytest.raises(type(exit_)) as caught:
+        torchferry.save([torch.zeros(8 * MIB), Unpicklable(exit_)], **target)
+    assert caught.value is exit_
+    with pytest.raises(type(exit_)) as caught:
+        torchferry.save(torch.zeros(8 * MIB), callback=Raising(exit_, after=24 * MIB), **target)
+    assert caught.value is exit_
+    with pytest.raises(type(exit_)) as caught:
+        torchferry.load(callback=Raising(exit_), **target)
+    assert caught.value is exit_
+    assert stored(target) == torch_saved({"old": 1})
+    assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
+    if (path := Path(target["url"])).is_absolute():
+        assert list(path.parent.iterdir()) == [path]
 
 
 async def test_a_cancelled_save_leaves_what_was_there(target: dict[str, Any]) -> None:

@@ -45,6 +45,29 @@ async def test_of_several_errors_ours_goes_first_and_names_the_others() -> None:
     assert raised.value.__notes__ == ["Another task failed too: ValueError: theirs"]
 
 
+@pytest.mark.parametrize("exit_", [SystemExit(3), KeyboardInterrupt()], ids=repr)
+async def test_an_exit_in_a_task_goes_on_when_the_others_have_cleaned_up(exit_: BaseException) -> None:
+    log: list[str] = []
+
+    async def leave() -> None:
+        raise exit_
+
+    async def work() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.lowlevel.checkpoint()
+                log.append("cleaned up")
+
+    with pytest.raises(type(exit_)) as caught:
+        async with task_group() as tasks:
+            tasks.start_soon(work)
+            tasks.start_soon(leave)
+    assert caught.value is exit_
+    assert log == ["cleaned up"]
+
+
 async def test_cancellation_is_left_alone() -> None:
     with anyio.CancelScope() as scope:
         async with task_group() as group:

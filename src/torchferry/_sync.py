@@ -17,6 +17,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 from fsspec.asyn import get_loop, reset_lock
 
+from torchferry._tasks import carrying_exits, releasing_exits
 from torchferry.storage.cancellation import refuse_threads, wait_through_cancellations
 
 __all__ = ["run", "run_on", "synchronous"]
@@ -109,12 +110,13 @@ class _Call(Generic[T]):
         self._loop.call_soon_threadsafe(self._start)
 
     def _start(self) -> None:
-        self._task = self._loop.create_task(self._coroutine)
+        self._task = self._loop.create_task(carrying_exits(lambda: self._coroutine))
         self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[T]) -> None:
         if not task.cancelled():
             task.exception()  # looked at: when the caller was cancelled meanwhile, nobody else does
+        self._coroutine.close()  # it has not begun, where the task was cancelled before its first step
         self._on_done()
 
     def cancel(self) -> None:
@@ -130,7 +132,8 @@ class _Call(Generic[T]):
 
     def result(self) -> T:
         assert self._task is not None  # noqa: S101  # asked for only when done
-        return self._task.result()
+        with releasing_exits():
+            return self._task.result()
 
 
 @atexit.register

@@ -1,24 +1,74 @@
-"""anyio task groups whose failures reach the caller as the plain error."""
+"""Tasks whose failures reach the caller as the plain error."""
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
 from torchferry.errors import TorchferryError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 
     from anyio.abc import TaskGroup
 
-__all__ = ["task_group"]
+__all__ = ["CarriedExit", "Tasks", "carrying_exits", "releasing_exits", "task_group"]
+
+T = TypeVar("T")
+
+
+class CarriedExit(Exception):  # noqa: N818 - never seen by a caller
+    """Carries a KeyboardInterrupt or SystemExit out of a task.
+
+    By itself it would come out of the event loop, and end it: before other tasks have cleaned up, and for ever,
+    where the loop runs in a thread.
+
+    Args:
+        exit_: What it carries.
+    """
+
+    def __init__(self, exit_: BaseException) -> None:
+        super().__init__()
+        self.exit = exit_
+
+
+async def carrying_exits(func: Callable[..., Awaitable[T]], /, *args: object) -> T:
+    """Awaits ``func(*args)``, as the outermost of a task; raises :class:`CarriedExit` for what would end the loop."""
+    try:
+        return await func(*args)
+    except (KeyboardInterrupt, SystemExit) as error:
+        raise CarriedExit(error) from None
+
+
+@contextmanager
+def releasing_exits() -> Iterator[None]:
+    """Raises what a :class:`CarriedExit` carries in its place."""
+    try:
+        yield
+    except CarriedExit as carried:
+        raise carried.exit from None
+
+
+class Tasks:
+    """The tasks of a :func:`task_group`.
+
+    Attributes:
+        cancel_scope: Cancels them, and the body of the group.
+    """
+
+    def __init__(self, group: TaskGroup) -> None:
+        self.cancel_scope = group.cancel_scope
+        self._group = group
+
+    def start_soon(self, func: Callable[..., Awaitable[object]], *args: object) -> None:
+        """Starts a task that runs ``func(*args)``."""
+        self._group.start_soon(carrying_exits, func, *args)
 
 
 @asynccontextmanager
-async def task_group() -> AsyncGenerator[TaskGroup]:
+async def task_group() -> AsyncGenerator[Tasks]:
     """An anyio task group that raises one error instead of an exception group.
 
     When tasks fail, the first :class:`~torchferry.errors.TorchferryError` among their errors is raised, or else
@@ -28,7 +78,7 @@ async def task_group() -> AsyncGenerator[TaskGroup]:
     error: BaseException | None = None
     try:
         async with anyio.create_task_group() as group:
-            yield group
+            yield Tasks(group)
     except BaseExceptionGroup as errors:
         error = _most_telling(list(_flatten(errors)))
     if error is not None:  # raised out here, so that the group that contains the error does not become its context
@@ -40,7 +90,7 @@ def _flatten(errors: BaseExceptionGroup[BaseException]) -> Iterator[BaseExceptio
         if isinstance(error, BaseExceptionGroup):
             yield from _flatten(error)
         else:
-            yield error
+            yield error.exit if isinstance(error, CarriedExit) else error
 
 
 def _most_telling(errors: list[BaseException]) -> BaseException:

@@ -22,6 +22,7 @@ import anyio
 import obstore
 from obstore import exceptions as obstore_errors
 
+from torchferry._tasks import carrying_exits, releasing_exits
 from torchferry.errors import (
     CheckpointChangedError,
     CheckpointNotFoundError,
@@ -271,7 +272,7 @@ class _Interruptible(AsyncIterator["Chunk"]):
         taken: list[Chunk] = []
         while self.size <= size and not self.exhausted:
             try:
-                taken.append(await anext(self))
+                taken.append(await self._next())
             except StopAsyncIteration:
                 break
         return taken
@@ -287,6 +288,9 @@ class _Interruptible(AsyncIterator["Chunk"]):
             self._pulling.cancel()
 
     async def __anext__(self) -> Chunk:
+        return await carrying_exits(self._next)
+
+    async def _next(self) -> Chunk:
         if self._interrupted:
             raise InterruptedError("interrupted by the caller")
         if self._ahead:
@@ -316,7 +320,8 @@ async def _interruptible(put: Awaitable[Any], source: _Interruptible, remove: Ca
     """
     future = asyncio.ensure_future(put)
     try:
-        return await asyncio.shield(future)
+        with releasing_exits():
+            return await asyncio.shield(future)
     except asyncio.CancelledError:
         source.interrupt()
         await wait_through_cancellations(future, _ABORT_SECONDS)
