@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import inspect
 import logging
@@ -264,12 +265,13 @@ class Stalling:
         self.heard = asyncio.Event()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(1)
-        writer.write(self._answer)
-        await writer.drain()
-        self.heard.set()
-        await reader.read()
-        writer.close()
+        with contextlib.closing(writer):
+            await reader.read(1)
+            writer.write(self._answer)
+            await writer.drain()
+            self.heard.set()
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
 
     async def sign(self, path: str, _: ObjectStat) -> SignedGet:
         return SignedGet(path, {}, None)
@@ -310,8 +312,9 @@ async def test_a_connection_with_something_left_in_it_is_not_used_again(head: by
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal connections
         connections += 1
-        while await reader.readuntil(b"\r\n\r\n"):
-            writer.write(b"HTTP/1.1 206 OK\r\nContent-Range: bytes 0-9/10\r\n" + head)
+        with contextlib.closing(writer), contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(b"HTTP/1.1 206 OK\r\nContent-Range: bytes 0-9/10\r\n" + head)
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/x"

@@ -163,15 +163,18 @@ class FaultProxy:
             task = asyncio.ensure_future(self._connection(reader, writer))
             connections.add(task)
             task.add_done_callback(connections.discard)
+            task.add_done_callback(lambda _: writer.close())  # also of one that is cancelled before it begins
 
         server = await asyncio.start_server(accept, HOST, 0, limit=_LINE_LIMIT)
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
         await self._stop.wait()
+        await _few_turns()  # what was just accepted becomes a connection: a closed server (3.11) would lose its socket
         server.close()
         for task in connections:
             task.cancel()
         await asyncio.gather(*connections, return_exceptions=True)
+        await _few_turns()  # what is closed is gone
 
     async def _connection(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         to_store: asyncio.StreamWriter | None = None
@@ -340,6 +343,11 @@ async def _damaged(
             yield bytes(damaged)
         else:
             yield raw
+
+
+async def _few_turns() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
