@@ -158,9 +158,10 @@ class S3Backend(Backend):
         Raises:
             StorageError: it failed, or there is not exactly one.
         """
-        bucket, key, _ = self._fs.split_path(path)
+        address = self._address(path)
+        key = address["Key"]
         with _translated(self.url(path), "abort the upload to"):
-            found = await self._call("list_multipart_uploads", Bucket=bucket, Prefix=key)
+            found = await self._call("list_multipart_uploads", Bucket=address["Bucket"], Prefix=key)
             # By the store's clock, and both of its times may be whole seconds.
             now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
             since = now - timedelta(seconds=age + 1)
@@ -171,7 +172,7 @@ class S3Backend(Backend):
             ]
             if len(ids) != 1:
                 raise StorageError(f"Cannot abort the upload to {self.url(path)}: {len(ids)} could be the one.")
-            await self._call("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=ids[0])
+            await self._call("abort_multipart_upload", Bucket=address["Bucket"], Key=key, UploadId=ids[0])
 
     async def _sign(self, path: str, stat: ObjectStat) -> SignedGet:
         address = self._address(path)

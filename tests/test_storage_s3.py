@@ -442,6 +442,25 @@ async def test_key_that_obstore_would_change_goes_through_the_fsspec_plane(
     assert await torchferry.load_async(url, storage_options=s3_storage_options) == {"a": 1}
 
 
+@contextlib.asynccontextmanager
+async def _store_that_answers(answer: str, etag: str, plane: Plane, **options: Any) -> AsyncIterator[S3Store]:
+    """A store that gives every request one answer: the status line's end, more header fields, and the body."""
+    status, _, rest = answer.partition("\r\n")
+    fields = f'ETag: "{etag}"\r\nLast-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\nConnection: close\r\n'
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 {status}\r\n{fields}{rest}".encode())
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    options = storage_options_for(endpoint, "key", "secret") | options
+    async with server:
+        yield await asyncio.to_thread(S3Store, None, "s3://bucket/x", options, plane)
+
+
 @pytest.mark.parametrize("plane", PLANES)
 @pytest.mark.parametrize(
     "answer",
@@ -453,19 +472,8 @@ async def test_key_that_obstore_would_change_goes_through_the_fsspec_plane(
     ids=["another range", "longer", "no range"],
 )
 async def test_store_that_sends_other_bytes_is_not_believed(plane: Plane, answer: str) -> None:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        status, _, rest = answer.partition("\r\n")
-        fields = 'ETag: "x"\r\nLast-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\nConnection: close\r\n'
-        writer.write(f"HTTP/1.1 {status}\r\n{fields}{rest}".encode())
-        await writer.drain()
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    options = storage_options_for(endpoint, "key", "secret") | {"config_kwargs": {"retries": {"max_attempts": 1}}}
-    store = await asyncio.to_thread(S3Store, None, "s3://bucket/x", options, plane)
-    async with server:
+    retries = {"config_kwargs": {"retries": {"max_attempts": 1}}}
+    async with _store_that_answers(answer, "x", plane, **retries) as store:
         with pytest.raises(StorageError):
             await store.read("bucket/x", 4, 8, ObjectStat("s3://bucket/x", 8, '"x"'))
 
@@ -484,18 +492,8 @@ async def test_metadata_that_obstore_would_not_keep_is_refused_before_anything_i
 @READS
 @pytest.mark.parametrize("plane", PLANES)
 async def test_store_that_ignores_conditions_does_not_mix_versions(plane: Plane, reads: Reads) -> None:
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        fields = 'ETag: "new"\r\nContent-Range: bytes 0-3/4\r\nLast-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\n'
-        writer.write(f"HTTP/1.1 206 OK\r\n{fields}Content-Length: 4\r\nConnection: close\r\n\r\ndata".encode())
-        await writer.drain()
-        writer.close()
-
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    options = storage_options_for(endpoint, "key", "secret")
-    store = await asyncio.to_thread(S3Store, None, "s3://bucket/x", options, plane)
-    async with server:
+    answer = "206 OK\r\nContent-Range: bytes 0-3/4\r\nContent-Length: 4\r\n\r\ndata"
+    async with _store_that_answers(answer, "new", plane) as store:
         read = partial(getattr(store, reads), "bucket/x", 0, 4)
         assert await read(ObjectStat("", 4, '"new"')) == b"data"
         with pytest.raises(CheckpointChangedError, match="s3://bucket/x was replaced"):
