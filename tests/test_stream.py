@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 import weakref
 from typing import Any
 
@@ -16,7 +17,9 @@ import anyio
 import pytest
 import torch
 import torch.utils.serialization
+from isal import isal_zlib
 
+from torchferry import stream as stream_module
 from torchferry._memory import PROCESS_BUDGET, ByteBudget, address_of
 from torchferry.storage.base import MIB
 from torchferry.stream import CheckpointStream
@@ -102,6 +105,85 @@ async def test_the_stream_is_byte_for_byte_what_torch_save_writes(kind: str) -> 
 async def test_a_quantized_tensor_is_saved_as_torch_does() -> None:
     obj = torch.quantize_per_channel(torch.randn(40, 9), torch.rand(40) + 0.1, torch.zeros(40), 0, torch.qint8)
     assert b"".join(await chunks_of(obj)) == torch_saved(obj)
+
+
+async def test_torch_computes_no_crc32_of_what_torchferry_fills_in() -> None:
+    """It would be the slowest part of a save, and hold back the first byte of a storage until its last is read."""
+    tensors = [torch.full((3 * MIB,), 7, dtype=torch.uint8), torch.ones(3)]
+    expected = torch_saved(tensors)
+    assert stream_module._can_fill()
+    answers: list[bool] = []
+    option = torch.serialization.get_crc32_options
+
+    def asked() -> bool:
+        answers.append(option())
+        return answers[-1]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.serialization, "get_crc32_options", asked)
+        assert b"".join(await chunks_of(tensors)) == expected
+    assert answers == [True, False]  # torchferry asks what the user wants; torch, what to do
+    assert option()
+
+
+def test_a_torch_that_writes_otherwise_computes_its_own_crc32s(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.arange(MIB)
+    for broken in (lambda _, data: data, lambda _, data: bytes(data)[::-1], lambda *_: 1 / 0):
+        stream_module._can_fill.cache_clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(stream_module.Crc32Filler, "fill", broken)
+            assert b"".join(anyio.run(chunks_of, tensor)) == torch_saved(tensor)
+            assert not stream_module._can_fill()
+    stream_module._can_fill.cache_clear()
+
+
+async def test_crc32s_that_the_user_does_not_want_are_not_filled_in() -> None:
+    tensor = torch.arange(MIB)
+    with_crc32s = torch_saved(tensor)
+    with torch.utils.serialization.config.patch("save.compute_crc32", False):
+        saved = b"".join(await chunks_of(tensor))
+        assert saved == torch_saved(tensor)
+    assert saved != with_crc32s
+
+
+class SavesItsOwn:
+    """Pickles as the archive that torch.save makes of a tensor."""
+
+    def __reduce__(self) -> Any:
+        return bytes, (torch_saved(torch.arange(10)),)
+
+
+async def test_what_the_object_itself_saves_has_its_crc32s() -> None:
+    assert b"".join(await chunks_of(SavesItsOwn())) == torch_saved(SavesItsOwn())
+
+
+async def test_data_that_looks_like_the_archives_own_structures_is_kept() -> None:
+    sizes = (4, 7, 8, 16, 24, 30, 46, 2 * MIB, 20 * MIB)
+    looks = [(signature * size)[:size] for signature in (b"PK\x03\x04", b"PK\x07\x08", b"PK\x01\x02") for size in sizes]
+    tensors = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in (*looks, torch_saved(torch.ones(3)))]
+    assert b"".join(await chunks_of(tensors)) == torch_saved(tensors)
+
+
+async def test_more_records_than_16_bits_count_are_byte_for_byte_what_torch_save_writes() -> None:
+    tensors = [torch.zeros(1) for _ in range(1 << 16)]
+    assert b"".join(await chunks_of(tensors)) == torch_saved(tensors)
+
+
+async def test_a_record_above_4_gib_is_byte_for_byte_what_torch_save_writes() -> None:
+    """There the archive has its zip64 form. The tensor is never written to: it takes no memory."""
+    obj = [torch.zeros((4 << 30) + 100, dtype=torch.uint8), torch.arange(1000)]
+    hashes = [0, 0]
+    stream = CheckpointStream(obj)
+    async with stream.running():
+        async for chunk in stream:
+            hashes[0] = isal_zlib.crc32(chunk, hashes[0])
+
+    def write(data: memoryview) -> int:
+        hashes[1] = isal_zlib.crc32(data, hashes[1])
+        return len(data)
+
+    torch.save(obj, types.SimpleNamespace(write=write, flush=lambda: None))  # type: ignore[arg-type]
+    assert hashes[0] == hashes[1]
 
 
 async def test_a_large_cpu_storage_is_handed_on_without_a_copy() -> None:

@@ -21,8 +21,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 __all__ = [
+    "CENTRAL_HEADER",
+    "CENTRAL_SIGNATURE",
+    "DESCRIPTOR_SIGNATURE",
+    "FLAG_DESCRIPTOR",
     "LEGACY_FORMAT",
     "LOCAL_HEADER_SIZE",
+    "LOCAL_SIGNATURE",
     "SNIFF_SIZE",
     "ZIP_FORMAT",
     "Archive",
@@ -33,7 +38,6 @@ __all__ = [
     "sniff",
 ]
 
-LOCAL_HEADER_SIZE = 30
 LEGACY_FORMAT = "a checkpoint in torch's legacy format (before 1.6)"
 ZIP_FORMAT = "a zip archive"
 SNIFF_SIZE = 512
@@ -45,24 +49,26 @@ _ALIGNMENT = 64  # of the data of every record; storages may have a larger one (
 _MAX_ALIGNMENT = 1 << 15  # the padding's length has 16 bits
 
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
-_CENTRAL_HEADER = struct.Struct("<4sHHHHHHIIIHHHHHII")
+LOCAL_HEADER_SIZE = _LOCAL_HEADER.size
+CENTRAL_HEADER = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _END = struct.Struct("<4sHHHHIIH")
 _END64_LOCATOR = struct.Struct("<4sIQI")
 _END64 = struct.Struct("<4sQHHIIQQQQ")
 
-_LOCAL_SIGNATURE = b"PK\x03\x04"
-_CENTRAL_SIGNATURE = b"PK\x01\x02"
+LOCAL_SIGNATURE = b"PK\x03\x04"
+DESCRIPTOR_SIGNATURE = b"PK\x07\x08"
+CENTRAL_SIGNATURE = b"PK\x01\x02"
 _END_SIGNATURE = b"PK\x05\x06"
 _END64_LOCATOR_SIGNATURE = b"PK\x06\x07"
 _END64_SIGNATURE = b"PK\x06\x06"
 
 _FLAG_ENCRYPTED = 1
-_FLAG_DESCRIPTOR = 1 << 3
+FLAG_DESCRIPTOR = 1 << 3
 _DIRECTORY_ATTRIBUTE = 1 << 4
 _ZIP64_EXTRA = 1
 
 _SIGNATURES = (
-    (_LOCAL_SIGNATURE, ZIP_FORMAT),
+    (LOCAL_SIGNATURE, ZIP_FORMAT),
     (_END_SIGNATURE, "an empty zip archive"),
     (b"\x1f\x8b", "a gzip file"),
     (b"\x28\xb5\x2f\xfd", "a zstd file"),
@@ -174,7 +180,7 @@ class Archive:
             offset = entry.header_offset + LOCAL_HEADER_SIZE + fields[9] + fields[10]
             limit = self._entries[index + 1].header_offset if index + 1 < len(records) else self.start
             least = entry.header_offset + LOCAL_HEADER_SIZE + len(entry.path)
-            if fields[0] != _LOCAL_SIGNATURE or offset < least or offset + entry.stored_size > limit:
+            if fields[0] != LOCAL_SIGNATURE or offset < least or offset + entry.stored_size > limit:
                 raise CheckpointCorruptError(f"{self.url}: the local header of record {record.name} is damaged.")
             records[index] = Record(record.name, offset, record.size, record.crc32)
         return Archive(self.url, tuple(records), (), self.start, self._entries, self._index)
@@ -188,9 +194,9 @@ class Archive:
         for entry, record in zip(self._entries, self.records, strict=True):
             extra = record.offset - entry.header_offset - LOCAL_HEADER_SIZE - len(entry.path)
             header = _LOCAL_HEADER.pack(
-                _LOCAL_SIGNATURE,
+                LOCAL_SIGNATURE,
                 20,
-                entry.flags & ~_FLAG_DESCRIPTOR,
+                entry.flags & ~FLAG_DESCRIPTOR,
                 entry.method,
                 0,
                 0,
@@ -246,7 +252,7 @@ def find_directory(tail: bytes | bytearray | memoryview, size: int, url: str) ->
         if not 0 <= at <= locator - _END64.size or tail[at : at + 4] != _END64_SIGNATURE:
             raise CheckpointCorruptError(f"{url}: the zip64 end record of the archive is damaged.")
         *_, count, length, start = _END64.unpack_from(tail, at)
-    if start + length > size - len(tail) + end or count * _CENTRAL_HEADER.size > length:
+    if start + length > size - len(tail) + end or count * CENTRAL_HEADER.size > length:
         raise CheckpointCorruptError(f"{url}: the end record points to a central directory that is not there.")
     return Directory(start, length, count)
 
@@ -335,11 +341,11 @@ def _entries(buffer: bytes, directory: Directory) -> Iterator[_Entry]:
         (
             signature, _, _, flags, method, _, _, crc32, stored_size, size,
             path_length, extra_length, comment_length, _, _, attributes, header_offset,
-        ) = _CENTRAL_HEADER.unpack_from(buffer, at)  # fmt: skip
-        if signature != _CENTRAL_SIGNATURE:
+        ) = CENTRAL_HEADER.unpack_from(buffer, at)  # fmt: skip
+        if signature != CENTRAL_SIGNATURE:
             raise ValueError(f"no record at byte {at} of it")
-        path_end = at + _CENTRAL_HEADER.size + path_length
-        path = buffer[at + _CENTRAL_HEADER.size : path_end]
+        path_end = at + CENTRAL_HEADER.size + path_length
+        path = buffer[at + CENTRAL_HEADER.size : path_end]
         if attributes & _DIRECTORY_ATTRIBUTE and not path.endswith(b"/"):
             raise ValueError(f"it calls {path!r} a folder")  # torch would take uninitialized memory for its contents
         at = path_end + extra_length
@@ -374,7 +380,7 @@ def _data_offset(entry: _Entry, end: int) -> int | None:
     extra = 4
     if entry.stored_size >= _UINT32_MAX or entry.header_offset >= _UINT32_MAX:
         extra += 4 + 16 * (entry.stored_size >= _UINT32_MAX) + 8 * (entry.header_offset >= _UINT32_MAX)
-    for descriptor in (16, 24) if entry.flags & _FLAG_DESCRIPTOR else (0,):
+    for descriptor in (16, 24) if entry.flags & FLAG_DESCRIPTOR else (0,):
         offset = end - descriptor - entry.stored_size
         if offset == earliest:
             return offset

@@ -1,22 +1,149 @@
-"""Checks the CRC32 of each record of an archive, from pieces that arrive in any order."""
+"""The CRC32 of each record of an archive: filled in as torch.save writes it, checked as it is read.
+
+torch computes CRC32s at 4 to 6 GB/s, and of a whole storage before it writes any of it; isal at 9 to 33 GB/s, with
+AVX-512 (python -m benchmarks, "torch.save into nothing"; isal on the same machine).
+"""
 
 from __future__ import annotations
 
+import struct
 import threading
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 from isal import isal_zlib
 
+from torchferry.archive import (
+    CENTRAL_HEADER,
+    CENTRAL_SIGNATURE,
+    DESCRIPTOR_SIGNATURE,
+    FLAG_DESCRIPTOR,
+    LOCAL_HEADER_SIZE,
+    LOCAL_SIGNATURE,
+)
 from torchferry.errors import CheckpointCorruptError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from torchferry.archive import Record
     from torchferry.storage.base import Chunk
 
-__all__ = ["Checksums"]
+__all__ = ["Checksums", "Crc32Filler"]
+
+_CRC32 = struct.Struct("<I")
+_FLAGS_IN_LOCAL_HEADER = 6  # bytes before them
+_EXTRA_SIZE_IN_LOCAL_HEADER = 28
+_CRC32_IN_DESCRIPTOR = 4
+_CRC32_IN_CENTRAL_HEADER = 16
+_SERIALIZATION_ID = b"/.data/serialization_id"
+_UINT64_MAX = (1 << 64) - 1
+
+
+class Crc32Filler:
+    """Fills in the CRC32s that ``torch.save`` leaves out under ``set_crc32_options(False)``, as its writes pass.
+
+    What torch writes for a record is its header, its name, the extra field in one write or two and, unless it is
+    empty, its bytes and a descriptor, each with one write; after all records, the directory with one, and the end
+    (``mz_zip_writer_add_mem_ex_v2`` in miniz). The CRC32s are in the descriptors and the directory. The record
+    ``.data/serialization_id`` has a hash of them, and of what follows the signature of a descriptor in any other write
+    (``ostream_write_func`` in ``caffe2/serialize/inline_container.cc``). Known of torch 2.13.
+    """
+
+    def __init__(self) -> None:
+        self._fill: Callable[[Chunk], Chunk] = self._fill_header  # what the next write is
+        self._is_empty = False  # what its header says of the record
+        self._extra_size = 0  # bytes of the extra field still to come
+        self._has_bytes = False  # whether any of them came yet
+        self._is_serialization_id = False
+        self._crc32 = 0  # of the bytes of the record so far
+        self._crc32s: list[int] = []  # of the records
+        self._hash = 0  # of the CRC32s
+
+    def fill(self, data: Chunk) -> Chunk:
+        """What is to be stored for one of torch's writes: the same number of bytes."""
+        return self._fill(data)
+
+    def add(self, data: Chunk) -> None:
+        """Takes some of a record's bytes, which are stored as they are; instead of :meth:`fill`, as often as needed."""
+        if not self._has_bytes and data[:4] == DESCRIPTOR_SIGNATURE:
+            self._hash_descriptor(data)  # torch takes it for one
+        self._has_bytes = True
+        self._crc32 = isal_zlib.crc32(data, self._crc32)
+        self._fill = self._fill_descriptor
+
+    def _fill_header(self, data: Chunk) -> Chunk:
+        if data[:4] == CENTRAL_SIGNATURE:
+            return self._fill_directory(data)
+        if data[:4] != LOCAL_SIGNATURE or len(data) != LOCAL_HEADER_SIZE:
+            raise _unknown_layout("a record's header")
+        self._is_empty = not data[_FLAGS_IN_LOCAL_HEADER] & FLAG_DESCRIPTOR
+        self._extra_size = data[_EXTRA_SIZE_IN_LOCAL_HEADER] | data[_EXTRA_SIZE_IN_LOCAL_HEADER + 1] << 8
+        self._has_bytes = False
+        self._crc32 = 0
+        self._fill = self._fill_name
+        return data
+
+    def _fill_name(self, data: Chunk) -> Chunk:
+        self._is_serialization_id = data[-len(_SERIALIZATION_ID) :] == _SERIALIZATION_ID
+        self._fill = self._fill_extra
+        return data
+
+    def _fill_extra(self, data: Chunk) -> Chunk:
+        self._extra_size -= len(data)
+        if self._extra_size <= 0:
+            if self._is_empty:
+                self._finish_record()
+            else:
+                self._fill = self._fill_bytes
+        return data
+
+    def _fill_bytes(self, data: Chunk) -> Chunk:
+        if self._is_serialization_id:
+            names = bytes(data[:20])
+            data = names + b"%020d" % self._hash
+        self.add(data)
+        return data
+
+    def _fill_descriptor(self, data: Chunk) -> Chunk:
+        if data[:4] != DESCRIPTOR_SIGNATURE:
+            raise _unknown_layout("a record's descriptor")
+        filled = bytearray(data)
+        _CRC32.pack_into(filled, _CRC32_IN_DESCRIPTOR, self._crc32)
+        self._hash_descriptor(filled)
+        self._finish_record()
+        return filled
+
+    def _hash_descriptor(self, data: Chunk) -> None:
+        if len(data) < _CRC32_IN_DESCRIPTOR + _CRC32.size:
+            return
+        (crc32,) = _CRC32.unpack_from(data, _CRC32_IN_DESCRIPTOR)
+        self._hash ^= (crc32 + 0x9E3779B9 + (self._hash << 6) + (self._hash >> 2)) & _UINT64_MAX  # c10::hash_combine
+
+    def _finish_record(self) -> None:
+        self._crc32s.append(self._crc32)
+        self._fill = self._fill_header
+
+    def _fill_directory(self, data: Chunk) -> Chunk:
+        filled = bytearray(data)
+        at = 0
+        for crc32 in self._crc32s:
+            signature, *_, name, extra, comment, _, _, _, _ = CENTRAL_HEADER.unpack_from(filled, at)
+            if signature != CENTRAL_SIGNATURE:
+                raise _unknown_layout("the directory")
+            _CRC32.pack_into(filled, at + _CRC32_IN_CENTRAL_HEADER, crc32)
+            at += CENTRAL_HEADER.size + name + extra + comment
+        if at != len(filled):
+            raise _unknown_layout("the directory")
+        self._fill = self._fill_end
+        return filled
+
+    def _fill_end(self, data: Chunk) -> Chunk:
+        return data
+
+
+def _unknown_layout(what: str) -> RuntimeError:
+    return RuntimeError(f"This torch.save writes {what} otherwise than any that torchferry knows: please report it.")
 
 
 class Checksums:

@@ -10,12 +10,15 @@
 
 from __future__ import annotations
 
+import contextvars
 import ctypes
+import io
 import pickle
 import types
 from bisect import bisect_right, insort
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -24,6 +27,7 @@ from anyio import from_thread, to_thread
 
 from torchferry._memory import PROCESS_BUDGET, Blocks, address_of
 from torchferry._tasks import task_group
+from torchferry.checksum import Crc32Filler
 from torchferry.storage.base import MIB, Chunk
 from torchferry.storage.cancellation import without_stops
 from torchferry.storage.multipart import part_size_for
@@ -135,8 +139,14 @@ class CheckpointStream(AsyncIterator["Chunk"]):
             self._send.close()
 
     def _torch_save(self) -> None:
-        writer = _Writer(self._storages, self._blocks, self._emit)
-        recorder = _recording_pickle(self._storages.add, self._begin)
+        crc32s = torch.serialization.get_crc32_options()
+        filler = Crc32Filler() if crc32s and _can_fill() else None
+        writer = _Writer(self._storages, self._blocks, self._emit, filler)
+        # torch.save reads the option when it begins. It is as it was for what the object itself may save.
+        restore = partial(torch.serialization.set_crc32_options, crc32s)
+        recorder = _recording_pickle(restore, self._storages.add, self._begin)
+        if filler is not None:
+            torch.serialization.set_crc32_options(compute_crc32=False)  # in this context, which is the thread's own
         torch.save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush is what it uses
 
     def _begin(self, pickle_size: int) -> None:
@@ -163,12 +173,15 @@ class CheckpointStream(AsyncIterator["Chunk"]):
 
 
 class _Writer:
-    """The file object that ``torch.save`` writes into."""
+    """The file object that ``torch.save`` writes into; where it leaves the CRC32s out, ``filler`` fills them in."""
 
-    def __init__(self, storages: _Storages, blocks: Blocks, emit: Callable[[Chunk], None]) -> None:
+    def __init__(
+        self, storages: _Storages, blocks: Blocks, emit: Callable[[Chunk], None], filler: Crc32Filler | None
+    ) -> None:
         self._storages = storages
         self._blocks = blocks
         self._emit = emit
+        self._filler = filler
         self._block = memoryview(b"")
         self._emitted = 0
         self._filled = 0
@@ -179,12 +192,17 @@ class _Writer:
         if size >= _ZERO_COPY_FROM and (lent := self._storages.lend(data)) is not None:
             self._emit_copies()
             for start in range(0, size, _PIECE):
-                self._emit(lent[start : start + _PIECE])
-        elif self._filled + size <= len(self._block):  # the fast way for the many small writes
-            self._block[self._filled : self._filled + size] = data
+                piece = lent[start : start + _PIECE]
+                if self._filler is not None:
+                    self._filler.add(piece)
+                self._emit(piece)
+            return size
+        filled = data if self._filler is None else self._filler.fill(data)
+        if self._filled + size <= len(self._block):  # the fast way for the many small writes
+            self._block[self._filled : self._filled + size] = filled
             self._filled += size
         else:
-            self._copy(data)
+            self._copy(memoryview(filled))
         return size
 
     def flush(self) -> None:
@@ -258,8 +276,30 @@ class _Storages:
         return memoryview(lent).cast("B").toreadonly()
 
 
+@cache
+def _can_fill() -> bool:
+    """Whether this torch writes the same archive without CRC32s, as far as Crc32Filler knows; tried on a small one."""
+    if torch.__version__ < "2.13":  # a TorchVersion, which compares as versions do
+        return False  # there the option is one for all threads
+    filler, plain, filled = Crc32Filler(), io.BytesIO(), io.BytesIO()
+    filling = types.SimpleNamespace(write=lambda data: filled.write(filler.fill(data)), flush=filled.flush)
+
+    def save_both() -> None:
+        for crc32s, file in ((True, plain), (False, filling)):
+            torch.serialization.set_crc32_options(crc32s)
+            torch.save([torch.empty(0), torch.ones(3)], file)
+
+    try:
+        contextvars.copy_context().run(save_both)
+    except Exception:  # noqa: BLE001  # whatever a later torch does: its own CRC32s will do
+        return False
+    return filled.getvalue() == plain.getvalue()
+
+
 def _recording_pickle(
-    on_storage: Callable[[str, torch.UntypedStorage], None], on_pickled: Callable[[int], None]
+    on_begin: Callable[[], None],
+    on_storage: Callable[[str, torch.UntypedStorage], None],
+    on_pickled: Callable[[int], None],
 ) -> Any:
     """A ``pickle_module`` for ``torch.save`` that tells what it pickles.
 
@@ -281,6 +321,7 @@ def _recording_pickle(
             cls.persistent_id = persistent_id  # type: ignore[method-assign]
 
         def __init__(self, file: Any, *args: Any, **kwargs: Any) -> None:
+            on_begin()
             super().__init__(file, *args, **kwargs)
             self._file = file
 
