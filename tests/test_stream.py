@@ -137,6 +137,23 @@ def test_a_torch_that_writes_otherwise_computes_its_own_crc32s(monkeypatch: pyte
     stream_module._can_fill.cache_clear()
 
 
+def test_a_later_torch_computes_its_own_crc32s_until_somebody_has_looked_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream_module._can_fill.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.99.0"))
+        assert not stream_module._can_fill()
+    stream_module._can_fill.cache_clear()
+
+
+async def test_too_little_memory_for_a_block_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def take(_blocks: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(stream_module.Blocks, "take", take)
+    with pytest.raises(MemoryError, match="no room"):
+        await drain(CheckpointStream([torch.ones(3)]))
+
+
 async def test_crc32s_that_the_user_does_not_want_are_not_filled_in() -> None:
     tensor = torch.arange(MIB)
     with_crc32s = torch_saved(tensor)

@@ -18,7 +18,7 @@ import types
 from bisect import bisect_right, insort
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -27,6 +27,7 @@ from anyio import from_thread, to_thread
 
 from torchferry._memory import PROCESS_BUDGET, Blocks, address_of
 from torchferry._tasks import task_group
+from torchferry.archive import DESCRIPTOR_SIGNATURE
 from torchferry.checksum import Crc32Filler
 from torchferry.storage.base import MIB, Chunk
 from torchferry.storage.cancellation import without_stops
@@ -139,12 +140,14 @@ class CheckpointStream(AsyncIterator["Chunk"]):
             self._send.close()
 
     def _torch_save(self) -> None:
-        crc32s = torch.serialization.get_crc32_options()
-        filler = Crc32Filler() if crc32s and _can_fill() else None
+        filler = Crc32Filler() if torch.serialization.get_crc32_options() and _can_fill() else None
         writer = _Writer(self._storages, self._blocks, self._emit, filler)
-        # torch.save reads the option when it begins. It is as it was for what the object itself may save.
-        restore = partial(torch.serialization.set_crc32_options, crc32s)
-        recorder = _recording_pickle(restore, self._storages.add, self._begin)
+
+        def on_opened() -> None:
+            if filler is not None:  # torch.save has read the option; what the object itself may save has its CRC32s
+                torch.serialization.set_crc32_options(compute_crc32=True)
+
+        recorder = _recording_pickle(on_opened, self._storages.add, self._begin)
         if filler is not None:
             torch.serialization.set_crc32_options(compute_crc32=False)  # in this context, which is the thread's own
         torch.save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush is what it uses
@@ -201,8 +204,12 @@ class _Writer:
         if self._filled + size <= len(self._block):  # the fast way for the many small writes
             self._block[self._filled : self._filled + size] = filled
             self._filled += size
-        else:
+            return size
+        try:
             self._copy(memoryview(filled))
+        except BaseException:
+            self._filler = None  # torch still ends the archive, which nobody will have: not where the filler thinks
+            raise
         return size
 
     def flush(self) -> None:
@@ -278,30 +285,36 @@ class _Storages:
 
 @cache
 def _can_fill() -> bool:
-    """Whether this torch writes the same archive without CRC32s, as far as Crc32Filler knows; tried on a small one."""
-    if torch.__version__ < "2.13":  # a TorchVersion, which compares as versions do
-        return False  # there the option is one for all threads
+    """Whether this torch, told to leave CRC32s out, writes what Crc32Filler knows.
+
+    That is 2.13: up to some version before, the option is one for all threads; a later one is for somebody to look at,
+    and computes its own CRC32s until then. Tried on a small archive, for a torch that somebody has built or patched.
+    """
+    if not torch.__version__.startswith("2.13."):
+        return False
+    looks_like_a_descriptor = torch.frombuffer(bytearray(DESCRIPTOR_SIGNATURE * 4), dtype=torch.uint8)
+    obj = [torch.empty(0), looks_like_a_descriptor, torch.ones(MIB)]
     filler, plain, filled = Crc32Filler(), io.BytesIO(), io.BytesIO()
     filling = types.SimpleNamespace(write=lambda data: filled.write(filler.fill(data)), flush=filled.flush)
 
     def save_both() -> None:
-        for crc32s, file in ((True, plain), (False, filling)):
-            torch.serialization.set_crc32_options(crc32s)
-            torch.save([torch.empty(0), torch.ones(3)], file)
+        for compute_crc32, file in ((True, plain), (False, filling)):
+            torch.serialization.set_crc32_options(compute_crc32)
+            torch.save(obj, file)
 
     try:
         contextvars.copy_context().run(save_both)
-    except Exception:  # noqa: BLE001  # whatever a later torch does: its own CRC32s will do
+    except Exception:  # noqa: BLE001  # whatever it is: torch's own CRC32s will do
         return False
     return filled.getvalue() == plain.getvalue()
 
 
 def _recording_pickle(
-    on_begin: Callable[[], None],
+    on_opened: Callable[[], None],
     on_storage: Callable[[str, torch.UntypedStorage], None],
     on_pickled: Callable[[int], None],
 ) -> Any:
-    """A ``pickle_module`` for ``torch.save`` that tells what it pickles.
+    """A ``pickle_module`` for ``torch.save`` that tells when pickling begins, of each storage, and when it is done.
 
     ``torch.save`` subclasses the module's ``Pickler`` and overrides ``persistent_id``, which returns
     ``("storage", type, key, location, numel)`` for each storage; the bytes it writes are the pickle module's own.
@@ -321,7 +334,7 @@ def _recording_pickle(
             cls.persistent_id = persistent_id  # type: ignore[method-assign]
 
         def __init__(self, file: Any, *args: Any, **kwargs: Any) -> None:
-            on_begin()
+            on_opened()
             super().__init__(file, *args, **kwargs)
             self._file = file
 

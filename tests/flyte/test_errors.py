@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -223,6 +224,38 @@ def test_a_state_dict_that_raises_stop_iteration_is_an_error_and_not_waited_for(
         save(s3_context, PyTorchCheckpoint(module=Empty()))
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert isinstance(caught.value.__cause__.__cause__, StopIteration)
+
+
+class Exits:
+    def __reduce__(self) -> Any:
+        return sys.exit, (3,)
+
+
+@pytest.mark.timeout(60, method="thread")  # nothing less ends a test that waits for a lost event loop
+def test_an_exit_in_the_users_code_is_an_error_and_not_waited_for(s3_context: FlyteContext) -> None:
+    class Module(torch.nn.Module):
+        def state_dict(self, *_args: Any, **_kwargs: Any) -> Any:
+            sys.exit(3)
+
+    class Pickled:
+        def __reduce__(self) -> Any:
+            sys.exit(3)
+
+    class Shown:
+        def __repr__(self) -> str:
+            sys.exit(3)
+
+    assert "SystemExit" in transformer.to_html(s3_context, PyTorchCheckpoint(hyperparameters={"x": Shown()}), Any)
+    trusting = Annotated[PyTorchCheckpoint, LoadOptions(weights_only=False)]
+    for checkpoint in (PyTorchCheckpoint(module=Module()), PyTorchCheckpoint(hyperparameters={"x": Pickled()})):
+        with pytest.raises(TypeTransformerFailedError, match=r"SystemExit\(3\)"):
+            transformer.to_literal(s3_context, checkpoint, trusting, literal_type)
+    assert stored_files(s3_context) == []
+    saved = transformer.to_literal(
+        s3_context, PyTorchCheckpoint(hyperparameters={"x": Exits()}), trusting, literal_type
+    )
+    with pytest.raises(TypeTransformerFailedError, match=r"SystemExit\(3\)"):
+        load(s3_context, saved.scalar.blob.uri, trusting)
 
 
 def test_every_failure_is_logged_because_unions_hide_it(

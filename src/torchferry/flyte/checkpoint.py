@@ -140,8 +140,8 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
             raise TypeTransformerFailedError(f"Expected a PyTorchCheckpoint, given: a {_name(type(python_val))}.")
         try:
             uri = await self._save(ctx, python_val, python_type)
-        except Exception as error:
-            _logger.warning("%r is not saved: %s", python_val, error)  # a union hides the error
+        except (Exception, SystemExit) as error:  # an exit would end flytekit's event loop, and its task would hang
+            _logger.warning("%r is not saved: %s", python_val, _message(error))  # a union hides the error
             if isinstance(error, TypeTransformerFailedError):
                 raise
             if isinstance(error, StorageUnavailableError):
@@ -170,7 +170,7 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         """
         try:
             return deck.render(_summary_of(python_val))
-        except Exception as error:  # the value is the user's, and may raise anything
+        except (Exception, SystemExit) as error:  # the value is the user's, and may raise anything
             _logger.warning("A checkpoint has no summary in the Deck.", exc_info=True)
             return deck.failure(error)
 
@@ -214,6 +214,9 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         except TorchferryError as error:
             _logger.warning("%s is not loaded: %s", uri, error)
             raise TypeTransformerFailedError(str(error)) from error
+        except SystemExit as error:  # of what weights_only=False lets run; as in async_to_literal
+            _logger.warning("%s is not loaded: %s", uri, _message(error))
+            raise TypeTransformerFailedError(f"{uri} could not be loaded: {_message(error)}") from error
         if not isinstance(content, dict):
             raise TypeTransformerFailedError(f"{uri} holds a {_name(type(content))}, not a checkpoint's dict.")
         return LoadedCheckpoint(content, uri=uri)
@@ -227,7 +230,7 @@ def _remember(checkpoint: Any, content: dict[str, Any], uri: str) -> None:
     # The Deck is made after the upload, and asking a module for its state again may gather it from all ranks again.
     try:
         vars(checkpoint)[_SUMMARY] = summarize(content, uri)
-    except Exception:  # what is saved is saved, whatever the Deck will say
+    except (Exception, SystemExit):  # what is saved is saved, whatever the Deck will say
         _logger.debug("A checkpoint has no summary.", exc_info=True)
 
 
@@ -258,8 +261,8 @@ def _name(t: Any) -> str:
     return getattr(t, "__qualname__", None) or str(t)
 
 
-def _message(error: Exception) -> str:
-    return str(error) or type(error).__name__
+def _message(error: BaseException) -> str:
+    return repr(error) if isinstance(error, SystemExit) else str(error) or type(error).__name__
 
 
 def _register() -> None:

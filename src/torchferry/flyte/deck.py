@@ -61,7 +61,7 @@ def render(summary: Summary) -> str:
     return f'<div class="torchferry-deck">{"".join(blocks)}</div>'
 
 
-def failure(error: Exception) -> str:
+def failure(error: BaseException) -> str:
     """What is shown for a checkpoint that could not be summarized: a Deck must not fail a task."""
     return f'<div class="torchferry-deck"><p>This checkpoint has no summary: {_text(type(error).__name__)}.</p></div>'
 

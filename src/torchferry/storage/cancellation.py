@@ -15,13 +15,37 @@ from anyio import to_thread
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-__all__ = ["in_thread", "refuse_threads", "to_the_end", "wait_through_cancellations", "without_stops"]
+__all__ = ["ThreadPool", "in_thread", "refuse_threads", "to_the_end", "wait_through_cancellations", "without_stops"]
 
 T = TypeVar("T")
 
-_MOST_THREADS = 64
-_threads: ThreadPoolExecutor  # the interpreter waits for them when it ends
 _refusing = False
+
+
+class ThreadPool:
+    """Threads of the process, which the interpreter waits for when it ends; a child forked from it has its own.
+
+    Args:
+        size: How many there may be.
+        name: What the names of the threads begin with.
+
+    Attributes:
+        executor: What to submit work to; another one after a fork. It raises a RuntimeError once the main thread has
+            ended.
+    """
+
+    def __init__(self, size: int, name: str) -> None:
+        self._size = size
+        self._name = name
+        self._renew()
+        if hasattr(os, "register_at_fork"):  # not on Windows
+            os.register_at_fork(after_in_child=self._renew)  # threads do not survive a fork
+
+    def _renew(self) -> None:
+        self.executor = ThreadPoolExecutor(self._size, self._name)
+
+
+_pool = ThreadPool(64, "torchferry")
 
 
 async def to_the_end(
@@ -106,18 +130,8 @@ def refuse_threads() -> None:
 def _submit(func: Callable[..., T], *args: object) -> asyncio.Future[T]:
     call = partial(copy_context().run, without_stops, func, *args)
     try:
-        return asyncio.get_running_loop().run_in_executor(_threads, call)
+        return asyncio.get_running_loop().run_in_executor(_pool.executor, call)
     except RuntimeError:  # the interpreter has shut the pool down: it ends, when the threads of the user have ended
         if _refusing:
             raise
         return asyncio.ensure_future(to_thread.run_sync(call, limiter=anyio.CapacityLimiter(1)))
-
-
-def _renew_threads() -> None:
-    global _threads  # noqa: PLW0603 - there is one pool
-    _threads = ThreadPoolExecutor(_MOST_THREADS, "torchferry")
-
-
-_renew_threads()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_threads)  # threads do not survive a fork

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, get_args
@@ -21,6 +20,7 @@ from torchferry.errors import (
     UnsupportedURLError,
 )
 from torchferry.storage.base import Backend, Plane
+from torchferry.storage.cancellation import ThreadPool
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -30,6 +30,9 @@ __all__ = ["ENTRY_POINT_GROUP", "open_backend"]
 ENTRY_POINT_GROUP = "torchferry.storage_backends"
 
 _PROTOCOLS = frozenset(fsspec.available_protocols()) - {"file", "local", "data"}
+_opener = ThreadPool(1, "torchferry-opener")
+"""The thread in which filesystems are made: up to fsspec 2026.3 each thread has its own, with its own connections."""
+
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 
 
@@ -112,22 +115,10 @@ def _filesystem_for(url: str, storage_options: Mapping[str, Any]) -> tuple[Abstr
 def _make(url: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
     make = partial(url_to_fs, url, **storage_options)
     try:
-        made = _opener.submit(make)
+        made = _opener.executor.submit(make)
     except RuntimeError:  # the interpreter is about to end, and waits for the thread that this is in
         return make()  # type: ignore[no-any-return]
     return made.result()  # type: ignore[no-any-return]
-
-
-def _renew_opener() -> None:
-    global _opener  # noqa: PLW0603 - there is one
-    _opener = ThreadPoolExecutor(1, "torchferry-opener")
-
-
-_opener: ThreadPoolExecutor
-"""The thread in which filesystems are made: up to fsspec 2026.3 each thread has its own, with its own connections."""
-_renew_opener()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_opener)  # threads do not survive a fork
 
 
 def _path_in(fs: AbstractFileSystem, url: str) -> str:
