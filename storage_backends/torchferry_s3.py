@@ -38,6 +38,7 @@ from torchferry.errors import (
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
 from torchferry.storage.body import SEND_PIECE, RequestBody, whole_or_not_at_all
 from torchferry.storage.bridge import (
+    UPLOAD_PATIENCE,
     UntranslatableError,
     choose_plane,
     credentials_from,
@@ -474,7 +475,6 @@ _ADDITIONAL_KWARGS = names(
     "RequestPayer"
 )
 _MOST_CONNECTIONS = Backend.range_concurrency
-_REQUEST_PATIENCE = timedelta(minutes=2)
 
 
 def _obstore_backend(fs: S3FileSystem) -> ObstoreBackend:
@@ -677,7 +677,7 @@ def _client_options(fs: S3FileSystem, config: Any) -> ClientConfig:
     # part going up a thin line would run into it: only the request as a whole has a limit, and a generous one.
     if config.read_timeout < S3FileSystem.read_timeout:
         raise UntranslatableError(f"config_kwargs 'read_timeout' below {S3FileSystem.read_timeout} s")
-    options["timeout"] = max(timedelta(seconds=config.read_timeout), _REQUEST_PATIENCE)
+    options["timeout"] = max(timedelta(seconds=config.read_timeout), UPLOAD_PATIENCE)
     verify = _trusted(fs)
     if verify is False:
         options["allow_invalid_certificates"] = True

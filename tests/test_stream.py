@@ -20,7 +20,7 @@ import torch.utils.serialization
 from isal import isal_zlib
 
 from torchferry import stream as stream_module
-from torchferry._memory import PROCESS_BUDGET, ByteBudget, address_of
+from torchferry._memory import EXTRA_BUDGET, PROCESS_BUDGET, ByteBudget, address_of
 from torchferry.storage.base import MIB
 from torchferry.stream import CheckpointStream
 
@@ -131,7 +131,7 @@ def test_a_torch_that_writes_otherwise_computes_its_own_crc32s(monkeypatch: pyte
     for broken in (lambda _, data: data, lambda _, data: bytes(data)[::-1], lambda *_: 1 / 0):
         stream_module._can_fill.cache_clear()
         with monkeypatch.context() as patched:
-            patched.setattr(stream_module.Crc32Filler, "fill", broken)
+            patched.setattr(stream_module.Crc32Filler, "_on_header", broken)
             assert b"".join(anyio.run(chunks_of, tensor)) == torch_saved(tensor)
             assert not stream_module._can_fill()
     stream_module._can_fill.cache_clear()
@@ -362,6 +362,44 @@ async def test_storages_that_begin_at_one_address_are_handed_on_without_a_copy()
     lent = [chunk for chunk in held if start <= address_of(memoryview(chunk)) < start + len(memory)]
     assert sum(map(len, lent)) == 108 * MIB
     assert b"".join(held) == torch_saved(tensors)
+
+
+@pytest.fixture
+def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes streams take every storage for one on a device: such are copied, in this very way."""
+
+    def add(storages: Any, key: str, storage: torch.UntypedStorage) -> None:
+        storages._seen.add(key)
+        storages.on_device = True
+        storages.copied_bytes += storage.nbytes()
+
+    monkeypatch.setattr(stream_module._Storages, "add", add)
+
+
+@pytest.mark.usefixtures("on_a_device")
+async def test_what_comes_from_a_device_is_held_by_many_parts_at_once() -> None:
+    """A store like S3 takes 90 MB/s over one connection: two parts of 16 MiB would be all that a GPU's tensors get."""
+    tensors = [torch.full((10 * MIB,), i, dtype=torch.uint8) for i in range(20)]
+    stream = CheckpointStream(tensors)
+    with anyio.fail_after(60):
+        async with stream.running():
+            held = [chunk async for chunk in stream]
+    assert b"".join(held) == torch_saved(tensors)
+
+
+@pytest.mark.usefixtures("on_a_device")
+async def test_what_one_save_holds_beyond_its_share_is_free_for_another_in_the_end() -> None:
+    for _ in range(2):
+        stream = CheckpointStream([torch.zeros(MIB // 2, dtype=torch.uint8) for _ in range(600)])
+        async with stream.running():
+            held = [await anext(stream) for _ in range(50)]
+            assert EXTRA_BUDGET._free < 60 * MIB
+            held.clear()
+            async for _ in stream:
+                pass
+            assert EXTRA_BUDGET._free > 150 * MIB
+    assert EXTRA_BUDGET._free == EXTRA_BUDGET._total
+    assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
 
 
 async def test_padding_beyond_what_was_expected_does_not_stall_the_stream() -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "DESCRIPTOR_SIGNATURE",
     "FLAG_DESCRIPTOR",
     "LEGACY_FORMAT",
+    "LOCAL_HEADER",
     "LOCAL_HEADER_SIZE",
     "LOCAL_SIGNATURE",
     "SNIFF_SIZE",
@@ -48,8 +49,8 @@ _ALIGNMENT = 64  # of the data of every record; storages may have a larger one (
 
 _MAX_ALIGNMENT = 1 << 15  # the padding's length has 16 bits
 
-_LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
-LOCAL_HEADER_SIZE = _LOCAL_HEADER.size
+LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
+LOCAL_HEADER_SIZE = LOCAL_HEADER.size
 CENTRAL_HEADER = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _END = struct.Struct("<4sHHHHIIH")
 _END64_LOCATOR = struct.Struct("<4sIQI")
@@ -176,7 +177,7 @@ class Archive:
         records = list(self.records)
         for index in self.unproven:
             entry, record = self._entries[index], records[index]
-            fields = _LOCAL_HEADER.unpack(headers[entry.header_offset])
+            fields = LOCAL_HEADER.unpack(headers[entry.header_offset])
             offset = entry.header_offset + LOCAL_HEADER_SIZE + fields[9] + fields[10]
             limit = self._entries[index + 1].header_offset if index + 1 < len(records) else self.start
             least = entry.header_offset + LOCAL_HEADER_SIZE + len(entry.path)
@@ -193,7 +194,7 @@ class Archive:
         """
         for entry, record in zip(self._entries, self.records, strict=True):
             extra = record.offset - entry.header_offset - LOCAL_HEADER_SIZE - len(entry.path)
-            header = _LOCAL_HEADER.pack(
+            header = LOCAL_HEADER.pack(
                 LOCAL_SIGNATURE,
                 20,
                 entry.flags & ~FLAG_DESCRIPTOR,

@@ -18,7 +18,7 @@ from torchferry.archive import (
     CENTRAL_SIGNATURE,
     DESCRIPTOR_SIGNATURE,
     FLAG_DESCRIPTOR,
-    LOCAL_HEADER_SIZE,
+    LOCAL_HEADER,
     LOCAL_SIGNATURE,
 )
 from torchferry.errors import CheckpointCorruptError
@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Checksums", "Crc32Filler"]
 
 _CRC32 = struct.Struct("<I")
-_FLAGS_IN_LOCAL_HEADER = 6  # bytes before them
-_EXTRA_SIZE_IN_LOCAL_HEADER = 28
-_CRC32_IN_DESCRIPTOR = 4
+_CRC32_IN_DESCRIPTOR = 4  # bytes before it
 _CRC32_IN_CENTRAL_HEADER = 16
 _SERIALIZATION_ID = b"/.data/serialization_id"
 _UINT64_MAX = (1 << 64) - 1
@@ -48,10 +46,14 @@ class Crc32Filler:
     (``mz_zip_writer_add_mem_ex_v2`` in miniz). The CRC32s are in the descriptors and the directory, and a hash of them
     in the record ``.data/serialization_id``: torch takes what it hashes from every write that begins as a descriptor
     does, be it one or a record's bytes (``ostream_write_func`` in ``caffe2/serialize/inline_container.cc``).
+
+    Attributes:
+        fill: What is to be stored for the next of torch's writes: the same number of bytes. It raises a RuntimeError
+            for what torch does not write, as far as is known. Each time another method, for what comes next.
     """
 
     def __init__(self) -> None:
-        self._next: Callable[[Chunk], Chunk] = self._on_header  # takes the next write
+        self.fill: Callable[[Chunk], Chunk] = self._on_header
         self._is_empty = False  # what its header says of the record
         self._extra_size = 0  # bytes of the extra field still to come
         self._is_serialization_id = False
@@ -59,38 +61,30 @@ class Crc32Filler:
         self._crc32s: list[int] = []  # of the records
         self._hash = 0  # of the CRC32s
 
-    def fill(self, data: Chunk) -> Chunk:
-        """What is to be stored for one of torch's writes: the same number of bytes.
-
-        Raises:
-            RuntimeError: torch does not write that, as far as is known.
-        """
-        return self._next(data)
-
     def add(self, data: Chunk) -> None:
         """Takes some of a record's bytes, which are stored as they are; instead of :meth:`fill`, as often as needed."""
-        if self._next == self._on_bytes:
+        if self.fill == self._on_bytes:
             if data[:4] == DESCRIPTOR_SIGNATURE:
                 self._hash_descriptor(data)
-        elif self._next != self._on_descriptor:
+        elif self.fill != self._on_descriptor:
             raise _unknown_layout("a record's bytes")
         self._crc32 = isal_zlib.crc32(data, self._crc32)
-        self._next = self._on_descriptor
+        self.fill = self._on_descriptor
 
     def _on_header(self, data: Chunk) -> Chunk:
-        if data[:4] == CENTRAL_SIGNATURE:
+        if len(data) != LOCAL_HEADER.size:
             return self._on_directory(data)
-        if data[:4] != LOCAL_SIGNATURE or len(data) != LOCAL_HEADER_SIZE:
+        signature, _, flags, _, _, _, _, _, _, _, self._extra_size = LOCAL_HEADER.unpack(data)
+        if signature != LOCAL_SIGNATURE:
             raise _unknown_layout("a record's header")
-        self._is_empty = not data[_FLAGS_IN_LOCAL_HEADER] & FLAG_DESCRIPTOR
-        self._extra_size = data[_EXTRA_SIZE_IN_LOCAL_HEADER] | data[_EXTRA_SIZE_IN_LOCAL_HEADER + 1] << 8
+        self._is_empty = not flags & FLAG_DESCRIPTOR
         self._crc32 = 0
-        self._next = self._on_name
+        self.fill = self._on_name
         return data
 
     def _on_name(self, data: Chunk) -> Chunk:
         self._is_serialization_id = data[-len(_SERIALIZATION_ID) :] == _SERIALIZATION_ID
-        self._next = self._on_extra
+        self.fill = self._on_extra
         return data
 
     def _on_extra(self, data: Chunk) -> Chunk:
@@ -99,7 +93,7 @@ class Crc32Filler:
             if self._is_empty:
                 self._finish_record()
             else:
-                self._next = self._on_bytes
+                self.fill = self._on_bytes
         return data
 
     def _on_bytes(self, data: Chunk) -> Chunk:
@@ -126,7 +120,7 @@ class Crc32Filler:
 
     def _finish_record(self) -> None:
         self._crc32s.append(self._crc32)
-        self._next = self._on_header
+        self.fill = self._on_header
 
     def _on_directory(self, data: Chunk) -> Chunk:
         filled = bytearray(data)
@@ -139,7 +133,7 @@ class Crc32Filler:
             at += CENTRAL_HEADER.size + name + extra + comment
         if at != len(filled):
             raise _unknown_layout("the directory")
-        self._next = self._on_end
+        self.fill = self._on_end
         return filled
 
     def _on_end(self, data: Chunk) -> Chunk:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["copy", "copy_async"]
 
-_READS = 4  # ranges under way at once, of a block each
+_READS = 16  # ranges ahead of the target at most, of a block each, and so many under way at once
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ async def copy_async(
     """Copies a checkpoint, byte for byte, from any store to any other.
 
     It appears at ``target`` when all of it is there and every record has matched its CRC32, or not at all. Takes at
-    most 48 MiB of memory, together with all saves and copies of the process.
+    most 256 MiB of memory, together with all saves and copies of the process.
 
     Args:
         source: The URL or local path of the checkpoint.
@@ -137,8 +137,8 @@ class _CopyStream(AsyncIterator["Chunk"]):
         self._window = max(window, BLOCK_SIZE)
         self._callback = callback
         self._blocks = Blocks()
-        self._blocks.allow(self._window)
-        self._send, self._receive = anyio.create_memory_object_stream[_Piece](self._window // BLOCK_SIZE)
+        self._blocks.allow(self._window, borrows=True)
+        self._send, self._receive = anyio.create_memory_object_stream[_Piece](_READS)
         self._reading = anyio.CapacityLimiter(_READS)
         self._begun = anyio.Event()
         self._reserved = 0

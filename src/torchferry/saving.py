@@ -36,8 +36,9 @@ async def save_async(
 
     Nothing goes through a local file, and CPU tensors are sent from their own memory: do not change them
     until this returns. The object appears at ``url`` when it is complete, or not at all; what was there
-    before stays until then. All saves of the process together hold at most 48 MiB beyond the tensors
-    (more only for part sizes above 16 MiB), plus one storage at a time for tensors on another device.
+    before stays until then. What must be copied, storages below 1 MiB and those on a device,
+    takes at most 48 MiB in all saves of the process together (more only for part sizes above 16 MiB), and up to 208
+    MiB more on the host for those on a device, plus one of these storages at a time.
 
     Args:
         obj: Anything that ``torch.save`` takes.

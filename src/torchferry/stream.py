@@ -160,7 +160,10 @@ class CheckpointStream(AsyncIterator["Chunk"]):
         window = 2 * part_size_for(self.size_hint, self._part_size)
         cost = min(copied, window) + self._write_cost(self.size_hint)
         self._reserved = PROCESS_BUDGET.take(cost, abandoned=lambda: self._closed)
-        self._blocks.allow(window)  # never less: where more is copied than expected, the stream must not stall
+        # What comes from a device goes up over many connections; from the CPU, only storages below 1 MiB are copied.
+        self._blocks.allow(
+            window, borrows=self._storages.on_device
+        )  # never less: where more is copied than expected, the stream must not stall
         if self._callback is not None:
             self._callback.set_size(self.size_hint)
         from_thread.run_sync(self._begun.set)
@@ -246,6 +249,7 @@ class _Storages:
         self._seen: set[str] = set()
         self.copied_bytes = 0
         self.lent_bytes = 0
+        self.on_device = False  # any of them
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -256,6 +260,7 @@ class _Storages:
             return
         self._seen.add(key)
         size = storage.nbytes()
+        self.on_device |= storage.device.type != "cpu"
         if storage.device.type == "cpu" and size >= _ZERO_COPY_FROM:
             insort(self._by_address, (storage.data_ptr(), size, len(self._storages)))
             self._storages.append(storage)

@@ -46,7 +46,7 @@ __all__ = ["ObstoreBackend"]
 
 logger = logging.getLogger("torchferry.storage")
 
-_PARTS_IN_FLIGHT = 12
+_PARTS_IN_FLIGHT = 24
 _ABORT_SECONDS = 30.0
 _SIGNED_FOR = timedelta(hours=1)
 _NO_CONTAINER = ("NoSuchBucket", "ContainerNotFound")
