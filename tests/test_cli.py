@@ -39,6 +39,27 @@ def test_inspect_prints_keys_as_they_are(tmp_path: Path, capsys: pytest.CaptureF
     assert [key for key in keys if key in output] == keys
 
 
+def test_inspect_cuts_no_key_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = "module." * 40 + "weight"
+    torch.save({key: torch.ones(1)}, tmp_path / "x.pt")
+    assert main(["inspect", str(tmp_path / "x.pt")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if key in line] == [[key, "float32", "1", "4", "bytes", "data/0"]]
+
+
+def test_copy_does_not_call_checked_what_carries_no_crc32s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.serialization.set_crc32_options(compute_crc32=False)
+    try:
+        torch.save(torch.ones(3), tmp_path / "x.pt")
+    finally:
+        torch.serialization.set_crc32_options(compute_crc32=True)
+    copy = ["copy", str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
+    assert main(copy) == 1
+    assert "was saved without them" in capsys.readouterr().err
+    assert main([*copy, "--no-verify"]) == 0
+    assert "not checked" in capsys.readouterr().out
+
+
 def test_inspect_shortens_a_long_list_unless_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tmp_path / "many.pt")
     torchferry.save([torch.zeros(1) for _ in range(50)], path)

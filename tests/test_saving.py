@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,19 @@ def test_an_exit_in_the_users_code_goes_on_when_the_save_has_cleaned_up(
     assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
     if (path := Path(target["url"])).is_absolute():
         assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.timeout(120, method="thread")  # nothing less ends a test whose event loop stands still
+async def test_a_synchronous_save_goes_through_on_a_loop_where_others_are_under_way(target: dict[str, Any]) -> None:
+    """It stops that loop, and waits for its share of the memory that the others hold."""
+    tensors = [torch.zeros(MIB // 2, dtype=torch.uint8) for _ in range(120)]
+    async with anyio.create_task_group() as tasks:
+        for number in range(3):
+            tasks.start_soon(partial(torchferry.save_async, tensors, **target | {"url": f"{target['url']}.{number}"}))
+        while PROCESS_BUDGET._free == PROCESS_BUDGET._total:  # noqa: ASYNC110 - it has no event
+            await anyio.sleep(0.001)
+        torchferry.save(tensors, **target)
+    assert stored(target) == torch_saved(tensors)
 
 
 async def test_a_cancelled_save_leaves_what_was_there(target: dict[str, Any]) -> None:

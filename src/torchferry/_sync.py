@@ -20,7 +20,7 @@ from fsspec.asyn import get_loop, reset_lock
 from torchferry._tasks import carrying_exits, releasing_exits
 from torchferry.storage.cancellation import refuse_threads, wait_through_cancellations
 
-__all__ = ["run", "run_on", "synchronous"]
+__all__ = ["own_loop", "run", "run_on", "synchronous"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -90,6 +90,14 @@ async def run_on(
         await wait_through_cancellations(done)
         raise
     return call.result()
+
+
+def own_loop(backend_loop: asyncio.AbstractEventLoop | None) -> asyncio.AbstractEventLoop:
+    """The loop for what holds some of the process's memory budget: the backend's, or fsspec's.
+
+    Never the caller's own: a synchronous call on that one stops it, and may wait for what is held.
+    """
+    return backend_loop or get_loop()
 
 
 class _Call(Generic[T]):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _SHOWN = 40
+_UNLIMITED = 1 << 20  # columns
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,11 +94,14 @@ def _inspect(options: argparse.Namespace) -> None:
         return
     shown = manifest.tensors if options.all else manifest.tensors[:_SHOWN]
     table = Table("tensor", "dtype", "shape", "bytes", "record", box=None, pad_edge=False, header_style="bold")
+    table.columns[0].overflow = "fold"
     table.columns[3].justify = "right"
     for tensor in shown:
         dtype, shape = str(tensor.dtype).removeprefix("torch."), " x ".join(map(str, tensor.shape)) or "scalar"
         table.add_row(tensor.key, dtype, shape, decimal(tensor.nbytes), tensor.record)
-    console = Console(highlight=False, markup=False, emoji=False)  # keys are printed as they are
+    # Keys are printed as they are; where somebody's program reads them, a line each.
+    width = None if sys.stdout.isatty() else _UNLIMITED
+    console = Console(highlight=False, markup=False, emoji=False, width=width)
     console.print(table)
     if left_out := len(manifest.tensors) - len(shown):
         console.print(f"... and {left_out:,} more (--all lists them)")

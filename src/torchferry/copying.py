@@ -13,7 +13,7 @@ import anyio
 from anyio import to_thread
 
 from torchferry._memory import BLOCK_SIZE, PROCESS_BUDGET, Blocks
-from torchferry._sync import run_on, synchronous
+from torchferry._sync import own_loop, run_on, synchronous
 from torchferry._tasks import task_group
 from torchferry.checksum import Checksums
 from torchferry.errors import CheckpointFormatError
@@ -85,7 +85,7 @@ async def copy_async(
         partial(open_backend, target, storage_options=target_storage_options, filesystem=target_filesystem, plane=plane)
     )
     return await run_on(
-        writer.loop, _copy, reader, source_path, writer, target_path, verify, part_size, metadata, callback
+        own_loop(writer.loop), _copy, reader, source_path, writer, target_path, verify, part_size, metadata, callback
     )
 
 
@@ -104,10 +104,9 @@ async def _copy(
 ) -> ObjectStat:
     source = await Source.open(reader, source_path)
     archive = await source.read_archive() if verify else None
-    if verify and archive is None:
-        raise CheckpointFormatError(
-            f"{source.url} carries no checksums: it is not a zip file of torch.save. Copy it with verify=False."
-        )
+    if verify and (archive is None or all(record.crc32 is None for record in archive.records)):
+        reason = "it is not a zip file of torch.save" if archive is None else "it was saved without them"
+        raise CheckpointFormatError(f"{source.url} carries no checksums: {reason}. Copy it with verify=False.")
     checksums = await in_thread(Checksums, archive.records if archive else (), source.url)
     size = source.stat.size
     stream = _CopyStream(source, checksums, min(size, 2 * part_size_for(size, part_size)), callback)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torchferry.storage.base import Plane
@@ -18,7 +18,7 @@ class SaveOptions:
     Hashable, so that it can stand in ``Annotated[...]``.
     """
 
-    storage_options: Mapping[str, Any] | None = None
+    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)  # flytekit prints types in its errors
     part_size: int | None = None
     metadata: Mapping[str, str] | None = None
     plane: Plane = "auto"
@@ -39,7 +39,7 @@ class LoadOptions:
     map_location: Any = None
     weights_only: bool = True
     verify: bool = True
-    storage_options: Mapping[str, Any] | None = None
+    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)  # as above
     plane: Plane = "auto"
 
     def __post_init__(self) -> None:

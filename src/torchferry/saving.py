@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torchferry._sync import run_on, synchronous
+from torchferry._sync import own_loop, run_on, synchronous
 from torchferry.storage.base import Backend, ObjectStat, Plane
 from torchferry.storage.cancellation import in_thread
 from torchferry.storage.metadata import require_storable
@@ -65,7 +65,7 @@ async def save_async(
     backend, path = await in_thread(
         partial(open_backend, url, storage_options=storage_options, filesystem=filesystem, plane=plane)
     )
-    return await run_on(backend.loop, _save, obj, backend, path, part_size, metadata, callback)
+    return await run_on(own_loop(backend.loop), _save, obj, backend, path, part_size, metadata, callback)
 
 
 save = synchronous(save_async)

@@ -15,7 +15,10 @@ from flytekit import FlyteContext, HashMethod, conditional, dynamic, eager, map_
 from flytekit.core.local_cache import LocalTaskCache
 from flytekit.core.type_engine import TypeEngine, TypeTransformer
 from flytekit.extras.pytorch import PyTorchCheckpoint
+from flytekit.models.literals import Literal, Scalar
 from flytekit.utils.asyn import run_sync
+from google.protobuf.struct_pb2 import Struct
+from mashumaro.mixins.json import DataClassJSONMixin
 from pydantic import BaseModel
 
 from torchferry import LoadOptions, SaveOptions
@@ -291,6 +294,38 @@ def test_a_dataclass_has_checkpoints_as_fields(context: FlyteContext) -> None:
 
     assert tuple(wf()) == (["dataclass", "module_state_dict", "3", "3"], 3)
     assert len(stored_files(context)) == 3
+
+
+@dataclass
+class Encoded(DataClassJSONMixin):
+    whole: PyTorchCheckpoint
+
+
+@task
+def make_encoded() -> Encoded:
+    return Encoded(make_checkpoint(1))
+
+
+@task
+def look_at_encoded(value: Encoded) -> int:
+    return int(value.whole["epochs"])
+
+
+def test_a_dataclass_with_mashumaros_mixin_has_checkpoints_as_fields() -> None:
+    @workflow
+    def wf() -> int:
+        return look_at_encoded(value=make_encoded())
+
+    assert wf() == 3
+
+
+def test_a_dataclass_from_the_console_has_checkpoints_as_fields(context: FlyteContext) -> None:
+    literal = TypeEngine.to_literal(context, make_checkpoint(1), PyTorchCheckpoint, None)
+    struct = Struct()
+    struct.update({"whole": {"path": literal.scalar.blob.uri}, "name": "console"})
+    value = TypeEngine.to_python_value(context, Literal(scalar=Scalar(generic=struct)), Trained)
+    assert isinstance(value.whole, LoadedCheckpoint)
+    assert value.whole["epochs"] == 3
 
 
 def test_a_pydantic_model_has_checkpoints_as_fields(context: FlyteContext) -> None:

@@ -294,6 +294,17 @@ def test_options_that_contradict_each_other_are_an_error_when_the_type_is_declar
         TypeEngine.to_literal_type(t)
 
 
+def test_no_message_shows_storage_options() -> None:
+    """They are credentials, and flytekit prints a type, its annotations too, where a value cannot be converted."""
+    one, other = ({"secret": f"TOPSECRET{number}"} for number in range(2))
+    for kind in (SaveOptions, LoadOptions):
+        assert "TOPSECRET" not in repr(kind(storage_options=one))
+        twice = Annotated[PyTorchCheckpoint, kind(storage_options=one), kind(storage_options=other)]
+        with pytest.raises(ValueError, match="contradict each other: storage_options") as caught:
+            transformer.get_literal_type(twice)
+        assert "TOPSECRET" not in str(caught.value)
+
+
 def test_storage_options_of_the_annotation_are_used_instead_of_flytekits(
     in_context: Callable[..., FlyteContext],
     s3_url: str,

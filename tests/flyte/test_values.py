@@ -172,6 +172,21 @@ def test_hyperparameters_that_do_not_fit_are_a_type_error(content: dict[str, Any
         LoadedCheckpoint(content).hyperparameters_as(Inner)
 
 
+def test_annotations_that_cannot_be_resolved_are_a_type_error() -> None:
+    @dataclass
+    class Config:
+        inner: "Missing"  # type: ignore[name-defined]  # noqa: F821, UP037
+
+    with pytest.raises(TypeError, match="'Missing' is not defined"):
+        LoadedCheckpoint({"inner": {}}).hyperparameters_as(Config)
+
+
+@pytest.mark.parametrize("name", ["module", "optimizer"])
+def test_a_module_assigned_to_it_is_refused_and_not_lost(loaded: LoadedCheckpoint, name: str) -> None:
+    with pytest.raises(AttributeError, match=f"{name}_state_dict"):
+        setattr(loaded, name, getattr(make_checkpoint(1), name))
+
+
 @pytest.mark.parametrize("cls", [dict, int, "Inner"])
 def test_only_dataclasses_and_named_tuples_can_be_asked_for(cls: Any) -> None:
     with pytest.raises(TypeError, match="a dataclass or a NamedTuple, not"):

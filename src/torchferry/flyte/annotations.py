@@ -34,8 +34,9 @@ def _join(first: OptionsT, second: OptionsT) -> OptionsT:
     for field in fields(first):
         one, other = getattr(first, field.name), getattr(second, field.name)
         if field.default not in (one, other) and one != other:
+            values = f" is {one!r} and {other!r}" if field.repr else ""
             raise TypeTransformerFailedError(
-                f"Two {kind.__name__} on one annotation contradict each other: {field.name} is {one!r} and {other!r}."
+                f"Two {kind.__name__} on one annotation contradict each other: {field.name}{values}."
             )
         joined[field.name] = other if one == field.default else one
     return kind(**joined)

@@ -104,12 +104,12 @@ def register_field(
     def concerns(spec: Any) -> bool:
         return isinstance(spec.origin_type, type) and issubclass(spec.origin_type, kind)
 
-    def call(function: Callable[[Any, Any], Any], spec: Any) -> str | None:
+    def call(function: Callable[[Any, Any], Any], holder: str, spec: Any) -> str | None:
         if not concerns(spec):
             return None
         name = f"__torchferry_{function.__name__}_{uuid.uuid4().hex}"
         setattr(spec.attrs, name, partial(function, spec.annotated_type or spec.type))
-        return f"{spec.cls_attrs_name}.{name}({spec.expression})"
+        return f"{getattr(spec, holder)}.{name}({spec.expression})"
 
     def describe(instance: Any, _ctx: Any) -> Any:
         return JSONSchema.from_dict(dict(json_schema)) if concerns(instance) else None
@@ -123,9 +123,18 @@ def register_field(
         return python_val if isinstance(python_val, kind) else prepare(self, python_val, python_type)
 
     DataclassTransformer._make_dataclass_serializable = prepare_others
+
+    # Of what comes as a protobuf Struct it makes every dict anew, to put the ints in it right; a checkpoint is a dict.
+    fix_ints = DataclassTransformer._fix_val_int
+
+    @wraps(fix_ints)
+    def fix_others(self: Any, t: Any, val: Any) -> Any:
+        return val if isinstance(val, kind) else fix_ints(self, t, val)
+
+    DataclassTransformer._fix_val_int = fix_others
     # In front: it would take them for dataclasses, which they are, too.
-    PackerRegistry._registry.insert(0, partial(call, save))
-    UnpackerRegistry._registry.insert(0, partial(call, load))
+    PackerRegistry._registry.insert(0, partial(call, save, "self_attrs_name"))
+    UnpackerRegistry._registry.insert(0, partial(call, load, "cls_attrs_name"))
     SchemaRegistry._registry.insert(0, describe)
 
 

@@ -50,7 +50,7 @@ def rebuild(cls: type[T], values: Mapping[str, Any]) -> T:
 
     Raises:
         TypeError: ``cls`` is neither a dataclass nor a NamedTuple, or ``values`` lacks a field without a default or
-            has one that ``cls`` does not know.
+            has one that ``cls`` does not know, or an annotation names what is not there at run time.
     """
     if is_dataclass(cls):
         known = {field.name: field.init for field in fields(cls)}
@@ -58,7 +58,13 @@ def rebuild(cls: type[T], values: Mapping[str, Any]) -> T:
         known = dict.fromkeys(names, True)
     else:
         raise TypeError(f"Hyperparameters can be had as a dataclass or a NamedTuple, not as {cls!r}.")
-    hints = get_type_hints(cls)
+    try:
+        hints = get_type_hints(cls)
+    except NameError as error:
+        raise TypeError(
+            f"The types of {cls.__qualname__}'s fields cannot be told: {error}. Import what they name at run time, not "
+            "under TYPE_CHECKING, and define it in a module."
+        ) from error
     given = {name: _convert(hints.get(name, Any), value) for name, value in values.items()}
     arguments = {name: value for name, value in given.items() if known.get(name, True)}
     try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchferry._sync import own_loop, run_on
 from torchferry.checksum import Checksums
 from torchferry.errors import CheckpointCorruptError, TorchferryError
 from torchferry.loading import inspect_async
@@ -19,6 +20,8 @@ from torchferry.stream import CheckpointStream
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
+
+    from torchferry.loading import Manifest
 
 __all__ = ["is_unchanged"]
 
@@ -41,7 +44,11 @@ async def is_unchanged(content: dict[str, Any], uri: str, filesystem: AbstractFi
     # torch.serialization.set_crc32_options(False), there or here: nothing can be proved.
     if any(record.crc32 is None for record in manifest.records) or not torch.serialization.get_crc32_options():
         return False
-    checksums = Checksums(manifest.records, uri)
+    return await run_on(own_loop(None), _saves_as, content, manifest)
+
+
+async def _saves_as(content: dict[str, Any], manifest: Manifest) -> bool:
+    checksums = Checksums(manifest.records, manifest.url)
     size = 0
     try:
         async with CheckpointStream(content).running() as stream:

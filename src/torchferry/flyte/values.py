@@ -119,6 +119,14 @@ class LoadedCheckpoint(dict[str, Any], PyTorchCheckpoint):
         dict.__init__(self, content or {})
         self.uri = uri
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in {"module", "optimizer"}:
+            raise AttributeError(
+                f"A LoadedCheckpoint holds the state of the {name}, which this would not change: set "
+                f"checkpoint[{name + '_state_dict'!r}], or return a new PyTorchCheckpoint."
+            )
+        super().__setattr__(name, value)
+
     @property
     def module_state_dict(self) -> dict[str, Any]:
         """The module's state.

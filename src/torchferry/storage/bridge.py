@@ -31,8 +31,8 @@ __all__ = [
 
 logger = logging.getLogger("torchferry.storage")
 
-UPLOAD_PATIENCE = timedelta(minutes=5)
-"""How long one request of obstore may take: it may be a part going up a thin line."""
+UPLOAD_PATIENCE = timedelta(minutes=15)
+"""How long one request of obstore may take: it may be one of 24 parts of 16 MiB that share a line of 4 Mbit/s."""
 
 
 _CREDENTIALS_PATIENCE = 60.0  # seconds
