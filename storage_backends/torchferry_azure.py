@@ -549,7 +549,7 @@ def _credentials(fs: AzureBlobFileSystem) -> dict[str, Any]:
 def _sas(signature: Any) -> Any:
     """Obstore's ``AzureSASToken``; asked for again when it expires: it may have been replaced by then."""
     token: str = signature().lstrip("?")
-    expiry = parse_qs(token).get("se")
+    expiry = parse_qs(token.replace("+", "%2B")).get("se")  # the zone of a time, not a space
     return {"sas_token": token, "expires_at": _time(expiry[0]) if expiry else None}
 
 

@@ -108,8 +108,9 @@ class S3Backend(Backend):
         with _translated(self.url(path), "look up"):
             try:
                 head = await self._call("head_object", **self._address(path))
-            except FileNotFoundError:
-                await self._require_bucket(path)
+            except FileNotFoundError as error:
+                if _is_answer(error):
+                    await self._require_bucket(path)
                 raise
         return ObjectStat(self.url(path), head["ContentLength"], head.get("ETag"), head.get("Metadata", {}))
 
@@ -149,8 +150,10 @@ class S3Backend(Backend):
         with _translated(self.url(path), "delete"):
             try:
                 await self._call("delete_object", **self._address(path))
-            except FileNotFoundError:
-                return
+            except FileNotFoundError as error:
+                if _is_answer(error):
+                    return
+                raise
         self._forget(path)
 
     async def abort_upload(self, path: str, age: float) -> None:
@@ -250,7 +253,8 @@ class S3Backend(Backend):
         try:
             await self._call("head_bucket", Bucket=self._address(path)["Bucket"])
         except FileNotFoundError as error:
-            raise _NoSuchBucketError from error
+            if _is_answer(error):
+                raise _NoSuchBucketError from error
         except Exception:  # noqa: BLE001 - not allowed to know: then what the first request said stands
             return
 
@@ -425,9 +429,10 @@ def _translate(what: str, error: Exception) -> StorageError:
         return CheckpointNotFoundError(f"{what}: the bucket does not exist.")
     if code == "NoSuchUpload":
         return upload_gone(what, reason)
-    if isinstance(error, FileNotFoundError) or status == HTTPStatus.NOT_FOUND:
+    if status == HTTPStatus.NOT_FOUND:
         return CheckpointNotFoundError(f"{what}: there is no such object.")
-    if isinstance(error, _CREDENTIAL_ERRORS):
+    # A FileNotFoundError that S3 did not answer: a token's file, or the program of a credential_process.
+    if isinstance(error, (FileNotFoundError, *_CREDENTIAL_ERRORS)):
         return StoragePermissionError(f"{what}: no usable credentials. {reason}")
     if code in _PERMISSION_CODES:
         status = HTTPStatus.FORBIDDEN
@@ -436,6 +441,11 @@ def _translate(what: str, error: Exception) -> StorageError:
 
 
 _translated = partial(translated, _translate)
+
+
+def _is_answer(error: Exception) -> bool:
+    """Whether S3 said so, and not this machine, of a file that credentials come from."""
+    return _code_and_status(error)[1] != 0
 
 
 def _code_and_status(error: Exception) -> tuple[str, int]:
@@ -474,6 +484,11 @@ _ADDITIONAL_KWARGS = names(
     "ServerSideEncryption SSEKMSKeyId BucketKeyEnabled SSECustomerAlgorithm SSECustomerKey SSECustomerKeyMD5 "
     "RequestPayer"
 )
+_UNSAID_BY_A_URL = names("RequestPayer SSECustomerKey ExpectedBucketOwner")
+_FOR_THE_AWS_CLI = names(
+    "max_concurrent_requests max_queue_size multipart_threshold multipart_chunksize max_bandwidth io_chunksize "
+    "preferred_transfer_client target_bandwidth"
+)  # in the section "s3" of the AWS configuration file; botocore leaves them alone
 _MOST_CONNECTIONS = Backend.range_concurrency
 
 
@@ -561,7 +576,7 @@ class _Bridge:
             self.fs.connect()
         config = self.fs.s3.meta.config
         self._config = _store_config(self.fs, config)
-        self._client_options = _client_options(self.fs, config)
+        self._client_options = _client_options(self.fs, config, urlsplit(self.fs.s3.meta.endpoint_url).scheme)
         self._retry = _retry_config(config)
         self.verify = _direct_trust(self.fs)
 
@@ -633,6 +648,9 @@ def _store_config(fs: S3FileSystem, config: Any) -> dict[str, Any]:
     """The ``S3Config`` settings that do not depend on the bucket."""
     s3 = {name: value for name, value in (config.s3 or {}).items() if value not in {None, False}}
     s3.pop("us_east_1_regional_endpoint", None)  # part of the address that botocore gives
+    if s3.get("signature_version") == "s3v4":
+        del s3["signature_version"]  # obstore's only one
+    s3 = {name: value for name, value in s3.items() if name not in _FOR_THE_AWS_CLI}
     require_known("the S3 configuration", s3, _S3_CONFIG)
     if config.signature_version not in {None, "s3v4", UNSIGNED}:
         raise UntranslatableError(f"the signature version {config.signature_version!r}")
@@ -670,7 +688,7 @@ def _encryption(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _client_options(fs: S3FileSystem, config: Any) -> ClientConfig:
+def _client_options(fs: S3FileSystem, config: Any, scheme: str) -> ClientConfig:
     """Obstore's ``ClientConfig`` for the connection settings that botocore resolved."""
     options: ClientConfig = {"connect_timeout": timedelta(seconds=config.connect_timeout)}
     # botocore limits the wait for a socket. obstore's read_timeout counts from the start of the request, so that a
@@ -683,11 +701,10 @@ def _client_options(fs: S3FileSystem, config: Any) -> ClientConfig:
         options["allow_invalid_certificates"] = True
     elif verify is not True:
         options["root_certificate"] = Path(verify).read_bytes()
-    if config.proxies:
-        proxies = set(config.proxies.values())
-        if len(proxies) > 1:
-            raise UntranslatableError("config_kwargs 'proxies' with one proxy for each scheme")
-        options["proxy_url"] = proxies.pop()
+    if config.proxies is not None:
+        if not config.proxies.get(scheme):  # obstore would take one from the environment
+            raise UntranslatableError(f"config_kwargs 'proxies' with none for {scheme}")
+        options["proxy_url"] = config.proxies[scheme]
     if "max_pool_connections" in fs.config_kwargs and fs.config_kwargs["max_pool_connections"] < _MOST_CONNECTIONS:
         raise UntranslatableError(f"config_kwargs 'max_pool_connections' below {_MOST_CONNECTIONS}")
     return options
@@ -702,7 +719,7 @@ def _direct_trust(fs: S3FileSystem) -> str | bool | None:
     config = fs.s3.meta.config
     arguments = {**fs.req_kw, **fs.s3_additional_kwargs}
     users = type(fs) is not S3FileSystem or fs.storage_options.get("session") is not None
-    if users or fs.anon or config.proxies or config.client_cert or {"RequestPayer", "SSECustomerKey"} & set(arguments):
+    if users or fs.anon or config.proxies or config.client_cert or _UNSAID_BY_A_URL & set(arguments):
         return None
     try:
         return _trusted(fs)

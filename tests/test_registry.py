@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -105,6 +106,38 @@ def test_directory_of_a_store_is_reached_as_the_store_is(tmp_path: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of FTPFileSystem's own __del__
+def test_filesystem_that_does_not_connect_holds_up_no_other(tmp_path: Path) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    class Slow(MemoryFileSystem):
+        protocol = "slow"
+
+        def __init__(self) -> None:
+            begun.set()
+            ended.wait()
+            raise EOFError("no greeting")
+
+    fsspec.register_implementation("slow", Slow, clobber=True)
+    with ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(open_backend, "slow://x.pt")
+        try:
+            begun.wait()
+            torchferry.save("x", tmp_path / "x.pt")
+            open_backend("memory://x.pt")
+            assert not opening.done()
+        finally:
+            ended.set()
+        with pytest.raises(torchferry.StorageError, match=r"slow://x\.pt: EOFError: no greeting"):
+            opening.result()
+
+
+def test_credentials_that_are_not_there_are_a_permission_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "missing.json"))
+    with pytest.raises(torchferry.StoragePermissionError, match=r"missing\.json was not found"):
+        open_backend("gs://bucket/x.pt", storage_options={"token": "google_default", "project": "p"})
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # fsspec's ftp, in __del__
 def test_setting_that_the_filesystem_needs_is_named() -> None:
     with pytest.raises(UnsupportedOptionError, match="host"):
         open_backend("ftp://")

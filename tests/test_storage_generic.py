@@ -3,18 +3,21 @@ from __future__ import annotations
 import functools
 import http.server
 import socket
+import tarfile
 import threading
 import uuid
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
+import torch
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+import torchferry
 from torchferry.errors import (
     CheckpointNotFoundError,
     StorageError,
@@ -123,6 +126,39 @@ async def test_filesystem_made_for_its_users_loop_works(http_url: str) -> None:
     fs = fsspec.filesystem("http", asynchronous=True, skip_instance_cache=True)
     backend = GenericBackend.from_filesystem(fs, "auto")
     assert (await backend.stat(f"{http_url}/checkpoint.pt")).size == 5
+
+
+class RefusesInSilence(MemoryFileSystem):
+    """Moves nothing to where there is a file, and does not say so: as webhdfs."""
+
+    protocol = "refusing"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    def mv(self, path1: str, path2: str, **_kwargs: Any) -> None:
+        if not self.exists(path2):
+            super().mv(path1, path2)
+
+
+async def test_move_that_is_refused_in_silence_is_an_error() -> None:
+    store = FsspecStore(RefusesInSilence(), f"/{uuid.uuid4().hex}")
+    path = store.path("x.pt")
+    await store.backend.write(path, stream(b"old", 3), size_hint=3)
+    with pytest.raises(StorageError, match="does not move a file to where there is one"):
+        await store.backend.write(path, stream(b"new", 3), size_hint=3)
+    assert store.raw_read(path) == b"old"
+    assert store.leftovers() == []
+
+
+def test_filesystem_that_only_one_thread_may_use_gives_the_right_bytes(tmp_path: Path) -> None:
+    """tar reads from one file, whose position all threads share."""
+    tensors = [torch.full((3 << 20,), i, dtype=torch.uint8) for i in range(16)]
+    torch.save(tensors, tmp_path / "x.pt")
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(tmp_path / "x.pt", "x.pt")
+    for _ in range(5):
+        loaded = torchferry.load(f"tar://x.pt::{tmp_path}/x.tar")
+        assert all(torch.equal(one, other) for one, other in zip(loaded, tensors, strict=True))
 
 
 async def test_directory_in_the_way_is_refused() -> None:

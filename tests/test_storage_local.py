@@ -7,6 +7,7 @@ import resource
 import stat
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -142,6 +143,39 @@ async def test_full_disk_says_so() -> None:
     ):
         full.write(b"1")
     assert caught.value.errno == errno.ENOSPC
+
+
+async def test_what_is_in_place_is_no_failure_because_of_its_directory(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of mode 0300 can be written to and not read; some filesystems do not flush directories."""
+    fsync = os.fsync
+
+    def files_only(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not for directories")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    path = store.path("x.pt")
+    await store.backend.write(path, stream(b"new", 3), size_hint=3)
+    assert store.raw_read(path) == b"new"
+
+
+async def test_clean_up_that_fails_hides_no_error(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unlink(*_args: Any, **_kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, "read-only by now")
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"old"
+        raise RuntimeError("the real reason")
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(RuntimeError, match="the real reason"):
+        await store.backend.write(store.path("x.pt"), chunks(), size_hint=3)
+    assert "read-only by now" in caplog.text
 
 
 def test_directory_without_permission_is_a_permission_error(tmp_path: Path) -> None:

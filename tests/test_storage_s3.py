@@ -593,8 +593,8 @@ TRANSLATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"retry": {"max_retries": 3, "retry_timeout": timedelta(minutes=3)}},
     ),
     "timeouts": (
-        {"config_kwargs": {"connect_timeout": 7, "read_timeout": 600}},
-        {"client": {"connect_timeout": timedelta(seconds=7), "timeout": timedelta(seconds=600)}},
+        {"config_kwargs": {"connect_timeout": 7, "read_timeout": 1200}},
+        {"client": {"connect_timeout": timedelta(seconds=7), "timeout": timedelta(seconds=1200)}},
     ),
     "certificates not checked": (
         {"client_kwargs": {"region_name": "us-east-1", "verify": False}},
@@ -621,6 +621,39 @@ def test_setting_reaches_obstore(s3_storage_options: dict[str, Any], setting: st
         assert config[name] == ({**config[name], **value} if name == "client" else value)
 
 
+def test_settings_of_the_aws_cli_are_no_matter(
+    s3_storage_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config").write_text(
+        "[profile tuned]\ns3 =\n  max_concurrent_requests = 20\n  multipart_threshold = 64MB\n"
+        "  signature_version = s3v4\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    options = s3_storage_options | {"profile": "tuned", "skip_instance_cache": True}
+    backend, _ = open_backend("s3://bucket/key", storage_options=options)
+    assert backend.plane == "obstore"
+
+
+@pytest.mark.parametrize("how", ["credential_process = /missing/program", "web identity"])
+async def test_credentials_from_a_missing_file_are_no_missing_checkpoint(
+    plane: Plane, how: str, s3_server: S3Server, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who starts anew where there is no checkpoint would lose what is there."""
+    if how == "web identity":
+        how = "role_arn = arn:aws:iam::123456789012:role/r\nweb_identity_token_file = /missing/token"
+    (tmp_path / "config").write_text(
+        f"[profile ferry]\nregion = us-east-1\nendpoint_url = {s3_server.endpoint}\n{how}\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    with pytest.raises(StoragePermissionError, match="no usable credentials"):
+        options = {"profile": "ferry", "skip_instance_cache": True}
+        backend, path = open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane)
+        await run_on(backend.loop, backend.stat, path)
+    if plane == "fsspec":
+        with pytest.raises(StoragePermissionError, match="no usable credentials"):
+            await run_on(backend.loop, backend.delete, path)
+
+
 NOT_TRANSLATED: dict[str, tuple[dict[str, Any], str]] = {
     "canned acl": ({"s3_additional_kwargs": {"ACL": "bucket-owner-full-control"}}, "ACL"),
     "storage class": ({"s3_additional_kwargs": {"StorageClass": "STANDARD_IA"}}, "StorageClass"),
@@ -633,6 +666,8 @@ NOT_TRANSLATED: dict[str, tuple[dict[str, Any], str]] = {
     "fips": ({"config_kwargs": {"use_fips_endpoint": True}}, "use_fips_endpoint"),
     "client certificate": ({"config_kwargs": {"client_cert": "/cert.pem"}}, "client_cert"),
     "adaptive retries": ({"config_kwargs": {"retries": {"mode": "adaptive"}}}, "adaptive"),
+    "no proxy": ({"config_kwargs": {"proxies": {}}}, "proxies"),
+    "proxy for https alone": ({"config_kwargs": {"proxies": {"https": "http://127.0.0.1:1"}}}, "proxies"),
     "impatience": ({"config_kwargs": {"read_timeout": 2}}, "read_timeout"),
     "checksums asked for": ({"config_kwargs": {"request_checksum_calculation": "when_supported"}}, "checksum"),
     "what does not exist yet": ({"client_kwargs": {"api_version": "2006-03-01"}}, "api_version"),

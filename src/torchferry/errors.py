@@ -9,6 +9,7 @@ caused it, if any, is in ``__cause__``.
 from __future__ import annotations
 
 import pickle
+import re
 
 __all__ = [
     "BackendNotInstalledError",
@@ -28,12 +29,22 @@ __all__ = [
 ]
 
 
+_SECRETS = re.compile(
+    r"(://[^/@\s:]*:)[^/@\s]+(?=@)"
+    r"|([?&](?:sig|X-Amz-Signature|X-Amz-Security-Token|X-Goog-Signature|Signature|access_token|token|password)=)"
+    r"[^&\s'\":,]+",
+    re.IGNORECASE,
+)
+"""What must not be shown of a URL: the password before the host, and what a query is signed with."""
+
+
 class TorchferryError(Exception):
     """The root of torchferry's errors."""
 
     def __str__(self) -> str:
         # KeyError shows the repr of its argument and OSError its (errno, message) pair: a message is a message.
-        return str(self.args[-1]) if self.args else type(self).__name__
+        message = str(self.args[-1]) if self.args else type(self).__name__
+        return _SECRETS.sub(r"\1\2***", message)
 
 
 class StorageError(TorchferryError, OSError):

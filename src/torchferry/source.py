@@ -82,9 +82,11 @@ class Source:
 
         Only what is not kept already is asked of the backend.
         """
+        limiter = _limiter()
 
         async def keep(first: int, last: int) -> None:
-            insort(self._kept, (first, await self.fetch(first, last)), key=_offset)
+            async with limiter:
+                insort(self._kept, (first, await self.fetch(first, last)), key=_offset)
 
         async with task_group() as group:
             for first, last in self.plan([(start, stop)]):

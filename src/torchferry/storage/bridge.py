@@ -81,12 +81,12 @@ def once_a_process(fs: AbstractFileSystem, make: Callable[[], ObstoreBackend]) -
         UntranslatableError: this process was forked from one that had used obstore.
     """
     global _user  # noqa: PLW0603 - obstore has one runtime in a process
-    _user = _user or os.getpid()
-    if _user != os.getpid():
+    if _user not in {None, os.getpid()}:
         raise UntranslatableError("a process that was forked from one that had used it (start it with 'spawn')")
     attributes = vars(fs)
     if "_torchferry_obstore" not in attributes:
         attributes["_torchferry_obstore"] = make()
+        _user = os.getpid()
     backend: ObstoreBackend = attributes["_torchferry_obstore"]
     return backend
 

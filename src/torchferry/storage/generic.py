@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import secrets
-from contextlib import contextmanager, suppress
+import threading
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from torchferry.errors import (
     CheckpointChangedError,
@@ -24,9 +26,11 @@ from torchferry.storage.cancellation import in_thread
 from torchferry.storage.translation import by_status
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Iterator, Mapping
+    from collections.abc import AsyncIterable, Callable, Iterator, Mapping
 
 __all__ = ["GenericBackend"]
+
+T = TypeVar("T")
 
 _BLOCK_SIZE = 8 * MIB
 _MISSING = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
@@ -34,7 +38,8 @@ _MISSING = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
 _VERSION_FIELDS = (
     # What filesystems put into info() that changes with an object; fsspec has no common name for it.
     *("ETag", "etag", "e_tag", "version_id", "VersionId", "generation", "checksum", "content_md5", "ino"),
-    *("mtime", "modified", "last_modified", "LastModified", "created"),
+    *("mtime", "modified", "modify", "last_modified", "LastModified", "Last-Modified", "modificationTime", "created"),
+    *("Content-MD5", "Digest", "fileId", "unique"),
 )
 
 
@@ -53,6 +58,7 @@ class GenericBackend(Backend):
 
     def __init__(self, fs: AbstractFileSystem) -> None:
         self._fs = _usable_in_threads(fs)
+        self._turns = _turns_of(self._fs)
 
     @classmethod
     def from_filesystem(cls, fs: AbstractFileSystem, plane: Plane) -> Backend:
@@ -78,11 +84,11 @@ class GenericBackend(Backend):
 
     async def stat(self, path: str) -> ObjectStat:
         """Looks a file up, past the filesystem's listings cache."""
-        return await in_thread(self._stat, path, "look up")
+        return await self._in_turn(self._stat, path, "look up")
 
     async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
         """Reads a range, and then asks for the file's version again."""
-        return await in_thread(self._read, path, start, stop, stat)
+        return await self._in_turn(self._read, path, start, stop, stat)
 
     async def write(
         self,
@@ -98,16 +104,16 @@ class GenericBackend(Backend):
         staged = _StagedFile(self._fs, path)
         try:
             with _translated(self.url(path), "write"):
-                await in_thread(staged.create)
+                await self._in_turn(staged.create)
             size = 0
             async for chunk in chunks:
                 with _translated(self.url(path), "write"):
-                    await in_thread(staged.append, chunk)
+                    await self._in_turn(staged.append, chunk)
                 size += len(chunk)
             with _translated(self.url(path), "write"):
-                await in_thread(staged.publish)
+                await self._in_turn(staged.publish)
         except BaseException:
-            await in_thread(staged.discard)
+            await self._in_turn(staged.discard)
             raise
         written = await self.stat(path)
         return ObjectStat(written.url, size, written.etag, dict(metadata or {}))
@@ -115,7 +121,16 @@ class GenericBackend(Backend):
     async def delete(self, path: str) -> None:
         """Deletes a file."""
         with suppress(CheckpointNotFoundError), _translated(self.url(path), "delete"):
-            await in_thread(self._fs.rm_file, path)
+            await self._in_turn(self._fs.rm_file, path)
+
+    async def _in_turn(self, func: Callable[..., T], /, *args: object) -> T:
+        """Runs ``func(*args)`` in a thread, where the filesystem is to be used by one at a time."""
+
+        def call() -> T:
+            with self._turns:
+                return func(*args)
+
+        return await in_thread(call)
 
     def _stat(self, path: str, verb: str) -> ObjectStat:
         with _translated(self.url(path), verb):
@@ -180,8 +195,17 @@ class _StagedFile:
             # The base class's mv does the same, but takes "?", "*" and "[" in names for patterns.
             self._fs.cp_file(self._temporary, self._path)
             self._fs.rm_file(self._temporary)
-        self._file = None
         self._fs.invalidate_cache(self._parent)
+        # Some say nothing of a move that they refused, as where there is a file of that name (webhdfs).
+        with suppress(FileNotFoundError):
+            self._fs.info(self._temporary)
+            raise FileExistsError(
+                errno.EEXIST,
+                "this filesystem does not move a file to where there is one. What is there has not changed: delete it "
+                "first, or save under a new name",
+                self._path,
+            )
+        self._file = None
 
     def discard(self) -> None:
         """Removes what is there, which may be nothing; the error that is on its way says what went wrong."""
@@ -191,6 +215,17 @@ class _StagedFile:
             with suppress(Exception):
                 self._fs.rm_file(self._temporary)
             self._file = None
+
+
+def _turns_of(fs: AbstractFileSystem) -> AbstractContextManager[Any]:
+    """Who uses ``fs`` holds this; not where several threads may at once.
+
+    fsspec promises that of asynchronous filesystems only. Of others, tar and ftp mix up what two threads read.
+    """
+    if isinstance(fs, AsyncFileSystem | MemoryFileSystem):
+        return nullcontext()
+    turns: AbstractContextManager[Any] = vars(fs).setdefault("_torchferry_turns", threading.Lock())
+    return turns
 
 
 def _usable_in_threads(fs: AbstractFileSystem) -> AbstractFileSystem:

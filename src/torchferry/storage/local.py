@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import secrets
 import stat as stat_module
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 __all__ = ["LocalBackend"]
+
+logger = logging.getLogger("torchferry.storage")
 
 
 class LocalBackend(Backend):
@@ -161,18 +164,24 @@ class _StagedFile:
         self._temporary.replace(self._target)
         self._temporary = None
         self._close()
-        directory = os.open(self._target.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        # It is in place: what the directory cannot do (be read, in one of mode 0300; be flushed) is no failure of it.
+        with suppress(OSError):
+            directory = os.open(self._target.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
         return result
 
     def discard(self) -> None:
-        """Removes what is there, which may be nothing."""
-        self._close()
+        """Removes what is there, which may be nothing; the error that is on its way says what went wrong."""
+        with suppress(OSError):
+            self._close()
         if self._temporary is not None:
-            self._temporary.unlink(missing_ok=True)
+            try:
+                self._temporary.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("A temporary file is left behind: %s", error)
 
     def _close(self) -> None:
         if self._fd is not None:

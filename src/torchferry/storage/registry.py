@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, get_args
 import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.utils import get_protocol
 
 from torchferry.errors import (
     BackendNotInstalledError,
     CheckpointNotFoundError,
     StorageError,
+    StoragePermissionError,
     UnsupportedOptionError,
     UnsupportedURLError,
 )
@@ -30,9 +32,6 @@ __all__ = ["ENTRY_POINT_GROUP", "open_backend"]
 ENTRY_POINT_GROUP = "torchferry.storage_backends"
 
 _PROTOCOLS = frozenset(fsspec.available_protocols()) - {"file", "local", "data"}
-_opener = ThreadPool(1, "torchferry-opener")
-"""The thread in which filesystems are made: up to fsspec 2026.3 each thread has its own, with its own connections."""
-
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 
 
@@ -110,15 +109,31 @@ def _filesystem_for(url: str, storage_options: Mapping[str, Any]) -> tuple[Abstr
             f"{url}: no filesystem is known for the protocol {protocol!r}. "
             "fsspec.available_protocols() lists those that are."
         ) from error
+    except Exception as error:  # a client may raise anything, as when it connects
+        about_credentials = type(error).__module__.startswith("google.auth.")
+        kind = StoragePermissionError if about_credentials else StorageError
+        raise kind(f"Cannot open {url}: {type(error).__name__}: {error}") from error
 
 
 def _make(url: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
     make = partial(url_to_fs, url, **storage_options)
+    protocol = get_protocol(url)
+    if protocol == "file":
+        return make()  # type: ignore[no-any-return]
     try:
-        made = _opener.executor.submit(make)
+        made = _opener(protocol).executor.submit(make)
     except RuntimeError:  # the interpreter is about to end, and waits for the thread that this is in
         return make()  # type: ignore[no-any-return]
     return made.result()  # type: ignore[no-any-return]
+
+
+@cache
+def _opener(protocol: str) -> ThreadPool:
+    """The thread in which filesystems are made: up to fsspec 2026.3 each thread has its own, with its own connections.
+
+    One for each protocol: making some connects them, which may take long.
+    """
+    return ThreadPool(1, f"torchferry-opener-{protocol}")
 
 
 def _path_in(fs: AbstractFileSystem, url: str) -> str:
