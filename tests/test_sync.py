@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import anyio
 import pytest
@@ -177,6 +178,31 @@ def test_a_worker_thread_ends_before_the_interpreter_does() -> None:
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True, timeout=60
     )
     assert result.stdout == "ended\n"
+
+
+def test_a_save_that_a_daemon_thread_waits_for_leaves_nothing_when_the_interpreter_ends(tmp_path: Path) -> None:
+    """As one of a Flyte task that Ctrl-C ends."""
+    program = f"""
+        import threading, time
+        import fsspec, torch, torchferry
+
+        begun = threading.Event()
+
+        class Slow(fsspec.callbacks.Callback):
+            def relative_update(self, inc=1):
+                super().relative_update(inc)
+                if self.value > 20 << 20:
+                    begun.set()
+                    time.sleep(0.05)
+
+        def save():
+            torchferry.save(torch.zeros(100 << 20), {str(tmp_path / "x.pt")!r}, callback=Slow())
+
+        threading.Thread(target=save, daemon=True).start()
+        begun.wait()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, check=True, timeout=60)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_at_the_end_of_the_interpreter_nothing_new_begins_in_a_thread() -> None:

@@ -15,7 +15,15 @@ from anyio import to_thread
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-__all__ = ["ThreadPool", "in_thread", "refuse_threads", "to_the_end", "wait_through_cancellations", "without_stops"]
+__all__ = [
+    "ThreadPool",
+    "clean_up",
+    "in_thread",
+    "refuse_threads",
+    "to_the_end",
+    "wait_through_cancellations",
+    "without_stops",
+]
 
 T = TypeVar("T")
 
@@ -105,6 +113,16 @@ async def in_thread(func: Callable[..., T], /, *args: object, interrupt: Callabl
         interrupt: Called when the caller is cancelled: to make ``func`` end soon.
     """
     return await to_the_end(_submit, func, *args, patience=interrupt)
+
+
+async def clean_up(func: Callable[[], object]) -> None:
+    """Runs ``func()`` as :func:`in_thread` does; or right here, where the interpreter ends and there are no threads."""
+    try:
+        await in_thread(func)
+    except RuntimeError:
+        if not _refusing:
+            raise
+        func()
 
 
 def without_stops(func: Callable[..., T], /, *args: object) -> T:

@@ -6,6 +6,7 @@ import errno
 import secrets
 import threading
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,7 +23,7 @@ from torchferry.errors import (
     UnsupportedOptionError,
 )
 from torchferry.storage.base import MIB, Backend, Chunk, ObjectStat, Plane
-from torchferry.storage.cancellation import in_thread
+from torchferry.storage.cancellation import clean_up, in_thread
 from torchferry.storage.translation import by_status
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class GenericBackend(Backend):
             with _translated(self.url(path), "write"):
                 await self._in_turn(staged.publish)
         except BaseException:
-            await self._in_turn(staged.discard)
+            await clean_up(partial(self._take_turn, staged.discard))
             raise
         written = await self.stat(path)
         return ObjectStat(written.url, size, written.etag, dict(metadata or {}))
@@ -124,13 +125,11 @@ class GenericBackend(Backend):
             await self._in_turn(self._fs.rm_file, path)
 
     async def _in_turn(self, func: Callable[..., T], /, *args: object) -> T:
-        """Runs ``func(*args)`` in a thread, where the filesystem is to be used by one at a time."""
+        return await in_thread(self._take_turn, func, *args)
 
-        def call() -> T:
-            with self._turns:
-                return func(*args)
-
-        return await in_thread(call)
+    def _take_turn(self, func: Callable[..., T], /, *args: object) -> T:
+        with self._turns:
+            return func(*args)
 
     def _stat(self, path: str, verb: str) -> ObjectStat:
         with _translated(self.url(path), verb):

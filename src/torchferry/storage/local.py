@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from torchferry.errors import CheckpointChangedError, CheckpointNotFoundError, StorageError, StoragePermissionError
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
-from torchferry.storage.cancellation import in_thread
+from torchferry.storage.cancellation import clean_up, in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Iterator, Mapping
@@ -77,7 +77,7 @@ class LocalBackend(Backend):
                 await in_thread(self._append, path, staged, chunk)
             written = await in_thread(self._publish, path, staged)
         except BaseException:
-            await in_thread(staged.discard)
+            await clean_up(staged.discard)
             raise
         return replace(written, metadata=dict(metadata or {}))
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import anyio
 import pytest
 
+from torchferry._collector import collector_paused
 from torchferry._sync import run_on
 from torchferry.errors import (
     CheckpointChangedError,
@@ -500,7 +501,8 @@ class BackendConformance(ABC):
             return longest
 
         await store.delete(path)  # connects, which may import libraries
-        assert await run_on(store.backend.loop, run) < MOST_CPU_SECONDS_PER_STEP
+        with collector_paused():  # one pass over all that other tests have made takes as long
+            assert await run_on(store.backend.loop, run) < MOST_CPU_SECONDS_PER_STEP
 
     @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux tells the peak")
     def test_saving_512_mib_takes_at_most_96_mib(self, store: StoreUnderTest) -> None:
