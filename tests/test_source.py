@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
+import anyio
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from torchferry import source
-from torchferry.source import _Pace
+from torchferry.source import Source, _Pace
+from torchferry.storage.base import Chunk
+from torchferry.storage.generic import GenericBackend
+from torchferry.testing.conformance import stream
 
 MB = 1_000_000
 RANGE = 8 * MB
@@ -46,3 +52,27 @@ def test_a_wrong_start_is_made_good(monkeypatch: pytest.MonkeyPatch) -> None:
     for connection in (30, 60, 90):
         after = limits(monkeypatch, connection=connection * MB, link=100_000 * MB, ranges=600, jitter=0.9)
         assert after[-1] == 24
+
+
+class Counting(GenericBackend):
+    """Tells how many reads were under way at once."""
+
+    range_size = 1 << 14
+    under_way = most = 0
+
+    async def read(self, *arguments: Any) -> Chunk:
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        await anyio.sleep(0.001)
+        data = await super().read(*arguments)
+        self.under_way -= 1
+        return data
+
+
+async def test_what_is_kept_is_read_in_no_more_requests_at_once_than_what_is_streamed() -> None:
+    """A pickle of 1 GiB, say, that holds large bytes."""
+    backend, data = Counting(MemoryFileSystem()), random.Random(0).randbytes(4 << 20)
+    await backend.write("/many.pt", stream(data, 1 << 20), size_hint=len(data))
+    opened = await Source.open(backend, "/many.pt")
+    assert await opened.read(0, len(data)) == data
+    assert 8 < backend.most <= backend.range_concurrency

@@ -52,7 +52,7 @@ async def copy_async(
     """Copies a checkpoint, byte for byte, from any store to any other.
 
     It appears at ``target`` when all of it is there and every record has matched its CRC32, or not at all. Takes at
-    most 256 MiB of memory, together with all saves and copies of the process.
+    most 320 MiB of memory, together with all saves and copies of the process.
 
     Args:
         source: The URL or local path of the checkpoint.

@@ -160,10 +160,9 @@ class CheckpointStream(AsyncIterator["Chunk"]):
         window = 2 * part_size_for(self.size_hint, self._part_size)
         cost = min(copied, window) + self._write_cost(self.size_hint)
         self._reserved = PROCESS_BUDGET.take(cost, abandoned=lambda: self._closed)
-        # What comes from a device goes up over many connections; from the CPU, only storages below 1 MiB are copied.
-        self._blocks.allow(
-            window, borrows=self._storages.on_device
-        )  # never less: where more is copied than expected, the stream must not stall
+        # Never less than that: where more is copied than expected, the stream must not stall. What comes from a device
+        # takes more, to go up over many connections; from the CPU, only storages below 1 MiB are copied.
+        self._blocks.allow(window, borrows=self._storages.on_device)
         if self._callback is not None:
             self._callback.set_size(self.size_hint)
         from_thread.run_sync(self._begun.set)

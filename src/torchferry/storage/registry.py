@@ -118,7 +118,7 @@ def _filesystem_for(url: str, storage_options: Mapping[str, Any]) -> tuple[Abstr
 def _make(url: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
     make = partial(url_to_fs, url, **storage_options)
     protocol = get_protocol(url)
-    if protocol == "file":
+    if protocol in {"file", "local"}:
         return make()  # type: ignore[no-any-return]
     try:
         made = _opener(protocol).executor.submit(make)
