@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 import textwrap
+import uuid
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,21 @@ async def test_a_synchronous_save_goes_through_on_a_loop_where_others_are_under_
             await anyio.sleep(0.001)
         torchferry.save(tensors, **target)
     assert stored(target) == torch_saved(tensors)
+
+
+@pytest.mark.parametrize("plane", ["obstore", "fsspec"])
+async def test_small_tensors_go_up_in_small_parts_so_that_many_do_at_once(
+    s3_url: str, s3_storage_options: dict[str, Any], plane: Any
+) -> None:
+    """What is copied is held in 32 MiB: of parts of 16, little more than one would be under way."""
+    large = [torch.zeros(40 * MIB, dtype=torch.uint8)]
+    small = [torch.zeros(MIB // 2, dtype=torch.uint8) for _ in range(80)]
+    for obj, part_size, parts in ((large, None, 3), (small, None, 9), (small, 10 * MIB, 5)):
+        url = f"{s3_url}/{uuid.uuid4().hex}.pt"
+        stat = await torchferry.save_async(
+            obj, url, storage_options=s3_storage_options, plane=plane, part_size=part_size
+        )
+        assert str(stat.etag).strip('"').endswith(f"-{parts}")
 
 
 async def test_a_cancelled_save_leaves_what_was_there(target: dict[str, Any]) -> None:

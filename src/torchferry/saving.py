@@ -82,4 +82,6 @@ async def _save(
     write_cost = partial(backend.write_cost, part_size=part_size)
     stream = CheckpointStream(obj, write_cost=write_cost, part_size=part_size, callback=callback)
     async with stream.running():
-        return await backend.write(path, stream, size_hint=stream.size_hint, part_size=part_size, metadata=metadata)
+        return await backend.write(
+            path, stream, size_hint=stream.size_hint, part_size=stream.part_size, metadata=metadata
+        )

@@ -40,6 +40,7 @@ __all__ = ["CheckpointStream"]
 
 _ZERO_COPY_FROM = MIB  # a smaller view is cheaper to copy than to hand over on its own
 _PIECE = 8 * MIB  # a large view is handed over in pieces: stores bound what is under way by counting what they get
+_SMALL_PART = 5 * MIB  # where most is copied, so that the window holds some of them: 5 MiB is the least that S3 takes
 _QUEUE = 4  # chunks between torch.save and the store
 _RECORD_OVERHEAD = 256  # bytes of zip headers, padding and directory for a record, at most (64-byte alignment)
 
@@ -52,11 +53,12 @@ class CheckpointStream(AsyncIterator["Chunk"]):
     Args:
         obj: Anything that ``torch.save`` takes.
         write_cost: How many bytes of memory the consumer will need, given the size of the stream in bytes.
-        part_size: Bytes in a part of the consumer's, where the user chose: it may hold back that much.
+        part_size: Bytes in a part of the consumer's, where the user chose.
         callback: Told the size, and of bytes as they are taken.
 
     Attributes:
         size_hint: About how many bytes the chunks are together; known while running.
+        part_size: Bytes in a part of the consumer's, which may hold back that much; None for its own default.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class CheckpointStream(AsyncIterator["Chunk"]):
         self.size_hint = 0
         self._obj = obj
         self._write_cost = write_cost
-        self._part_size = part_size
+        self.part_size = part_size
         self._callback = callback
         self._send, self._receive = anyio.create_memory_object_stream[Chunk](_QUEUE)
         self._storages = _Storages()
@@ -157,7 +159,9 @@ class CheckpointStream(AsyncIterator["Chunk"]):
         copied = pickle_size + self._storages.copied_bytes + _RECORD_OVERHEAD * (len(self._storages) + 8)
         self.size_hint = copied + self._storages.lent_bytes
         # A store holds up to a part back before it sends any of it: with twice that there is always room to go on.
-        window = 2 * part_size_for(self.size_hint, self._part_size)
+        window = 2 * part_size_for(self.size_hint, self.part_size)
+        if self.part_size is None and self._storages.copied_bytes > self._storages.lent_bytes:
+            self.part_size = _SMALL_PART
         cost = min(copied, window) + self._write_cost(self.size_hint)
         self._reserved = PROCESS_BUDGET.take(cost, abandoned=lambda: self._closed)
         # Never less than that: where more is copied than expected, the stream must not stall. What comes from a device
