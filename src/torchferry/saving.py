@@ -45,7 +45,8 @@ async def save_async(
         url: An fsspec URL or a local path.
         storage_options: Arguments for the fsspec filesystem of ``url``.
         filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
-        part_size: Bytes in a part of a multipart upload, instead of 16 MiB (or what the size needs).
+        part_size: Bytes in a part of a multipart upload, instead of 16 MiB (5 MiB where most of it is copied; more
+            where the size needs it).
         metadata: User metadata to store with the object, where the store can: names that HTTP takes for a field, and
             strings of printable characters.
         plane: Which client moves the bytes: "fsspec", "obstore", or "auto", the faster one that honours
