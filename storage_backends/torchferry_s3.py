@@ -485,10 +485,12 @@ _ADDITIONAL_KWARGS = names(
     "RequestPayer"
 )
 _UNSAID_BY_A_URL = names("RequestPayer SSECustomerKey ExpectedBucketOwner")
-_FOR_THE_AWS_CLI = names(
-    "max_concurrent_requests max_queue_size multipart_threshold multipart_chunksize max_bandwidth io_chunksize "
-    "preferred_transfer_client target_bandwidth"
-)  # in the section "s3" of the AWS configuration file; botocore leaves them alone
+# In the section "s3" of the AWS configuration file: what is part of the address that botocore gives, and what is for
+# the AWS CLI alone.
+_NOTHING_TO_TRANSLATE = names(
+    "us_east_1_regional_endpoint max_concurrent_requests max_queue_size multipart_threshold multipart_chunksize "
+    "max_bandwidth io_chunksize preferred_transfer_client target_bandwidth"
+)
 _MOST_CONNECTIONS = Backend.range_concurrency
 
 
@@ -646,11 +648,10 @@ class _Bridge:
 
 def _store_config(fs: S3FileSystem, config: Any) -> dict[str, Any]:
     """The ``S3Config`` settings that do not depend on the bucket."""
-    s3 = {name: value for name, value in (config.s3 or {}).items() if value not in {None, False}}
-    s3.pop("us_east_1_regional_endpoint", None)  # part of the address that botocore gives
-    if s3.get("signature_version") == "s3v4":
-        del s3["signature_version"]  # obstore's only one
-    s3 = {name: value for name, value in s3.items() if name not in _FOR_THE_AWS_CLI}
+    asked_for = {name: value for name, value in (config.s3 or {}).items() if value not in {None, False}}
+    if asked_for.get("signature_version") == "s3v4":
+        del asked_for["signature_version"]  # obstore's only one
+    s3 = {name: value for name, value in asked_for.items() if name not in _NOTHING_TO_TRANSLATE}
     require_known("the S3 configuration", s3, _S3_CONFIG)
     if config.signature_version not in {None, "s3v4", UNSIGNED}:
         raise UntranslatableError(f"the signature version {config.signature_version!r}")

@@ -105,7 +105,6 @@ def test_directory_of_a_store_is_reached_as_the_store_is(tmp_path: Path) -> None
     assert path == str(tmp_path / "a/b/run[1]/x?.pt")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of FTPFileSystem's own __del__
 def test_filesystem_that_does_not_connect_holds_up_no_other(tmp_path: Path) -> None:
     begun, ended = threading.Event(), threading.Event()
 
@@ -137,7 +136,7 @@ def test_credentials_that_are_not_there_are_a_permission_error(monkeypatch: pyte
         open_backend("gs://bucket/x.pt", storage_options={"token": "google_default", "project": "p"})
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # fsspec's ftp, in __del__
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of FTPFileSystem's own __del__
 def test_setting_that_the_filesystem_needs_is_named() -> None:
     with pytest.raises(UnsupportedOptionError, match="host"):
         open_backend("ftp://")

@@ -11,6 +11,7 @@ import textwrap
 import threading
 import types
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import anyio
@@ -126,6 +127,15 @@ async def test_torch_computes_no_crc32_of_what_torchferry_fills_in() -> None:
     assert option()
 
 
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    """Whether this torch is known is asked again in the test, and after it."""
+    stream_module._can_fill.cache_clear()
+    yield
+    stream_module._can_fill.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
 def test_a_torch_that_writes_otherwise_computes_its_own_crc32s(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.arange(MIB)
     for broken in (lambda _, data: data, lambda _, data: bytes(data)[::-1], lambda *_: 1 / 0):
@@ -134,22 +144,23 @@ def test_a_torch_that_writes_otherwise_computes_its_own_crc32s(monkeypatch: pyte
             patched.setattr(stream_module.Crc32Filler, "_on_header", broken)
             assert b"".join(anyio.run(chunks_of, tensor)) == torch_saved(tensor)
             assert not stream_module._can_fill()
-    stream_module._can_fill.cache_clear()
 
 
+@pytest.mark.usefixtures("asked_anew")
 def test_a_later_torch_computes_its_own_crc32s_until_somebody_has_looked_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream_module._can_fill.cache_clear()
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.99.0"))
-        assert not stream_module._can_fill()
-    stream_module._can_fill.cache_clear()
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.99.0"))
+    assert not stream_module._can_fill()
 
 
 async def test_too_little_memory_for_a_block_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def take(_blocks: Any) -> None:
+    """Though torch.save goes on to end the archive, as if the record that broke off had not been."""
+    take = stream_module.Blocks.take
+
+    def fail_once(_blocks: Any) -> None:
+        monkeypatch.setattr(stream_module.Blocks, "take", take)
         raise MemoryError("no room")
 
-    monkeypatch.setattr(stream_module.Blocks, "take", take)
+    monkeypatch.setattr(stream_module.Blocks, "take", fail_once)
     with pytest.raises(MemoryError, match="no room"):
         await drain(CheckpointStream([torch.ones(3)]))
 

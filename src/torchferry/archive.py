@@ -165,6 +165,11 @@ class Archive:
         """The offsets of the local headers (of :data:`LOCAL_HEADER_SIZE` bytes) that :meth:`settle` wants to see."""
         return [self._entries[index].header_offset for index in self.unproven]
 
+    @property
+    def has_crc32s(self) -> bool:
+        """Whether any record carries one; none does under ``torch.serialization.set_crc32_options(False)``."""
+        return any(record.crc32 is not None for record in self.records)
+
     def settle(self, headers: Mapping[int, bytes]) -> Archive:
         """The archive with the offsets that its local headers give.
 

@@ -19,6 +19,7 @@ from torchferry.archive import (
     DESCRIPTOR_SIGNATURE,
     FLAG_DESCRIPTOR,
     LOCAL_HEADER,
+    LOCAL_HEADER_SIZE,
     LOCAL_SIGNATURE,
 )
 from torchferry.errors import CheckpointCorruptError
@@ -72,7 +73,7 @@ class Crc32Filler:
         self.fill = self._on_descriptor
 
     def _on_header(self, data: Chunk) -> Chunk:
-        if len(data) != LOCAL_HEADER.size:
+        if len(data) != LOCAL_HEADER_SIZE:
             return self._on_directory(data)
         signature, _, flags, _, _, _, _, _, _, _, self._extra_size = LOCAL_HEADER.unpack(data)
         if signature != LOCAL_SIGNATURE:

@@ -104,7 +104,7 @@ async def _copy(
 ) -> ObjectStat:
     source = await Source.open(reader, source_path)
     archive = await source.read_archive() if verify else None
-    if verify and (archive is None or all(record.crc32 is None for record in archive.records)):
+    if verify and (archive is None or not archive.has_crc32s):
         reason = "it is not a zip file of torch.save" if archive is None else "it was saved without them"
         raise CheckpointFormatError(f"{source.url} carries no checksums: {reason}. Copy it with verify=False.")
     checksums = await in_thread(Checksums, archive.records if archive else (), source.url)

@@ -217,7 +217,7 @@ async def _verify(backend: Backend, path: str, callback: Callback) -> Manifest:
     source = await Source.open(backend, path)
     archive = await _read_archive(source)
     pickled = await _read_pickle(source, archive, verify=True)
-    if all(record.crc32 is None for record in archive.records):
+    if not archive.has_crc32s:
         raise CheckpointFormatError(
             f"{source.url} carries no checksums to verify: it was saved under "
             "torch.serialization.set_crc32_options(False)."

@@ -210,12 +210,8 @@ class _Writer:
         if self._filled + size <= len(self._block):  # the fast way for the many small writes
             self._block[self._filled : self._filled + size] = filled
             self._filled += size
-            return size
-        try:
+        else:
             self._copy(memoryview(filled))
-        except BaseException:
-            self._filler = None  # torch still ends the archive, which nobody will have: not where the filler thinks
-            raise
         return size
 
     def flush(self) -> None:
@@ -263,8 +259,9 @@ class _Storages:
             return
         self._seen.add(key)
         size = storage.nbytes()
-        self.on_device |= storage.device.type != "cpu"
-        if storage.device.type == "cpu" and size >= _ZERO_COPY_FROM:
+        on_cpu = storage.device.type == "cpu"
+        self.on_device |= not on_cpu
+        if on_cpu and size >= _ZERO_COPY_FROM:
             insort(self._by_address, (storage.data_ptr(), size, len(self._storages)))
             self._storages.append(storage)
             self.lent_bytes += size
