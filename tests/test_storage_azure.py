@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ from torchferry.storage.multipart import PartSizes, part_size_for
 from torchferry.storage.registry import open_backend
 from torchferry.testing import CloudConformance, StoreUnderTest
 from torchferry.testing.azure import AzureServer, azurite, connection_string_for
-from torchferry.testing.conformance import SourceError, stream
+from torchferry.testing.conformance import SourceError, cancel_at_the_end, stream
 from torchferry.testing.faultproxy import Fault, FaultProxy
 from torchferry.testing.tokens import TokenServer
 
@@ -376,11 +377,7 @@ async def test_cancel_while_a_block_hangs_leaves_nothing(
     monkeypatch.setattr("torchferry.storage.obstore._ABORT_SECONDS", 2.0)
     store, proxy = faulty(plane, Fault(method="PUT", target="comp=block&", skip=1, hang=True, times=None))
     path = store.path("checkpoint.pt")
-    task = asyncio.create_task(store.write(path, stream(DATA, MIB)))
-    await asyncio.to_thread(proxy.wait_for, "PUT", "comp=block&", count=3)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await cancel_at_the_end(store, path, DATA, partial(proxy.wait_for, "PUT", "comp=block&", count=3))
     assert store.leftovers() == []
     assert "may still be there" not in caplog.text
 

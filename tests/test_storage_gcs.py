@@ -4,8 +4,9 @@ import asyncio
 import dataclasses
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ from torchferry.errors import (
 from torchferry.storage.base import MIB, Backend, Plane
 from torchferry.storage.registry import open_backend
 from torchferry.testing import CloudConformance, StoreUnderTest
-from torchferry.testing.conformance import stream
+from torchferry.testing.conformance import cancel_at_the_end, stream
 from torchferry.testing.faultproxy import Fault, Head
 from torchferry.testing.fixtures import GcsClient
 from torchferry.testing.gcs import GcsServer, TokenProxy
@@ -248,25 +249,42 @@ async def test_read_is_pinned_to_the_etag_where_the_server_has_no_generations(
     assert recording_proxy.pins[-1] == written.etag
 
 
-async def test_cancel_while_a_part_hangs_says_on_the_obstore_plane_that_parts_may_be_left(
-    xml_client: Any,
-    xml_url: str,
-    gcs_xml: tuple[TokenProxy, GcsServer],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+@pytest.fixture
+def hanging_part(
+    xml_client: Any, xml_url: str, gcs_xml: tuple[TokenProxy, GcsServer], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[GcsXmlStore, TokenProxy]]:
     monkeypatch.setattr("torchferry.storage.obstore._ABORT_SECONDS", 2.0)
     hanging = Fault(method="PUT", target="partNumber=2", hang=True, times=None)
     with TokenProxy(gcs_xml[1].port, hanging) as proxy:
-        store = GcsXmlStore(xml_client, xml_url, with_token("ferry-test-token", proxy.endpoint))
-        path = store.path("checkpoint.pt")
-        task = asyncio.create_task(store.write(path, stream(DATA, MIB)))
-        await asyncio.to_thread(proxy.wait_for, "PUT", "partNumber=2")
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        yield GcsXmlStore(xml_client, xml_url, with_token("ferry-test-token", proxy.endpoint)), proxy
+
+
+async def test_cancel_while_a_part_hangs_says_on_the_obstore_plane_that_parts_may_be_left(
+    hanging_part: tuple[GcsXmlStore, TokenProxy], caplog: pytest.LogCaptureFixture
+) -> None:
+    store, proxy = hanging_part
+    path = store.path("checkpoint.pt")
+    await cancel_at_the_end(store, path, DATA, partial(proxy.wait_for, "PUT", "partNumber=2"))
     assert not store.raw_exists(path)
     assert f"What was staged for gs://{path} may still be there" in caplog.text
+
+
+async def test_cancel_while_a_part_hangs_and_more_is_to_come_leaves_nothing(
+    hanging_part: tuple[GcsXmlStore, TokenProxy], caplog: pytest.LogCaptureFixture
+) -> None:
+    store, proxy = hanging_part
+
+    async def unending() -> AsyncIterator[bytes]:
+        yield DATA
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(store.write(store.path("checkpoint.pt"), unending()))
+    await asyncio.to_thread(proxy.wait_for, "PUT", "partNumber=2")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert store.leftovers() == []
+    assert caplog.text == ""
 
 
 # --- components

@@ -36,7 +36,7 @@ from torchferry.storage import bridge
 from torchferry.storage.base import MIB, Backend, ObjectStat, Plane
 from torchferry.storage.registry import open_backend
 from torchferry.testing import CloudConformance, StoreUnderTest
-from torchferry.testing.conformance import READS, Reads, stream
+from torchferry.testing.conformance import READS, Reads, cancel_at_the_end, stream
 from torchferry.testing.faultproxy import Fault
 from torchferry.testing.servers import storage_options_for
 
@@ -320,17 +320,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchferry.storage.obstore._ABORT_SECONDS", 2.0)
 
 
-async def cancel_while_a_part_hangs(
-    store: S3Store, faulty: FaultyS3, path: str, *, meanwhile: Callable[[], object] = lambda: None
-) -> None:
-    task = asyncio.create_task(store.write(path, stream(DATA, MIB)))
-    await asyncio.to_thread(faulty.proxy.wait_for, "PUT", "partNumber=2")
-    meanwhile()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-
 HANGING_PART = Fault(method="PUT", target="partNumber=2", hang=True, times=None)
 
 
@@ -342,7 +331,7 @@ async def test_cancel_while_a_part_hangs_leaves_nothing(
     path = store.path("checkpoint.pt")
     other = store._address(f"{path}.other")
     s3_client.create_multipart_upload(**other)
-    await cancel_while_a_part_hangs(store, faulty, path)
+    await cancel_at_the_end(store, path, DATA, partial(faulty.proxy.wait_for, "PUT", "partNumber=2"))
     assert not store.raw_exists(path)
     assert store.leftovers() == [other["Key"]]
     assert caplog.text == ""
@@ -356,8 +345,12 @@ async def test_cancel_while_a_part_hangs_leaves_all_uploads_where_it_cannot_tell
     faulty = faulty_s3(_fresh(HANGING_PART))
     store = S3Store(s3_client, s3_url, faulty.storage_options, "obstore")
     path = store.path("checkpoint.pt")
-    another = partial(s3_client.create_multipart_upload, **store._address(path))
-    await cancel_while_a_part_hangs(store, faulty, path, meanwhile=another)
+
+    def open_another() -> None:
+        faulty.proxy.wait_for("PUT", "partNumber=2")
+        s3_client.create_multipart_upload(**store._address(path))
+
+    await cancel_at_the_end(store, path, DATA, open_another)
     assert len(store.leftovers()) == 2
     assert f"s3://{path}: 2 could be the one" in caplog.text
 

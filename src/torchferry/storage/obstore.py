@@ -316,7 +316,8 @@ class _Interruptible(AsyncIterator["Chunk"]):
 async def _interruptible(put: Awaitable[Any], source: _Interruptible, remove: Callable[[], Awaitable[None]]) -> Any:
     """Awaits ``put``; on cancel has it abort its upload, and waits for that, before the cancel goes on.
 
-    Obstore aborts when the requests under way have ended. Where one hangs, ``remove`` is called in the end.
+    Obstore aborts at once if it still asks for chunks; after the last one it waits for the requests under way, and
+    where one of those hangs, ``remove`` is called in the end.
     """
     future = asyncio.ensure_future(put)
     try:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from functools import cache
@@ -152,6 +153,20 @@ async def stream(data: bytes, piece: int, *, then: Callable[[], Any] | None = No
         yield view[start : start + piece]
     if then is not None:
         then()
+
+
+async def cancel_at_the_end(store: StoreUnderTest, path: str, data: bytes, under_way: Callable[[], object]) -> None:
+    """Cancels a write of ``data`` when the backend has taken all of it and ``under_way()`` has returned.
+
+    Before it has taken all, obstore still asks for more, and has another way to end.
+    """
+    taken = threading.Event()
+    task = asyncio.create_task(store.write(path, stream(data, MIB, then=taken.set)))
+    await asyncio.to_thread(under_way)
+    await asyncio.to_thread(taken.wait, 30.0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 def _raise_source_error() -> None:
