@@ -493,6 +493,27 @@ async def test_a_pickle_that_weights_only_cannot_read(stored: Callable[[bytes], 
     assert (await load_async(url, weights_only=False))["a"].tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("weights_only", [True, False])
+@pytest.mark.parametrize("checked", [True, False])
+def test_sparse_tensors_are_checked_when_torch_checks_them(
+    stored: Callable[[bytes], str], weights_only: bool, checked: bool
+) -> None:
+    """From torch 2.14 always with weights_only, since indices out of bounds read other memory; before, on request."""
+    beyond = torch.sparse_coo_tensor(torch.tensor([[9]]), torch.ones(1), (3,), check_invariants=False)
+    data = saved({"beyond": beyond})
+
+    def outcome(load: Callable[[], Any]) -> str:
+        try:
+            return str(list(load()))
+        except RuntimeError as error:
+            return str(error)
+
+    with torch.sparse.check_sparse_tensor_invariants(checked):
+        expected = outcome(lambda: reference(data, weights_only=weights_only))
+        assert outcome(lambda: torchferry.load(stored(data), weights_only=weights_only)) == expected
+    assert ("inconsistent with indices" in expected) >= checked
+
+
 async def test_loading_runs_no_code_of_the_checkpoint(stored: Callable[[bytes], str], tmp_path: pathlib.Path) -> None:
     marker = tmp_path / "ran"
 

@@ -108,6 +108,7 @@ async def test_a_quantized_tensor_is_saved_as_torch_does() -> None:
     assert b"".join(await chunks_of(obj)) == torch_saved(obj)
 
 
+@pytest.mark.skipif(not torch.__version__.startswith(stream_module._FILLED), reason="this torch computes its own")
 async def test_torch_computes_no_crc32_of_what_torchferry_fills_in() -> None:
     """It would be the slowest part of a save, and hold back the first byte of a storage until its last is read."""
     tensors = [torch.full((3 * MIB,), 7, dtype=torch.uint8), torch.ones(3)]
@@ -240,18 +241,30 @@ async def test_a_chunk_keeps_its_storage_alive() -> None:
     assert gone() is None
 
 
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def _torch_save_keeps_storages() -> bool:
+    storage = torch.zeros(1).untyped_storage()
+    torch.save(storage, io.BytesIO())
+    kept = weakref.ref(storage)
+    del storage
+    return kept() is not None
+
+
+@pytest.mark.usefixtures("no_collector")
 async def test_a_finished_stream_keeps_no_memory_even_where_the_collector_never_runs() -> None:
     storage = torch.zeros(2 * MIB, dtype=torch.uint8).untyped_storage()
     stream = CheckpointStream([storage, [torch.zeros(MIB // 8) for _ in range(20)]])
-    gc.disable()
-    try:
-        await drain(stream)
-        assert not stream._blocks._spare
-        gone = weakref.ref(storage)
-        del storage
-        assert gone() is None
-    finally:
-        gc.enable()
+    await drain(stream)
+    assert not stream._blocks._spare
+    kept = weakref.ref(storage)
+    del storage
+    assert kept() is None or _torch_save_keeps_storages()  # torch 2.7 does, itself
 
 
 async def test_copied_chunks_are_not_overwritten_while_anyone_holds_a_slice_of_them() -> None:

@@ -34,10 +34,10 @@ _HUGE_PAGE = 2 << 20  # bytes, on x86 and on arm64 with small pages of 4 KiB
 _MAP_NORESERVE = 0x4000  # Linux, on all architectures that torch runs on; Python has a name for it since 3.13
 
 # torch.load maps a file and hands the mapping to this function. Ours is no file, so it is called directly: it is the
-# same from torch 2.7 to 2.13. Where it is not what it was, torch.load reads the mirror as a file object, and copies.
-_LOADS_FROM_STORAGE = {"zip_file", "map_location", "pickle_module", "overall_storage"} <= set(
-    inspect.signature(serialization._load).parameters  # noqa: SLF001
-)
+# same from torch 2.7 to 2.14. Where it is not what it was, torch.load reads the mirror as a file object, and copies.
+_PARAMETERS = set(inspect.signature(serialization._load).parameters)  # noqa: SLF001
+_LOADS_FROM_STORAGE = {"zip_file", "map_location", "pickle_module", "overall_storage"} <= _PARAMETERS
+_TAKES_WEIGHTS_ONLY = "weights_only" in _PARAMETERS  # from torch 2.14: it then checks the indices of sparse tensors
 
 
 class Mirror:
@@ -100,9 +100,10 @@ class Mirror:
         storage = torch.frombuffer(self._memory, dtype=torch.uint8).untyped_storage()  # keeps the memory
         self._memory.seek(0)
         unpickler = _weights_only_unpickler if weights_only else pickle
+        options = {"weights_only": weights_only} if _TAKES_WEIGHTS_ONLY else {}
         with serialization._open_zipfile_reader(self._memory) as reader:  # type: ignore[arg-type]  # noqa: SLF001
             return serialization._load(  # type: ignore[no-untyped-call]  # noqa: SLF001
-                reader, map_location, unpickler, overall_storage=storage, encoding="utf-8"
+                reader, map_location, unpickler, overall_storage=storage, encoding="utf-8", **options
             )
 
     def load_copy(self, *, map_location: Any, weights_only: bool) -> Any:

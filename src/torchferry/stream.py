@@ -42,6 +42,7 @@ _ZERO_COPY_FROM = MIB  # a smaller view is cheaper to copy than to hand over on 
 _PIECE = 8 * MIB  # a large view is handed over in pieces: stores bound what is under way by counting what they get
 _SMALL_PART = 5 * MIB  # where most is copied, so that the window holds some of them: 5 MiB is the least that S3 takes
 _QUEUE = 4  # chunks between torch.save and the store
+_FILLED = ("2.13.", "2.14.")  # the versions of torch whose CRC32s Crc32Filler fills in
 _RECORD_OVERHEAD = 256  # bytes of zip headers, padding and directory for a record, at most (64-byte alignment)
 
 
@@ -292,10 +293,10 @@ class _Storages:
 def _can_fill() -> bool:
     """Whether this torch, told to leave CRC32s out, writes what Crc32Filler knows.
 
-    That is 2.13: up to some version before, the option is one for all threads; a later one is for somebody to look at,
-    and computes its own CRC32s until then. Tried on a small archive, for a torch that somebody has built or patched.
+    Those of _FILLED: up to some version before, the option is one for all threads; a later one is for somebody to look
+    at, and computes its own CRC32s until then. Tried on a small archive, for a torch that somebody built or patched.
     """
-    if not torch.__version__.startswith("2.13."):
+    if not torch.__version__.startswith(_FILLED):
         return False
     looks_like_a_descriptor = torch.frombuffer(bytearray(DESCRIPTOR_SIGNATURE * 4), dtype=torch.uint8)
     obj = [torch.empty(0), looks_like_a_descriptor, torch.ones(MIB)]
