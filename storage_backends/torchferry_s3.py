@@ -33,7 +33,6 @@ from torchferry.errors import (
     CheckpointNotFoundError,
     StorageError,
     StoragePermissionError,
-    UnsupportedOptionError,
 )
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
 from torchferry.storage.body import SEND_PIECE, RequestBody, whole_or_not_at_all
@@ -513,6 +512,11 @@ class _S3ThroughObstore(ObstoreBackend):
         super().__init__("s3", bridge.open_store, forget=fs.invalidate_cache, verify=bridge.verify)
         self._through_s3fs = S3Backend(bridge.fs)
 
+    def can_hold(self, path: str) -> bool:
+        """Nor does obstore know access points by their ARN, or how to sign for directory buckets."""
+        bucket, _, _ = path.partition("/")
+        return super().can_hold(path) and not (bucket.startswith("arn:") or bucket.endswith("--x-s3"))
+
     async def abort_upload(self, path: str, age: float) -> None:
         await run_on(self._through_s3fs.loop, self._through_s3fs.abort_upload, path, age)
 
@@ -584,10 +588,6 @@ class _Bridge:
 
     async def open_store(self, bucket: str) -> Any:
         """The store of a bucket; on any event loop."""
-        if bucket.startswith("arn:") or bucket.endswith("--x-s3"):
-            raise UnsupportedOptionError(
-                f"s3://{bucket}: access points and directory buckets need plane='fsspec' (or TORCHFERRY_PLANE=fsspec)."
-            )
         with _translated(f"s3://{bucket}", "connect to"):
             address = await run_on(self.fs.loop, self._resolve, bucket)
         return S3Store(

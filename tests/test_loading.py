@@ -405,6 +405,12 @@ async def test_an_unknown_key_lists_those_that_are(stored: Callable[[bytes], str
         await load_async(url, keys=("model",))
 
 
+async def test_an_unknown_key_of_very_many_lists_some(stored: Callable[[bytes], str]) -> None:
+    url = stored(saved({f"layer.{i}": i for i in range(1000)}))
+    with pytest.raises(CheckpointKeyError, match=r"'layer.49' and 950 more\.$"):
+        await load_async(url, keys=("layer",))
+
+
 async def test_keys_of_what_is_no_dict(stored: Callable[[bytes], str]) -> None:
     with pytest.raises(CheckpointFormatError, match="no dict"):
         await load_async(stored(saved([torch.ones(1)])), keys=("a",))

@@ -139,7 +139,13 @@ def test_credentials_that_are_not_there_are_a_permission_error(monkeypatch: pyte
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of FTPFileSystem's own __del__
 def test_setting_that_the_filesystem_needs_is_named() -> None:
     with pytest.raises(UnsupportedOptionError, match="host"):
-        open_backend("ftp://")
+        open_backend("ftp:///x.pt")
+
+
+@pytest.mark.parametrize("url", ["memory://a/", "s3://bucket/", "/tmp/", "file:///tmp/a/"])
+def test_url_of_a_directory_is_refused(url: str) -> None:
+    with pytest.raises(UnsupportedURLError, match=r"checkpoint\.pt"):
+        open_backend(url)
 
 
 def test_storage_options_and_filesystem_contradict_each_other() -> None:

@@ -7,7 +7,7 @@ import tarfile
 import threading
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -138,6 +138,30 @@ class RefusesInSilence(MemoryFileSystem):
     def mv(self, path1: str, path2: str, **_kwargs: Any) -> None:
         if not self.exists(path2):
             super().mv(path1, path2)
+
+
+class CannotDelete(MemoryFileSystem):
+    """Some may write and not delete: their credentials, or what a store is for (WORM)."""
+
+    protocol = "undeletable"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    def rm_file(self, path: str) -> None:
+        raise PermissionError(path)
+
+
+async def test_temporary_file_that_cannot_be_removed_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    store = FsspecStore(CannotDelete(), f"/{uuid.uuid4().hex}")
+
+    async def failing() -> AsyncIterator[bytes]:
+        yield b"x"
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await store.write(store.path("x.pt"), failing())
+    (left,) = store.leftovers()
+    assert left in caplog.text
 
 
 async def test_move_that_is_refused_in_silence_is_an_error() -> None:

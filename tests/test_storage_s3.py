@@ -435,6 +435,16 @@ async def test_key_that_obstore_would_change_goes_through_the_fsspec_plane(
     assert await torchferry.load_async(url, storage_options=s3_storage_options) == {"a": 1}
 
 
+@pytest.mark.parametrize(
+    "bucket", ["arn:aws:s3:us-east-1:123456789012:accesspoint/checkpoints", "checkpoints--use1-az4--x-s3"]
+)
+def test_access_points_and_directory_buckets_go_through_the_fsspec_plane(
+    s3_storage_options: dict[str, Any], bucket: str
+) -> None:
+    backend, path = open_backend(f"s3://{bucket}/a/b.pt", storage_options=s3_storage_options)
+    assert (backend.plane, path) == ("fsspec", f"{bucket}/a/b.pt")
+
+
 @contextlib.asynccontextmanager
 async def _store_that_answers(answer: str, etag: str, plane: Plane, **options: Any) -> AsyncIterator[S3Store]:
     """A store that gives every request one answer: the status line's end, more header fields, and the body."""

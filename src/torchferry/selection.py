@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from torchferry.graph import Graph
 
 __all__ = ["Selection", "check_graph", "check_keys", "select_keys", "unsafe_message"]
+
+_SHOWN_KEYS = 50  # in the message about one that is not there
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +71,9 @@ def check_keys(checkpoint: Any, keys: Sequence[str], url: str) -> None:
     if not isinstance(checkpoint, dict):
         raise CheckpointFormatError(f"{url} holds no dict, so it has no keys to choose from: load it without keys=.")
     if missing := [key for key in keys if key not in checkpoint]:
-        raise CheckpointKeyError(
-            f"{url} has no key {', '.join(map(repr, missing))}; its keys are {', '.join(map(repr, checkpoint))}."
-        )
+        those = ", ".join(map(repr, islice(checkpoint, _SHOWN_KEYS)))
+        more = f" and {len(checkpoint) - _SHOWN_KEYS} more" if len(checkpoint) > _SHOWN_KEYS else ""
+        raise CheckpointKeyError(f"{url} has no key {', '.join(map(repr, missing))}; its keys are {those}{more}.")
 
 
 def select_keys(graph: Graph, archive: Archive, keys: Sequence[str], map_location: Any) -> Selection | None:

@@ -92,7 +92,7 @@ class Backend(ABC):
         """
 
     def can_hold(self, path: str) -> bool:
-        """Whether this plane keeps the name as it is; True by default. Where not, "auto" takes the fsspec plane."""
+        """Whether this plane reaches the name as it is; True by default. Where not, "auto" takes the fsspec plane."""
         del path
         return True
 

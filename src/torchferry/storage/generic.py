@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import secrets
 import threading
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterator, Mapping
 
 __all__ = ["GenericBackend"]
+
+logger = logging.getLogger("torchferry.storage")
 
 T = TypeVar("T")
 
@@ -211,8 +214,11 @@ class _StagedFile:
         if self._file is not None:
             with suppress(Exception):
                 self._file.close()
-            with suppress(Exception):
-                self._fs.rm_file(self._temporary)
+            try:
+                with suppress(FileNotFoundError):
+                    self._fs.rm_file(self._temporary)
+            except Exception as error:  # noqa: BLE001 - the error that is on its way matters more
+                logger.warning("A temporary file is left behind at %s: %s", self._temporary, _describe(error))
             self._file = None
 
 

@@ -230,8 +230,8 @@ class ObstoreBackend(Backend):
         require_key(self.url(path), key)
         if not self.can_hold(path):
             raise UnsupportedOptionError(
-                f"{self.url(path)}: obstore would not keep this name as it is: correct it (an empty part, such as in "
-                "'a//b', is often a slip), or use plane='fsspec' (or TORCHFERRY_PLANE=fsspec)."
+                f"{self.url(path)}: obstore does not reach this name: correct it (an empty part, such as in 'a//b', "
+                "is often a slip), or use plane='fsspec' (or TORCHFERRY_PLANE=fsspec)."
             )
         if bucket not in self._stores:
             with self._translated(path, "open"):

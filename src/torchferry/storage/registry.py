@@ -56,12 +56,14 @@ def open_backend(
             which is "auto" by default.
 
     Raises:
-        UnsupportedURLError: fsspec knows no such protocol.
+        UnsupportedURLError: fsspec knows no such protocol, or the URL is a directory's.
         BackendNotInstalledError: the protocol's library is not installed.
         UnsupportedOptionError: the options contradict each other, or the forced plane cannot honour them.
         StorageError: what a chained URL (``zip://x::file.zip``) starts from cannot be opened.
     """
     url = os.fspath(url)
+    if url.endswith("/"):
+        raise UnsupportedURLError(f"{url} names a directory: add the name of a file, such as {url}checkpoint.pt")
     plane = _resolve_plane(plane)
     if filesystem is None:
         filesystem, path = _filesystem_for(url, storage_options or {})
