@@ -283,7 +283,11 @@ async def test_a_file_with_another_alignment(stored: Callable[[bytes], str]) -> 
     assert saved(await load_async(stored(data))) == saved(reference(data))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*TorchScript archive:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:DeprecationWarning",
+    "ignore:.*torch.jit:FutureWarning",
+    "ignore:.*TorchScript archive:UserWarning",
+)
 async def test_torchscript_is_named_or_loaded(stored: Callable[[bytes], str]) -> None:
     file = io.BytesIO()
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 3)), file)
