@@ -479,10 +479,11 @@ async def test_filesystem_made_for_its_users_loop_works(
 
 async def test_adlfs_sees_what_was_written(store: AzureStore, azure_storage_options: dict[str, Any]) -> None:
     fs = AzureBlobFileSystem(**azure_storage_options)
-    path = store.path("directory/checkpoint.pt")
+    url = f"abfs://{store.path('directory/checkpoint.pt')}"
+    backend, path = open_backend(url, filesystem=fs, plane=store.backend.plane)
     store.raw_write(store.path("directory/other.pt"), b"1")
     assert len(fs.ls(fs._parent(path))) == 1
-    await store.write(path, stream(b"12345", 2))
+    await run_on(backend.loop, backend.write, path, stream(b"12345", 2), size_hint=5)
     assert path in fs.ls(fs._parent(path))
 
 
