@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
-import ipaddress
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+import trustme
 from adlfs import AzureBlobFileSystem
 from azure.core import MatchConditions
 from azure.core.exceptions import HttpResponseError, ResourceModifiedError
@@ -30,9 +30,6 @@ from azure.storage.blob import (
 )
 from azure.storage.blob import BlobServiceClient as SyncBlobServiceClient
 from azure.storage.blob.aio import BlobServiceClient
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 import torchferry
 import torchferry_azure
@@ -490,36 +487,33 @@ async def test_adlfs_sees_what_was_written(store: AzureStore, azure_storage_opti
 # --- over TLS, which adlfs insists on for everything but connection strings
 
 
-def write_certificate(stem: Path, issuer: Path | None) -> tuple[Path, Path]:
-    """Writes a certificate for 127.0.0.1, or without an issuer one that issues; returns its file and its key's."""
-    pem = serialization.Encoding.PEM
-    key = ec.generate_private_key(ec.SECP256R1())
-    signing_key: Any = key
-    if issuer:
-        signing_key = serialization.load_pem_private_key(issuer.with_suffix(".key").read_bytes(), None)
-    names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]) for name in ("authority", stem.name)]
-    now = datetime.now(UTC)
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    certificate = (
-        x509.CertificateBuilder(*names, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
-        .sign(signing_key, hashes.SHA256())
-    )
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    """Who issues certificates for 127.0.0.1."""
+    return trustme.CA(key_type=trustme.KeyType.ECDSA)
+
+
+def write_certificate(stem: Path, authority: trustme.CA) -> tuple[Path, Path]:
+    """Writes a certificate for 127.0.0.1; returns its file and its key's."""
+    issued = authority.issue_cert("127.0.0.1", key_type=trustme.KeyType.ECDSA)
     files = stem.with_suffix(".pem"), stem.with_suffix(".key")
-    files[0].write_bytes(certificate.public_bytes(pem))
-    files[1].write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    files[0].write_bytes(issued.cert_chain_pems[0].bytes())
+    files[1].write_bytes(issued.private_key_pem.bytes())
     return files
 
 
 @pytest.fixture(scope="session")
-def tls_server(azurite_program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[AzureServer, Path]]:
+def tls_server(
+    azurite_program: Path, authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[AzureServer, Path]]:
     """Azurite over TLS, where it also takes bearer tokens; and the certificate of who issued its own."""
     directory = tmp_path_factory.mktemp("azurite-tls")
-    authority, _ = write_certificate(directory / "authority", None)
-    files = write_certificate(directory / "server", directory / "authority")
-    with azurite(directory, program=azurite_program, certificate=files) as server:
-        yield server, authority
+    trusted = directory / "authority.pem"
+    trusted.write_bytes(authority.cert_pem.bytes())
+    with azurite(
+        directory, program=azurite_program, certificate=write_certificate(directory / "server", authority)
+    ) as server:
+        yield server, trusted
 
 
 class TokenIssuer(TokenServer):
@@ -546,8 +540,8 @@ class TokenIssuer(TokenServer):
 
 
 @pytest.fixture
-def token_issuer(tls_server: tuple[AzureServer, Path], tmp_path: Path) -> Iterator[TokenIssuer]:
-    with TokenIssuer(write_certificate(tmp_path / "issuer", tls_server[1])) as issuer:
+def token_issuer(authority: trustme.CA, tmp_path: Path) -> Iterator[TokenIssuer]:
+    with TokenIssuer(write_certificate(tmp_path / "issuer", authority)) as issuer:
         yield issuer
 
 

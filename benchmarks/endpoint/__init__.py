@@ -6,10 +6,8 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import getpass
 import http.client
-import ipaddress
 import json
 import os
 import shutil
@@ -245,36 +243,11 @@ def _certificates(directory: Path) -> tuple[str, str]:
     Returns:
         The files with the authority's certificate, and with the server's and its key.
     """
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
+    import trustme
 
-    now = dt.datetime.now(dt.UTC)
-    keys = {who: ec.generate_private_key(ec.SECP256R1()) for who in ("authority", "server")}
-    names = {who: x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"benchmark {who}")]) for who in keys}
-
-    def certificate(who: str, extension: x509.ExtensionType) -> bytes:
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(names[who])
-            .issuer_name(names["authority"])
-            .public_key(keys[who].public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - dt.timedelta(days=1))
-            .not_valid_after(now + dt.timedelta(days=30))
-            .add_extension(x509.BasicConstraints(ca=who == "authority", path_length=None), critical=True)
-            .add_extension(extension, critical=False)
-        )
-        return builder.sign(keys["authority"], hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-
+    issuer = trustme.CA(key_type=trustme.KeyType.ECDSA)
     authority, server = directory / "authority.pem", directory / "server.pem"
-    authority.write_bytes(
-        certificate("authority", x509.SubjectKeyIdentifier.from_public_key(keys["authority"].public_key()))
-    )
-    server.write_bytes(
-        certificate("server", x509.SubjectAlternativeName([x509.IPAddress(ipaddress.IPv4Address("127.0.0.1"))]))
-        + keys["server"].private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    )
+    authority.write_bytes(issuer.cert_pem.bytes())
+    issued = issuer.issue_cert("127.0.0.1", key_type=trustme.KeyType.ECDSA)
+    server.write_bytes(issued.private_key_and_cert_chain_pem.bytes())
     return str(authority), str(server)
