@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import http.server
 import socket
@@ -109,6 +111,30 @@ async def test_web_server_without_ranges_never_gives_wrong_bytes(http_url: str) 
     assert await backend.read(f"{http_url}/checkpoint.pt", 0, 5, found) == b"12345"
     with pytest.raises(StorageError, match="returned 5 bytes"):
         await backend.read(f"{http_url}/checkpoint.pt", 1, 3, found)
+
+
+async def test_cancelled_read_of_a_web_server_that_hangs_ends_at_once() -> None:
+    asked, closed = asyncio.Event(), asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer):
+            if b"\r\nRange: bytes=1-" not in await reader.readuntil(b"\r\n\r\n"):
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\n")
+                return
+            asked.set()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(reader.read(), 30)
+                closed.set()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/x.pt"
+        backend = GenericBackend.from_filesystem(fsspec.filesystem("http", skip_instance_cache=True), "auto")
+        reading = asyncio.create_task(backend.read(url, 1, 3, await backend.stat(url)))
+        await asked.wait()
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        await closed.wait()
 
 
 async def test_web_server_that_is_not_there_is_not_a_missing_file(http_url: str) -> None:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from torchferry._sync import run_on
 from torchferry.errors import (
     CheckpointChangedError,
     CheckpointNotFoundError,
@@ -88,11 +90,23 @@ class GenericBackend(Backend):
 
     async def stat(self, path: str) -> ObjectStat:
         """Looks a file up, past the filesystem's listings cache."""
-        return await self._in_turn(self._stat, path, "look up")
+        return await self._stat(path, "look up")
 
     async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
         """Reads a range, and then asks for the file's version again."""
-        return await self._in_turn(self._read, path, start, stop, stat)
+        data: bytes = b""
+        if stop > start:
+            with _translated(self.url(path), "read"):
+                data = await self._ask("cat_file", path, start=start, end=stop)
+        # Afterwards: a file replaced before or during the read shows now, whichever it was.
+        now = await self._stat(path, "read")
+        if (now.etag, now.size) != (stat.etag, stat.size):
+            raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.")
+        if len(data) != stop - start:
+            raise StorageError(
+                f"Cannot read the bytes {start} to {stop} of {self.url(path)}: the store returned {len(data)} bytes."
+            )
+        return data
 
     async def write(
         self,
@@ -134,10 +148,10 @@ class GenericBackend(Backend):
         with self._turns:
             return func(*args)
 
-    def _stat(self, path: str, verb: str) -> ObjectStat:
+    async def _stat(self, path: str, verb: str) -> ObjectStat:
         with _translated(self.url(path), verb):
             self._fs.invalidate_cache(self._fs._parent(path))
-            info: dict[str, Any] = self._fs.info(path)
+            info: dict[str, Any] = await self._ask("info", path)
         if info.get("type") == "directory":
             raise StorageError(errno.EISDIR, f"{self.url(path)} is a directory.")
         if info.get("size") is None:
@@ -146,20 +160,11 @@ class GenericBackend(Backend):
         etag = ";".join([*version, f"size={info['size']}"]) if version else None
         return ObjectStat(self.url(path), int(info["size"]), etag)
 
-    def _read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
-        data: bytes = b""
-        if stop > start:
-            with _translated(self.url(path), "read"):
-                data = self._fs.cat_file(path, start=start, end=stop)
-        # Afterwards: a file replaced before or during the read shows now, whichever it was.
-        now = self._stat(path, "read")
-        if (now.etag, now.size) != (stat.etag, stat.size):
-            raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.")
-        if len(data) != stop - start:
-            raise StorageError(
-                f"Cannot read the bytes {start} to {stop} of {self.url(path)}: the store returned {len(data)} bytes."
-            )
-        return data
+    async def _ask(self, method: str, /, *args: object, **kwargs: object) -> Any:
+        """Calls a method that changes nothing: where the filesystem has coroutines, that, for a cancel to end it."""
+        if isinstance(self._fs, AsyncFileSystem) and not isinstance(self._fs, DirFileSystem):  # it may wrap any other
+            return await run_on(self._fs.loop, getattr(self._fs, f"_{method}"), *args, **kwargs)
+        return await self._in_turn(partial(getattr(self._fs, method), *args, **kwargs))
 
 
 class _StagedFile:
