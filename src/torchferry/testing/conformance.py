@@ -163,7 +163,7 @@ async def cancel_at_the_end(store: StoreUnderTest, path: str, data: bytes, under
     taken = threading.Event()
     task = asyncio.create_task(store.write(path, stream(data, MIB, then=taken.set)))
     await asyncio.to_thread(under_way)
-    await asyncio.to_thread(taken.wait, 30.0)
+    assert await asyncio.to_thread(taken.wait, 30.0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
