@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import fsspec
 import pytest
 import torch
-from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 import torchferry
@@ -67,11 +66,11 @@ class TestMemory(BackendConformance):
 
 
 class TestFilesystemThatMoves(BackendConformance):
-    """A directory of another filesystem: one that has a move of its own, as sftp and hdfs have."""
+    """One that has a move of its own, as sftp and hdfs have."""
 
     @pytest.fixture
     def store(self, tmp_path: Path) -> FsspecStore:
-        return FsspecStore(DirFileSystem(str(tmp_path), fsspec.filesystem("file", auto_mkdir=True)), "prefix")
+        return FsspecStore(fsspec.filesystem("file", auto_mkdir=True), str(tmp_path))
 
 
 async def test_read_only_filesystem_says_so(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
-from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from torchferry._sync import run_on
@@ -162,7 +161,7 @@ class GenericBackend(Backend):
 
     async def _ask(self, method: str, /, *args: object, **kwargs: object) -> Any:
         """Calls a method that changes nothing: where the filesystem has coroutines, that, for a cancel to end it."""
-        if isinstance(self._fs, AsyncFileSystem) and not isinstance(self._fs, DirFileSystem):  # it may wrap any other
+        if isinstance(self._fs, AsyncFileSystem):
             return await run_on(self._fs.loop, getattr(self._fs, f"_{method}"), *args, **kwargs)
         return await self._in_turn(partial(getattr(self._fs, method), *args, **kwargs))
 
