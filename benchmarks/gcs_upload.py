@@ -21,7 +21,7 @@ os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 import gcsfs
 
-from torchferry._sync import run
+from torchferry.engine.loops import run
 from torchferry.storage import MIB, open_backend
 from torchferry.testing.fixtures import GcsClient
 from torchferry.testing.gcs import fake_gcs_server

@@ -26,7 +26,7 @@ from azure.storage.blob import BlobBlock, BlobSasPermissions, generate_blob_sas
 from azure.storage.blob._shared.authentication import SharedKeyCredentialPolicy
 from obstore.store import AzureStore
 
-from torchferry._sync import run_on
+from torchferry.engine.loops import run_on
 from torchferry.errors import (
     CheckpointNotFoundError,
     StorageError,
@@ -34,7 +34,7 @@ from torchferry.errors import (
     UnsupportedOptionError,
 )
 from torchferry.storage.base import MIB, Backend, Chunk, ObjectStat, Plane
-from torchferry.storage.body import SEND_PIECE, RequestBody, whole_or_not_at_all
+from torchferry.engine.body import SEND_PIECE, RequestBody, whole_or_not_at_all
 from torchferry.storage.bridge import (
     UPLOAD_PATIENCE,
     UntranslatableError,
@@ -44,9 +44,9 @@ from torchferry.storage.bridge import (
     once_a_process,
     require_known,
 )
-from torchferry.storage.cancellation import to_the_end
-from torchferry.storage.direct import DirectReader, SignedGet
-from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
+from torchferry.engine.cancellation import to_the_end
+from torchferry.engine.transport import DirectReader, SignedGet
+from torchferry.engine.writer import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.storage.obstore import ObstoreBackend
 from torchferry.storage.translation import REFUSED, by_status, require_key, translated
 

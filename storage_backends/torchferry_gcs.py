@@ -26,7 +26,7 @@ import requests
 from gcsfs.retry import HttpError
 from obstore.store import GCSStore
 
-from torchferry._tasks import task_group
+from torchferry.engine.tasks import task_group
 from torchferry.errors import (
     CheckpointChangedError,
     CheckpointNotFoundError,
@@ -34,7 +34,7 @@ from torchferry.errors import (
     StoragePermissionError,
 )
 from torchferry.storage.base import MIB, Backend, Chunk, ObjectStat, Plane
-from torchferry.storage.body import SEND_PIECE, RequestBody, whole_or_not_at_all
+from torchferry.engine.body import SEND_PIECE, RequestBody, whole_or_not_at_all
 from torchferry.storage.bridge import (
     UPLOAD_PATIENCE,
     UntranslatableError,
@@ -43,9 +43,9 @@ from torchferry.storage.bridge import (
     once_a_process,
     require_known,
 )
-from torchferry.storage.cancellation import in_thread
-from torchferry.storage.direct import DirectReader, SignedGet
-from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
+from torchferry.engine.cancellation import in_thread
+from torchferry.engine.transport import DirectReader, SignedGet
+from torchferry.engine.writer import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.storage.obstore import ObstoreBackend
 from torchferry.storage.translation import by_status, require_key, translated
 

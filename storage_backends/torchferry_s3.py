@@ -27,7 +27,7 @@ from isal import isal_zlib
 from obstore.store import S3Store
 from s3fs import S3FileSystem
 
-from torchferry._sync import run_on
+from torchferry.engine.loops import run_on
 from torchferry.errors import (
     CheckpointChangedError,
     CheckpointNotFoundError,
@@ -35,7 +35,7 @@ from torchferry.errors import (
     StoragePermissionError,
 )
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
-from torchferry.storage.body import SEND_PIECE, RequestBody, whole_or_not_at_all
+from torchferry.engine.body import SEND_PIECE, RequestBody, whole_or_not_at_all
 from torchferry.storage.bridge import (
     UPLOAD_PATIENCE,
     UntranslatableError,
@@ -45,9 +45,9 @@ from torchferry.storage.bridge import (
     once_a_process,
     require_known,
 )
-from torchferry.storage.cancellation import in_thread
-from torchferry.storage.direct import DirectReader, SignedGet
-from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
+from torchferry.engine.cancellation import in_thread
+from torchferry.engine.transport import DirectReader, SignedGet
+from torchferry.engine.writer import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.storage.obstore import ObstoreBackend
 from torchferry.storage.translation import by_status, require_key, translated, upload_gone
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.serialization import config
 
-from torchferry.archive import (
+from torchferry.formats.archive import (
     LEGACY_FORMAT,
     LOCAL_HEADER_SIZE,
     ZIP_FORMAT,
@@ -21,7 +21,7 @@ from torchferry.archive import (
     parse_directory,
     sniff,
 )
-from torchferry.checksum import Checksums
+from torchferry.formats.checksum import Checksums
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, TorchferryError
 
 if TYPE_CHECKING:

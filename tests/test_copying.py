@@ -15,7 +15,7 @@ import torch
 from fsspec.callbacks import Callback
 
 import torchferry
-from torchferry._memory import PROCESS_BUDGET
+from torchferry.engine.memory import PROCESS_BUDGET
 from torchferry.storage.base import MIB, Plane
 from torchferry.testing.faultproxy import Fault
 

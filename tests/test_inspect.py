@@ -12,7 +12,7 @@ from fsspec.callbacks import Callback
 
 import torchferry
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError
-from torchferry.graph import read_graph
+from torchferry.formats.graph import read_graph
 from torchferry.loading import inspect_async, verify_async
 
 if TYPE_CHECKING:

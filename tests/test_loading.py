@@ -38,7 +38,7 @@ from torchferry.errors import (
     UnsafeCheckpointError,
 )
 from torchferry.loading import load_async
-from torchferry.mirror import Mirror
+from torchferry.formats.load_buffer import Mirror
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import torchferry
-from torchferry._memory import PROCESS_BUDGET
+from torchferry.engine.memory import PROCESS_BUDGET
 from torchferry.storage.base import MIB
 
 

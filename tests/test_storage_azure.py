@@ -33,10 +33,10 @@ from azure.storage.blob.aio import BlobServiceClient
 
 import torchferry
 import torchferry_azure
-from torchferry._sync import run_on
+from torchferry.engine.loops import run_on
 from torchferry.errors import StorageError, StorageUnavailableError, UnsupportedOptionError
 from torchferry.storage.base import MIB, Backend, Chunk, Plane
-from torchferry.storage.multipart import PartSizes, part_size_for
+from torchferry.engine.writer import PartSizes, part_size_for
 from torchferry.storage.registry import open_backend
 from torchferry.testing import CloudConformance, StoreUnderTest
 from torchferry.testing.azure import AzureServer, azurite, connection_string_for
@@ -585,7 +585,7 @@ fs = AzureBlobFileSystem(account_name="ferrytest", account_host=server["host"], 
 """
 
 ROUND_TRIP = """
-from torchferry.storage.direct import DirectReader
+from torchferry.engine.transport import DirectReader
 
 read_into = DirectReader.read_into
 

@@ -22,7 +22,7 @@ from gcsfs.retry import HttpError
 from google.oauth2.credentials import Credentials
 
 import torchferry_gcs
-from torchferry._sync import run_on
+from torchferry.engine.loops import run_on
 from torchferry.errors import (
     CheckpointChangedError,
     CheckpointNotFoundError,

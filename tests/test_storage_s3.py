@@ -24,7 +24,7 @@ from s3fs import S3FileSystem
 
 import torchferry
 import torchferry_s3
-from torchferry._sync import run_on
+from torchferry.engine.loops import run_on
 from torchferry.errors import (
     CheckpointChangedError,
     StorageError,

@@ -4,7 +4,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from torchferry._tasks import task_group
+from torchferry.engine.tasks import task_group
 from torchferry.errors import StorageError
 
 

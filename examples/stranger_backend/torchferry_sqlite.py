@@ -22,7 +22,7 @@ from torchferry.errors import (
     UnsupportedOptionError,
 )
 from torchferry.storage import MIB, Backend, Chunk, ObjectStat, Plane
-from torchferry.storage.cancellation import in_thread
+from torchferry.engine.cancellation import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Iterator, Mapping

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchferry.archive import Record
+    from torchferry.formats.archive import Record
     from torchferry.copying import copy, copy_async
     from torchferry.errors import (
         BackendNotInstalledError,
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
         UnsupportedOptionError,
         UnsupportedURLError,
     )
-    from torchferry.graph import TensorInfo
+    from torchferry.formats.graph import TensorInfo
     from torchferry.loading import Manifest, inspect, inspect_async, load, load_async, verify, verify_async
     from torchferry.options import LoadOptions, SaveOptions
     from torchferry.saving import save, save_async
     from torchferry.storage.base import ObjectStat
 
 _MODULES = {
-    "torchferry.archive": ("Record",),
+    "torchferry.formats.archive": ("Record",),
     "torchferry.copying": ("copy", "copy_async"),
     "torchferry.errors": (
         "BackendNotInstalledError",
@@ -57,7 +57,7 @@ _MODULES = {
         "UnsupportedOptionError",
         "UnsupportedURLError",
     ),
-    "torchferry.graph": ("TensorInfo",),
+    "torchferry.formats.graph": ("TensorInfo",),
     "torchferry.loading": (
         "Manifest",
         "inspect",

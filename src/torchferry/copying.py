@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 from anyio import to_thread
 
-from torchferry._memory import BLOCK_SIZE, PROCESS_BUDGET, Blocks
-from torchferry._sync import own_loop, run_on, synchronous
-from torchferry._tasks import task_group
-from torchferry.checksum import Checksums
+from torchferry.engine.memory import BLOCK_SIZE, PROCESS_BUDGET, Blocks
+from torchferry.engine.loops import own_loop, run_on, synchronous
+from torchferry.engine.tasks import task_group
+from torchferry.formats.checksum import Checksums
 from torchferry.errors import CheckpointFormatError
-from torchferry.source import Source
+from torchferry.engine.reader import Source
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
-from torchferry.storage.cancellation import in_thread, to_the_end, without_stops
+from torchferry.engine.cancellation import in_thread, to_the_end, without_stops
 from torchferry.storage.metadata import require_storable
-from torchferry.storage.multipart import part_size_for
+from torchferry.engine.writer import part_size_for
 from torchferry.storage.registry import open_backend
 
 if TYPE_CHECKING:

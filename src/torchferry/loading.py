@@ -1,7 +1,7 @@
 """Loads, inspects and verifies checkpoints.
 
 A load looks at both ends of the object first (the directory is at the end, the pickle at the start), decides which
-records it needs, fetches those in parallel ranges into a :class:`~torchferry.mirror.Mirror`, checks each record's CRC32
+records it needs, fetches those in parallel ranges into a :class:`~torchferry.formats.load_buffer.Mirror`, checks each record's CRC32
 on the way, and then has torch unpickle what lies there. So whatever the checkpoint contains is for torch to make of it.
 """
 
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from fsspec.callbacks import NoOpCallback
 
-from torchferry import _sync
-from torchferry._collector import collector_paused
-from torchferry.archive import LEGACY_FORMAT, SNIFF_SIZE, sniff
-from torchferry.checksum import Checksums
+from torchferry.engine import loops
+from torchferry.engine.collector import collector_paused
+from torchferry.formats.archive import LEGACY_FORMAT, SNIFF_SIZE, sniff
+from torchferry.formats.checksum import Checksums
 from torchferry.errors import (
     CheckpointCorruptError,
     CheckpointFormatError,
@@ -28,11 +28,11 @@ from torchferry.errors import (
     TorchferryError,
     UnsafeCheckpointError,
 )
-from torchferry.graph import read_graph
-from torchferry.mirror import Mirror
-from torchferry.selection import Selection, check_graph, check_keys, select_keys, unsafe_message
-from torchferry.source import Source
-from torchferry.storage.cancellation import in_thread
+from torchferry.formats.graph import read_graph
+from torchferry.formats.load_buffer import Mirror
+from torchferry.formats.selection import Selection, check_graph, check_keys, select_keys, unsafe_message
+from torchferry.engine.reader import Source
+from torchferry.engine.cancellation import in_thread
 from torchferry.storage.registry import open_backend
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
-    from torchferry.archive import Archive, Record
-    from torchferry.graph import TensorInfo
+    from torchferry.formats.archive import Archive, Record
+    from torchferry.formats.graph import TensorInfo
     from torchferry.storage.base import Backend, Chunk, Plane
 
 __all__ = ["Manifest", "inspect", "inspect_async", "load", "load_async", "verify", "verify_async"]
@@ -122,7 +122,7 @@ async def load_async(
     backend, path = await _open(url, storage_options, filesystem, plane)
     forced = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in {"1", "y", "yes", "true"}  # as torch.load
     request = _Request(None if keys is None else tuple(keys), map_location, weights_only or forced, verify)
-    return await _sync.run_on(backend.loop, _load, backend, path, request, callback or NoOpCallback())
+    return await loops.run_on(backend.loop, _load, backend, path, request, callback or NoOpCallback())
 
 
 async def inspect_async(
@@ -150,7 +150,7 @@ async def inspect_async(
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
     backend, path = await _open(url, storage_options, filesystem, plane)
-    return await _sync.run_on(backend.loop, _inspect, backend, path)
+    return await loops.run_on(backend.loop, _inspect, backend, path)
 
 
 async def verify_async(
@@ -179,12 +179,12 @@ async def verify_async(
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
     backend, path = await _open(url, storage_options, filesystem, plane)
-    return await _sync.run_on(backend.loop, _verify, backend, path, callback or NoOpCallback())
+    return await loops.run_on(backend.loop, _verify, backend, path, callback or NoOpCallback())
 
 
-load = _sync.synchronous(load_async)
-inspect = _sync.synchronous(inspect_async)
-verify = _sync.synchronous(verify_async)
+load = loops.synchronous(load_async)
+inspect = loops.synchronous(inspect_async)
+verify = loops.synchronous(verify_async)
 
 
 async def _open(

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torchferry._sync import own_loop, run_on, synchronous
+from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.storage.base import Backend, ObjectStat, Plane
-from torchferry.storage.cancellation import in_thread
+from torchferry.engine.cancellation import in_thread
 from torchferry.storage.metadata import require_storable
 from torchferry.storage.registry import open_backend
-from torchferry.stream import CheckpointStream
+from torchferry.formats.torch_stream import CheckpointStream
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

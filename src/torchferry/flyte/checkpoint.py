@@ -30,7 +30,7 @@ from torchferry.flyte.summary import Summary, summarize
 from torchferry.flyte.transfer import download, upload
 from torchferry.flyte.values import FlytekitCheckpoint, IsDataclass, LoadedCheckpoint, PyTorchCheckpoint
 from torchferry.options import LoadOptions, SaveOptions
-from torchferry.storage.cancellation import in_thread
+from torchferry.engine.cancellation import in_thread
 
 if TYPE_CHECKING:
     from flytekit.models.literals import Binary

@@ -19,7 +19,7 @@ from torchferry.flyte.devices import default_map_location
 from torchferry.flyte.unchanged import is_unchanged
 from torchferry.loading import load_async
 from torchferry.saving import save_async
-from torchferry.storage.cancellation import in_thread
+from torchferry.engine.cancellation import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchferry._sync import own_loop, run_on
-from torchferry.checksum import Checksums
+from torchferry.engine.loops import own_loop, run_on
+from torchferry.formats.checksum import Checksums
 from torchferry.errors import CheckpointCorruptError, TorchferryError
 from torchferry.loading import inspect_async
-from torchferry.storage.cancellation import in_thread
-from torchferry.stream import CheckpointStream
+from torchferry.engine.cancellation import in_thread
+from torchferry.formats.torch_stream import CheckpointStream
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -12,16 +12,16 @@ from collections.abc import AsyncIterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
-from torchferry._memory import copy_bytes
+from torchferry.engine.memory import copy_bytes
 from torchferry.errors import StorageError
-from torchferry.storage.cancellation import in_thread
+from torchferry.engine.cancellation import in_thread
 
 if TYPE_CHECKING:
     import asyncio
 
     from fsspec import AbstractFileSystem
 
-    from torchferry.storage.direct import DirectReader
+    from torchferry.engine.transport import DirectReader
 
 __all__ = ["MIB", "Backend", "Chunk", "ObjectStat", "Plane"]
 

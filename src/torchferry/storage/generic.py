@@ -15,7 +15,7 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from torchferry._sync import run_on
+from torchferry.engine.loops import run_on
 from torchferry.errors import (
     CheckpointChangedError,
     CheckpointNotFoundError,
@@ -25,7 +25,7 @@ from torchferry.errors import (
     UnsupportedOptionError,
 )
 from torchferry.storage.base import MIB, Backend, Chunk, ObjectStat, Plane
-from torchferry.storage.cancellation import clean_up, in_thread
+from torchferry.engine.cancellation import clean_up, in_thread
 from torchferry.storage.translation import by_status
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from torchferry.errors import CheckpointChangedError, CheckpointNotFoundError, StorageError, StoragePermissionError
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
-from torchferry.storage.cancellation import clean_up, in_thread
+from torchferry.engine.cancellation import clean_up, in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Iterator, Mapping

@@ -22,7 +22,7 @@ import anyio
 import obstore
 from obstore import exceptions as obstore_errors
 
-from torchferry._tasks import carrying_exits, releasing_exits
+from torchferry.engine.tasks import carrying_exits, releasing_exits
 from torchferry.errors import (
     CheckpointChangedError,
     CheckpointNotFoundError,
@@ -32,10 +32,10 @@ from torchferry.errors import (
     UnsupportedOptionError,
 )
 from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
-from torchferry.storage.cancellation import to_the_end, wait_through_cancellations
-from torchferry.storage.direct import DirectReader, SignedGet
+from torchferry.engine.cancellation import to_the_end, wait_through_cancellations
+from torchferry.engine.transport import DirectReader, SignedGet
 from torchferry.storage.metadata import require_storable
-from torchferry.storage.multipart import part_size_for
+from torchferry.engine.writer import part_size_for
 from torchferry.storage.translation import require_key, upload_gone
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from torchferry.errors import (
     UnsupportedURLError,
 )
 from torchferry.storage.base import Backend, Plane
-from torchferry.storage.cancellation import ThreadPool
+from torchferry.engine.cancellation import ThreadPool
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

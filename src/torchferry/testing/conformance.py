@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import anyio
 import pytest
 
-from torchferry._collector import collector_paused
-from torchferry._sync import run_on
+from torchferry.engine.collector import collector_paused
+from torchferry.engine.loops import run_on
 from torchferry.errors import (
     CheckpointChangedError,
     CheckpointNotFoundError,

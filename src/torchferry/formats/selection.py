@@ -21,8 +21,8 @@ from torchferry.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from torchferry.archive import Archive, Record
-    from torchferry.graph import Graph
+    from torchferry.formats.archive import Archive, Record
+    from torchferry.formats.graph import Graph
 
 __all__ = ["Selection", "check_graph", "check_keys", "select_keys", "unsafe_message"]
 

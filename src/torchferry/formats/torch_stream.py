@@ -25,13 +25,13 @@ import anyio
 import torch
 from anyio import from_thread, to_thread
 
-from torchferry._memory import PROCESS_BUDGET, Blocks, address_of
-from torchferry._tasks import task_group
-from torchferry.archive import DESCRIPTOR_SIGNATURE
-from torchferry.checksum import Crc32Filler
+from torchferry.engine.memory import PROCESS_BUDGET, Blocks, address_of
+from torchferry.engine.tasks import task_group
+from torchferry.formats.archive import DESCRIPTOR_SIGNATURE
+from torchferry.formats.checksum import Crc32Filler
 from torchferry.storage.base import MIB, Chunk
-from torchferry.storage.cancellation import without_stops
-from torchferry.storage.multipart import part_size_for
+from torchferry.engine.cancellation import without_stops
+from torchferry.engine.writer import part_size_for
 
 if TYPE_CHECKING:
     from fsspec.callbacks import Callback

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import _weights_only_unpickler, serialization
 
-from torchferry._memory import copy_bytes
+from torchferry.engine.memory import copy_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torchferry.archive import Archive
+    from torchferry.formats.archive import Archive
     from torchferry.storage.base import Chunk
 
 __all__ = ["Mirror"]

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import anyio
 
-from torchferry._tasks import task_group
+from torchferry.engine.tasks import task_group
 from torchferry.storage.base import MIB, Chunk
-from torchferry.storage.cancellation import to_the_end
+from torchferry.engine.cancellation import to_the_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Sequence

@@ -17,11 +17,11 @@ import pytest
 from s3fs import S3FileSystem
 
 import torchferry_s3
-from torchferry._sync import run_on
+from torchferry.engine.loops import run_on
 from torchferry.errors import CheckpointChangedError
-from torchferry.storage import direct
+from torchferry.engine import transport as direct
 from torchferry.storage.base import ObjectStat
-from torchferry.storage.direct import DirectReader, SignedGet
+from torchferry.engine.transport import DirectReader, SignedGet
 from torchferry.storage.registry import open_backend
 from torchferry.testing.faultproxy import Fault
 

@@ -20,11 +20,11 @@ import torch
 import torch.utils.serialization
 from isal import isal_zlib
 
-from torchferry import stream as stream_module
-from torchferry._collector import collector_paused
-from torchferry._memory import EXTRA_BUDGET, PROCESS_BUDGET, ByteBudget, address_of
+from torchferry.formats import torch_stream as stream_module
+from torchferry.engine.collector import collector_paused
+from torchferry.engine.memory import EXTRA_BUDGET, PROCESS_BUDGET, ByteBudget, address_of
 from torchferry.storage.base import MIB
-from torchferry.stream import CheckpointStream
+from torchferry.formats.torch_stream import CheckpointStream
 
 
 async def chunks_of(obj: Any) -> list[bytes | bytearray | memoryview]:
@@ -455,7 +455,7 @@ async def test_streams_wait_for_each_other_inside_the_process_budget() -> None:
 def test_a_child_forked_during_a_save_has_a_budget_of_its_own() -> None:
     program = """
         import os, sys
-        from torchferry._memory import PROCESS_BUDGET
+        from torchferry.engine.memory import PROCESS_BUDGET
         PROCESS_BUDGET.take(PROCESS_BUDGET._total, abandoned=bool)
         if child := os.fork():
             sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

@@ -17,8 +17,8 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 from fsspec.asyn import get_loop, reset_lock
 
-from torchferry._tasks import carrying_exits, releasing_exits
-from torchferry.storage.cancellation import refuse_threads, wait_through_cancellations
+from torchferry.engine.tasks import carrying_exits, releasing_exits
+from torchferry.engine.cancellation import refuse_threads, wait_through_cancellations
 
 __all__ = ["own_loop", "run", "run_on", "synchronous"]
 

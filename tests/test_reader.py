@@ -9,8 +9,8 @@ import anyio
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from torchferry import source
-from torchferry.source import Source, _Pace
+from torchferry.engine import reader as source
+from torchferry.engine.reader import Source, _Pace
 from torchferry.storage.base import Chunk
 from torchferry.storage.generic import GenericBackend
 from torchferry.testing.conformance import stream

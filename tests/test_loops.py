@@ -16,7 +16,7 @@ import anyio
 import pytest
 from fsspec.asyn import get_loop
 
-from torchferry._sync import run, run_on, synchronous
+from torchferry.engine.loops import run, run_on, synchronous
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
 
@@ -132,7 +132,7 @@ async def test_run_on_no_loop_or_this_one_stays_here() -> None:
 def test_ctrl_c_cancels_the_coroutine_and_waits_for_its_clean_up() -> None:
     program = """
         import anyio
-        from torchferry._sync import run
+        from torchferry.engine.loops import run
 
         async def work():
             try:
@@ -162,7 +162,7 @@ def test_a_worker_thread_ends_before_the_interpreter_does() -> None:
         import asyncio, threading, time
         from anyio import to_thread
         from fsspec.asyn import get_loop
-        import torchferry._sync
+        import torchferry.engine.loops
 
         begun = threading.Event()
 
@@ -215,8 +215,8 @@ def test_at_the_end_of_the_interpreter_nothing_new_begins_in_a_thread() -> None:
             print(type(future.exception(timeout=30)))
 
         from fsspec.asyn import get_loop
-        import torchferry._sync
-        from torchferry.storage.cancellation import in_thread
+        import torchferry.engine.loops
+        from torchferry.engine.cancellation import in_thread
 
         get_loop()  # from Python 3.12 its thread could not be started then
     """

@@ -23,7 +23,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
-from torchferry.storage.cancellation import in_thread
+from torchferry.engine.cancellation import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

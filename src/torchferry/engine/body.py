@@ -6,7 +6,7 @@ import io
 from typing import TYPE_CHECKING, TypeVar
 
 from torchferry.storage.base import Chunk
-from torchferry.storage.cancellation import to_the_end
+from torchferry.engine.cancellation import to_the_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence

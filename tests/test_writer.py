@@ -7,10 +7,10 @@ import anyio
 import pytest
 
 from torchferry.errors import StorageError, StorageUnavailableError
-from torchferry.storage import multipart
+from torchferry.engine import writer as multipart
 from torchferry.storage.base import MIB, Chunk
-from torchferry.storage.cancellation import in_thread, to_the_end
-from torchferry.storage.multipart import MultipartUpload, PartSizes, part_size_for, upload_parts
+from torchferry.engine.cancellation import in_thread, to_the_end
+from torchferry.engine.writer import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.testing.conformance import stream
 
 if TYPE_CHECKING:

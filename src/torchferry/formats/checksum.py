@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from isal import isal_zlib
 
-from torchferry.archive import (
+from torchferry.formats.archive import (
     CENTRAL_HEADER,
     CENTRAL_SIGNATURE,
     DESCRIPTOR_SIGNATURE,
@@ -27,7 +27,7 @@ from torchferry.errors import CheckpointCorruptError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from torchferry.archive import Record
+    from torchferry.formats.archive import Record
     from torchferry.storage.base import Chunk
 
 __all__ = ["Checksums", "Crc32Filler"]

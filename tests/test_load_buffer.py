@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import torchferry
-from torchferry import mirror as mirror_module
-from torchferry.archive import find_directory, parse_directory
-from torchferry.mirror import Mirror
+from torchferry.formats import load_buffer as mirror_module
+from torchferry.formats.archive import find_directory, parse_directory
+from torchferry.formats.load_buffer import Mirror
 
 if TYPE_CHECKING:
-    from torchferry.archive import Archive
+    from torchferry.formats.archive import Archive
 
 CHECKPOINT = {"a": torch.arange(20.0), "none": torch.empty(0), "b": torch.ones(3, dtype=torch.int8)}
 

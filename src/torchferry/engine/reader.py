@@ -10,18 +10,18 @@ import anyio
 from anyio import CapacityLimiter
 from anyio.lowlevel import RunVar
 
-from torchferry._collector import collector_paused
-from torchferry._sync import run_on
-from torchferry._tasks import task_group
-from torchferry.archive import LOCAL_HEADER_SIZE, SNIFF_SIZE, ZIP_FORMAT, find_directory, parse_directory, sniff
+from torchferry.engine.collector import collector_paused
+from torchferry.engine.loops import run_on
+from torchferry.engine.tasks import task_group
+from torchferry.formats.archive import LOCAL_HEADER_SIZE, SNIFF_SIZE, ZIP_FORMAT, find_directory, parse_directory, sniff
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, StorageError
 from torchferry.storage.base import MIB, Backend
-from torchferry.storage.cancellation import in_thread
+from torchferry.engine.cancellation import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from torchferry.archive import Archive
+    from torchferry.formats.archive import Archive
     from torchferry.storage.base import Chunk, ObjectStat
 
 __all__ = ["Source"]
@@ -31,7 +31,7 @@ _PROBE = (64 << 10, 1 * MIB)  # least and most bytes of the first look at either
 _PROBE_SHARE = 96  # each is this part of the object: looking costs 2% of it at most
 _END_SIZE = 66 << 10  # the end records, with the longest comment
 _UNDER_WAY = 96 * MIB  # bytes of all ranges under way; clients hold up to twice as many
-_LIMITER: RunVar[CapacityLimiter] = RunVar("torchferry.source._LIMITER")
+_LIMITER: RunVar[CapacityLimiter] = RunVar("torchferry.engine.reader._LIMITER")
 _AT_FIRST = 4  # ranges under way
 _GAIN = 1.2  # how many times the bytes a second make an increase worth it
 _GAP = 64 << 10  # needed ranges that are this near are read in one: a request costs more
