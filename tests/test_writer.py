@@ -9,7 +9,7 @@ import pytest
 from torchferry.errors import StorageError, StorageUnavailableError
 from torchferry.engine import writer as multipart
 from torchferry.storage.base import MIB, Chunk
-from torchferry.engine.cancellation import in_thread, to_the_end
+from torchferry.engine.cancellation import in_thread, run_shielded
 from torchferry.engine.writer import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.testing.conformance import stream
 
@@ -249,7 +249,7 @@ async def test_to_the_end_runs_to_the_end(by: str) -> None:
 
     async def caller() -> None:
         with scope:
-            await to_the_end(work)
+            await run_shielded(work)
             pytest.fail("the cancellation goes on")
 
     task = asyncio.create_task(caller())
@@ -271,9 +271,9 @@ async def test_to_the_end_passes_results_and_errors_on() -> None:
     async def fail() -> None:
         raise StorageError("refused")
 
-    assert await to_the_end(anyio.to_thread.run_sync, int, "5") == 5
+    assert await run_shielded(anyio.to_thread.run_sync, int, "5") == 5
     with pytest.raises(StorageError, match="refused"):
-        await to_the_end(fail)
+        await run_shielded(fail)
 
 
 @pytest.mark.timeout(60, method="thread")  # nothing less ends a test that waits for a thread

@@ -18,8 +18,8 @@ from torchferry.engine.tasks import task_group
 from torchferry.formats.checksum import Checksums
 from torchferry.errors import CheckpointFormatError
 from torchferry.engine.reader import Source
-from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
-from torchferry.engine.cancellation import in_thread, to_the_end, without_stops
+from torchferry.storage.base import Backend, Chunk, ObjectStat
+from torchferry.engine.cancellation import in_thread, run_shielded, stops_as_errors
 from torchferry.storage.metadata import require_storable
 from torchferry.engine.writer import part_size_for
 from torchferry.storage.registry import open_backend
@@ -46,7 +46,6 @@ async def copy_async(
     target_filesystem: AbstractFileSystem | None = None,
     part_size: int | None = None,
     metadata: Mapping[str, str] | None = None,
-    plane: Plane = "auto",
     callback: Callback | None = None,
 ) -> ObjectStat:
     """Copies a checkpoint, byte for byte, from any store to any other.
@@ -64,7 +63,6 @@ async def copy_async(
         target_filesystem: The same for ``target``.
         part_size: Bytes in a part of a multipart upload, instead of 16 MiB (or what the size needs).
         metadata: User metadata to store with the copy, instead of the source's.
-        plane: Which client moves the bytes, on both sides.
         callback: Told the size, and of bytes as they are handed to the target.
 
     Returns:
@@ -79,10 +77,10 @@ async def copy_async(
     """
     require_storable(os.fspath(target), metadata or {})
     reader, source_path = await in_thread(
-        partial(open_backend, source, storage_options=source_storage_options, filesystem=source_filesystem, plane=plane)
+        partial(open_backend, source, storage_options=source_storage_options, filesystem=source_filesystem)
     )
     writer, target_path = await in_thread(
-        partial(open_backend, target, storage_options=target_storage_options, filesystem=target_filesystem, plane=plane)
+        partial(open_backend, target, storage_options=target_storage_options, filesystem=target_filesystem)
     )
     return await run_on(
         own_loop(writer.loop), _copy, reader, source_path, writer, target_path, verify, part_size, metadata, callback
@@ -178,7 +176,7 @@ class _CopyStream(AsyncIterator["Chunk"]):
         await piece.filled.wait()
         size = piece.stop - piece.start
         if self._callback is not None:
-            without_stops(self._callback.relative_update, size)  # its StopAsyncIteration would be the end
+            stops_as_errors(self._callback.relative_update, size)  # its StopAsyncIteration would be the end
         return piece.block[:size].toreadonly()
 
     async def _read_ahead(self, cost: int) -> None:
@@ -192,7 +190,7 @@ class _CopyStream(AsyncIterator["Chunk"]):
                 for start in range(0, size, BLOCK_SIZE):
                     # Taken in order: a later piece must never have the block that an earlier one waits for.
                     # When another piece fails, the wait must end: the blocks may be held by the pieces behind that one.
-                    block = await to_the_end(_wait_in_thread, self._blocks.take, patience=self._blocks.abandon)
+                    block = await run_shielded(_wait_in_thread, self._blocks.take, patience=self._blocks.abandon)
                     piece = _Piece(start, min(start + BLOCK_SIZE, size), block)
                     await self._send.send(piece)
                     tasks.start_soon(self._fill, piece)

@@ -13,6 +13,7 @@ import re
 
 __all__ = [
     "BackendNotInstalledError",
+    "ChangedWhileSavingError",
     "CheckpointChangedError",
     "CheckpointCorruptError",
     "CheckpointFormatError",
@@ -60,11 +61,15 @@ class StoragePermissionError(StorageError, PermissionError):
 
 
 class StorageUnavailableError(StorageError, ConnectionError):
-    """The store did not answer, or answered that it is overloaded, through all retries: trying later may help."""
+    """The store did not answer, or answered that it is overloaded, through all repetitions: trying later may help."""
 
 
 class CheckpointChangedError(StorageError):
     """The object was replaced while it was being read."""
+
+
+class ChangedWhileSavingError(TorchferryError, RuntimeError):
+    """A tensor was changed while it was being sent. Nothing was stored: what was there before still is."""
 
 
 class CheckpointFormatError(TorchferryError, ValueError):
@@ -92,7 +97,7 @@ class UnsupportedURLError(TorchferryError, ValueError):
 
 
 class UnsupportedOptionError(TorchferryError, ValueError):
-    """An option, or a combination of options, that this store or plane cannot honour."""
+    """An option, or a combination of options, that this store cannot honour."""
 
 
 class BackendNotInstalledError(TorchferryError, ImportError):

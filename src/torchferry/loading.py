@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from torchferry.formats.archive import Archive, Record
     from torchferry.formats.graph import TensorInfo
-    from torchferry.storage.base import Backend, Chunk, Plane
+    from torchferry.storage.base import Backend, Chunk
 
 __all__ = ["Manifest", "inspect", "inspect_async", "load", "load_async", "verify", "verify_async"]
 
@@ -84,7 +84,6 @@ async def load_async(
     verify: bool = True,
     storage_options: Mapping[str, Any] | None = None,
     filesystem: AbstractFileSystem | None = None,
-    plane: Plane = "auto",
     callback: Callback | None = None,
 ) -> Any:
     """Loads a checkpoint from a store; any file that ``torch.save`` wrote.
@@ -103,7 +102,6 @@ async def load_async(
         verify: Check the CRC32 of each record that is read.
         storage_options: Arguments for the fsspec filesystem.
         filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
-        plane: Which client moves the bytes.
         callback: Told the number of bytes to read (``set_size``) and those that have arrived (``relative_update``).
 
     Returns:
@@ -119,7 +117,7 @@ async def load_async(
     """
     if isinstance(keys, str):
         raise TypeError(f"keys is a sequence of keys: ({keys!r},) for one.")
-    backend, path = await _open(url, storage_options, filesystem, plane)
+    backend, path = await _open(url, storage_options, filesystem)
     forced = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in {"1", "y", "yes", "true"}  # as torch.load
     request = _Request(None if keys is None else tuple(keys), map_location, weights_only or forced, verify)
     return await loops.run_on(backend.loop, _load, backend, path, request, callback or NoOpCallback())
@@ -130,7 +128,6 @@ async def inspect_async(
     *,
     storage_options: Mapping[str, Any] | None = None,
     filesystem: AbstractFileSystem | None = None,
-    plane: Plane = "auto",
 ) -> Manifest:
     """Says what is in a checkpoint without reading its tensors.
 
@@ -142,14 +139,13 @@ async def inspect_async(
         url: Any fsspec URL, or a local path.
         storage_options: Arguments for the fsspec filesystem.
         filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
-        plane: Which client moves the bytes.
 
     Raises:
         CheckpointFormatError: it is not a checkpoint, or one in the legacy format, which has no directory.
         CheckpointCorruptError: its directory or its pickle is damaged.
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
-    backend, path = await _open(url, storage_options, filesystem, plane)
+    backend, path = await _open(url, storage_options, filesystem)
     return await loops.run_on(backend.loop, _inspect, backend, path)
 
 
@@ -158,7 +154,6 @@ async def verify_async(
     *,
     storage_options: Mapping[str, Any] | None = None,
     filesystem: AbstractFileSystem | None = None,
-    plane: Plane = "auto",
     callback: Callback | None = None,
 ) -> Manifest:
     """Reads a whole checkpoint and checks the CRC32 of every record; takes at most 200 MiB of memory.
@@ -167,7 +162,6 @@ async def verify_async(
         url: Any fsspec URL, or a local path.
         storage_options: Arguments for the fsspec filesystem.
         filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
-        plane: Which client moves the bytes.
         callback: Told the number of bytes to read (``set_size``) and those that have arrived (``relative_update``).
 
     Returns:
@@ -178,7 +172,7 @@ async def verify_async(
         CheckpointFormatError: it is not a checkpoint, or one that carries no CRC32s.
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
-    backend, path = await _open(url, storage_options, filesystem, plane)
+    backend, path = await _open(url, storage_options, filesystem)
     return await loops.run_on(backend.loop, _verify, backend, path, callback or NoOpCallback())
 
 
@@ -191,10 +185,9 @@ async def _open(
     url: str | os.PathLike[str],
     storage_options: Mapping[str, Any] | None,
     filesystem: AbstractFileSystem | None,
-    plane: Plane,
 ) -> tuple[Backend, str]:
     return await in_thread(
-        partial(open_backend, url, storage_options=storage_options, filesystem=filesystem, plane=plane)
+        partial(open_backend, url, storage_options=storage_options, filesystem=filesystem)
     )
 
 

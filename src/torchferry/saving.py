@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torchferry.engine.loops import own_loop, run_on, synchronous
-from torchferry.storage.base import Backend, ObjectStat, Plane
+from torchferry.storage.base import Backend, ObjectStat
 from torchferry.engine.cancellation import in_thread
 from torchferry.storage.metadata import require_storable
 from torchferry.storage.registry import open_backend
@@ -29,7 +29,6 @@ async def save_async(
     filesystem: AbstractFileSystem | None = None,
     part_size: int | None = None,
     metadata: Mapping[str, str] | None = None,
-    plane: Plane = "auto",
     callback: Callback | None = None,
 ) -> ObjectStat:
     """Saves ``obj`` to ``url``; what is stored is byte for byte what ``torch.save(obj, file)`` writes.
@@ -49,8 +48,6 @@ async def save_async(
             where the size needs it).
         metadata: User metadata to store with the object, where the store can: names that HTTP takes for a field, and
             strings of printable characters.
-        plane: Which client moves the bytes: "fsspec", "obstore", or "auto", the faster one that honours
-            every setting of the filesystem.
         callback: Told the size in bytes, and of bytes as they are handed to the store; in the thread that
             the store's event loop runs in.
 
@@ -64,7 +61,7 @@ async def save_async(
     """
     require_storable(os.fspath(url), metadata or {})
     backend, path = await in_thread(
-        partial(open_backend, url, storage_options=storage_options, filesystem=filesystem, plane=plane)
+        partial(open_backend, url, storage_options=storage_options, filesystem=filesystem)
     )
     return await run_on(own_loop(backend.loop), _save, obj, backend, path, part_size, metadata, callback)
 

@@ -20,9 +20,9 @@ __all__ = [
     "clean_up",
     "in_thread",
     "refuse_threads",
-    "to_the_end",
-    "wait_through_cancellations",
-    "without_stops",
+    "run_shielded",
+    "wait_shielded",
+    "stops_as_errors",
 ]
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class ThreadPool:
 _pool = ThreadPool(64, "torchferry")
 
 
-async def to_the_end(
+async def run_shielded(
     func: Callable[..., Awaitable[T]], /, *args: object, patience: float | Callable[[], float | None] | None = None
 ) -> T:
     """Awaits ``func(*args)`` to its end even when the caller is cancelled meanwhile; then the cancellation goes on.
@@ -74,14 +74,14 @@ async def to_the_end(
     try:
         await asyncio.wait([task])
     except asyncio.CancelledError:
-        await wait_through_cancellations(task, patience() if callable(patience) else patience)
+        await wait_shielded(task, patience() if callable(patience) else patience)
         if not task.cancelled():
             task.exception()  # looked at, so that asyncio does not log it as forgotten
         raise
     return task.result()
 
 
-async def wait_through_cancellations(task: asyncio.Future[T], patience: float | None = None) -> None:
+async def wait_shielded(task: asyncio.Future[T], patience: float | None = None) -> None:
     """Waits until ``task`` is done, whatever cancels the caller meanwhile, and however often.
 
     Args:
@@ -112,7 +112,7 @@ async def in_thread(func: Callable[..., T], /, *args: object, interrupt: Callabl
         *args: Its arguments.
         interrupt: Called when the caller is cancelled: to make ``func`` end soon.
     """
-    return await to_the_end(_submit, func, *args, patience=interrupt)
+    return await run_shielded(_submit, func, *args, patience=interrupt)
 
 
 async def clean_up(func: Callable[[], object]) -> None:
@@ -125,7 +125,7 @@ async def clean_up(func: Callable[[], object]) -> None:
         func()
 
 
-def without_stops(func: Callable[..., T], /, *args: object) -> T:
+def stops_as_errors(func: Callable[..., T], /, *args: object) -> T:
     """Calls ``func(*args)``; a StopIteration or StopAsyncIteration of it comes out as the cause of a RuntimeError.
 
     As it does out of a generator (PEP 479), and for the same reason: out here it would mean something else.
@@ -146,7 +146,7 @@ def refuse_threads() -> None:
 
 
 def _submit(func: Callable[..., T], *args: object) -> asyncio.Future[T]:
-    call = partial(copy_context().run, without_stops, func, *args)
+    call = partial(copy_context().run, stops_as_errors, func, *args)
     try:
         return asyncio.get_running_loop().run_in_executor(_pool.executor, call)
     except RuntimeError:  # the interpreter has shut the pool down: it ends, when the threads of the user have ended

@@ -99,7 +99,6 @@ async def upload(
     arguments: dict[str, Any] = {
         "part_size": options.part_size,
         "metadata": {**hooks.execution_metadata(ctx), **(options.metadata or {})} or None,
-        "plane": options.plane,
         **await _store(ctx, uri, options),
     }
     await _move("Saved", uri, partial(save_async, content, uri, **arguments))
@@ -118,7 +117,6 @@ async def download(ctx: FlyteContext, uri: str, options: LoadOptions) -> Any:
         "map_location": map_location,
         "weights_only": options.weights_only,
         "verify": options.verify,
-        "plane": options.plane,
         **await _store(ctx, uri, options),
     }
     try:

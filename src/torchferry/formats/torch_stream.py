@@ -30,7 +30,7 @@ from torchferry.engine.tasks import task_group
 from torchferry.formats.archive import DESCRIPTOR_SIGNATURE
 from torchferry.formats.checksum import Crc32Filler
 from torchferry.storage.base import MIB, Chunk
-from torchferry.engine.cancellation import without_stops
+from torchferry.engine.cancellation import stops_as_errors
 from torchferry.engine.writer import part_size_for
 
 if TYPE_CHECKING:
@@ -120,17 +120,17 @@ class CheckpointStream(AsyncIterator["Chunk"]):
             if self._failure is not None:
                 raise self._failure from self._failure.__cause__  # else the EndOfStream would be its context
             if self._callback is not None:
-                without_stops(self._callback.set_size, self._taken)  # no longer a hint
+                stops_as_errors(self._callback.set_size, self._taken)  # no longer a hint
             raise StopAsyncIteration from None
         self._taken += len(chunk)
         if self._callback is not None:
-            without_stops(self._callback.relative_update, len(chunk))
+            stops_as_errors(self._callback.relative_update, len(chunk))
         return chunk
 
     async def _produce(self) -> None:
         try:
             # A limiter of its own: streams that wait for the budget must not keep threads from those they wait for.
-            await to_thread.run_sync(without_stops, self._torch_save, limiter=anyio.CapacityLimiter(1))
+            await to_thread.run_sync(stops_as_errors, self._torch_save, limiter=anyio.CapacityLimiter(1))
         except Exception as error:  # noqa: BLE001  # it goes on from __anext__, so that the consumer cleans up
             if not self._closed:
                 self._failure = error
