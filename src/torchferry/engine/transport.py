@@ -43,6 +43,7 @@ __all__ = ["Answer", "SignedRequest", "Transport", "UnmovableError"]
 _SILENCE = 30.0  # seconds in which nothing moves, after which a request has failed, where the user chose no other
 _CONNECT = 10.0  # seconds for each step of a connection
 _TICK = 0.25  # seconds that a thread waits at once; in between it looks whether bytes in the system's queue have moved
+_LAST_LOOK = 1.0  # seconds to wait for the answer of a store that takes no bytes over TLS
 _SLOWEST = 1_000  # bytes a second: an answer that comes slower than this has failed,
 _GRACE = 60.0  # seconds after its first byte
 _IDLE = 10.0  # seconds after which a connection is not used again: stores close them soon, and not all of them say so
@@ -370,6 +371,7 @@ class _Exchange:
             finally:
                 with self._using:
                     self._connection = None
+                connection.http.response_class = http.client.HTTPResponse  # it keeps nothing of this request
                 if reusable and not self._interrupted:
                     self._transport.give_back(connection)
                 else:
@@ -508,6 +510,8 @@ class _Sending(_Exchange):
                 raise AnswerError(str(answer), hint)
             if HTTPStatus.MULTIPLE_CHOICES <= answer.status < HTTPStatus.BAD_REQUEST:
                 raise UnmovableError(f"a redirect ({answer.status})", answer)
+            if answer.ok and not sent_whole:
+                raise ConnectionResetError(f"the store answered before it had all: {answer}")
             return answer, sent_whole and response.isclosed() and not response.will_close
 
     def _send_body(self) -> bool:
@@ -527,6 +531,11 @@ class _Sending(_Exchange):
             if self._interrupted:
                 raise
             return False  # the answer may be there, and say why
+        except TimeoutError:
+            if not isinstance(self._sock, ssl.SSLSocket):
+                raise
+            self._moved_at += _LAST_LOOK
+            return False
         return True
 
     def _send_piece(self, piece: memoryview) -> bool:
@@ -539,7 +548,7 @@ class _Sending(_Exchange):
             try:
                 count = sock.send(piece)
             except TimeoutError:
-                # What comes over TLS need not be an answer.
+                # What comes over TLS need not be an answer: there it is looked for when nothing else has helped.
                 if not isinstance(sock, ssl.SSLSocket) and _has_news(sock):
                     return False
                 self._waited("the store took no bytes")
