@@ -12,7 +12,7 @@ nox.needs_version = ">=2024.10.9"
 nox.options.sessions = ["tests", "lint", "types"]
 nox.options.reuse_venv = "yes"
 
-LINTED = ("src", "storage_backends", "tests", "benchmarks", "examples", "conftest.py", "noxfile.py")
+LINTED = ("src", "storage_backends", "tests", "benchmarks", "reliability", "examples", "conftest.py", "noxfile.py")
 
 # Oldest and newest of what pyproject.toml allows. flytekit's own bounds keep the pairs of the first rows together.
 MATRIX = {
@@ -108,6 +108,14 @@ def types(session: nox.Session) -> None:
     install(session, "all", "test")
     session.install("-c", "constraints.txt", "mypy")
     session.run("mypy")
+
+
+@nox.session
+def reliability(session: nox.Session) -> None:
+    """Cancels, outages, bit flips and growth on every cloud, in one table; `nox -s reliability -- --help`."""
+    install(session, "s3", "gcs", "azure", "test")
+    install_stores(session)
+    session.run("python", "-m", "reliability", *session.posargs)
 
 
 @nox.session
