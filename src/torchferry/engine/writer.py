@@ -24,7 +24,7 @@ from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import current
 from torchferry.engine.types import MIB, Buffer, Chunk, ObjectStat
 
-__all__ = ["Body", "Limits", "Upload", "UploadPlan", "upload"]
+__all__ = ["Body", "Limits", "Upload", "UploadPlan", "abort", "upload"]
 
 PartT = TypeVar("PartT")
 
@@ -224,12 +224,12 @@ async def upload(target: Upload[PartT], chunks: AsyncIterable[Chunk], plan: Uplo
         with transfer.stage("publishing"):
             return await run_shielded(target.finish, in_order, patience=_PUBLISH_PATIENCE)
     except BaseException as error:
-        await _abort(target, error)
+        await abort(target, error)
         raise
 
 
-async def _abort(target: Upload[PartT], reason: BaseException) -> None:
-    """Aborts the upload; where that fails, a note and the log say so. After a cancel, a slow abort goes on by itself."""
+async def abort(target: Upload[PartT], reason: BaseException) -> None:
+    """Aborts an upload; where that fails, a note and the log say so. After a cancel, a slow abort goes on by itself."""
     aborting = asyncio.ensure_future(_abort_and_say(target, reason))
     keep_running(aborting)
     patience = _ABORT_SECONDS if isinstance(reason, Exception) else _ABORT_PATIENCE
