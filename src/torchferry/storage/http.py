@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import anyio
 
+from torchferry.engine.cancellation import in_thread
 from torchferry.engine.retry import AnswerError, Transient, retrying
 from torchferry.engine.transfer import current
 from torchferry.engine.transport import Answer, SignedRequest, Transport, UnmovableError
@@ -40,7 +41,6 @@ _ODD_ANSWERS = 3  # in a row, after which the engine rests
 _REST = 60.0  # seconds for which everything then goes through the client
 _CLIENT_TURN = 3  # every third attempt goes through the client: it may know a way that the engine does not
 _CODE = re.compile(rb"<Code>([^<]+)</Code>")
-_CHECKSUM_REFUSED = frozenset({400, 403, 501})
 
 
 class Engine:
@@ -96,6 +96,9 @@ class HttpBackend(Backend):
     damaged_codes: ClassVar[frozenset[str]] = frozenset()
     """The store's error codes for a body that does not match its checksum."""
 
+    checksum_refused: ClassVar[frozenset[int]] = frozenset({400, 403, 501})
+    """Statuses with which the store may refuse a checksum: the body is sent again without one."""
+
     def __init__(self) -> None:
         self._signed: OrderedDict[tuple[str, str | None], tuple[SignedRequest, float]] = OrderedDict()
 
@@ -120,6 +123,12 @@ class HttpBackend(Backend):
     @abstractmethod
     def translate(self, what: str, error: Exception) -> StorageError:
         """The torchferry error for one of the client's; ``what`` is "Cannot <verb> <url>"."""
+
+    # --- what a cloud may say
+
+    def is_damaged(self, answer: Answer) -> bool:
+        """Whether the store says that a body arrived damaged; by default, its error code tells."""
+        return error_code(answer) in self.damaged_codes
 
     # --- what a cloud gets
 
@@ -190,6 +199,7 @@ class HttpBackend(Backend):
         accept: Callable[[Answer], T],
         through_client: Callable[[], Awaitable[T]],
         publishes: bool = False,
+        unchanged: Callable[[], bool] | None = None,
     ) -> T:
         """Sends a body by the engine, or where that does not work through the client; again where it failed for now.
 
@@ -203,6 +213,8 @@ class HttpBackend(Backend):
             accept: Makes the result from an answer that is a success.
             through_client: One attempt by the client; returns the same result.
             publishes: Whether the object appears with this request.
+            unchanged: Whether the body's memory still has the checksum that was sent; asked in a thread, where the body
+                arrived damaged. By default, its CRC32 tells.
 
         Raises:
             ChangedWhileSavingError: the body's memory is not what it was when its checksum was computed.
@@ -216,7 +228,7 @@ class HttpBackend(Backend):
             reason = engine.why_client(attempts)
             if not reason and engine.transport is not None:
                 try:
-                    answer = await self._send_by_engine(engine, path, body, sign, publishes=publishes)
+                    answer = await self._send_by_engine(engine, path, body, sign, publishes, unchanged)
                 except UnmovableError as error:
                     reason = engine.note_odd(error)
                 else:
@@ -237,8 +249,8 @@ class HttpBackend(Backend):
         path: str,
         body: Body,
         sign: Callable[[bool], Awaitable[SignedRequest]],
-        *,
         publishes: bool,
+        unchanged: Callable[[], bool] | None,
     ) -> Answer:
         transport = engine.transport
         assert transport is not None  # noqa: S101 - asked before
@@ -246,15 +258,14 @@ class HttpBackend(Backend):
         answer = await transport.send(await sign(checked), body.buffers, publishes=publishes)
         if answer.ok:
             return answer
-        code = error_code(answer)
-        if code in self.damaged_codes:
-            if Body([Chunk(chunk.data) for chunk in body.chunks]).crc32 != body.crc32:
+        if self.is_damaged(answer):
+            if not await in_thread(unchanged or (lambda: _has_its_crc32(body))):
                 raise ChangedWhileSavingError(
                     f"{self.url(path)}: a tensor was changed while it was being saved. Nothing was stored. Wait for the "
                     "save before the next optimizer step, or save a copy."
                 )
-            raise AnswerError(f"the bytes arrived damaged ({code})", Transient())
-        if checked and answer.status in _CHECKSUM_REFUSED:
+            raise AnswerError(f"the bytes arrived damaged ({error_code(answer) or answer})", Transient())
+        if checked and answer.status in self.checksum_refused:
             current().count("requests")
             answer = await transport.send(await sign(False), body.buffers, publishes=publishes)
             if answer.ok:
@@ -285,6 +296,10 @@ class HttpBackend(Backend):
         if isinstance(error, AnswerError | ConnectionError | TimeoutError):
             return StorageUnavailableError(f"{what}: the store is not available, after all retries. {error}")
         return self.translate(what, error)
+
+
+def _has_its_crc32(body: Body) -> bool:
+    return Body([Chunk(chunk.data) for chunk in body.chunks]).crc32 == body.crc32
 
 
 def error_code(answer: Answer) -> str:
