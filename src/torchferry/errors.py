@@ -27,6 +27,7 @@ __all__ = [
     "UnsafeCheckpointError",
     "UnsupportedOptionError",
     "UnsupportedURLError",
+    "mask",
 ]
 
 
@@ -39,13 +40,18 @@ _SECRETS = re.compile(
 """What must not be shown of a URL: the password before the host, and what a query is signed with."""
 
 
+def mask(text: str) -> str:
+    """``text`` without what must not be shown of a URL: passwords and signatures become ``***``."""
+    return _SECRETS.sub(r"\1\2***", text)
+
+
 class TorchferryError(Exception):
     """The root of torchferry's errors."""
 
     def __str__(self) -> str:
         # KeyError shows the repr of its argument and OSError its (errno, message) pair: a message is a message.
         message = str(self.args[-1]) if self.args else type(self).__name__
-        return _SECRETS.sub(r"\1\2***", message)
+        return mask(message)
 
 
 class StorageError(TorchferryError, OSError):

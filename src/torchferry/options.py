@@ -6,7 +6,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-
 __all__ = ["LoadOptions", "SaveOptions"]
 
 

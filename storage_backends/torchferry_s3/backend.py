@@ -49,7 +49,8 @@ class S3Backend(HttpBackend):
     @classmethod
     def filesystem_class(cls) -> type[AbstractFileSystem]:
         """s3fs's."""
-        return S3FileSystem
+        kind: type[AbstractFileSystem] = S3FileSystem
+        return kind
 
     @classmethod
     def from_filesystem(cls, fs: AbstractFileSystem) -> S3Backend:
@@ -244,7 +245,7 @@ class S3Backend(HttpBackend):
         """Raises NoSuchBucketError where that is why nothing was found: a HEAD's 404 does not tell."""
         try:
             await self.client.call("head_bucket", Bucket=self.address(path)["Bucket"])
-        except Exception as error:  # noqa: BLE001 - not allowed to know: then what the first request said stands
+        except Exception as error:
             if errors.code_and_status(error)[1] == 404:  # noqa: PLR2004 - HTTP's
                 raise errors.NoSuchBucketError from error
 

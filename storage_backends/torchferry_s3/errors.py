@@ -20,12 +20,25 @@ DAMAGED = frozenset(
 """Codes for a body that does not match its checksum: it was damaged on the way."""
 
 _PERMISSION_CODES = frozenset(
-    "AccessDenied AccountProblem AllAccessDisabled AuthorizationHeaderMalformed CredentialsNotSupported ExpiredToken "
-    "InvalidAccessKeyId InvalidPayer InvalidSecurity InvalidToken NotSignedUp RequestTimeTooSkewed "
-    "SignatureDoesNotMatch TokenRefreshRequired".split()
+    [
+        "AccessDenied",
+        "AccountProblem",
+        "AllAccessDisabled",
+        "AuthorizationHeaderMalformed",
+        "CredentialsNotSupported",
+        "ExpiredToken",
+        "InvalidAccessKeyId",
+        "InvalidPayer",
+        "InvalidSecurity",
+        "InvalidToken",
+        "NotSignedUp",
+        "RequestTimeTooSkewed",
+        "SignatureDoesNotMatch",
+        "TokenRefreshRequired",
+    ]
 )
 _UNAVAILABLE_CODES = frozenset(
-    "InternalError RequestTimeout ServiceUnavailable SlowDown Throttling ThrottlingException".split()
+    ["InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException"]
 )
 _CREDENTIAL_ERRORS = (
     boto_errors.NoCredentialsError,

@@ -67,7 +67,7 @@ class S3Upload(Upload["dict[str, Any]"]):
             await self._abort_lost_creations()
 
     async def put_part(self, index: int, body: Body) -> dict[str, Any]:
-        number = {"UploadId": self._upload_id, "PartNumber": index + 1}
+        number: dict[str, Any] = {"UploadId": self._upload_id, "PartNumber": index + 1}
         try:
             answer = await self._send(body, "upload_part", **number)
         except BaseException:
@@ -158,7 +158,9 @@ class S3Upload(Upload["dict[str, Any]"]):
     async def _has_parts(self, upload_id: str) -> bool:
         try:
             found = await self._backend.call(
-                "clean up", self._path, partial(self._backend.client.call, "list_parts", **self._target, UploadId=upload_id)
+                "clean up",
+                self._path,
+                partial(self._backend.client.call, "list_parts", **self._target, UploadId=upload_id),
             )
         except (CheckpointNotFoundError, StorageUnavailableError):  # there is no such upload
             return False
@@ -201,9 +203,7 @@ class S3Upload(Upload["dict[str, Any]"]):
             return None
         return etag if etag.strip('"') == expected else None
 
-    async def _send(
-        self, body: Body, operation: str, *, publishes: bool = False, **arguments: Any
-    ) -> dict[str, Any]:
+    async def _send(self, body: Body, operation: str, *, publishes: bool = False, **arguments: Any) -> dict[str, Any]:
         checksum = base64.b64encode((await body.checksum()).to_bytes(4, "big")).decode()
         arguments = {**self._target, **arguments}
 

@@ -21,8 +21,9 @@ __all__ = [
     "in_thread",
     "refuse_threads",
     "run_shielded",
-    "wait_shielded",
     "stops_as_errors",
+    "wait_in_thread",
+    "wait_shielded",
 ]
 
 T = TypeVar("T")
@@ -99,7 +100,9 @@ async def wait_shielded(task: asyncio.Future[T], patience: float | None = None) 
                 patience = None
 
 
-async def in_thread(func: Callable[..., T], /, *args: object, interrupt: Callable[[], None] = lambda: None) -> T:
+async def in_thread(
+    func: Callable[..., T], /, *args: object, interrupt: Callable[[], float | None] = lambda: None
+) -> T:
     """Runs ``func(*args)`` in a worker thread, and does not return before the thread is done with it.
 
     A cancelled ``anyio.to_thread.run_sync`` can leave its thread working, on a file that its caller then closes. And
@@ -110,9 +113,28 @@ async def in_thread(func: Callable[..., T], /, *args: object, interrupt: Callabl
     Args:
         func: What to run, in a copy of the caller's context.
         *args: Its arguments.
-        interrupt: Called when the caller is cancelled: to make ``func`` end soon.
+        interrupt: Called when the caller is cancelled: to make ``func`` end soon. It returns how many seconds to wait
+            for that, or None to wait for it in any case.
     """
     return await run_shielded(_submit, func, *args, patience=interrupt)
+
+
+async def wait_in_thread(func: Callable[..., T], /, *args: object, interrupt: Callable[[], object] = lambda: None) -> T:
+    """Runs ``func(*args)``, which may wait long for others, in a thread of its own: no worker of theirs is taken.
+
+    Args:
+        func: What to run.
+        *args: Its arguments.
+        interrupt: Called when the caller is cancelled: to make ``func`` end soon.
+    """
+
+    async def wait() -> T:
+        return await to_thread.run_sync(partial(func, *args), limiter=anyio.CapacityLimiter(1))
+
+    def patience() -> None:
+        interrupt()
+
+    return await run_shielded(wait, patience=patience)
 
 
 async def clean_up(func: Callable[[], object]) -> None:

@@ -18,8 +18,8 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 from fsspec.asyn import get_loop, reset_lock
 
-from torchferry.engine.tasks import wrapping_exits, unwrapping_exits
 from torchferry.engine.cancellation import refuse_threads, wait_shielded
+from torchferry.engine.tasks import unwrapping_exits, wrapping_exits
 
 __all__ = ["keep_running", "own_loop", "run", "run_on", "synchronous"]
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from torchferry.engine.cancellation import wait_in_thread
 from torchferry.engine.transfer import current
 from torchferry.engine.types import MIB
 
@@ -75,6 +76,27 @@ class Ledger:
             self.held += need
             self._claims += 1
         return Claim(self, need, block)
+
+    async def claim_async(self, need: int) -> Claim:
+        """:meth:`claim` on an event loop, which goes on meanwhile. A cancel ends the wait."""
+        abandoned = False
+        granted: list[Claim] = []
+
+        def wait() -> None:
+            granted.append(self.claim(need, abandoned=lambda: abandoned))
+
+        def abandon() -> None:
+            nonlocal abandoned
+            abandoned = True
+            self.wake()
+
+        try:
+            await wait_in_thread(wait, interrupt=abandon)
+        except BaseException:
+            for claim in granted:
+                claim.close()
+            raise
+        return granted[0]
 
     def may_grow(self, nbytes: int) -> bool:
         """Takes ``nbytes`` more for a claim, if they are free. Called with the lock held."""
@@ -156,6 +178,12 @@ class Claim:
         loan = (ctypes.c_char * self.block_size).from_buffer(block)  # all views of it keep it, and it can be watched
         weakref.finalize(loan, self._came_back, block).atexit = False
         return memoryview(loan).cast("B")
+
+    async def take_async(self) -> memoryview:
+        """:meth:`take` on an event loop, which goes on meanwhile. A cancel ends the wait."""
+        with self._ledger.changed:
+            free = self._used + self.block_size <= self._held
+        return self.take() if free else await wait_in_thread(self.take, interrupt=self.abandon)
 
     def abandon(self) -> None:
         """Makes :meth:`take` raise, also in a thread that waits in it."""

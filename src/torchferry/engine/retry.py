@@ -1,8 +1,8 @@
 """The one retry policy: which failures are repeated, how long after, and for how long.
 
 Exponential backoff with full jitter (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/): before
-repetition number n, a random time between 0 and 0.1 s x 2^n, at most 10 s; longer where the store's ``Retry-After`` says
-so. Repeated until nothing of the transfer has moved for ``give_up_after`` seconds (120 by default).
+repetition number n, a random time between 0 and 0.1 s x 2^n, at most 10 s; longer where ``Retry-After`` says so.
+Repeated until nothing of the transfer has moved for ``give_up_after`` seconds (120 by default).
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import email.utils
 import logging
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
 from time import monotonic
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import anyio
 
@@ -24,6 +24,14 @@ from torchferry.engine.transfer import current
 __all__ = ["TRANSIENT_STATUSES", "AnswerError", "Transient", "retry_after", "retrying", "transient_answer"]
 
 T = TypeVar("T")
+
+
+class Headers(Protocol):
+    """Headers of an answer, whichever client they come from."""
+
+    def items(self) -> Iterable[tuple[str, str]]:
+        """Names and values."""
+
 
 TRANSIENT_STATUSES = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
 """Repeated, as is every status from 500 on but 501 (not implemented) and 505 (HTTP version)."""
@@ -58,13 +66,13 @@ class AnswerError(OSError):
         self.transient = transient
 
 
-def transient_answer(status: int, headers: Mapping[str, str] | None = None) -> Transient | None:
+def transient_answer(status: int, headers: Headers | None = None) -> Transient | None:
     """Whether a request that got this status should be repeated, and when."""
     busy = status in TRANSIENT_STATUSES or (status >= HTTPStatus.INTERNAL_SERVER_ERROR and status not in _NOT_TRANSIENT)
-    return Transient(retry_after(headers or {})) if busy else None
+    return Transient(retry_after(headers) if headers is not None else 0.0) if busy else None
 
 
-def retry_after(headers: Mapping[str, str]) -> float:
+def retry_after(headers: Headers) -> float:
     """The seconds of a ``Retry-After`` header, which is a number or a date; 0.0 where there is none."""
     value = next((text for name, text in headers.items() if name.lower() == "retry-after"), "")
     try:

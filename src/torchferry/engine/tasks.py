@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
-__all__ = ["CarriedExit", "Tasks", "wrapping_exits", "unwrapping_exits", "task_group"]
+__all__ = ["CarriedExit", "Tasks", "task_group", "unwrapping_exits", "wrapping_exits"]
 
 T = TypeVar("T")
 

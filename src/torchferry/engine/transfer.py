@@ -77,7 +77,9 @@ class TransferReport:
         if self.retries:
             notes.append(f"{self.retries} retries")
         if self.client_bytes:
-            notes.append(f"{self.client_bytes / 1e6:.1f} MB by the filesystem's client ({'; '.join(self.client_reasons)})")
+            notes.append(
+                f"{self.client_bytes / 1e6:.1f} MB by the filesystem's client ({'; '.join(self.client_reasons)})"
+            )
         return (
             f"{self.verb} {self.url}: {self.nbytes / 1e6:.1f} MB in {self.seconds:.2f} s "
             f"({self.bytes_per_second / 1e9:.2f} GB/s); {', '.join(notes)}" + (f"; {stages}" if stages else "")
@@ -143,8 +145,20 @@ class Transfer:
             self._peak_memory = max(self._peak_memory, self._memory)
 
     @contextmanager
-    def stage(self, name: str) -> Generator[None]:
-        """Counts the time in here to a stage."""
+    def reading_side(self) -> Generator[None]:
+        """For the reads of a copy: in here, bytes that arrive are not counted; the target's are."""
+        token = _current.set(_ReadingSide(self))
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Counts the time in it to a stage."""
+        return self._stage(name)
+
+    @contextmanager
+    def _stage(self, name: str) -> Generator[None]:
         begun = perf_counter()
         try:
             yield
@@ -225,6 +239,30 @@ class Transfer:
         logger.info("%s", report)
         if deliver is not None:
             deliver(report)
+
+
+class _ReadingSide(Transfer):
+    """Counts to another transfer all but the bytes that move."""
+
+    def __init__(self, whole: Transfer) -> None:
+        super().__init__(give_up_after=whole.give_up_after)
+        self._whole = whole
+
+    def moved(self, nbytes: int) -> None:
+        super().moved(nbytes)
+        self._whole.moved(0)
+
+    def count(self, name: str, number: int = 1) -> None:
+        self._whole.count(name, number)
+
+    def through_client(self, nbytes: int, reason: str) -> None:
+        self._whole.through_client(nbytes, reason)
+
+    def holds(self, nbytes: int) -> None:
+        self._whole.holds(nbytes)
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        return self._whole.stage(name)
 
 
 _current: ContextVar[Transfer | None] = ContextVar("torchferry_transfer", default=None)

@@ -315,7 +315,13 @@ class _Reading(_Exchange):
     """One range on its way into memory."""
 
     def __init__(
-        self, transport: Transport, request: SignedRequest, start: int, buffer: memoryview, size: int, transfer: Transfer
+        self,
+        transport: Transport,
+        request: SignedRequest,
+        start: int,
+        buffer: memoryview,
+        size: int,
+        transfer: Transfer,
     ) -> None:
         super().__init__(transport, request, transfer)
         self._headers = {**request.headers, "Range": f"bytes={start}-{start + len(buffer) - 1}"}

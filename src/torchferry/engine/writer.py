@@ -111,7 +111,7 @@ class UploadPlan:
         size: int,
         part_size: int | None = None,
         *,
-        limits: Limits = Limits(),  # noqa: B008 - frozen
+        limits: Limits = Limits(),
         in_flight: int = _IN_FLIGHT,
         memory: int = 0,
     ) -> UploadPlan:

@@ -13,13 +13,13 @@ import anyio
 from fsspec.callbacks import Callback
 from fsspec.utils import get_protocol
 
+from torchferry.engine.cancellation import in_thread
 from torchferry.errors import CheckpointCorruptError, StoragePermissionError, StorageUnavailableError
 from torchferry.flyte import hooks
 from torchferry.flyte.devices import default_map_location
 from torchferry.flyte.unchanged import is_unchanged
 from torchferry.loading import load_async
 from torchferry.saving import save_async
-from torchferry.engine.cancellation import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

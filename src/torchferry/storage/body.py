@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, TypeVar
 
-from torchferry.engine.types import Buffer
 from torchferry.engine.cancellation import run_shielded
+from torchferry.engine.types import Buffer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence

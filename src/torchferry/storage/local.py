@@ -5,25 +5,32 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import secrets
 import stat as stat_module
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchferry.errors import CheckpointChangedError, CheckpointNotFoundError, StorageError, StoragePermissionError
-from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
 from torchferry.engine.cancellation import clean_up, in_thread
+from torchferry.engine.transfer import current
+from torchferry.engine.types import Buffer, Chunk, ObjectStat
+from torchferry.engine.writer import UploadPlan
+from torchferry.errors import CheckpointChangedError, CheckpointNotFoundError, StorageError, StoragePermissionError
+from torchferry.storage.base import Backend, Leftover, ListedObject
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Iterator, Mapping
+    from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping, Sequence
 
     from fsspec import AbstractFileSystem
 
 __all__ = ["LocalBackend"]
 
 logger = logging.getLogger("torchferry.storage")
+
+_TEMPORARY = re.compile(r"(^|/)\.torchferry-[0-9a-f]{16}\.tmp$")
 
 
 class LocalBackend(Backend):
@@ -33,12 +40,10 @@ class LocalBackend(Backend):
     place has a new time. User metadata is not stored. All file work happens in worker threads.
     """
 
-    plane = "local"
-
     @classmethod
-    def from_filesystem(cls, fs: AbstractFileSystem, plane: Plane) -> Backend:
-        """A backend for fsspec's local filesystem. There is one way to a local file, so every ``plane`` is that one."""
-        del fs, plane
+    def from_filesystem(cls, fs: AbstractFileSystem) -> LocalBackend:
+        """A backend for fsspec's local filesystem."""
+        del fs
         return cls()
 
     def url(self, path: str) -> str:
@@ -49,7 +54,7 @@ class LocalBackend(Backend):
         """Looks a file up; a directory or device is not a checkpoint and raises a StorageError."""
         return await in_thread(self._stat, path)
 
-    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
+    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Buffer:
         """Reads a range of the file, whose version is checked before and after."""
         data = bytearray(stop - start)
         await self.read_into(path, start, memoryview(data), stat)
@@ -58,23 +63,24 @@ class LocalBackend(Backend):
     async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
         """Reads a range of the file into memory that is there."""
         await in_thread(self._read_into, path, start, buffer, stat)
+        current().moved(len(buffer))
 
     async def write(
         self,
         path: str,
         chunks: AsyncIterable[Chunk],
         *,
-        size_hint: int,
-        part_size: int | None = None,
+        plan: UploadPlan,
         metadata: Mapping[str, str] | None = None,
     ) -> ObjectStat:
         """Writes a hidden file in the same directory and renames it; missing directories are made."""
-        del size_hint, part_size
+        del plan
         staged = _StagedFile()
         try:
             await in_thread(self._stage, path, staged)
             async for chunk in chunks:
-                await in_thread(self._append, path, staged, chunk)
+                await in_thread(self._append, path, staged, chunk.data)
+                current().moved(len(chunk))
             written = await in_thread(self._publish, path, staged)
         except BaseException:
             await clean_up(staged.discard)
@@ -84,6 +90,38 @@ class LocalBackend(Backend):
     async def delete(self, path: str) -> None:
         """Deletes a file."""
         await in_thread(self._delete, path)
+
+    async def list(self, prefix: str) -> AsyncIterator[ListedObject]:
+        """Lists files; the directory that ``prefix`` lies in is walked."""
+        for path, result in await in_thread(self._walk, prefix):
+            if path.startswith(prefix) and not _TEMPORARY.search(path):
+                found = self._object_stat(path, result)
+                yield ListedObject(path, found.url, found.size, found.etag, _modified(result))
+
+    async def leftovers(self, prefix: str) -> AsyncIterator[Leftover]:
+        """Lists temporary files of writers below the directory that ``prefix`` lies in."""
+        for path, result in await in_thread(self._walk, prefix):
+            if _TEMPORARY.search(path):
+                yield Leftover(path, self.url(path), "temporary file", modified=_modified(result))
+
+    async def discard(self, leftover: Leftover) -> bool:
+        """Deletes a temporary file."""
+        await self.delete(leftover.path)
+        return True
+
+    def _walk(self, prefix: str) -> Sequence[tuple[str, os.stat_result]]:
+        top = os.path.dirname(f"{prefix}x")  # noqa: PTH120 - a path like fsspec's, not a Path
+        found = []
+        with _translated(self.url(prefix), "list"):
+            os.stat(top)  # noqa: PTH116 - raises where there is no such directory
+            for directory, _, names in os.walk(top):
+                for name in names:
+                    path = os.path.join(directory, name)  # noqa: PTH118 - the same
+                    with suppress(FileNotFoundError):  # gone meanwhile
+                        result = os.stat(path)  # noqa: PTH116 - the same
+                        if stat_module.S_ISREG(result.st_mode):
+                            found.append((path, result))
+        return found
 
     def _stat(self, path: str) -> ObjectStat:
         with _translated(self.url(path), "look up"):
@@ -121,9 +159,9 @@ class LocalBackend(Backend):
             target.parent.mkdir(parents=True, exist_ok=True)
             staged.create(target)
 
-    def _append(self, path: str, staged: _StagedFile, chunk: Chunk) -> None:
+    def _append(self, path: str, staged: _StagedFile, data: Buffer) -> None:
         with _translated(self.url(path), "write"):
-            staged.append(chunk)
+            staged.append(data)
 
     def _publish(self, path: str, staged: _StagedFile) -> ObjectStat:
         with _translated(self.url(path), "write"):
@@ -132,6 +170,10 @@ class LocalBackend(Backend):
     def _delete(self, path: str) -> None:
         with _translated(self.url(path), "delete"), suppress(FileNotFoundError):
             os.unlink(path)  # noqa: PTH108 - a path like fsspec's, not a Path
+
+
+def _modified(result: os.stat_result) -> datetime:
+    return datetime.fromtimestamp(result.st_mtime, UTC)
 
 
 class _StagedFile:
@@ -147,9 +189,9 @@ class _StagedFile:
         self._fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._target, self._temporary = target, temporary
 
-    def append(self, chunk: Chunk) -> None:
+    def append(self, data: Buffer) -> None:
         assert self._fd is not None  # noqa: S101 - created before
-        view = memoryview(chunk)
+        view = memoryview(data)
         while view:
             view = view[os.write(self._fd, view) :]
 

@@ -13,6 +13,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.utils import get_protocol
 
+from torchferry.engine.cancellation import ThreadPool
 from torchferry.errors import (
     BackendNotInstalledError,
     CheckpointNotFoundError,
@@ -22,7 +23,6 @@ from torchferry.errors import (
     UnsupportedURLError,
 )
 from torchferry.storage.base import Backend
-from torchferry.engine.cancellation import ThreadPool
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -105,19 +105,19 @@ def _make(url: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSys
     protocol = get_protocol(url)
     make = partial(_make_here, url, protocol, storage_options)
     if protocol in {"file", "local"}:
-        return make()  # type: ignore[no-any-return]
+        return make()
     try:
         made = _opener(protocol).executor.submit(make)
     except RuntimeError:  # the interpreter is about to end, and waits for the thread that this is in
-        return make()  # type: ignore[no-any-return]
-    return made.result()  # type: ignore[no-any-return]
+        return make()
+    return made.result()
 
 
 def _make_here(url: str, protocol: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
     entry = _entry_points().get(protocol)
     kind = entry.load().filesystem_class() if entry and "::" not in url else None
     if kind is None:
-        return url_to_fs(url, **storage_options)  # type: ignore[no-any-return]
+        return url_to_fs(url, **storage_options)
     return kind(**{**kind._get_kwargs_from_urls(url), **storage_options}), kind._strip_protocol(url)
 
 
