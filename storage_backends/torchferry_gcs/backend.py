@@ -21,6 +21,7 @@ from torchferry.storage.translate import require_key
 from torchferry_gcs import errors
 from torchferry_gcs.client import GcsClient, Reply, text_of
 from torchferry_gcs.metadata import storable
+from torchferry_gcs.target import Target, version_of
 from torchferry_gcs.upload import GcsUpload
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ class GcsBackend(HttpBackend):
     @classmethod
     def filesystem_class(cls) -> type[AbstractFileSystem]:
         """gcsfs's; the one that newer ones register for buckets of other kinds is a subclass of it."""
-        return GCSFileSystem
+        kind: type[AbstractFileSystem] = GCSFileSystem
+        return kind
 
     @classmethod
     def from_filesystem(cls, fs: AbstractFileSystem) -> GcsBackend:
@@ -116,9 +118,7 @@ class GcsBackend(HttpBackend):
             raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.")
         offered = answered.get("Content-Range", f"bytes 0-{stat.size - 1}").partition("/")[0]
         if offered != asked:
-            raise StorageError(
-                f"Cannot read the bytes {start} to {start + len(buffer)} of {self.url(path)}: the store offered {offered}."
-            )
+            raise StorageError(f"Cannot read the {asked} of {self.url(path)}: the store offered {offered}.")
 
     async def write(
         self,
@@ -134,7 +134,7 @@ class GcsBackend(HttpBackend):
         """
         bucket, key, _ = self.address(path)
         kept = storable(self.url(path), metadata or {})
-        return await upload(GcsUpload(self, path, bucket, key, kept), chunks, plan)
+        return await upload(GcsUpload(Target(self, path, bucket, key, kept)), chunks, plan)
 
     async def delete(self, path: str) -> None:
         """Deletes an object."""
@@ -169,7 +169,7 @@ class GcsBackend(HttpBackend):
         """Multipart uploads; sessions of resumable uploads cannot be listed, and vanish after a week."""
         bucket, _, key = prefix.partition("/")
         await self.call("list", prefix, partial(self._of_bucket, self._first_object_url(bucket)))
-        async for found in self.uploads(prefix, bucket, key):
+        async for _, found in self.uploads(prefix, bucket, key):
             path = f"{bucket}/{text_of(found, 'Key')}"
             started = _time(text_of(found, "Initiated"))
             yield Leftover(path, self.url(path), "multipart upload", text_of(found, "UploadId"), started)
@@ -178,10 +178,10 @@ class GcsBackend(HttpBackend):
         await self.abort_upload(leftover.path, leftover.id)
         return True
 
-    async def uploads(self, path: str, bucket: str, prefix: str) -> AsyncIterator[Element]:
+    async def uploads(self, path: str, bucket: str, prefix: str) -> AsyncIterator[tuple[str, Element]]:
         """The multipart uploads under way; nothing where the server does not speak the XML API.
 
-        Each as https://cloud.google.com/storage/docs/xml-api/get-bucket-uploads has it.
+        Each as https://cloud.google.com/storage/docs/xml-api/get-bucket-uploads has it, with the store's own time.
         """
         if (await self.engine()).speaks_xml is False:
             return
@@ -198,10 +198,13 @@ class GcsBackend(HttpBackend):
             if page is None:
                 return
             for found in page.iterfind("{*}Upload"):
-                yield found
+                yield reply.headers.get("Date", ""), found
             if text_of(page, "IsTruncated") != "true":
                 return
-            markers = {"key-marker": text_of(page, "NextKeyMarker"), "upload-id-marker": text_of(page, "NextUploadIdMarker")}
+            markers = {
+                "key-marker": text_of(page, "NextKeyMarker"),
+                "upload-id-marker": text_of(page, "NextUploadIdMarker"),
+            }
 
     async def abort_upload(self, path: str, upload_id: str) -> None:
         """Aborts a multipart upload; one that is not there (any more) is no error."""
@@ -264,12 +267,8 @@ class GcsBackend(HttpBackend):
 
     async def _of_bucket(self, url: str) -> Reply:
         """What is in a bucket. One attempt."""
-        try:
+        with errors.missing_bucket():
             return await self.client.call("GET", url)
-        except Exception as error:
-            if errors.is_missing(error):
-                raise errors.NoSuchBucketError from error
-            raise
 
     def _first_object_url(self, bucket: str) -> str:
         return self.client.objects_url(bucket, maxResults="1", fields="kind")
@@ -281,11 +280,6 @@ class GcsBackend(HttpBackend):
     def _make_engine(self) -> GcsEngine:
         why_not = self.client.why_not_engine
         return GcsEngine(None, why_not) if why_not else GcsEngine(Transport())
-
-
-def version_of(found: Mapping[str, Any]) -> str | None:
-    """What names the version that is described: its generation; on a server without any, its ETag."""
-    return found.get("generation") or found.get("etag")
 
 
 def _is_generation(etag: str | None) -> bool:

@@ -20,10 +20,14 @@ _ONE = 1 << 31  # the polynomial 1, its bits reversed
 _PIECE = 1 << 20  # bytes that google_crc32c is given at once: of so many it lets other threads run
 
 
-def crc32c(buffers: Iterable[Buffer]) -> int:
-    """The CRC32C of buffers, one after the other. Takes 0.1 s a GB: call it in a thread."""
+def crc32c(buffers: Iterable[Buffer], value: int = 0) -> int:
+    """The CRC32C of buffers, one after the other. Takes 0.1 s a GB: call it in a thread.
+
+    Args:
+        buffers: The bytes.
+        value: The CRC32C of what comes before them.
+    """
     native = native_crc32c()
-    value = 0
     for buffer in buffers:
         if not len(buffer):
             continue

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote, urlencode
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import aiohttp
 import gcsfs.core
@@ -48,16 +48,16 @@ class Reply:
         found: dict[str, Any] = json.loads(self.body)
         return found
 
-    def xml(self, root: str) -> ElementTree.Element | None:
+    def xml(self, root: str) -> ET.Element | None:
         """The body, if it is an XML document with this root; else None."""
         try:
-            found = ElementTree.fromstring(self.body)  # noqa: S314 - from the store; expat bounds what entities become
-        except ElementTree.ParseError:
+            found = ET.fromstring(self.body)  # noqa: S314 - from the store; expat bounds what entities become
+        except ET.ParseError:
             return None
         return found if found.tag.rpartition("}")[2] == root else None
 
 
-def text_of(element: ElementTree.Element, name: str) -> str:
+def text_of(element: ET.Element, name: str) -> str:
     """The text of an element's child, in any namespace; empty where there is none."""
     return element.findtext(f"{{*}}{name}") or ""
 

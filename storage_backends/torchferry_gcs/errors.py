@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http import HTTPStatus
 
 import aiohttp
@@ -23,6 +24,8 @@ __all__ = [
     "is_damage",
     "is_missing",
     "is_not_xml",
+    "may_have_arrived",
+    "missing_bucket",
     "status_of",
     "transient",
     "translate",
@@ -30,7 +33,8 @@ __all__ = [
 
 _DAMAGED = re.compile(rb"<Code>(BadDigest|InvalidDigest)</Code>|doesn't match calculated (CRC32C|MD5)")
 _UNKNOWN_REQUEST = frozenset({400, 404, 405, 501})
-_XML = {name: re.compile(rb"<%s>([^<]*)</%s>" % (name, name)) for name in (b"Code", b"Message", b"Details")}
+_UNSURE = frozenset({500, 502, 504})
+_XML = [re.compile(rb"<%s>([^<]*)</%s>" % (name, name)) for name in (b"Code", b"Message", b"Details")]
 
 
 class NoSuchBucketError(FileNotFoundError):
@@ -77,20 +81,36 @@ def is_not_xml(error: BaseException | None) -> bool:
     return isinstance(error, Exception) and (is_missing(error) or status_of(error) in _UNKNOWN_REQUEST)
 
 
+def may_have_arrived(error: BaseException) -> bool:
+    """Whether the store may have done what it was asked for, although this is all that came back."""
+    if not isinstance(error, Exception):  # cancelled
+        return True
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return False
+    status = status_of(error)
+    return status in _UNSURE if status else isinstance(error, _CONNECTION_ERRORS)
+
+
+@contextmanager
+def missing_bucket() -> Iterator[None]:
+    """For requests that need nothing but the bucket: where something is missing, it is that."""
+    try:
+        yield
+    except Exception as error:
+        if is_missing(error):
+            raise NoSuchBucketError from error
+        raise
+
+
 def transient(error: Exception) -> Transient | None:
     """Whether the same request may succeed later."""
     if isinstance(error, GcsAnswerError):
         return Transient() if error.damaged else transient_answer(error.status, error.headers)
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return None
-    if isinstance(error, _CONNECTION_ERRORS):
-        return Transient()
-    if isinstance(error, google.auth.exceptions.GoogleAuthError):
-        return Transient() if error.retryable else None
-    if isinstance(error.__cause__, google.auth.exceptions.GoogleAuthError):  # newer gcsfs wraps it
-        return transient(error.__cause__)
-    if isinstance(error, gcsfs.retry.ChecksumError):
-        return Transient()
+    if isinstance(error, (*_CONNECTION_ERRORS, gcsfs.retry.ChecksumError)):
+        return None if isinstance(error, aiohttp.ClientConnectorCertificateError) else Transient()
+    for refused in (error, error.__cause__):  # newer gcsfs wraps google-auth's
+        if isinstance(refused, google.auth.exceptions.GoogleAuthError):
+            return Transient() if refused.retryable else None
     return transient_answer(status_of(error))
 
 
@@ -129,7 +149,9 @@ def _explained(body: bytes) -> tuple[str, str]:
     try:
         error = json.loads(body)["error"]
     except (ValueError, TypeError, KeyError):
-        found = {name: match.group(1).decode("utf-8", "replace") for name, p in _XML.items() if (match := p.search(body))}
+        found = {
+            name: match.group(1).decode("utf-8", "replace") for name, p in _XML.items() if (match := p.search(body))
+        }
         message = " ".join(found[name] for name in (b"Message", b"Details") if name in found)
         return found.get(b"Code", ""), message
     return ("", str(error.get("message", ""))) if isinstance(error, dict) else ("", str(error))

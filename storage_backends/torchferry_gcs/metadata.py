@@ -25,8 +25,8 @@ def storable(url: str, metadata: Mapping[str, str]) -> dict[str, str]:
     for name, value in metadata.items():
         if not value.isascii() or value != value.strip():
             raise UnsupportedOptionError(
-                f"{url}: Google Cloud Storage cannot keep the metadata {name!r}: {value!r}: use ASCII, without spaces at "
-                "the ends. json.dumps() makes ASCII of any text."
+                f"{url}: Google Cloud Storage does not give back the metadata {name!r}: {value!r} as it is: use ASCII, "
+                "without spaces at the ends. json.dumps() makes ASCII of any text."
             )
     kept = {name.lower(): value for name, value in metadata.items()}
     if len(kept) != len(metadata):
