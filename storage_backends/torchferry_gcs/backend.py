@@ -21,7 +21,7 @@ from torchferry.storage.translate import require_key
 from torchferry_gcs import errors
 from torchferry_gcs.client import GcsClient, Reply, text_of
 from torchferry_gcs.metadata import storable
-from torchferry_gcs.target import Target, version_of
+from torchferry_gcs.target import Target
 from torchferry_gcs.upload import GcsUpload
 
 if TYPE_CHECKING:
@@ -92,29 +92,24 @@ class GcsBackend(HttpBackend):
     async def stat(self, path: str) -> ObjectStat:
         """Looks an object up, past gcsfs's listings cache."""
         found = await self.call("look up", path, partial(self._lookup, path))
-        return ObjectStat(self.url(path), int(found["size"]), version_of(found), dict(found.get("metadata", {})))
+        return ObjectStat(self.url(path), int(found["size"]), found.get("generation"), dict(found.get("metadata", {})))
 
     async def sign_read(self, path: str, stat: ObjectStat) -> SignedRequest:
         url = self._download_url(path, stat)
-        headers = await self.client.headers(url)
-        if not _is_generation(stat.etag):
-            return SignedRequest.get(url, stat.etag, headers)
-        assert stat.etag is not None  # noqa: S101 - for the types
-        return SignedRequest("GET", url, headers, ("x-goog-generation", stat.etag))
+        version = None if stat.etag is None else ("x-goog-generation", stat.etag)
+        return SignedRequest("GET", url, await self.client.headers(url), version)
 
     async def read_through_client(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
         asked = f"bytes {start}-{start + len(buffer) - 1}"
-        headers = {"Range": asked.replace(" ", "=")}
-        if stat.etag is not None and not _is_generation(stat.etag):
-            headers["If-Match"] = stat.etag
+        url = self._download_url(path, stat)
         try:
-            answered = await self.client.read_into(self._download_url(path, stat), headers, buffer)
+            answered = await self.client.read_into(url, {"Range": asked.replace(" ", "=")}, buffer)
         except Exception as error:
             if not errors.is_missing(error):
                 raise
             await self._lookup(path)  # raises where there is no object, or no bucket
             raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.") from error
-        if _is_generation(stat.etag) and answered.get("x-goog-generation", stat.etag) != stat.etag:
+        if stat.etag is not None and answered.get("x-goog-generation", stat.etag) != stat.etag:
             raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.")
         offered = answered.get("Content-Range", f"bytes 0-{stat.size - 1}").partition("/")[0]
         if offered != asked:
@@ -160,7 +155,7 @@ class GcsBackend(HttpBackend):
             for found in page.get("items", []):
                 path = f"{bucket}/{found['name']}"
                 modified = _time(found.get("updated"))
-                yield ListedObject(path, self.url(path), int(found["size"]), version_of(found), modified)
+                yield ListedObject(path, self.url(path), int(found["size"]), found.get("generation"), modified)
             token = page.get("nextPageToken")
             if not token:
                 return
@@ -275,15 +270,11 @@ class GcsBackend(HttpBackend):
 
     def _download_url(self, path: str, stat: ObjectStat) -> str:
         bucket, key, _ = self.address(path)
-        return self.client.download_url(bucket, key, generation=stat.etag if _is_generation(stat.etag) else None)
+        return self.client.download_url(bucket, key, generation=stat.etag)
 
     def _make_engine(self) -> GcsEngine:
         why_not = self.client.why_not_engine
         return GcsEngine(None, why_not) if why_not else GcsEngine(Transport())
-
-
-def _is_generation(etag: str | None) -> bool:
-    return etag is not None and etag.isdecimal()
 
 
 def _time(text: str | None) -> datetime | None:

@@ -31,7 +31,7 @@ __all__ = [
     "translate",
 ]
 
-_DAMAGED = re.compile(rb"<Code>(BadDigest|InvalidDigest)</Code>|doesn't match calculated (CRC32C|MD5)")
+_DAMAGED = re.compile(rb"<Code>BadDigest</Code>|(CRC32C|MD5)[^.]* (doesn't|did not) match ")
 _UNKNOWN_REQUEST = frozenset({400, 404, 405, 501})
 _UNSURE = frozenset({500, 502, 504})
 _XML = [re.compile(rb"<%s>([^<]*)</%s>" % (name, name)) for name in (b"Code", b"Message", b"Details")]
@@ -149,11 +149,10 @@ def _explained(body: bytes) -> tuple[str, str]:
     try:
         error = json.loads(body)["error"]
     except (ValueError, TypeError, KeyError):
-        found = {
-            name: match.group(1).decode("utf-8", "replace") for name, p in _XML.items() if (match := p.search(body))
-        }
-        message = " ".join(found[name] for name in (b"Message", b"Details") if name in found)
-        return found.get(b"Code", ""), message
+        code, *texts = (
+            match.group(1).decode("utf-8", "replace") if match else "" for match in (text.search(body) for text in _XML)
+        )
+        return code, " ".join(filter(None, texts))
     return ("", str(error.get("message", ""))) if isinstance(error, dict) else ("", str(error))
 
 

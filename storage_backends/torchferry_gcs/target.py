@@ -28,17 +28,17 @@ class Written:
     """What the store says of the object that it has published.
 
     Attributes:
-        version: What names the version, if it tells.
+        generation: Its version, if the store tells.
         crc32c: In base64, if it tells.
     """
 
-    version: str | None = None
+    generation: str | None = None
     crc32c: str | None = None
 
     @classmethod
     def from_resource(cls, found: Mapping[str, Any]) -> Written:
         """From the JSON API's description."""
-        return cls(version_of(found), found.get("crc32c"))
+        return cls(found.get("generation"), found.get("crc32c"))
 
     @classmethod
     def from_headers(cls, headers: Headers) -> Written:
@@ -88,14 +88,14 @@ class Target:
             StorageError: the object has another CRC32C.
         """
         self.backend.forget(self.path)
-        if written.version is None or written.crc32c is None:
+        if written.generation is None or written.crc32c is None:
             written = await self.backend.call("look up", self.path, lambda: self._look_again(written))
         if written.crc32c not in {None, encoded(crc32c)}:
             raise StorageError(
                 f"Cannot write {self.backend.url(self.path)}: bytes were damaged on the way, and the store took them "
                 f"(CRC32C {written.crc32c} instead of {encoded(crc32c)}). The object is damaged: save again."
             )
-        return ObjectStat(self.backend.url(self.path), size, written.version, dict(self.metadata))
+        return ObjectStat(self.backend.url(self.path), size, written.generation, dict(self.metadata))
 
     async def if_there(self, size: int, crc32c: int) -> Written | None:
         """What is there, if it is what was written: for when the answer to what publishes was lost. One attempt."""
@@ -110,13 +110,8 @@ class Target:
 
     async def _look_again(self, written: Written) -> Written:
         try:
-            return Written.from_resource(await self.backend.resource(self.bucket, self.key, written.version))
+            return Written.from_resource(await self.backend.resource(self.bucket, self.key, written.generation))
         except Exception as error:
-            if written.version is not None and is_missing(error):  # replaced meanwhile
+            if written.generation is not None and is_missing(error):  # replaced meanwhile
                 return written
             raise
-
-
-def version_of(found: Mapping[str, Any]) -> str | None:
-    """What names the version that is described: its generation; on a server without any, its ETag."""
-    return found.get("generation") or found.get("etag")
