@@ -137,7 +137,7 @@ class GcsClient:
             Exception: what aiohttp, google-auth and gcsfs raise.
         """
         if self._by_call:
-            fields, content = await self._fs._call(method, url, headers=dict(headers or {}), data=body or None)
+            fields, content = await self._fs._call(method, url, headers=dict(headers or {}), data=_seekable(body))
             return Reply(fields, content)
         async with self._answer(method, url, headers or {}, body) as response:
             return Reply(response.headers, await response.read())
@@ -176,7 +176,7 @@ class GcsClient:
         timeout = seconds if seconds is None or isinstance(seconds, aiohttp.ClientTimeout) else _total(seconds)
         for _ in range(_MOST_REDIRECTS):
             async with session.request(
-                method, place, headers=fields, data=body or None, timeout=timeout, allow_redirects=False
+                method, place, headers=fields, data=_seekable(body), timeout=timeout, allow_redirects=False
             ) as response:
                 target = response.headers.get("Location") if _redirects(response.status) else None
                 if target is not None and method == "GET":
@@ -198,6 +198,11 @@ class GcsClient:
     @property
     def _location(self) -> str:
         return str(self._fs._location).rstrip("/")
+
+
+def _seekable(body: bytes | RequestBody) -> gcsfs.core.UnclosableBytesIO | RequestBody | None:
+    """A body as gcsfs sends it: aiohttp warns of large ``bytes``."""
+    return gcsfs.core.UnclosableBytesIO(body) if body and isinstance(body, bytes) else body or None
 
 
 def _quoted(name: str) -> str:

@@ -129,12 +129,8 @@ class ResumableUpload:
             return
         crc = await in_thread(partial(crc32c, buffers, self._crc32c))
         fields = {"Content-Range": self._range(size, "*")}
-
-        async def put() -> Reply:
-            request = RequestBody(buffers)
-            call = partial(self._client.call, "PUT", self._session or "", headers=fields, body=request)
-            return await whole_or_not_at_all(request, call)
-
+        content = b"".join(buffers)  # aiohttp can send it again: it takes 308 for a redirect
+        put = partial(self._client.call, "PUT", self._session or "", headers=fields, body=content)
         current().through_client(size, _REASON)
         reply = await self._backend.call("write", self._target.path, put, seconds=_CALL_SECONDS + size / _SLOWEST)
         if _last_byte(reply) != self._offset + size - 1 or _crc32c_so_far(reply) not in {None, encoded(crc)}:
