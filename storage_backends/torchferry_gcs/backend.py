@@ -101,19 +101,22 @@ class GcsBackend(HttpBackend):
 
     async def read_through_client(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
         asked = f"bytes {start}-{start + len(buffer) - 1}"
-        url = self._download_url(path, stat)
+
+        def check(answered: Mapping[str, str]) -> None:
+            if stat.etag is not None and answered.get("x-goog-generation", stat.etag) != stat.etag:
+                raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.")
+            offered = answered.get("Content-Range", f"bytes 0-{stat.size - 1}").partition("/")[0]
+            if offered != asked:
+                raise StorageError(f"Cannot read the {asked} of {self.url(path)}: the store offered {offered}.")
+
         try:
-            answered = await self.client.read_into(url, {"Range": asked.replace(" ", "=")}, buffer)
+            url = self._download_url(path, stat)
+            await self.client.read_into(url, {"Range": asked.replace(" ", "=")}, buffer, check)
         except Exception as error:
             if not errors.is_missing(error):
                 raise
             await self._lookup(path)  # raises where there is no object, or no bucket
             raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.") from error
-        if stat.etag is not None and answered.get("x-goog-generation", stat.etag) != stat.etag:
-            raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.")
-        offered = answered.get("Content-Range", f"bytes 0-{stat.size - 1}").partition("/")[0]
-        if offered != asked:
-            raise StorageError(f"Cannot read the {asked} of {self.url(path)}: the store offered {offered}.")
 
     async def write(
         self,

@@ -7,7 +7,7 @@ goes through its ``_call`` six times itself, follows redirects with the session'
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -142,25 +142,28 @@ class GcsClient:
         async with self._answer(method, url, headers or {}, body) as response:
             return Reply(response.headers, await response.read())
 
-    async def read_into(self, url: str, headers: Mapping[str, str], buffer: memoryview) -> Mapping[str, str]:
-        """Fills ``buffer`` with the answer's body; returns the answer's headers.
+    async def read_into(
+        self, url: str, headers: Mapping[str, str], buffer: memoryview, check: Callable[[Mapping[str, str]], None]
+    ) -> None:
+        """Fills ``buffer`` with the answer's body. ``check`` looks at the answer's headers first.
 
         Raises:
             ConnectionResetError: the body has another length.
         """
         if self._by_call:
             reply = await self.call("GET", url, headers=headers)
+            check(reply.headers)
             _require_length(len(reply.body), len(buffer))
             await in_thread(copy_bytes, buffer, reply.body)
-            return reply.headers
+            return
         async with self._answer("GET", url, headers, b"") as response:
+            check(response.headers)
             filled = 0
             async for piece in response.content.iter_chunked(_READ_PIECE):
                 if filled + len(piece) <= len(buffer):
                     buffer[filled : filled + len(piece)] = piece
                 filled += len(piece)
             _require_length(filled, len(buffer))
-            return response.headers
 
     @asynccontextmanager
     async def _answer(
