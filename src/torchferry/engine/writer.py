@@ -242,7 +242,8 @@ async def _abort_and_say(target: Upload[PartT], reason: BaseException) -> None:
             await target.abort()
     except Exception as error:  # noqa: BLE001 - the reason for the abort matters more than any failure of it
         detail = str(error) or f"no answer for {_ABORT_SECONDS:.0f} s"
-        message = f"What was staged could not be removed: {type(error).__name__}: {detail}"
+        notes = getattr(error, "__notes__", [])
+        message = " ".join([f"What was staged could not be removed: {type(error).__name__}: {detail}", *notes])
         reason.add_note(message)
         logger.warning("%s", message)
 
