@@ -44,7 +44,7 @@ from torchferry.storage.bridge import (
     once_a_process,
     require_known,
 )
-from torchferry.engine.cancellation import to_the_end
+from torchferry.engine.cancellation import run_shielded
 from torchferry.engine.transport import DirectReader, SignedGet
 from torchferry.engine.writer import MultipartUpload, PartSizes, part_size_for, upload_parts
 from torchferry.storage.obstore import ObstoreBackend
@@ -349,7 +349,7 @@ class _BlockUpload(MultipartUpload[BlobBlock, ObjectStat]):
         try:
             return await self.finish([await self.put_part(0, body)])
         except BaseException:
-            await to_the_end(self.abort, patience=_CLEANUP_SECONDS)
+            await run_shielded(self.abort, patience=_CLEANUP_SECONDS)
             raise
 
     def _published(self, answer: Mapping[str, Any]) -> ObjectStat:
@@ -502,7 +502,7 @@ class _AzureThroughObstore(ObstoreBackend):
         """Discards uncommitted blocks, which obstore leaves; where that fails, says so with ``reason``."""
         adlfs = self._through_adlfs
         try:
-            await to_the_end(run_on, adlfs.loop, self._discard_twice, path, mine, patience=_CLEANUP_SECONDS)
+            await run_shielded(run_on, adlfs.loop, self._discard_twice, path, mine, patience=_CLEANUP_SECONDS)
         except StorageError as error:
             message = f"What was staged could not be removed: {error}"
             reason.add_note(message)

@@ -13,6 +13,7 @@ import re
 
 __all__ = [
     "BackendNotInstalledError",
+    "ChangedWhileSavingError",
     "CheckpointChangedError",
     "CheckpointCorruptError",
     "CheckpointFormatError",
@@ -26,6 +27,7 @@ __all__ = [
     "UnsafeCheckpointError",
     "UnsupportedOptionError",
     "UnsupportedURLError",
+    "mask",
 ]
 
 
@@ -38,13 +40,18 @@ _SECRETS = re.compile(
 """What must not be shown of a URL: the password before the host, and what a query is signed with."""
 
 
+def mask(text: str) -> str:
+    """``text`` without what must not be shown of a URL: passwords and signatures become ``***``."""
+    return _SECRETS.sub(r"\1\2***", text)
+
+
 class TorchferryError(Exception):
     """The root of torchferry's errors."""
 
     def __str__(self) -> str:
         # KeyError shows the repr of its argument and OSError its (errno, message) pair: a message is a message.
         message = str(self.args[-1]) if self.args else type(self).__name__
-        return _SECRETS.sub(r"\1\2***", message)
+        return mask(message)
 
 
 class StorageError(TorchferryError, OSError):
@@ -60,11 +67,15 @@ class StoragePermissionError(StorageError, PermissionError):
 
 
 class StorageUnavailableError(StorageError, ConnectionError):
-    """The store did not answer, or answered that it is overloaded, through all retries: trying later may help."""
+    """The store did not answer, or answered that it is overloaded, through all repetitions: trying later may help."""
 
 
 class CheckpointChangedError(StorageError):
     """The object was replaced while it was being read."""
+
+
+class ChangedWhileSavingError(TorchferryError, RuntimeError):
+    """A tensor was changed while it was being sent. Nothing was stored: what was there before still is."""
 
 
 class CheckpointFormatError(TorchferryError, ValueError):
@@ -92,7 +103,7 @@ class UnsupportedURLError(TorchferryError, ValueError):
 
 
 class UnsupportedOptionError(TorchferryError, ValueError):
-    """An option, or a combination of options, that this store or plane cannot honour."""
+    """An option, or a combination of options, that this store cannot honour."""
 
 
 class BackendNotInstalledError(TorchferryError, ImportError):

@@ -11,28 +11,40 @@ import os
 import pickle
 import re
 import struct
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fsspec.callbacks import NoOpCallback
-
 from torchferry.engine import loops
+from torchferry.engine.cancellation import in_thread
 from torchferry.engine.collector import collector_paused
-from torchferry.formats.archive import LEGACY_FORMAT, SNIFF_SIZE, sniff
-from torchferry.formats.checksum import Checksums
+from torchferry.engine.memory import BLOCK_SIZE
+from torchferry.engine.reader import RangeReader, merge
+from torchferry.engine.tasks import task_group
+from torchferry.engine.transfer import Transfer, current
+from torchferry.engine.types import MIB, Buffer
 from torchferry.errors import (
     CheckpointCorruptError,
     CheckpointFormatError,
     NotEnoughMemoryError,
     TorchferryError,
     UnsafeCheckpointError,
+    mask,
 )
+from torchferry.formats.archive import (
+    LEGACY_FORMAT,
+    LOCAL_HEADER_SIZE,
+    SNIFF_SIZE,
+    ZIP_FORMAT,
+    find_directory,
+    parse_directory,
+    sniff,
+)
+from torchferry.formats.checksum import Checksums
 from torchferry.formats.graph import read_graph
 from torchferry.formats.load_buffer import Mirror
 from torchferry.formats.selection import Selection, check_graph, check_keys, select_keys, unsafe_message
-from torchferry.engine.reader import Source
-from torchferry.engine.cancellation import in_thread
 from torchferry.storage.registry import open_backend
 
 if TYPE_CHECKING:
@@ -41,12 +53,27 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
+    from torchferry.engine.transfer import TransferReport
     from torchferry.formats.archive import Archive, Record
     from torchferry.formats.graph import TensorInfo
-    from torchferry.storage.base import Backend, Chunk, Plane
+    from torchferry.storage.base import Backend
 
-__all__ = ["Manifest", "inspect", "inspect_async", "load", "load_async", "verify", "verify_async"]
+__all__ = [
+    "Manifest",
+    "inspect",
+    "inspect_async",
+    "load",
+    "load_async",
+    "open_reader",
+    "read_archive",
+    "verify",
+    "verify_async",
+]
 
+_WHOLE = 1 * MIB  # an object up to this size is read at once
+_PROBE = (64 << 10, 1 * MIB)  # least and most bytes of the first look at either end
+_PROBE_SHARE = 96  # each is this part of the object: looking costs 2% of it at most
+_END_SIZE = 66 << 10  # the end records, with the longest comment
 
 _OF_DAMAGE = (struct.error, IndexError, KeyError, AssertionError, UnicodeDecodeError)  # what torch's old reader raises
 
@@ -84,8 +111,9 @@ async def load_async(
     verify: bool = True,
     storage_options: Mapping[str, Any] | None = None,
     filesystem: AbstractFileSystem | None = None,
-    plane: Plane = "auto",
+    give_up_after: float | None = None,
     callback: Callback | None = None,
+    report: Callable[[TransferReport], object] | None = None,
 ) -> Any:
     """Loads a checkpoint from a store; any file that ``torch.save`` wrote.
 
@@ -103,8 +131,9 @@ async def load_async(
         verify: Check the CRC32 of each record that is read.
         storage_options: Arguments for the fsspec filesystem.
         filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
-        plane: Which client moves the bytes.
+        give_up_after: Seconds without progress after which failed requests are not repeated any more; 120 by default.
         callback: Told the number of bytes to read (``set_size``) and those that have arrived (``relative_update``).
+        report: Called with the :class:`~torchferry.TransferReport` of what succeeded.
 
     Returns:
         What was saved; a dict of the asked keys if there are ``keys``.
@@ -119,10 +148,11 @@ async def load_async(
     """
     if isinstance(keys, str):
         raise TypeError(f"keys is a sequence of keys: ({keys!r},) for one.")
-    backend, path = await _open(url, storage_options, filesystem, plane)
+    backend, path = await _open(url, storage_options, filesystem)
     forced = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in {"1", "y", "yes", "true"}  # as torch.load
     request = _Request(None if keys is None else tuple(keys), map_location, weights_only or forced, verify)
-    return await loops.run_on(backend.loop, _load, backend, path, request, callback or NoOpCallback())
+    with Transfer("load", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after).running(report):
+        return await loops.run_on(backend.loop, _load, backend, path, request)
 
 
 async def inspect_async(
@@ -130,7 +160,7 @@ async def inspect_async(
     *,
     storage_options: Mapping[str, Any] | None = None,
     filesystem: AbstractFileSystem | None = None,
-    plane: Plane = "auto",
+    give_up_after: float | None = None,
 ) -> Manifest:
     """Says what is in a checkpoint without reading its tensors.
 
@@ -142,15 +172,16 @@ async def inspect_async(
         url: Any fsspec URL, or a local path.
         storage_options: Arguments for the fsspec filesystem.
         filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
-        plane: Which client moves the bytes.
+        give_up_after: Seconds without progress after which failed requests are not repeated any more; 120 by default.
 
     Raises:
         CheckpointFormatError: it is not a checkpoint, or one in the legacy format, which has no directory.
         CheckpointCorruptError: its directory or its pickle is damaged.
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
-    backend, path = await _open(url, storage_options, filesystem, plane)
-    return await loops.run_on(backend.loop, _inspect, backend, path)
+    backend, path = await _open(url, storage_options, filesystem)
+    with Transfer("inspect", mask(os.fspath(url)), give_up_after=give_up_after).running(None):
+        return await loops.run_on(backend.loop, _inspect, backend, path)
 
 
 async def verify_async(
@@ -158,8 +189,9 @@ async def verify_async(
     *,
     storage_options: Mapping[str, Any] | None = None,
     filesystem: AbstractFileSystem | None = None,
-    plane: Plane = "auto",
+    give_up_after: float | None = None,
     callback: Callback | None = None,
+    report: Callable[[TransferReport], object] | None = None,
 ) -> Manifest:
     """Reads a whole checkpoint and checks the CRC32 of every record; takes at most 200 MiB of memory.
 
@@ -167,8 +199,9 @@ async def verify_async(
         url: Any fsspec URL, or a local path.
         storage_options: Arguments for the fsspec filesystem.
         filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
-        plane: Which client moves the bytes.
+        give_up_after: Seconds without progress after which failed requests are not repeated any more; 120 by default.
         callback: Told the number of bytes to read (``set_size``) and those that have arrived (``relative_update``).
+        report: Called with the :class:`~torchferry.TransferReport` of what succeeded.
 
     Returns:
         What :func:`inspect_async` returns.
@@ -178,8 +211,9 @@ async def verify_async(
         CheckpointFormatError: it is not a checkpoint, or one that carries no CRC32s.
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
-    backend, path = await _open(url, storage_options, filesystem, plane)
-    return await loops.run_on(backend.loop, _verify, backend, path, callback or NoOpCallback())
+    backend, path = await _open(url, storage_options, filesystem)
+    with Transfer("verify", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after).running(report):
+        return await loops.run_on(backend.loop, _verify, backend, path)
 
 
 load = loops.synchronous(load_async)
@@ -188,14 +222,63 @@ verify = loops.synchronous(verify_async)
 
 
 async def _open(
-    url: str | os.PathLike[str],
-    storage_options: Mapping[str, Any] | None,
-    filesystem: AbstractFileSystem | None,
-    plane: Plane,
+    url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None, filesystem: AbstractFileSystem | None
 ) -> tuple[Backend, str]:
-    return await in_thread(
-        partial(open_backend, url, storage_options=storage_options, filesystem=filesystem, plane=plane)
-    )
+    return await in_thread(partial(open_backend, url, storage_options=storage_options, filesystem=filesystem))
+
+
+async def open_reader(backend: Backend, path: str) -> RangeReader:
+    """Looks an object up and reads its head and its tail, side by side.
+
+    A checkpoint of torch has its pickle at the head and its directory at the tail.
+
+    Raises:
+        CheckpointFormatError: the object is empty.
+    """
+    with current().stage("opening"):
+        source = RangeReader(backend, path, await loops.run_on(backend.loop, backend.stat, path))
+        size = source.stat.size
+        if not size:
+            raise CheckpointFormatError(f"{source.url} is empty: not a checkpoint.")
+        probe = size if size <= _WHOLE else min(max(size // _PROBE_SHARE, _PROBE[0]), _PROBE[1])
+        async with task_group() as group:
+            group.start_soon(source.read, 0, probe)
+            if probe < size:
+                group.start_soon(source.read, size - probe, size)
+    return source
+
+
+async def read_archive(source: RangeReader) -> Archive | None:
+    """Reads an archive's central directory; None if the object is no zip archive.
+
+    Raises:
+        CheckpointCorruptError: the object is damaged: truncated, or its directory contradicts itself.
+        CheckpointFormatError: it is a zip archive but no checkpoint.
+    """
+    size = source.stat.size
+    if sniff(await source.read(0, min(size, SNIFF_SIZE))) != ZIP_FORMAT:
+        return None
+    directory = find_directory(await source.read(max(size - _END_SIZE, 0), size), size, source.url)
+    if directory is None:
+        raise CheckpointCorruptError(f"{source.url} is truncated: it starts as a zip archive does, but has no end.")
+    buffer = await source.read(directory.start, directory.start + directory.size)
+    archive = await in_thread(collector_paused()(parse_directory), buffer, directory, source.url)
+    return await _settle(source, archive) if archive.unproven else archive
+
+
+async def _settle(source: RangeReader, archive: Archive) -> Archive:
+    """Reads the local headers that the offsets of some records depend on."""
+    offsets = archive.unproven_headers
+    headers: dict[int, bytes] = {}
+
+    def collect(start: int, buffer: Buffer) -> None:
+        view = memoryview(buffer)
+        for at in offsets[bisect_left(offsets, start) : bisect_left(offsets, start + len(view))]:
+            headers[at] = bytes(view[at - start : at - start + LOCAL_HEADER_SIZE])
+
+    extents = [(at, at + LOCAL_HEADER_SIZE) for at in offsets]
+    await source.stream(merge(extents, BLOCK_SIZE), collect)
+    return await in_thread(archive.settle, headers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,15 +290,15 @@ class _Request:
 
 
 async def _inspect(backend: Backend, path: str) -> Manifest:
-    source = await Source.open(backend, path)
-    archive = await _read_archive(source)
+    source = await open_reader(backend, path)
+    archive = await _require_archive(source)
     pickled = await _read_pickle(source, archive, verify=True)
     return await in_thread(_manifest, source, archive, pickled)
 
 
-async def _verify(backend: Backend, path: str, callback: Callback) -> Manifest:
-    source = await Source.open(backend, path)
-    archive = await _read_archive(source)
+async def _verify(backend: Backend, path: str) -> Manifest:
+    source = await open_reader(backend, path)
+    archive = await _require_archive(source)
     pickled = await _read_pickle(source, archive, verify=True)
     if not archive.has_crc32s:
         raise CheckpointFormatError(
@@ -223,25 +306,25 @@ async def _verify(backend: Backend, path: str, callback: Callback) -> Manifest:
             "torch.serialization.set_crc32_options(False)."
         )
     checksums = await in_thread(Checksums, archive.records, source.url)
-    await _fetch(source, [(0, archive.start)], checksums.add, callback)
+    await _fetch(source, [(0, archive.start)], checksums.add)
     checksums.finish()
     return await in_thread(_manifest, source, archive, pickled)
 
 
 @collector_paused()
-def _manifest(source: Source, archive: Archive, pickled: bytes) -> Manifest:
+def _manifest(source: RangeReader, archive: Archive, pickled: bytes) -> Manifest:
     graph = read_graph(pickled, source.url)
     return Manifest(source.url, source.stat.size, source.stat.etag, archive.records, tuple(graph.tensors()))
 
 
-async def _read_archive(source: Source) -> Archive:
-    archive = await source.read_archive()
+async def _require_archive(source: RangeReader) -> Archive:
+    archive = await read_archive(source)
     if archive is None:
         raise await _format_error(source)
     return archive
 
 
-async def _format_error(source: Source) -> CheckpointFormatError:
+async def _format_error(source: RangeReader) -> CheckpointFormatError:
     head = await source.read(0, min(source.stat.size, SNIFF_SIZE))
     looks = sniff(head)
     if looks == LEGACY_FORMAT:
@@ -255,7 +338,7 @@ async def _format_error(source: Source) -> CheckpointFormatError:
     )
 
 
-async def _read_pickle(source: Source, archive: Archive, *, verify: bool) -> bytes:
+async def _read_pickle(source: RangeReader, archive: Archive, *, verify: bool) -> bytes:
     record = archive.get("data.pkl")
     assert record is not None  # noqa: S101 - an archive without is not parsed
     pickled = await source.read(record.offset, record.end)
@@ -265,41 +348,40 @@ async def _read_pickle(source: Source, archive: Archive, *, verify: bool) -> byt
 
 
 async def _fetch(
-    source: Source,
+    source: RangeReader,
     extents: Sequence[tuple[int, int]],
-    sink: Callable[[int, Chunk], object],
-    callback: Callback,
+    sink: Callable[[int, Buffer], object],
     mirror: Mirror | None = None,
 ) -> None:
     """Hands the bytes of the extents to ``sink``, and all that is there already; by then they are in ``mirror``."""
-    ranges = await in_thread(partial(source.plan, extents, into_memory=mirror is not None))
+    transfer = current()
+    plan = source.plan if mirror is None else source.plan_into_memory
+    ranges = await in_thread(plan, extents)
     kept = source.kept
-    nbytes = sum(len(buffer) for _, buffer in kept)
-    callback.set_size(nbytes + sum(stop - start for start, stop in ranges))
-    for start, buffer in kept:
-        if mirror is not None:
-            mirror.write(start, buffer)
-        await in_thread(sink, start, buffer)
-    callback.relative_update(nbytes)
-    if mirror is None:
-        await source.stream(ranges, sink, callback.relative_update)
-    else:
-        await in_thread(mirror.expect, ranges)
-        await source.stream(ranges, sink, callback.relative_update, memory=mirror.view)
+    with transfer.stage("reading"):
+        transfer.set_size(sum(len(buffer) for _, buffer in kept) + sum(stop - start for start, stop in ranges))
+        async with transfer.telling():
+            for start, buffer in kept:
+                if mirror is not None:
+                    mirror.write(start, buffer)
+                await in_thread(sink, start, buffer)
+            if mirror is not None:
+                await in_thread(mirror.expect, ranges)
+            await source.stream(ranges, sink, memory=None if mirror is None else mirror.view)
 
 
-async def _load(backend: Backend, path: str, request: _Request, callback: Callback) -> Any:
-    source = await Source.open(backend, path)
-    archive = await source.read_archive()
+async def _load(backend: Backend, path: str, request: _Request) -> Any:
+    source = await open_reader(backend, path)
+    archive = await read_archive(source)
     selection = await (_select_legacy(source, request) if archive is None else _select(source, archive, request))
-    loaded = await _load_mirrored(source, archive, selection, request, callback)
+    loaded = await _load_mirrored(source, archive, selection, request)
     if request.keys is None:
         return loaded
     check_keys(loaded, request.keys, source.url)
     return {key: loaded[key] for key in request.keys}
 
 
-async def _select(source: Source, archive: Archive, request: _Request) -> Selection:
+async def _select(source: RangeReader, archive: Archive, request: _Request) -> Selection:
     everything = Selection([(0, archive.start)], archive.records, request.map_location)
     if archive.is_torchscript:
         if request.weights_only or request.keys is not None:
@@ -326,16 +408,14 @@ def _select_records(pickled: bytes, archive: Archive, request: _Request, everyth
     return select_keys(graph, archive, request.keys, request.map_location) or everything
 
 
-async def _select_legacy(source: Source, request: _Request) -> Selection:
+async def _select_legacy(source: RangeReader, request: _Request) -> Selection:
     head = await source.read(0, min(source.stat.size, SNIFF_SIZE))
     if sniff(head) != LEGACY_FORMAT:
         raise await _format_error(source)
     return Selection([(0, source.stat.size)], (), request.map_location)
 
 
-async def _load_mirrored(
-    source: Source, archive: Archive | None, selection: Selection, request: _Request, callback: Callback
-) -> Any:
+async def _load_mirrored(source: RangeReader, archive: Archive | None, selection: Selection, request: _Request) -> Any:
     checksums = await in_thread(Checksums, selection.records if request.verify else (), source.url)
     try:
         mirror = Mirror(source.stat.size, sparse=request.keys is not None)
@@ -353,9 +433,10 @@ async def _load_mirrored(
         mirror.write_headers(archive)
         return mirror.load(map_location=selection.map_location, weights_only=request.weights_only)
 
-    await _fetch(source, selection.extents, checksums.add, callback, mirror)
+    await _fetch(source, selection.extents, checksums.add, mirror)
     checksums.finish()
-    return await in_thread(_torch_load, load, source.url, request)
+    with current().stage("unpickling"):
+        return await in_thread(_torch_load, load, source.url, request)
 
 
 @collector_paused()

@@ -1,138 +1,190 @@
-"""Reads ranges of an object straight from the socket into the memory they are for.
+"""HTTP over sockets, both ways: bodies go from the tensors' memory to the socket, and from the socket into it.
 
-The clients of both planes hand out memory of their own, which then has to be copied. Python's own HTTP client reads
-into memory that it is given, and does not hold the interpreter's lock meanwhile. That takes half the CPU time.
+Clients of HTTP hand out memory of their own, which then has to be copied, and hold the interpreter's lock meanwhile.
+Python's own ``http.client`` and sockets send from and read into memory that they are given, without the lock.
 
-It knows nothing of stores. A plane's client signs the request, and stays in charge: whatever is not exactly the answer
-that was asked for (an error, a redirect, a connection that breaks or falls silent), that client is asked for again,
-with its retries and its words for what is wrong.
+It knows no store. A backend has the filesystem's client sign each request, and says what to do with an answer.
 """
 
 from __future__ import annotations
 
 import http.client
-import logging
+import os
 import socket
 import ssl
+import struct
+import threading
 import time
 import urllib.request
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import urlsplit
+from http import HTTPStatus
+from urllib.parse import SplitResult, urlsplit
 
 from torchferry.engine.cancellation import in_thread
+from torchferry.engine.retry import AnswerError, transient_answer
+from torchferry.engine.transfer import Transfer, current
+from torchferry.engine.types import MIB, Buffer
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+try:
+    import fcntl
+    import termios
+except ImportError:  # Windows: progress then counts whole parts
+    fcntl = None  # type: ignore[assignment]
 
-    from torchferry.storage.base import ObjectStat
+__all__ = ["Answer", "SignedRequest", "Transport", "UnmovableError"]
 
-__all__ = ["DirectReader", "SignedGet"]
-
-_SILENCE = 30.0  # seconds without a byte, after which the plane's client is asked
+_SILENCE = 30.0  # seconds without a byte, after which a request has failed
+_CONNECT = 10.0  # seconds for each step of a connection
 _IDLE = 10.0  # seconds after which a connection is not used again: stores close them soon, and not all of them say so
-_CONNECT = 5.0  # seconds for each step of a connection
-_SIGNED = 8  # requests that are kept: several objects may be read side by side
-_FRESH = 60.0  # seconds for which a signed request is used: no client hands out one that expires sooner
-_FAILURES = 3  # in a row, after which it is not tried for a while
-_PAUSE = 60.0  # seconds: the store may be out of breath; or it never takes what is signed like this
+_MOST_IDLE = 32  # connections kept for the next request
+_SLICE = 256 << 10  # bytes given to the system at once: one slice has _SILENCE to go out
+_INTERRUPT_PATIENCE = 0.5  # seconds that a cancel waits for the thread: a name look-up cannot be ended
+_ANSWER_PATIENCE = 10.0  # seconds that a cancel waits for the answer to a request that publishes and was sent whole
+_LARGEST_ANSWER = MIB  # bytes; answers to uploads are short
+_RESET = struct.pack("ii", 1, 0)  # for SO_LINGER: closing resets the connection, what was not sent yet is thrown away
 
-_logger = logging.getLogger("torchferry.storage")
 
-
-class SignedGet(NamedTuple):
-    """What it takes to read one version of one object, in any range.
+class UnmovableError(Exception):
+    """The engine cannot move these bytes, and the filesystem's client may: a proxy, a redirect, an odd answer.
 
     Attributes:
-        url: Where it is.
-        headers: What to send.
-        version: A header of the answer, and what it says where the answer is of that version; None to trust the store.
+        answer: What the store said, if anything.
     """
 
+    def __init__(self, reason: str, answer: Answer | None = None) -> None:
+        super().__init__(reason)
+        self.answer = answer
+
+
+@dataclass(frozen=True, slots=True)
+class SignedRequest:
+    """A request that a filesystem's client has signed.
+
+    Attributes:
+        method: "GET", "PUT" or "POST".
+        url: Where to.
+        headers: What to send, without Content-Length, Host and Range.
+        version: Of a read: a header of the answer and the value it has where the answer is of the right version; None
+            to trust the store.
+    """
+
+    method: str
     url: str
-    headers: dict[str, str]
-    version: tuple[str, str] | None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    version: tuple[str, str] | None = None
 
     @classmethod
-    def if_match(cls, url: str, etag: str | None, headers: dict[str, str] | None = None) -> SignedGet:
-        """Of a store where the ETag names a version."""
+    def get(cls, url: str, etag: str | None, headers: Mapping[str, str] | None = None) -> SignedRequest:
+        """A read, from a store where the ETag names a version."""
+        headers = headers or {}
         if etag is None:
-            return cls(url, headers or {}, None)
-        return cls(url, {**(headers or {}), "If-Match": etag}, ("ETag", etag))
+            return cls("GET", url, headers)
+        return cls("GET", url, {**headers, "If-Match": etag}, ("ETag", etag))
 
 
-class DirectReader:
-    """Connections to one store, which stay open for the next range.
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A store's answer to an upload.
+
+    Attributes:
+        status: The HTTP status.
+        headers: Its headers; their names are looked up without regard to case.
+        body: Its body, at most 1 MiB.
+    """
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    @property
+    def ok(self) -> bool:
+        """Whether the request succeeded."""
+        return HTTPStatus.OK <= self.status < HTTPStatus.MULTIPLE_CHOICES
+
+    def __str__(self) -> str:
+        detail = self.body[:300].decode("utf-8", "replace").strip()
+        return f"status {self.status}" + (f": {detail}" if detail else "")
+
+
+class Transport:
+    """Connections to stores, which stay open for the next request.
 
     Args:
-        sign: Signs the request for a version of an object; a method of the backend that the reader belongs to.
         verify: The file with the certificates of the authorities to trust; True for the system's; False to trust
             anyone.
     """
 
-    def __init__(self, sign: Callable[[str, ObjectStat], Awaitable[SignedGet]], *, verify: str | bool = True) -> None:
-        self._sign = weakref.WeakMethod(sign)  # a backend has a reader: they are to go, and their sockets, without gc
+    def __init__(self, *, verify: str | bool = True) -> None:
         self._verify = verify
-        self._signed: OrderedDict[tuple[str, str | None], tuple[SignedGet, float]] = OrderedDict()
-        self._failures = 0
-        self._resumes = 0.0
         self._idle: deque[_Connection] = deque()
+        self._process = os.getpid()
         weakref.finalize(self, _close_all, self._idle)
 
-    async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> bool:
-        """Fills ``buffer`` with the bytes from ``start`` of the version that ``stat`` names.
+    async def read_into(self, request: SignedRequest, start: int, buffer: memoryview, size: int) -> None:
+        """Fills ``buffer`` with the bytes from ``start`` of an object of ``size`` bytes.
+
+        A cancel closes the connection.
+
+        Raises:
+            OSError: the connection failed or fell silent for 30 seconds, or the store is not available
+                (:class:`~torchferry.engine.retry.AnswerError`): trying again may help.
+            UnmovableError: any other answer than the bytes that were asked for.
+        """
+        reading = _Reading(self, request, start, buffer, size, current())
+        await in_thread(reading.run, interrupt=reading.interrupt)
+
+    async def send(self, request: SignedRequest, body: Sequence[Buffer], *, publishes: bool) -> Answer:
+        """Sends a request with a body, from the memory of its buffers.
+
+        Args:
+            request: Signed for this body.
+            body: Its buffers.
+            publishes: Whether the store publishes an object when it has the whole request. A cancel then waits, at most
+                10 seconds, for the answer to a request that was sent whole. Before that, and for all other requests,
+                it resets the connection: the store gets an incomplete request and drops it.
 
         Returns:
-            False where that did not work, for whatever reason. ``buffer`` may have been written to then.
+            The answer, of any status but those that mean "later".
+
+        Raises:
+            OSError: as :meth:`read_into`.
+            UnmovableError: there is a proxy, TLS failed, or a redirect was answered.
         """
-        if not buffer:
-            return True
-        if time.monotonic() < self._resumes:
-            return False
+        sending = _Sending(self, request, body, publishes, current())
         try:
-            request = _Request(self, await self._get(path, stat), start, buffer, stat.size)
-            await in_thread(request.run, interrupt=request.interrupt)
-        except Exception as error:  # noqa: BLE001 - a signer raises anything; what is wrong the plane's client will say
-            self._failures += 1
-            if self._failures >= _FAILURES:
-                self._resumes = time.monotonic() + _PAUSE
-            self._signed.clear()
-            _logger.debug("%s is not read directly: %s", stat.url, error)
-            return False
-        self._failures = 0
-        return True
+            return await in_thread(sending.run, interrupt=sending.interrupt)
+        finally:
+            sending.settle()
 
-    async def _get(self, path: str, stat: ObjectStat) -> SignedGet:
-        version = path, stat.etag
-        now = time.monotonic()
-        get, since = self._signed.get(version, (None, 0.0))
-        if get is None or now - since >= _FRESH:
-            sign = self._sign()
-            assert sign is not None  # noqa: S101 - it is the backend's that is reading
-            get = await sign(path, stat)
-            self._signed[version] = get, now
-            while len(self._signed) > _SIGNED:
-                with suppress(KeyError):  # another loop's task was faster
-                    self._signed.popitem(last=False)
-        return get
-
-    def take(self, scheme: str, host: str) -> _Connection:
+    def take(self, url: SplitResult) -> _Connection:
         """An idle connection, or else a new one."""
+        if self._process != os.getpid():  # forked: the parent goes on using these
+            self._process = os.getpid()
+            self._idle.clear()
+        now = time.monotonic()
         with suppress(IndexError):
-            while True:
+            for _ in range(len(self._idle)):
                 connection = self._idle.pop()
-                if (connection.scheme, connection.host) == (scheme, host) and connection.idle < _IDLE:
+                if now - connection.rested >= _IDLE:
+                    connection.close()
+                elif (connection.scheme, connection.host) == (url.scheme, url.netloc):
                     return connection
-                connection.close()
-        return _Connection(scheme, host, self._tls if scheme == "https" else None)
+                else:
+                    self._idle.appendleft(connection)
+        return _Connection(url.scheme, url.netloc, self._tls if url.scheme == "https" else None)
 
     def give_back(self, connection: _Connection) -> None:
+        """Keeps a connection for the next request."""
+        connection.rested = time.monotonic()
+        connection.used = True
         self._idle.append(connection)
         with suppress(IndexError):
-            while self._idle[0].idle >= _IDLE:
+            while len(self._idle) > _MOST_IDLE or time.monotonic() - self._idle[0].rested >= _IDLE:
                 self._idle.popleft().close()
 
     @cached_property
@@ -149,115 +201,260 @@ class _Connection:
 
     def __init__(self, scheme: str, host: str, tls: ssl.SSLContext | None) -> None:
         if {scheme, "all"} & urllib.request.getproxies().keys() and not urllib.request.proxy_bypass(host):
-            raise ConnectionError("there is a proxy")
+            raise UnmovableError("there is a proxy")
         self.scheme, self.host = scheme, host
         self.used = False
-        self._since = 0.0
+        self.rested = 0.0
         self._tls = tls
-        self._sock: socket.socket | None = None
-        self._http = http.client.HTTPSConnection(host, context=tls) if tls else http.client.HTTPConnection(host)
-
-    @property
-    def idle(self) -> float:
-        """Seconds since its last use."""
-        return time.monotonic() - self._since
+        self._interrupted = False
+        self.sock: socket.socket | None = None
+        self.http = http.client.HTTPSConnection(host, context=tls) if tls else http.client.HTTPConnection(host)
 
     def open(self) -> None:
         """Connects; not as http.client does, which keeps its socket to itself until the TLS handshake is done."""
-        if self._http.sock is not None:
+        if self.http.sock is not None:
             return
-        self._sock = socket.create_connection((self._http.host, self._http.port), _CONNECT)
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        failure: OSError | None = None
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            self.http.host, self.http.port, type=socket.SOCK_STREAM
+        ):
+            self.sock = socket.socket(family, kind, protocol)  # known before it connects, so that it can be ended
+            try:
+                if self._interrupted:
+                    raise InterruptedError
+                self.sock.settimeout(_CONNECT)
+                self.sock.connect(address)
+                break
+            except OSError as error:
+                self.sock.close()
+                failure = error
+        else:
+            raise failure or ConnectionError(f"{self.host} has no address")
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tls is not None:
-            tls = self._tls.wrap_socket(self._sock, server_hostname=self._http.host, do_handshake_on_connect=False)
-            self._sock = tls
-            tls.do_handshake()
-        self._sock.settimeout(_SILENCE)
-        self._http.sock = self._sock
-
-    def get(self, target: str, headers: dict[str, str]) -> http.client.HTTPResponse:
-        self._http.request("GET", target, headers=headers)
-        return self._http.getresponse()
-
-    def rest(self) -> None:
-        self.used = True
-        self._since = time.monotonic()
+            try:
+                tls = self._tls.wrap_socket(self.sock, server_hostname=self.http.host, do_handshake_on_connect=False)
+                self.sock = tls
+                tls.do_handshake()
+            except ssl.SSLCertVerificationError as error:
+                raise UnmovableError(f"TLS: {error}") from error
+        self.sock.settimeout(_SILENCE)
+        self.http.sock = self.sock
 
     def interrupt(self) -> None:
-        """Ends what another thread is doing with it."""
-        if self._sock is not None:
-            with suppress(OSError):  # not connected any more
-                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # TLS's own would go on in clear text
+        """Ends what another thread is doing with it; what was not sent yet is thrown away."""
+        self._interrupted = True
+        if self.sock is not None:
+            with suppress(OSError):  # closed already
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            with suppress(OSError):  # not connected yet, or not any more
+                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # TLS's own would go on in clear text
 
     def close(self) -> None:
-        self._http.close()
-        if self._sock is not None:
-            self._sock.close()
+        self.http.close()
+        if self.sock is not None:
+            self.sock.close()
 
 
-class _Request:
-    """One range on its way into memory."""
+class _Exchange:
+    """One request and its answer, on a connection of the transport."""
 
-    def __init__(self, reader: DirectReader, get: SignedGet, start: int, buffer: memoryview, size: int) -> None:
-        self._reader = reader
-        self._url = urlsplit(get.url)
-        self._headers = {**get.headers, "Range": f"bytes={start}-{start + len(buffer) - 1}"}
-        self._version = get.version
-        self._expected = f"bytes {start}-{start + len(buffer) - 1}/{size}"
-        self._buffer = buffer
+    def __init__(self, transport: Transport, request: SignedRequest, transfer: Transfer) -> None:
+        self._transport = transport
+        self._request = request
+        self._url = urlsplit(request.url)
+        self._transfer = transfer
         self._connection: _Connection | None = None
         self._interrupted = False
+        self._answered = False
 
-    def run(self) -> None:
-        """Reads; blocks the thread. Raises whatever may happen."""
+    @property
+    def _target(self) -> str:
+        return f"{self._url.path or '/'}?{self._url.query}" if self._url.query else self._url.path or "/"
+
+    def interrupt(self) -> float:
+        """Makes :meth:`_run` raise soon; returns how many seconds to wait for that."""
+        self._interrupted = True
+        if self._connection is not None:
+            self._connection.interrupt()
+        return _INTERRUPT_PATIENCE
+
+    def _run(self) -> Answer | None:
+        """Blocks the thread. An idle connection that the store has closed meanwhile is replaced by another one."""
         while True:
-            self._connection = connection = self._reader.take(self._url.scheme, self._url.netloc)
+            self._connection = connection = self._transport.take(self._url)
+            self._answered = False
             try:
-                reusable = self._read(connection)
+                connection.open()
+                if self._interrupted:  # before there was anything to end
+                    raise InterruptedError
+                answer, reusable = self._exchange(connection)
             except ConnectionError:
                 connection.close()
-                if connection.used and not self._interrupted:  # the store closed it while it was idle
+                if connection.used and not self._answered and not self._interrupted:
                     continue
                 raise
+            except http.client.HTTPException as error:
+                connection.close()
+                raise ConnectionResetError(f"{type(error).__name__}: {error}") from error
             except BaseException:
                 connection.close()
                 raise
             if reusable:
-                connection.rest()
-                self._reader.give_back(connection)
+                self._transport.give_back(connection)
             else:
                 connection.close()
-            return
+            return answer
 
-    def interrupt(self) -> None:
-        """Makes :meth:`run` raise soon."""
-        self._interrupted = True
-        if self._connection is not None:
-            self._connection.interrupt()
+    def _exchange(self, connection: _Connection) -> tuple[Answer | None, bool]:
+        """Returns the answer, and whether the connection can be used again."""
+        raise NotImplementedError
 
-    def _read(self, connection: _Connection) -> bool:
-        """Returns whether the connection can be used again: whether the answer is read to its end."""
-        url = self._url
-        connection.open()
-        if self._interrupted:  # before there was anything to end
-            raise InterruptedError
-        with connection.get(f"{url.path}?{url.query}" if url.query else url.path, self._headers) as response:
+
+class _Reading(_Exchange):
+    """One range on its way into memory."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        request: SignedRequest,
+        start: int,
+        buffer: memoryview,
+        size: int,
+        transfer: Transfer,
+    ) -> None:
+        super().__init__(transport, request, transfer)
+        self._headers = {**request.headers, "Range": f"bytes={start}-{start + len(buffer) - 1}"}
+        self._expected = f"bytes {start}-{start + len(buffer) - 1}/{size}"
+        self._buffer = buffer
+        self._filled = 0
+
+    def run(self) -> None:
+        try:
+            self._run()
+        except BaseException:
+            self._transfer.moved(-self._filled)
+            raise
+
+    def _exchange(self, connection: _Connection) -> tuple[Answer | None, bool]:
+        connection.http.request(self._request.method, self._target, headers=self._headers)
+        with connection.http.getresponse() as response:
+            self._answered = True
             self._check(response)
-            filled = 0
-            while filled < len(self._buffer):
-                if not (count := response.readinto(self._buffer[filled:])):
-                    raise ConnectionResetError(f"the body ended after {filled} of {len(self._buffer)} bytes")
-                filled += count
-            return response.length == 0 and not response.will_close
+            while self._filled < len(self._buffer):
+                count = response.readinto(self._buffer[self._filled : self._filled + MIB])
+                if not count:
+                    raise ConnectionResetError(f"the body ended after {self._filled} of {len(self._buffer)} bytes")
+                self._filled += count
+                self._transfer.moved(count)
+            return None, response.length == 0 and not response.will_close
 
     def _check(self, response: http.client.HTTPResponse) -> None:
-        """Raises OSError for an answer with anything but the bytes that were asked for."""
-        if response.status != http.HTTPStatus.PARTIAL_CONTENT:
-            raise OSError(f"status {response.status}")
+        """Raises for an answer with anything but the bytes that were asked for."""
+        if (hint := transient_answer(response.status, response.headers)) is not None:
+            raise AnswerError(f"status {response.status}", hint)
+        if response.status != HTTPStatus.PARTIAL_CONTENT:
+            raise UnmovableError(f"status {response.status} for a range")
         if response.headers["Content-Range"] != self._expected:
-            raise OSError(f"another range: {response.headers['Content-Range']}")
-        if self._version is not None and response.headers[self._version[0]] != self._version[1]:
-            raise OSError("another version")  # some stores ignore what they are asked for
+            raise UnmovableError(f"another range than {self._expected}: {response.headers['Content-Range']}")
+        version = self._request.version
+        if version is not None and response.headers[version[0]] != version[1]:
+            raise UnmovableError("another version")  # some stores ignore what they are asked for
+
+
+class _Sending(_Exchange):
+    """One body on its way to the store."""
+
+    def __init__(
+        self, transport: Transport, request: SignedRequest, body: Sequence[Buffer], publishes: bool, transfer: Transfer
+    ) -> None:
+        super().__init__(transport, request, transfer)
+        self._body = [memoryview(buffer).cast("B") for buffer in body if len(buffer)]
+        self._size = sum(map(len, self._body))
+        self._publishes = publishes
+        self._last_slice = threading.Lock()  # held to decide whether the request is sent whole, or never
+        self._whole = False
+        self._acknowledged = 0  # bytes, by the other end's TCP
+        self._ok = False
+
+    def run(self) -> Answer:
+        answer = self._run()
+        assert answer is not None  # noqa: S101 - for the types
+        self._ok = answer.ok
+        return answer
+
+    def interrupt(self) -> float:
+        """Resets the connection; or lets the answer come, where the store may publish already."""
+        with self._last_slice:
+            if self._whole and self._publishes:
+                self._interrupted = True  # nothing is sent again
+                return _ANSWER_PATIENCE
+            return super().interrupt()
+
+    def settle(self) -> None:
+        """Counts what is not counted yet of a body that arrived, and takes back what was, where it did not."""
+        self._transfer.moved((self._size if self._ok else 0) - self._acknowledged)
+        self._acknowledged = self._size if self._ok else 0
+
+    def _exchange(self, connection: _Connection) -> tuple[Answer | None, bool]:
+        connection.http.putrequest(self._request.method, self._target, skip_accept_encoding=True)
+        for name, value in self._request.headers.items():
+            if name.lower() not in {"content-length", "host"}:
+                connection.http.putheader(name, value)
+        connection.http.putheader("Content-Length", str(self._size))
+        with self._last_slice:
+            self._whole = not self._size
+        connection.http.endheaders()
+        sent_whole = self._send_body(connection)
+        try:
+            response = connection.http.getresponse()
+        except TimeoutError as error:
+            raise TimeoutError(f"no answer for {_SILENCE:.0f} s") from error
+        with response:
+            self._answered = True
+            answer = Answer(response.status, response.headers, response.read(_LARGEST_ANSWER))
+            if (hint := transient_answer(answer.status, answer.headers)) is not None:
+                raise AnswerError(str(answer), hint)
+            if HTTPStatus.MULTIPLE_CHOICES <= answer.status < HTTPStatus.BAD_REQUEST:
+                raise UnmovableError(f"a redirect ({answer.status})", answer)
+            return answer, sent_whole and response.isclosed() and not response.will_close
+
+    def _send_body(self, connection: _Connection) -> bool:
+        """Returns whether all of it was sent: a store may refuse a request before it has seen its end."""
+        sock = connection.sock
+        assert sock is not None  # noqa: S101 - it is open
+        sent = 0
+        try:
+            for view in self._body:
+                for start in range(0, len(view), _SLICE):
+                    piece = view[start : start + _SLICE]
+                    if sent + len(piece) == self._size:
+                        with self._last_slice:
+                            if self._interrupted:
+                                raise InterruptedError
+                            self._whole = True
+                    sock.sendall(piece)
+                    sent += len(piece)
+                    self._count_acknowledged(sock, sent)
+        except (BrokenPipeError, ConnectionResetError):
+            if self._interrupted:
+                raise
+            return False  # the answer may be there, and say why
+        except TimeoutError as error:
+            raise TimeoutError(f"the store took no bytes for {_SILENCE:.0f} s") from error
+        return True
+
+    def _count_acknowledged(self, sock: socket.socket, sent: int) -> None:
+        """Counts what the other end has acknowledged, by steps of 1 MiB; of the last MiB only with the answer."""
+        if fcntl is None:
+            return
+        if sent - self._acknowledged < MIB:
+            return
+        (queued,) = struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0"))
+        news = min(sent - queued, self._size - MIB) - self._acknowledged
+        if news > 0:
+            self._acknowledged += news
+            self._transfer.moved(news)
 
 
 def _close_all(connections: deque[_Connection]) -> None:

@@ -20,6 +20,7 @@ from flytekit.models.literals import Blob, BlobMetadata, Literal, Scalar
 from flytekit.models.types import LiteralType
 from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]  # flytekit's, without stubs
 
+from torchferry.engine.cancellation import in_thread
 from torchferry.errors import StorageUnavailableError, TorchferryError
 from torchferry.flyte import deck, hooks
 from torchferry.flyte.annotations import options_of
@@ -30,7 +31,6 @@ from torchferry.flyte.summary import Summary, summarize
 from torchferry.flyte.transfer import download, upload
 from torchferry.flyte.values import FlytekitCheckpoint, IsDataclass, LoadedCheckpoint, PyTorchCheckpoint
 from torchferry.options import LoadOptions, SaveOptions
-from torchferry.engine.cancellation import in_thread
 
 if TYPE_CHECKING:
     from flytekit.models.literals import Binary

@@ -13,13 +13,13 @@ import anyio
 from fsspec.callbacks import Callback
 from fsspec.utils import get_protocol
 
+from torchferry.engine.cancellation import in_thread
 from torchferry.errors import CheckpointCorruptError, StoragePermissionError, StorageUnavailableError
 from torchferry.flyte import hooks
 from torchferry.flyte.devices import default_map_location
 from torchferry.flyte.unchanged import is_unchanged
 from torchferry.loading import load_async
 from torchferry.saving import save_async
-from torchferry.engine.cancellation import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -99,7 +99,6 @@ async def upload(
     arguments: dict[str, Any] = {
         "part_size": options.part_size,
         "metadata": {**hooks.execution_metadata(ctx), **(options.metadata or {})} or None,
-        "plane": options.plane,
         **await _store(ctx, uri, options),
     }
     await _move("Saved", uri, partial(save_async, content, uri, **arguments))
@@ -118,7 +117,6 @@ async def download(ctx: FlyteContext, uri: str, options: LoadOptions) -> Any:
         "map_location": map_location,
         "weights_only": options.weights_only,
         "verify": options.verify,
-        "plane": options.plane,
         **await _store(ctx, uri, options),
     }
     try:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchferry.engine.loops import own_loop, run_on
-from torchferry.formats.checksum import Checksums
-from torchferry.errors import CheckpointCorruptError, TorchferryError
-from torchferry.loading import inspect_async
 from torchferry.engine.cancellation import in_thread
-from torchferry.formats.torch_stream import CheckpointStream
+from torchferry.engine.loops import own_loop, run_on
+from torchferry.errors import CheckpointCorruptError, TorchferryError
+from torchferry.formats.checksum import Checksums
+from torchferry.formats.torch_stream import TorchStream
+from torchferry.loading import inspect_async
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -51,7 +51,7 @@ async def _saves_as(content: dict[str, Any], manifest: Manifest) -> bool:
     checksums = Checksums(manifest.records, manifest.url)
     size = 0
     try:
-        async with CheckpointStream(content).running() as stream:
+        async with TorchStream(content).running() as stream:
             async for chunk in stream:
                 await in_thread(checksums.add, size, chunk)
                 size += len(chunk)

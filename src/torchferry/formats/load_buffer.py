@@ -25,8 +25,8 @@ from torchferry.engine.memory import copy_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from torchferry.engine.types import Buffer
     from torchferry.formats.archive import Archive
-    from torchferry.storage.base import Chunk
 
 __all__ = ["Mirror"]
 
@@ -81,7 +81,7 @@ class Mirror:
             raise ValueError(f"The bytes {start} to {stop} are not within the {len(self._memory)} of the mirror.")
         return memoryview(self._memory)[start:stop]
 
-    def write(self, offset: int, buffer: Chunk) -> None:
+    def write(self, offset: int, buffer: Buffer) -> None:
         """Writes the bytes that the object has at ``offset``. May be called in many threads at once."""
         copy_bytes(self.view(offset, offset + len(buffer)), buffer)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import secrets
 import threading
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,21 +18,23 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from torchferry.engine.cancellation import clean_up, in_thread
 from torchferry.engine.loops import run_on
+from torchferry.engine.transfer import current
+from torchferry.engine.types import MIB, Buffer, Chunk, ObjectStat
+from torchferry.engine.writer import UploadPlan
 from torchferry.errors import (
     CheckpointChangedError,
     CheckpointNotFoundError,
     StorageError,
     StoragePermissionError,
     StorageUnavailableError,
-    UnsupportedOptionError,
 )
-from torchferry.storage.base import MIB, Backend, Chunk, ObjectStat, Plane
-from torchferry.engine.cancellation import clean_up, in_thread
-from torchferry.storage.translation import by_status
+from torchferry.storage.base import Backend, Leftover, ListedObject
+from torchferry.storage.translate import by_status
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterable, Callable, Iterator
 
 __all__ = ["GenericBackend"]
 
@@ -37,6 +42,8 @@ logger = logging.getLogger("torchferry.storage")
 
 T = TypeVar("T")
 
+_TEMPORARY = re.compile(r"(^|/)\.torchferry-[0-9a-f]{16}\.tmp$")
+_TIME_FIELDS = ("mtime", "LastModified", "last_modified", "modified", "created")
 _BLOCK_SIZE = 8 * MIB
 _MISSING = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
 
@@ -59,22 +66,13 @@ class GenericBackend(Backend):
     the size is checked while reading. User metadata is not stored.
     """
 
-    plane = "fsspec"
-
     def __init__(self, fs: AbstractFileSystem) -> None:
         self._fs = _usable_in_threads(fs)
         self._turns = _turns_of(self._fs)
 
     @classmethod
-    def from_filesystem(cls, fs: AbstractFileSystem, plane: Plane) -> Backend:
-        """A backend for any filesystem, on the fsspec plane.
-
-        Raises:
-            UnsupportedOptionError: ``plane`` is "obstore".
-        """
-        if plane == "obstore":
-            protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
-            raise UnsupportedOptionError(f"The obstore plane does not reach {protocol}:// URLs: use plane='auto'.")
+    def from_filesystem(cls, fs: AbstractFileSystem) -> GenericBackend:
+        """A backend for any filesystem."""
         return cls(fs)
 
     def url(self, path: str) -> str:
@@ -82,16 +80,15 @@ class GenericBackend(Backend):
         url: str = self._fs.unstrip_protocol(path)
         return url
 
-    def write_cost(self, size: int, part_size: int | None) -> int:
-        """The block that an fsspec file gathers before it sends it, and its copy."""
-        del size, part_size
-        return 2 * _BLOCK_SIZE
+    def upload_plan(self, size: int, part_size: int | None = None) -> UploadPlan:
+        """There are no parts; writing takes the block that an fsspec file gathers before it sends it, and its copy."""
+        return UploadPlan.for_size(size, part_size, memory=2 * _BLOCK_SIZE)
 
     async def stat(self, path: str) -> ObjectStat:
         """Looks a file up, past the filesystem's listings cache."""
         return await self._stat(path, "look up")
 
-    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
+    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Buffer:
         """Reads a range, and then asks for the file's version again."""
         data: bytes = b""
         if stop > start:
@@ -112,12 +109,11 @@ class GenericBackend(Backend):
         path: str,
         chunks: AsyncIterable[Chunk],
         *,
-        size_hint: int,
-        part_size: int | None = None,
+        plan: UploadPlan,
         metadata: Mapping[str, str] | None = None,
     ) -> ObjectStat:
         """Writes a hidden file in the same directory and moves it; missing directories are made."""
-        del size_hint, part_size
+        del plan
         staged = _StagedFile(self._fs, path)
         try:
             with _translated(self.url(path), "write"):
@@ -125,8 +121,9 @@ class GenericBackend(Backend):
             size = 0
             async for chunk in chunks:
                 with _translated(self.url(path), "write"):
-                    await self._in_turn(staged.append, chunk)
+                    await self._in_turn(staged.append, chunk.data)
                 size += len(chunk)
+                current().moved(len(chunk))
             with _translated(self.url(path), "write"):
                 await self._in_turn(staged.publish)
         except BaseException:
@@ -139,6 +136,35 @@ class GenericBackend(Backend):
         """Deletes a file."""
         with suppress(CheckpointNotFoundError), _translated(self.url(path), "delete"):
             await self._in_turn(self._fs.rm_file, path)
+
+    async def list(self, prefix: str) -> AsyncIterator[ListedObject]:
+        """Lists files; the directory that ``prefix`` lies in is walked."""
+        for path, info in (await self._walk(prefix)).items():
+            if not _TEMPORARY.search(path):
+                yield ListedObject(path, self.url(path), int(info.get("size") or 0), _version(info), _modified(info))
+
+    async def leftovers(self, prefix: str) -> AsyncIterator[Leftover]:
+        """Lists temporary files of writers."""
+        for path, info in (await self._walk(prefix)).items():
+            if _TEMPORARY.search(path):
+                yield Leftover(path, self.url(path), "temporary file", modified=_modified(info))
+
+    async def discard(self, leftover: Leftover) -> bool:
+        """Deletes a temporary file."""
+        await self.delete(leftover.path)
+        return True
+
+    async def _walk(self, prefix: str) -> dict[str, dict[str, Any]]:
+        parent: str = self._fs._parent(f"{prefix}x")
+        with _translated(self.url(prefix), "list"):
+            self._fs.invalidate_cache(parent)
+            found: dict[str, dict[str, Any]] = await self._ask("find", parent, detail=True)
+            if not found and not await self._ask("exists", parent):
+                raise FileNotFoundError(parent)
+        start = prefix.rpartition("/")[2]
+        wanted = {path: info for path, info in found.items() if path.startswith(prefix)}
+        hidden = {path: info for path, info in found.items() if _TEMPORARY.search(path)}
+        return wanted if start else {**wanted, **hidden}
 
     async def _in_turn(self, func: Callable[..., T], /, *args: object) -> T:
         return await in_thread(self._take_turn, func, *args)
@@ -155,15 +181,28 @@ class GenericBackend(Backend):
             raise StorageError(errno.EISDIR, f"{self.url(path)} is a directory.")
         if info.get("size") is None:
             raise StorageError(f"Cannot {verb} {self.url(path)}: the store does not tell its size.")
-        version = [f"{field}={info[field]}" for field in _VERSION_FIELDS if info.get(field) is not None]
-        etag = ";".join([*version, f"size={info['size']}"]) if version else None
-        return ObjectStat(self.url(path), int(info["size"]), etag)
+        return ObjectStat(self.url(path), int(info["size"]), _version(info))
 
     async def _ask(self, method: str, /, *args: object, **kwargs: object) -> Any:
         """Calls a method that changes nothing: where the filesystem has coroutines, that, for a cancel to end it."""
         if isinstance(self._fs, AsyncFileSystem):
             return await run_on(self._fs.loop, getattr(self._fs, f"_{method}"), *args, **kwargs)
         return await self._in_turn(partial(getattr(self._fs, method), *args, **kwargs))
+
+
+def _version(info: Mapping[str, Any]) -> str | None:
+    version = [f"{field}={info[field]}" for field in _VERSION_FIELDS if info.get(field) is not None]
+    return ";".join([*version, f"size={info['size']}"]) if version else None
+
+
+def _modified(info: Mapping[str, Any]) -> datetime | None:
+    for field in _TIME_FIELDS:
+        value = info.get(field)
+        if isinstance(value, datetime):
+            return value if value.tzinfo else value.replace(tzinfo=UTC)
+        if isinstance(value, int | float):
+            return datetime.fromtimestamp(value, UTC)
+    return None
 
 
 class _StagedFile:
@@ -186,8 +225,8 @@ class _StagedFile:
                 self._fs.makedirs(self._parent, exist_ok=True)
         self._file = self._fs.open(self._temporary, "wb", block_size=_BLOCK_SIZE)
 
-    def append(self, chunk: Chunk) -> None:
-        view = memoryview(chunk)
+    def append(self, data: Buffer) -> None:
+        view = memoryview(data)
         while view:
             piece = bytes(view[:_BLOCK_SIZE])  # fsspec promises no more than that files take bytes
             written = self._file.write(piece)

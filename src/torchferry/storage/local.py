@@ -18,25 +18,30 @@ import ctypes
 import errno
 import logging
 import os
+import re
 import secrets
 import stat as stat_module
 import sys
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchferry.errors import CheckpointChangedError, CheckpointNotFoundError, StorageError, StoragePermissionError
-from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
 from torchferry.engine.cancellation import ThreadPool, clean_up, in_thread
+from torchferry.engine.transfer import current
+from torchferry.engine.types import MIB, Buffer, Chunk, ObjectStat
+from torchferry.engine.writer import UploadPlan
+from torchferry.errors import CheckpointChangedError, CheckpointNotFoundError, StorageError, StoragePermissionError
+from torchferry.storage.base import Backend, Leftover, ListedObject
 
 if sys.platform != "win32":
     import fcntl
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     from fsspec import AbstractFileSystem
 
@@ -44,8 +49,11 @@ __all__ = ["LocalBackend"]
 
 logger = logging.getLogger("torchferry.storage")
 
-_FLUSHED = 32 << 20  # bytes: when so many are new, and no flush is under way, the next one begins
+_TEMPORARY = re.compile(r"(^|/)\.torchferry-([0-9a-f]+-[0-9a-f]+-[0-9]+-)?[0-9a-f]{16}\.tmp$")
+_FLUSHED = 32 * MIB  # when so many bytes are new, and no flush is under way, the next one begins
+_ALLOCATED = 256 * MIB  # room that is asked for at once
 _FALLOC_FL_KEEP_SIZE = 1  # Linux, linux/falloc.h
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # what a filesystem without them answers
 _background = ThreadPool(16, "torchferry-disk")  # for what a cancelled save need not wait for
 
 
@@ -56,12 +64,10 @@ class LocalBackend(Backend):
     place has a new time. User metadata is not stored. All file work happens in worker threads.
     """
 
-    plane = "local"
-
     @classmethod
-    def from_filesystem(cls, fs: AbstractFileSystem, plane: Plane) -> Backend:
-        """A backend for fsspec's local filesystem. There is one way to a local file, so every ``plane`` is that one."""
-        del fs, plane
+    def from_filesystem(cls, fs: AbstractFileSystem) -> LocalBackend:
+        """A backend for fsspec's local filesystem."""
+        del fs
         return cls()
 
     def url(self, path: str) -> str:
@@ -72,7 +78,7 @@ class LocalBackend(Backend):
         """Looks a file up; a directory or device is not a checkpoint and raises a StorageError."""
         return await in_thread(self._stat, path)
 
-    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
+    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Buffer:
         """Reads a range of the file, whose version is checked before and after."""
         data = bytearray(stop - start)
         await self.read_into(path, start, memoryview(data), stat)
@@ -81,26 +87,28 @@ class LocalBackend(Backend):
     async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
         """Reads a range of the file into memory that is there."""
         await in_thread(self._read_into, path, start, buffer, stat)
+        current().moved(len(buffer))
 
     async def write(
         self,
         path: str,
         chunks: AsyncIterable[Chunk],
         *,
-        size_hint: int,
-        part_size: int | None = None,
+        plan: UploadPlan,
         metadata: Mapping[str, str] | None = None,
     ) -> ObjectStat:
         """Writes a hidden file in the same directory and renames it; missing directories are made.
 
         A cancel does not wait for the disk: a flush that is under way ends later, on a file that has no name any more.
         """
-        del part_size
+        del plan
         staged = _StagedFile()
         try:
-            await in_thread(self._stage, path, staged, size_hint)
+            await in_thread(self._stage, path, staged)
             async for chunk in chunks:
-                await in_thread(self._append, path, staged, chunk)
+                await in_thread(self._append, path, staged, chunk.data)
+                current().moved(len(chunk))
+                del chunk  # its memory may be needed for the next one
             flushed = await in_thread(self._finish, path, staged)
             with _translated(self.url(path), "write"):
                 await asyncio.wrap_future(flushed)
@@ -113,6 +121,47 @@ class LocalBackend(Backend):
     async def delete(self, path: str) -> None:
         """Deletes a file."""
         await in_thread(self._delete, path)
+
+    async def list(self, prefix: str) -> AsyncIterator[ListedObject]:
+        """Lists files; the directory that ``prefix`` lies in is walked."""
+        for path, result in await in_thread(self._walk, prefix):
+            if path.startswith(prefix) and not _TEMPORARY.search(path):
+                found = self._object_stat(path, result)
+                yield ListedObject(path, found.url, found.size, found.etag, _modified(result))
+
+    async def leftovers(self, prefix: str) -> AsyncIterator[Leftover]:
+        """Lists temporary files of writers below the directory that ``prefix`` lies in."""
+        for path, result in await in_thread(self._walk, prefix):
+            if _TEMPORARY.search(path):
+                yield Leftover(path, self.url(path), "temporary file", modified=_modified(result))
+
+    async def discard(self, leftover: Leftover) -> bool:
+        """Deletes a temporary file; returns False where a save under way has it locked."""
+        return await in_thread(self._discard, leftover.path)
+
+    def _discard(self, path: str) -> bool:
+        with _translated(self.url(path), "delete"), suppress(FileNotFoundError):
+            try:
+                return _remove_unlocked(Path(path))
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+            os.unlink(path)  # noqa: PTH108 - a path like fsspec's, not a Path
+        return True
+
+    def _walk(self, prefix: str) -> Sequence[tuple[str, os.stat_result]]:
+        top = os.path.dirname(f"{prefix}x")  # noqa: PTH120 - a path like fsspec's, not a Path
+        found = []
+        with _translated(self.url(prefix), "list"):
+            os.stat(top)  # noqa: PTH116 - raises where there is no such directory
+            for directory, _, names in os.walk(top):
+                for name in names:
+                    path = os.path.join(directory, name)  # noqa: PTH118 - the same
+                    with suppress(FileNotFoundError):  # gone meanwhile
+                        result = os.stat(path)  # noqa: PTH116 - the same
+                        if stat_module.S_ISREG(result.st_mode):
+                            found.append((path, result))
+        return found
 
     def _stat(self, path: str) -> ObjectStat:
         with _translated(self.url(path), "look up"):
@@ -141,18 +190,18 @@ class LocalBackend(Backend):
         if self._object_stat(path, os.fstat(fd)).etag != expected.etag:
             raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.")
 
-    def _stage(self, path: str, staged: _StagedFile, size_hint: int) -> None:
+    def _stage(self, path: str, staged: _StagedFile) -> None:
         with _translated(self.url(path), "write"):
             # A link stays a link: what it points to is replaced.
             target = Path(os.path.realpath(path))
             with suppress(FileNotFoundError):
                 self._object_stat(path, target.stat())  # raises for what must not be replaced
             target.parent.mkdir(parents=True, exist_ok=True)
-            staged.create(target, size_hint)
+            staged.create(target)
 
-    def _append(self, path: str, staged: _StagedFile, chunk: Chunk) -> None:
+    def _append(self, path: str, staged: _StagedFile, data: Buffer) -> None:
         with _translated(self.url(path), "write"):
-            staged.append(memoryview(chunk))
+            staged.append(data)
 
     def _finish(self, path: str, staged: _StagedFile) -> Future[None]:
         with _translated(self.url(path), "write"):
@@ -165,6 +214,10 @@ class LocalBackend(Backend):
     def _delete(self, path: str) -> None:
         with _translated(self.url(path), "delete"), suppress(FileNotFoundError):
             os.unlink(path)  # noqa: PTH108 - a path like fsspec's, not a Path
+
+
+def _modified(result: os.stat_result) -> datetime:
+    return datetime.fromtimestamp(result.st_mtime, UTC)
 
 
 class _StagedFile:
@@ -182,27 +235,29 @@ class _StagedFile:
         self._temporary: Path | None = None
         self._fd: int | None = None
         self._size = 0
+        self._allocated = 0
         self._unflushed = 0
         self._flush: Future[None] = Future()  # the last one of several
         self._flush.set_result(None)
 
-    def create(self, target: Path, size_hint: int) -> None:
-        """Creates the file, with room for ``size_hint`` bytes; first removes what killed processes left beside it."""
+    def create(self, target: Path) -> None:
+        """Creates the file; first removes what killed processes left in its directory."""
         self._target = target
         owner = _owner(target.parent)
         if owner is not None:
             _remove_abandoned(target.parent, owner)
         while not self._create(owner):
             owner = None
-        if size_hint >= _FLUSHED:
-            self._allocate(size_hint)
 
-    def append(self, data: memoryview) -> None:
+    def append(self, data: Buffer) -> None:
         """Writes ``data``, and has what was written before flushed meanwhile."""
         fd = self._open_fd()
-        while data:
-            count = os.write(fd, data)
-            data = data[count:]
+        if self._size >= _FLUSHED and self._size + len(data) > self._allocated:
+            self._allocate(len(data) + _ALLOCATED)
+        view = memoryview(data)
+        while view:
+            count = os.write(fd, view)
+            view = view[count:]
             self._size += count
             self._unflushed += count
         if self._unflushed >= _FLUSHED and self._flush.done():
@@ -215,7 +270,7 @@ class _StagedFile:
         fd = self._open_fd()
         with suppress(FileNotFoundError):
             os.fchmod(fd, stat_module.S_IMODE(self._target.stat().st_mode))
-        os.ftruncate(fd, self._size)  # gives back what size_hint was too large by
+        os.ftruncate(fd, self._size)  # gives back the room that was not needed
         return self._start_flush(os.fsync)
 
     def publish(self) -> os.stat_result:
@@ -268,18 +323,16 @@ class _StagedFile:
             self._close()
 
     def _allocate(self, size: int) -> None:
-        """Has the filesystem find room in large pieces; where it does not, writing does so bit by bit.
+        """Has the filesystem find room for the next ``size`` bytes in large pieces.
 
-        Not os.posix_fallocate: on a filesystem that cannot, glibc writes a byte to each block.
+        Where it cannot, it finds room as the bytes come, and a write says so if there is not enough. Not with
+        os.posix_fallocate: glibc writes a byte to each block of a filesystem that cannot.
         """
-        fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-        if fallocate is None:
-            return
+        self._allocated = self._size + size
+        fallocate = getattr(ctypes.CDLL(None), "fallocate", None)
         fd = self._open_fd()
-        if fallocate(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size)):
-            os.ftruncate(
-                fd, 0
-            )  # gives back what it found, where there is less: a write will say so, if it is too little
+        if fallocate and fallocate(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(self._size), ctypes.c_int64(size)):
+            os.ftruncate(fd, self._size)  # gives back what it found, where that was less
 
     def _start_flush(self, sync: Callable[[int], None]) -> Future[None]:
         fd = os.dup(self._open_fd())  # its own: it goes on when the save is cancelled
@@ -350,14 +403,18 @@ def _remove_abandoned(directory: Path, owner: str) -> None:
                     _remove_unlocked(Path(entry.path))
 
 
-def _remove_unlocked(path: Path) -> None:
+def _remove_unlocked(path: Path) -> bool:
+    """Removes a temporary file; returns False, and leaves it, where a process has it locked."""
     fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
-        logger.info("Removed what a killed save had left: %s", path)
+    except BlockingIOError:
+        return False
     finally:
         _in_background(os.close, fd)
+    logger.info("Removed what a killed save had left: %s", path)
+    return True
 
 
 @contextmanager

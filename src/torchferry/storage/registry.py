@@ -6,13 +6,14 @@ import os
 from collections.abc import Mapping
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.utils import get_protocol
 
+from torchferry.engine.cancellation import ThreadPool
 from torchferry.errors import (
     BackendNotInstalledError,
     CheckpointNotFoundError,
@@ -21,8 +22,7 @@ from torchferry.errors import (
     UnsupportedOptionError,
     UnsupportedURLError,
 )
-from torchferry.storage.base import Backend, Plane
-from torchferry.engine.cancellation import ThreadPool
+from torchferry.storage.base import Backend
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -40,7 +40,6 @@ def open_backend(
     *,
     storage_options: Mapping[str, Any] | None = None,
     filesystem: AbstractFileSystem | None = None,
-    plane: Plane = "auto",
 ) -> tuple[Backend, str]:
     """Finds the backend for ``url`` and the path in it.
 
@@ -52,19 +51,16 @@ def open_backend(
         url: Any fsspec URL, or a local path.
         storage_options: Arguments for the fsspec filesystem.
         filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
-        plane: Which client moves the bytes. "auto" follows the environment variable ``TORCHFERRY_PLANE``,
-            which is "auto" by default.
 
     Raises:
         UnsupportedURLError: fsspec knows no such protocol, or the URL is a directory's.
         BackendNotInstalledError: the protocol's library is not installed.
-        UnsupportedOptionError: the options contradict each other, or the forced plane cannot honour them.
+        UnsupportedOptionError: the options contradict each other, or the filesystem does not know one.
         StorageError: what a chained URL (``zip://x::file.zip``) starts from cannot be opened.
     """
     url = os.fspath(url)
     if url.endswith("/"):
         raise UnsupportedURLError(f"{url} names a directory: add the name of a file, such as {url}checkpoint.pt")
-    plane = _resolve_plane(plane)
     if filesystem is None:
         filesystem, path = _filesystem_for(url, storage_options or {})
     elif storage_options:
@@ -73,19 +69,7 @@ def open_backend(
         path = _path_in(filesystem, url)
     while isinstance(filesystem, DirFileSystem):  # a directory of a store is reached as the store is
         filesystem, path = filesystem.fs, filesystem._join(path)
-    backend_class = _backend_class(filesystem)
-    backend = backend_class.from_filesystem(filesystem, plane)
-    if plane == "auto" and not backend.can_hold(path):
-        backend = backend_class.from_filesystem(filesystem, "fsspec")
-    return backend, path
-
-
-def _resolve_plane(plane: Plane) -> Plane:
-    chosen: Any = os.environ.get("TORCHFERRY_PLANE", "auto") if plane == "auto" else plane
-    if chosen not in get_args(Plane):
-        raise UnsupportedOptionError(f"Plane {chosen!r} is unknown: use one of {', '.join(get_args(Plane))}.")
-    resolved: Plane = chosen
-    return resolved
+    return _backend_class(filesystem).from_filesystem(filesystem), path
 
 
 def _filesystem_for(url: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
@@ -118,15 +102,23 @@ def _filesystem_for(url: str, storage_options: Mapping[str, Any]) -> tuple[Abstr
 
 
 def _make(url: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
-    make = partial(url_to_fs, url, **storage_options)
     protocol = get_protocol(url)
+    make = partial(_make_here, url, protocol, storage_options)
     if protocol in {"file", "local"}:
-        return make()  # type: ignore[no-any-return]
+        return make()
     try:
         made = _opener(protocol).executor.submit(make)
     except RuntimeError:  # the interpreter is about to end, and waits for the thread that this is in
-        return make()  # type: ignore[no-any-return]
-    return made.result()  # type: ignore[no-any-return]
+        return make()
+    return made.result()
+
+
+def _make_here(url: str, protocol: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
+    entry = _entry_points().get(protocol)
+    kind = entry.load().filesystem_class() if entry and "::" not in url else None
+    if kind is None:
+        return url_to_fs(url, **storage_options)
+    return kind(**{**kind._get_kwargs_from_urls(url), **storage_options}), kind._strip_protocol(url)
 
 
 @cache
@@ -150,7 +142,9 @@ def _backend_class(fs: AbstractFileSystem) -> type[Backend]:
     for protocol in protocols:
         if entry := _entry_points().get(protocol):
             backend_class: type[Backend] = entry.load()
-            return backend_class
+            kind = backend_class.filesystem_class()
+            if kind is None or isinstance(fs, kind):
+                return backend_class
     if "file" in protocols:
         from torchferry.storage.local import LocalBackend
 

@@ -12,6 +12,7 @@ from torchferry.errors import (
     StorageError,
     StoragePermissionError,
     StorageUnavailableError,
+    TorchferryError,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def translated(translate: Callable[[str, Exception], StorageError], url: str, ve
     """Raises what ``translate("Cannot <verb> <url>", error)`` returns in place of any error but torchferry's own."""
     try:
         yield
-    except StorageError:
+    except TorchferryError:
         raise
     except Exception as error:
         raise translate(f"Cannot {verb} {url}", error) from error
@@ -55,7 +56,7 @@ def by_status(what: str, reason: str, status: int, code: str = "", *, unanswered
     if status == HTTPStatus.PRECONDITION_FAILED:
         return CheckpointChangedError(f"{what}: it was replaced meanwhile.")
     if unanswered or status in _BUSY or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return StorageUnavailableError(f"{what}: the store is not available, after all retries. {reason}")
+        return StorageUnavailableError(f"{what}: the store is not available, after all repetitions. {reason}")
     return StorageError(f"{what}: {reason} {f'({code})' if code else ''}".rstrip())
 
 

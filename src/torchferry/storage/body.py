@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, TypeVar
 
-from torchferry.storage.base import Chunk
-from torchferry.engine.cancellation import to_the_end
+from torchferry.engine.cancellation import run_shielded
+from torchferry.engine.types import Buffer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -28,7 +28,7 @@ class RequestBody:
     for its length and position. Sent again, it starts from its beginning.
     """
 
-    def __init__(self, buffers: Sequence[Chunk]) -> None:
+    def __init__(self, buffers: Sequence[Buffer]) -> None:
         self._views = [memoryview(buffer) for buffer in buffers if len(buffer)]
         self._size = sum(map(len, self._views))
         self._position = 0
@@ -48,7 +48,7 @@ class RequestBody:
         self._position = base + offset
         return self._position
 
-    def read(self, size: int | None = -1) -> Chunk:
+    def read(self, size: int | None = -1) -> Buffer:
         """``size`` bytes, or all that are left; copied only where they lie in more than one buffer."""
         stop = self._size if size is None or size < 0 else min(self._size, self._position + size)
         pieces = []
@@ -84,4 +84,4 @@ async def whole_or_not_at_all(body: RequestBody, request: Callable[[], Awaitable
     Cutting it short after the last byte would not stop the store: what it was asked for could appear after the caller
     has cleaned up. Such a request is waited for, up to 10 seconds.
     """
-    return await to_the_end(request, patience=lambda: 0 if body.interrupt() else _PATIENCE)
+    return await run_shielded(request, patience=lambda: 0 if body.interrupt() else _PATIENCE)
