@@ -28,6 +28,7 @@ from google.protobuf.struct_pb2 import Struct
 
 import torchferry.flyte.checkpoint as module
 from torchferry import LoadOptions, SaveOptions
+from torchferry.checkpoint import transfer
 from torchferry.flyte import LoadedCheckpoint, PyTorchCheckpoint, PyTorchCheckpointTransformer
 from torchferry.flyte.values import FlytekitCheckpoint
 
@@ -269,6 +270,15 @@ def test_map_location_follows_the_annotation(s3_context: FlyteContext, checkpoin
         s3_context, save(s3_context, checkpoint), Annotated[PyTorchCheckpoint, LoadOptions(map_location="meta")]
     )
     assert loaded["module_state_dict"]["0.weight"].is_meta
+
+
+def test_without_a_map_location_tensors_go_to_the_device_of_this_process(
+    s3_context: FlyteContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    literal = save(s3_context, make_checkpoint())
+    monkeypatch.setattr(transfer, "default_map_location", lambda: torch.device("meta"))
+    loaded = load(s3_context, literal)
+    assert {tensor.device.type for tensor in loaded["module_state_dict"].values()} == {"meta"}
 
 
 def test_options_are_joined(s3_context: FlyteContext, checkpoint: PyTorchCheckpoint) -> None:

@@ -20,17 +20,19 @@ from flytekit.models.literals import Blob, BlobMetadata, Literal, Scalar
 from flytekit.models.types import LiteralType
 from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]  # flytekit's, without stubs
 
+from torchferry.checkpoint.annotations import options_of
+from torchferry.checkpoint.content import check_loadable, content_of
+from torchferry.checkpoint.deck import deck_of
+from torchferry.checkpoint.fields import JSON_SCHEMA, register_fields
+from torchferry.checkpoint.summary import remember_summary
+from torchferry.engine.cancellation import in_thread
 from torchferry.errors import StorageUnavailableError, TorchferryError
-from torchferry.flyte import deck, hooks
-from torchferry.flyte.annotations import options_of
-from torchferry.flyte.content import check_loadable, content_of
-from torchferry.flyte.fields import JSON_SCHEMA, checkpoint_literal, register_fields
+from torchferry.flyte import hooks
+from torchferry.flyte.fields import checkpoint_literal
 from torchferry.flyte.plugin import taking_over
-from torchferry.flyte.summary import Summary, summarize
 from torchferry.flyte.transfer import download, upload
 from torchferry.flyte.values import FlytekitCheckpoint, IsDataclass, LoadedCheckpoint, PyTorchCheckpoint
 from torchferry.options import LoadOptions, SaveOptions
-from torchferry.engine.cancellation import in_thread
 
 if TYPE_CHECKING:
     from flytekit.models.literals import Binary
@@ -61,8 +63,6 @@ __all__ = [
 ]
 
 _logger = logging.getLogger("torchferry")
-
-_SUMMARY = "_torchferry_summary"
 
 
 class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # type: ignore[misc]  # flytekit has no types
@@ -168,11 +168,7 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
 
         Never raises, because flytekit would fail the task, which has done its work by then.
         """
-        try:
-            return deck.render(_summary_of(python_val))
-        except (Exception, SystemExit) as error:  # the value is the user's, and may raise anything
-            _logger.warning("A checkpoint has no summary in the Deck.", exc_info=True)
-            return deck.failure(error)
+        return deck_of(python_val)
 
     def from_binary_idl(self, binary_idl_object: Binary, expected_python_type: type[Any]) -> LoadedCheckpoint:
         """Loads the checkpoint that an attribute of a dataclass or pydantic model names (MessagePack).
@@ -201,7 +197,7 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         loaded_from = checkpoint.uri if isinstance(checkpoint, LoadedCheckpoint) else None
         uri = await upload(ctx, content, options_of(python_type, SaveOptions), loaded_from=loaded_from)
         if _shows_decks(ctx):
-            await in_thread(_remember, checkpoint, content, uri)
+            await in_thread(remember_summary, checkpoint, content, uri)
         return uri
 
     async def _load(self, ctx: FlyteContext, uri: str, expected_python_type: type[Any]) -> LoadedCheckpoint:
@@ -224,19 +220,6 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
 
 def _shows_decks(ctx: FlyteContext) -> bool:
     return bool(ctx.user_space_params is not None and ctx.user_space_params.enable_deck)
-
-
-def _remember(checkpoint: Any, content: dict[str, Any], uri: str) -> None:
-    # The Deck is made after the upload, and asking a module for its state again may gather it from all ranks again.
-    try:
-        vars(checkpoint)[_SUMMARY] = summarize(content, uri)
-    except (Exception, SystemExit):  # what is saved is saved, whatever the Deck will say
-        _logger.debug("A checkpoint has no summary.", exc_info=True)
-
-
-def _summary_of(checkpoint: Any) -> Summary:
-    summary: Summary | None = vars(checkpoint).get(_SUMMARY)
-    return summary or summarize(content_of(checkpoint), getattr(checkpoint, "uri", None))
 
 
 def _uri_of(lv: Literal) -> str:
@@ -266,7 +249,9 @@ def _message(error: BaseException) -> str:
 
 
 def _register() -> None:
-    register_fields(FlytekitCheckpoint if taking_over() else PyTorchCheckpoint)
+    kind = FlytekitCheckpoint if taking_over() else PyTorchCheckpoint
+    register_fields(kind)
+    hooks.leave_alone(kind)
     transformer = PyTorchCheckpointTransformer()
     ours = (PyTorchCheckpoint, LoadedCheckpoint)
     if not taking_over():

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchferry.engine.loops import own_loop, run_on
-from torchferry.formats.checksum import Checksums
-from torchferry.errors import CheckpointCorruptError, TorchferryError
-from torchferry.loading import inspect_async
 from torchferry.engine.cancellation import in_thread
+from torchferry.engine.loops import own_loop, run_on
+from torchferry.errors import CheckpointCorruptError, TorchferryError
+from torchferry.formats.checksum import Checksums
 from torchferry.formats.torch_stream import CheckpointStream
+from torchferry.loading import inspect_async
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

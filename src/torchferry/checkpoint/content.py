@@ -8,10 +8,10 @@ from collections import Counter, OrderedDict
 from typing import Any
 
 import torch
-from flytekit.core.type_engine import TypeTransformerFailedError
 
-from torchferry.flyte.hyperparameters import as_dict
-from torchferry.flyte.values import MODULE_KEY, OPTIMIZER_KEY, FlytekitCheckpoint, LoadedCheckpoint, check_names
+from torchferry.checkpoint.adapters import refusal
+from torchferry.checkpoint.hyperparameters import as_dict
+from torchferry.checkpoint.values import MODULE_KEY, OPTIMIZER_KEY, LoadedCheckpoint, PyTorchCheckpoint, check_names
 
 __all__ = ["check_loadable", "content_of"]
 
@@ -23,13 +23,16 @@ _LEAVES = frozenset({
 _CONTAINERS = frozenset({Counter, OrderedDict, dict, list, set, tuple})
 
 
-def content_of(checkpoint: FlytekitCheckpoint) -> dict[str, Any]:
-    """The dict that is saved for a checkpoint: flytekit's, in flytekit's order.
+def content_of(checkpoint: PyTorchCheckpoint) -> dict[str, Any]:
+    """The dict that is saved for a checkpoint, in the order of flytekit's own transformer.
 
-    Calls ``state_dict()``, which may take its time: run it in a worker thread.
+    Calls ``state_dict()``, which may take long: run it in a worker thread.
+
+    Args:
+        checkpoint: A checkpoint, or an object of another class with the same three fields: flytekit has one.
 
     Raises:
-        TypeTransformerFailedError: there is nothing to save, or a hyperparameter has the name of one of the states.
+        CheckpointValueError: there is nothing to save, or a hyperparameter has the name of one of the states.
     """
     if isinstance(checkpoint, LoadedCheckpoint):
         content = dict(checkpoint)
@@ -43,7 +46,7 @@ def content_of(checkpoint: FlytekitCheckpoint) -> dict[str, Any]:
         if checkpoint.optimizer is not None:
             content[OPTIMIZER_KEY] = _state_of("optimizer", checkpoint.optimizer)
     if not content:
-        raise TypeTransformerFailedError(f"There is nothing to save in {checkpoint!r}.")
+        raise refusal(f"There is nothing to save in {checkpoint!r}.")
     return content
 
 
@@ -51,7 +54,7 @@ def check_loadable(content: dict[str, Any]) -> None:
     """Refuses what cannot be pickled, and what ``torch.load(weights_only=True)``, the default, would refuse.
 
     Raises:
-        TypeTransformerFailedError: names the first such value, its type, and how to allow it.
+        CheckpointValueError: names the first such value, its type, and how to allow it.
     """
     for path, value in _unknown_values(content):
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
@@ -59,12 +62,12 @@ def check_loadable(content: dict[str, Any]) -> None:
         try:
             torch.save(value, archive)
         except Exception as error:  # pickling runs user code, which may raise anything
-            raise TypeTransformerFailedError(
+            raise refusal(
                 f"{path} is a {kind}, and cannot be saved: {error}. Save a plain value in its place."
             ) from error
         reason = _refusal(archive)
         if reason is not None:
-            raise TypeTransformerFailedError(
+            raise refusal(
                 f"{path} is a {kind}, and could not be loaded again: loading takes tensors and plain values only "
                 f"(weights_only=True). Save a plain value in its place; or allow the type in every task that loads it, "
                 f"torch.serialization.add_safe_globals([{type(value).__qualname__}]); or annotate both sides with "
@@ -75,7 +78,7 @@ def check_loadable(content: dict[str, Any]) -> None:
 def _state_of(name: str, owner: Any) -> Any:
     state_dict = getattr(owner, "state_dict", None)
     if not callable(state_dict) or isinstance(owner, type):
-        raise TypeTransformerFailedError(
+        raise refusal(
             f"The {name} of a PyTorchCheckpoint is an object with a state_dict(); given: "
             f"{owner if isinstance(owner, type) else type(owner)}."
         )
