@@ -85,11 +85,18 @@ def test_keys_that_do_not_match_are_torchs_error(loaded: LoadedCheckpoint) -> No
 
 
 def test_without_strict_they_are_reported_as_torch_does(loaded: LoadedCheckpoint) -> None:
-    linear = torch.nn.Linear(2, 2)
-    expected = linear.load_state_dict(loaded.module_state_dict, strict=False)
-    restored = loaded.restore(module=linear, strict=False)
+    module = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 4))
+    expected = module.load_state_dict(loaded.module_state_dict, strict=False)
+    restored = loaded.restore(module=module, strict=False)
     assert (restored.missing_keys, restored.unexpected_keys) == (expected.missing_keys, expected.unexpected_keys)
-    assert restored.missing_keys == ["weight", "bias"]
+    assert (restored.missing_keys, restored.unexpected_keys) == (["1.weight", "1.bias"], ["2.weight", "2.bias"])
+
+
+def test_restoring_nothing_is_an_error_without_strict_too(loaded: LoadedCheckpoint) -> None:
+    with pytest.raises(CheckpointKeyError, match=r"Nothing was restored: .*'0.weight'.* Linear \('weight', 'bias'\)"):
+        loaded.restore(module=torch.nn.Linear(2, 2), strict=False)
+    assert loaded.restore(module=torch.nn.ReLU(), strict=False).unexpected_keys == list(loaded.module_state_dict)
+    LoadedCheckpoint({"module_state_dict": {}}).restore(module=torch.nn.Linear(2, 2), strict=False)
 
 
 def test_nothing_is_half_restored_when_a_part_is_missing(loaded: LoadedCheckpoint) -> None:

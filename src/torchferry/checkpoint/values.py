@@ -6,6 +6,7 @@ to them (:mod:`torchferry.flyte.values`, :mod:`torchferry.checkpoint.fields`).
 
 from __future__ import annotations
 
+import reprlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -15,6 +16,7 @@ import torch
 
 from torchferry.checkpoint.adapters import refusal
 from torchferry.checkpoint.hyperparameters import as_dict, is_dataclass_instance, is_named_tuple, rebuild
+from torchferry.checkpoint.wrappers import matched_to
 from torchferry.errors import CheckpointKeyError
 
 __all__ = [
@@ -180,6 +182,9 @@ class LoadedCheckpoint(dict[str, Any], PyTorchCheckpoint):
 
         The module is filled before the optimizer. Build the optimizer on the module's parameters first, as torch wants.
 
+        Keys may differ in what ``DistributedDataParallel`` and ``torch.compile`` put into them (``module.``,
+        ``_orig_mod.``): the state of a wrapped module fills a bare one, and the other way round.
+
         Args:
             module: Gets ``module_state_dict``.
             optimizer: Gets ``optimizer_state_dict``.
@@ -189,7 +194,8 @@ class LoadedCheckpoint(dict[str, Any], PyTorchCheckpoint):
             The hyperparameters; its ``missing_keys`` and ``unexpected_keys`` are what ``load_state_dict`` reported.
 
         Raises:
-            CheckpointKeyError: the checkpoint lacks a state that was asked for.
+            CheckpointKeyError: the checkpoint lacks a state that was asked for; or none of its keys is one of the
+                module's (without ``strict``).
             RuntimeError: ``strict``, and keys or shapes do not match; raised by torch, which lists them.
         """
         # Both before the first is filled: nothing is half restored because a key is missing.
@@ -198,7 +204,7 @@ class LoadedCheckpoint(dict[str, Any], PyTorchCheckpoint):
         missing: list[str] = []
         unexpected: list[str] = []
         if module is not None and module_state is not None:
-            missing, unexpected = module.load_state_dict(module_state, strict=strict)
+            missing, unexpected = _load(module, module_state, strict=strict)
         if optimizer is not None and optimizer_state is not None:
             optimizer.load_state_dict(optimizer_state)
         return RestoredHyperparameters(self.hyperparameters, missing, unexpected)
@@ -225,6 +231,21 @@ class LoadedCheckpoint(dict[str, Any], PyTorchCheckpoint):
     def __repr__(self) -> str:
         states = [key for key in (MODULE_KEY, OPTIMIZER_KEY) if key in self]
         return f"LoadedCheckpoint({', '.join([repr(self.uri), *states, _describe(self.hyperparameters)])})"
+
+
+def _load(module: torch.nn.Module, saved: dict[str, Any], *, strict: bool) -> tuple[list[str], list[str]]:
+    state, saved_keys = matched_to(module, saved)
+    missing, unexpected = module.load_state_dict(state, strict=strict)
+    if missing and saved and len(unexpected) == len(saved):
+        raise CheckpointKeyError(
+            f"Nothing was restored: not one of the {len(saved)} keys in {MODULE_KEY} ({_some(saved)}) is a key of the "
+            f"{type(module).__qualname__} ({_some(missing)}). Rename them, or restore another module."
+        )
+    return missing, [saved_keys.get(key, key) for key in unexpected]
+
+
+def _some(keys: Iterable[str]) -> str:
+    return reprlib.repr(list(keys))[1:-1]
 
 
 def check_names(hyperparameters: Mapping[str, Any]) -> None:
