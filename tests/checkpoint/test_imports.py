@@ -42,13 +42,13 @@ def test_without_a_flyte_sdk_a_checkpoint_is_made_looked_at_and_restored() -> No
             sys.modules[sdk] = None  # an import of it fails
         import torch
         from torchferry.checkpoint import LoadedCheckpoint, PyTorchCheckpoint
-        from torchferry.checkpoint.content import check_loadable, content_of
+        from torchferry.checkpoint.content import content_of, loadable
         from torchferry.checkpoint.deck import deck_of
         from torchferry.errors import CheckpointValueError
         linear = torch.nn.Linear(2, 2)
         checkpoint = PyTorchCheckpoint(linear, {"epochs": 3})
         content = content_of(checkpoint)
-        check_loadable(content)
+        assert loadable(content) is content
         print("epochs" in deck_of(checkpoint))
         other = torch.nn.Linear(2, 2)
         print(LoadedCheckpoint(content).restore(module=other), torch.equal(other.weight, linear.weight))

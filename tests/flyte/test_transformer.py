@@ -9,7 +9,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Optional
 
@@ -383,6 +384,13 @@ def test_a_hyperparameter_with_a_reserved_name_is_refused(s3_context: FlyteConte
     assert stored_files(s3_context) == []
 
 
+@dataclass
+class Found:
+    when: datetime
+    where: list[Path]
+    h: dict[str, Hyper]
+
+
 class Plain:
     pass
 
@@ -390,13 +398,13 @@ class Plain:
 @pytest.mark.parametrize(
     ("hyperparameters", "path", "kind"),
     [
-        ({"when": datetime.now(UTC)}, "Hyperparameter 'when'", "datetime.datetime"),
-        ({"a": [1, {"where": Path("/x")}]}, r"Hyperparameter 'a'\[1\]\['where'\]", "pathlib.PosixPath"),
-        ({"h": {"x": Hyper(1, 2.0)}}, r"Hyperparameter 'h'\['x'\]", "Hyper"),
+        ({"when": timedelta(1)}, "Hyperparameter 'when'", "datetime.timedelta"),
+        ({"a": [1, {"what": Decimal(1)}]}, r"Hyperparameter 'a'\[1\]\['what'\]", "decimal.Decimal"),
+        ({"h": {"x": Hyper(1, Plain())}}, r"Hyperparameter 'h'\['x'\]\['loss'\]", "Plain"),
         ({"o": Plain()}, "Hyperparameter 'o'", "Plain"),
         ({"f": frozenset({1})}, "Hyperparameter 'f'", "builtins.frozenset"),
     ],
-    ids=["datetime", "nested path", "nested NamedTuple", "object", "frozenset"],
+    ids=["timedelta", "nested Decimal", "object in a NamedTuple", "object", "frozenset"],
 )
 def test_hyperparameters_that_could_not_be_loaded_are_refused(
     s3_context: FlyteContext, hyperparameters: dict[str, Any], path: str, kind: str
@@ -431,11 +439,22 @@ def test_safe_globals_allow_a_type(s3_context: FlyteContext) -> None:
     assert isinstance(loaded["o"], Plain)
 
 
+def test_small_objects_become_plain_values_and_come_back(s3_context: FlyteContext) -> None:
+    when = datetime.now(UTC)
+    given = {"when": when, "where": [Path("/x")], "h": {"x": Hyper(1, 2.0)}}
+    loaded = load(s3_context, save(s3_context, PyTorchCheckpoint(hyperparameters=given)))
+    assert loaded == {"when": when.isoformat(), "where": ["/x"], "h": {"x": {"epochs": 1, "loss": 2.0}}}
+    assert loaded.hyperparameters_as(Found) == Found(when, [Path("/x")], {"x": Hyper(1, 2.0)})
+
+
 def test_weights_only_false_on_both_sides_allows_every_type(s3_context: FlyteContext) -> None:
     t = Annotated[PyTorchCheckpoint, LoadOptions(weights_only=False)]
     when = datetime.now(UTC)
     literal = save(s3_context, PyTorchCheckpoint(hyperparameters={"when": when}), t)
     assert load(s3_context, literal, t)["when"] == when
+    assert isinstance(
+        load(s3_context, save(s3_context, PyTorchCheckpoint(hyperparameters={"when": when})))["when"], str
+    )
     with pytest.raises(TypeTransformerFailedError, match="datetime"):
         load(s3_context, literal)
 

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections import Counter, OrderedDict
 from typing import Any
 
 import torch
 
 from torchferry.checkpoint.adapters import refusal
-from torchferry.checkpoint.hyperparameters import as_dict
+from torchferry.checkpoint.hyperparameters import as_dict, is_dataclass_instance, is_named_tuple
+from torchferry.checkpoint.plain import CONTAINERS, LEAVES, made_plain, plain_form, plain_number
 from torchferry.checkpoint.values import MODULE_KEY, OPTIMIZER_KEY, LoadedCheckpoint, PyTorchCheckpoint, check_names
 
-__all__ = ["check_loadable", "content_of"]
-
-# What the weights_only unpickler builds whatever it holds: torch/_weights_only_unpickler.py, torch 2.13.
-_LEAVES = frozenset({
-    bool, bytearray, bytes, complex, float, int, str, type(None), torch.device, torch.dtype, torch.nn.Parameter,
-    torch.Size, torch.Tensor,
-})  # fmt: skip
-_CONTAINERS = frozenset({Counter, OrderedDict, dict, list, set, tuple})
+__all__ = ["content_of", "loadable"]
 
 
 def content_of(checkpoint: PyTorchCheckpoint) -> dict[str, Any]:
@@ -50,12 +43,37 @@ def content_of(checkpoint: PyTorchCheckpoint) -> dict[str, Any]:
     return content
 
 
-def check_loadable(content: dict[str, Any]) -> None:
-    """Refuses what cannot be pickled, and what ``torch.load(weights_only=True)``, the default, would refuse.
+def loadable(content: dict[str, Any]) -> dict[str, Any]:
+    """The content as ``torch.load(weights_only=True)``, the default, takes it.
+
+    What it would refuse becomes a plain value where that loses nothing (:mod:`torchferry.checkpoint.plain`): anything
+    among hyperparameters, which ``hyperparameters_as`` turns back; in the states only numpy's scalars.
+
+    Returns:
+        ``content`` itself where nothing has to change; the user's own containers are never changed.
 
     Raises:
-        CheckpointValueError: names the first such value, its type, and how to allow it.
+        CheckpointValueError: names the first value that cannot be made plain, its type, and how to allow it; or that
+            cannot be pickled.
     """
+    if not _unknown_values(content):
+        return content
+    others = {key: value for key, value in content.items() if key not in {MODULE_KEY, OPTIMIZER_KEY}}
+    plain_others = made_plain(others, plain_form, _is_allowed)
+    check_names(plain_others)
+    hyperparameters = iter(plain_others.items())
+    converted: dict[str, Any] = {}
+    for key, value in content.items():  # in their order
+        if key in others:
+            plain_key, plain_value = next(hyperparameters)
+            converted[plain_key] = plain_value
+        else:
+            converted[key] = made_plain(value, plain_number, _is_allowed)
+    _check_loadable(converted)
+    return converted
+
+
+def _check_loadable(content: dict[str, Any]) -> None:
     for path, value in _unknown_values(content):
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         archive = io.BytesIO()
@@ -89,21 +107,21 @@ def _unknown_values(content: dict[str, Any]) -> list[tuple[str, Any]]:
     """Values of types that may or may not load, with their paths, in the order in which they are saved."""
     unknown: list[tuple[str, Any]] = []
     seen: set[int] = set()
-    waiting: list[tuple[str, Any]] = [
-        (key if key in {MODULE_KEY, OPTIMIZER_KEY} else f"Hyperparameter {key!r}", value)
-        for key, value in reversed(content.items())
-    ]
+    waiting: list[tuple[str, Any]] = []
+    for key, value in reversed(content.items()):
+        path = key if key in {MODULE_KEY, OPTIMIZER_KEY} else f"Hyperparameter {key!r}"
+        waiting += [(path, value), (f"The name of {path}", key)]
     while waiting:
         path, value = waiting.pop()
         kind = type(value)
         if id(value) in seen:
             continue
-        if kind not in _LEAVES and kind not in _CONTAINERS:
+        if kind not in LEAVES and kind not in CONTAINERS:
             unknown.append((path, value))
             continue
         if attributes := getattr(value, "__dict__", None):  # tensors and OrderedDicts are saved with theirs
             waiting.append((f"{path}.__dict__", attributes))
-        if kind in _LEAVES:
+        if kind in LEAVES:
             continue
         seen.add(id(value))
         if isinstance(value, dict):
@@ -112,6 +130,18 @@ def _unknown_values(content: dict[str, Any]) -> list[tuple[str, Any]]:
             items = [(f"{path}[{index}]", item) for index, item in enumerate(value)]
         waiting.extend(reversed(items))
     return unknown
+
+
+def _is_allowed(value: Any) -> bool:
+    """Whether the weights_only unpickler takes a value of this type."""
+    if is_named_tuple(value) or is_dataclass_instance(value):  # may hold tensors, and so be large
+        return type(value) in torch.serialization.get_safe_globals()
+    archive = io.BytesIO()
+    try:
+        torch.save(value, archive)
+    except Exception:  # noqa: BLE001 - pickling runs user code, which may raise anything
+        return False
+    return _refusal(archive) is None
 
 
 def _refusal(archive: io.BytesIO) -> str | None:

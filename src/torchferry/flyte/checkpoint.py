@@ -21,7 +21,7 @@ from flytekit.models.types import LiteralType
 from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]  # flytekit's, without stubs
 
 from torchferry.checkpoint.annotations import options_of
-from torchferry.checkpoint.content import check_loadable, content_of
+from torchferry.checkpoint.content import content_of, loadable
 from torchferry.checkpoint.deck import deck_of
 from torchferry.checkpoint.fields import JSON_SCHEMA, register_fields
 from torchferry.checkpoint.summary import remember_summary
@@ -193,7 +193,7 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
     async def _save(self, ctx: FlyteContext, checkpoint: Any, python_type: type[Any]) -> str:
         content = await in_thread(content_of, checkpoint)
         if options_of(python_type, LoadOptions).weights_only:
-            await in_thread(check_loadable, content)
+            content = await in_thread(loadable, content)
         loaded_from = checkpoint.uri if isinstance(checkpoint, LoadedCheckpoint) else None
         uri = await upload(ctx, content, options_of(python_type, SaveOptions), loaded_from=loaded_from)
         if _shows_decks(ctx):
