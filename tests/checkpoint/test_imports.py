@@ -48,7 +48,7 @@ def test_without_a_flyte_sdk_a_checkpoint_is_made_looked_at_and_restored() -> No
         linear = torch.nn.Linear(2, 2)
         checkpoint = PyTorchCheckpoint(linear, {"epochs": 3})
         content = content_of(checkpoint)
-        assert loadable(content) is content
+        assert loadable(content).content is content
         print("epochs" in deck_of(checkpoint))
         other = torch.nn.Linear(2, 2)
         print(LoadedCheckpoint(content).restore(module=other), torch.equal(other.weight, linear.weight))

@@ -21,7 +21,7 @@ from flytekit.models.types import LiteralType
 from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]  # flytekit's, without stubs
 
 from torchferry.checkpoint.annotations import options_of
-from torchferry.checkpoint.content import content_of, loadable
+from torchferry.checkpoint.content import Loadable, content_of, loadable
 from torchferry.checkpoint.deck import deck_of
 from torchferry.checkpoint.fields import JSON_SCHEMA, register_fields
 from torchferry.checkpoint.summary import remember_summary
@@ -128,7 +128,8 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         """Saves a checkpoint under the raw output prefix, and returns the literal that names it.
 
         ``SaveOptions`` on the annotation say how. ``LoadOptions(weights_only=False)`` on it lets values pass that
-        need the same to be loaded.
+        need the same to be loaded; without it, values that could not be loaded again are an error, but the checkpoint
+        is stored first, and the error says where.
 
         Raises:
             TypeTransformerFailedError: this is no checkpoint, or one that cannot be saved, or not to there.
@@ -141,12 +142,14 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         try:
             uri = await self._save(ctx, python_val, python_type)
         except (Exception, SystemExit) as error:  # an exit would end flytekit's event loop, and its task would hang
-            _logger.warning("%r is not saved: %s", python_val, _message(error))  # a union hides the error
+            message = _message(error).removesuffix(".")  # flytekit adds a full stop
+            _logger.warning("%r is not returned: %s.", python_val, message)  # a union hides the error
             if isinstance(error, TypeTransformerFailedError):
+                error.args = (message,)
                 raise
             if isinstance(error, StorageUnavailableError):
-                raise FlyteUploadDataException(f"The checkpoint could not be uploaded: {error}") from error
-            raise TypeTransformerFailedError(f"{python_val!r} could not be saved: {_message(error)}") from error
+                raise FlyteUploadDataException(f"The checkpoint could not be uploaded: {message}") from error
+            raise TypeTransformerFailedError(f"{python_val!r} could not be saved: {message}") from error
         return checkpoint_literal(uri)
 
     async def async_to_python_value(
@@ -192,12 +195,14 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
 
     async def _save(self, ctx: FlyteContext, checkpoint: Any, python_type: type[Any]) -> str:
         content = await in_thread(content_of, checkpoint)
-        if options_of(python_type, LoadOptions).weights_only:
-            content = await in_thread(loadable, content)
+        trusted = not options_of(python_type, LoadOptions).weights_only
+        prepared = Loadable(content) if trusted else await in_thread(loadable, content)
         loaded_from = checkpoint.uri if isinstance(checkpoint, LoadedCheckpoint) else None
-        uri = await upload(ctx, content, options_of(python_type, SaveOptions), loaded_from=loaded_from)
+        uri = await upload(ctx, prepared.content, options_of(python_type, SaveOptions), loaded_from=loaded_from)
+        if (error := prepared.error(uri)) is not None:
+            raise error
         if _shows_decks(ctx):
-            await in_thread(remember_summary, checkpoint, content, uri)
+            await in_thread(remember_summary, checkpoint, prepared.content, uri)
         return uri
 
     async def _load(self, ctx: FlyteContext, uri: str, expected_python_type: type[Any]) -> LoadedCheckpoint:
