@@ -1,8 +1,8 @@
 """Loads, inspects and verifies checkpoints.
 
 A load looks at both ends of the object first (the directory is at the end, the pickle at the start), decides which
-records it needs, fetches those in parallel ranges into a :class:`~torchferry.formats.load_buffer.Mirror`, checks each record's CRC32
-on the way, and then has torch unpickle what lies there. So whatever the checkpoint contains is for torch to make of it.
+records it needs, fetches those in parallel ranges into a :class:`~torchferry.formats.load_buffer.LoadBuffer`, and
+checks each record's CRC32 as it arrives. Then torch unpickles the buffer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torchferry.errors import (
     UnsafeCheckpointError,
 )
 from torchferry.formats.graph import read_graph
-from torchferry.formats.load_buffer import Mirror
+from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.selection import Selection, check_graph, check_keys, select_keys, unsafe_message
 from torchferry.engine.reader import Source
 from torchferry.engine.cancellation import in_thread
@@ -269,30 +269,30 @@ async def _fetch(
     extents: Sequence[tuple[int, int]],
     sink: Callable[[int, Chunk], object],
     callback: Callback,
-    mirror: Mirror | None = None,
+    load_buffer: LoadBuffer | None = None,
 ) -> None:
-    """Hands the bytes of the extents to ``sink``, and all that is there already; by then they are in ``mirror``."""
-    ranges = await in_thread(partial(source.plan, extents, into_memory=mirror is not None))
+    """Hands the bytes of the extents, and all that ``source`` keeps, to ``sink``; to ``load_buffer`` first."""
+    ranges = await in_thread(partial(source.plan, extents, into_memory=load_buffer is not None))
     kept = source.kept
     nbytes = sum(len(buffer) for _, buffer in kept)
     callback.set_size(nbytes + sum(stop - start for start, stop in ranges))
     for start, buffer in kept:
-        if mirror is not None:
-            mirror.write(start, buffer)
+        if load_buffer is not None:
+            load_buffer.write(start, buffer)
         await in_thread(sink, start, buffer)
     callback.relative_update(nbytes)
-    if mirror is None:
+    if load_buffer is None:
         await source.stream(ranges, sink, callback.relative_update)
     else:
-        await in_thread(mirror.expect, ranges)
-        await source.stream(ranges, sink, callback.relative_update, memory=mirror.view)
+        await in_thread(load_buffer.expect, ranges)
+        await source.stream(ranges, sink, callback.relative_update, memory=load_buffer.view)
 
 
 async def _load(backend: Backend, path: str, request: _Request, callback: Callback) -> Any:
     source = await Source.open(backend, path)
     archive = await source.read_archive()
     selection = await (_select_legacy(source, request) if archive is None else _select(source, archive, request))
-    loaded = await _load_mirrored(source, archive, selection, request, callback)
+    loaded = await _load_into_buffer(source, archive, selection, request, callback)
     if request.keys is None:
         return loaded
     check_keys(loaded, request.keys, source.url)
@@ -333,12 +333,12 @@ async def _select_legacy(source: Source, request: _Request) -> Selection:
     return Selection([(0, source.stat.size)], (), request.map_location)
 
 
-async def _load_mirrored(
+async def _load_into_buffer(
     source: Source, archive: Archive | None, selection: Selection, request: _Request, callback: Callback
 ) -> Any:
     checksums = await in_thread(Checksums, selection.records if request.verify else (), source.url)
     try:
-        mirror = Mirror(source.stat.size, sparse=request.keys is not None)
+        load_buffer = LoadBuffer(source.stat.size, sparse=request.keys is not None)
     except OSError as error:
         raise NotEnoughMemoryError(
             f"{source.url}: this machine has no memory for its {source.stat.size} bytes. keys= loads a part of them."
@@ -347,13 +347,13 @@ async def _load_mirrored(
     def load() -> Any:
         if archive is None or archive.is_torchscript:
             try:
-                return mirror.load_copy(map_location=selection.map_location, weights_only=request.weights_only)
+                return load_buffer.load_copy(map_location=selection.map_location, weights_only=request.weights_only)
             except _OF_DAMAGE as error:
                 raise CheckpointCorruptError(f"{source.url} is damaged: {type(error).__name__}: {error}") from error
-        mirror.write_headers(archive)
-        return mirror.load(map_location=selection.map_location, weights_only=request.weights_only)
+        load_buffer.write_headers(archive)
+        return load_buffer.load(map_location=selection.map_location, weights_only=request.weights_only)
 
-    await _fetch(source, selection.extents, checksums.add, callback, mirror)
+    await _fetch(source, selection.extents, checksums.add, callback, load_buffer)
     checksums.finish()
     return await in_thread(_torch_load, load, source.url, request)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from isal import isal_zlib
 
+from torchferry.errors import CheckpointCorruptError
 from torchferry.formats.archive import (
     CENTRAL_HEADER,
     CENTRAL_SIGNATURE,
@@ -22,7 +23,6 @@ from torchferry.formats.archive import (
     LOCAL_HEADER_SIZE,
     LOCAL_SIGNATURE,
 )
-from torchferry.errors import CheckpointCorruptError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
