@@ -30,6 +30,7 @@ from torchferry.errors import (
 )
 from torchferry.formats.graph import read_graph
 from torchferry.formats.load_buffer import LoadBuffer
+from torchferry.formats.opcodes import UnusualPickleError
 from torchferry.formats.selection import Selection, check_graph, check_keys, select_keys, unsafe_message
 from torchferry.engine.reader import Source
 from torchferry.engine.cancellation import in_thread
@@ -316,10 +317,10 @@ async def _select(source: Source, archive: Archive, request: _Request) -> Select
 def _select_records(pickled: bytes, archive: Archive, request: _Request, everything: Selection) -> Selection:
     try:
         graph = read_graph(pickled, archive.url)
-    except CheckpointCorruptError:
-        if not request.verify:
+    except UnusualPickleError:
+        if request.weights_only or not request.verify:
             raise
-        return everything  # it is what was saved: unusual, but for torch to judge
+        return everything  # it is what was saved, by somebody whom the caller trusts: torch may understand it
     check_graph(graph, archive, weights_only=request.weights_only)
     if request.keys is None:
         return everything
