@@ -8,9 +8,6 @@ checks each record's CRC32 as it arrives. Then torch unpickles the buffer.
 from __future__ import annotations
 
 import os
-import pickle
-import re
-import struct
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,16 +19,14 @@ from torchferry.engine.collector import collector_paused
 from torchferry.formats.archive import LEGACY_FORMAT, SNIFF_SIZE, sniff
 from torchferry.formats.checksum import Checksums
 from torchferry.errors import (
-    CheckpointCorruptError,
     CheckpointFormatError,
     NotEnoughMemoryError,
-    TorchferryError,
-    UnsafeCheckpointError,
 )
 from torchferry.formats.graph import read_graph
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.opcodes import UnusualPickleError
-from torchferry.formats.selection import Selection, check_graph, check_keys, select_keys, unsafe_message
+from torchferry.formats.selection import Selection, check_graph, check_keys, select_keys
+from torchferry.formats.torch_hooks import torch_errors
 from torchferry.engine.reader import Source
 from torchferry.engine.cancellation import in_thread
 from torchferry.storage.registry import open_backend
@@ -47,9 +42,6 @@ if TYPE_CHECKING:
     from torchferry.storage.base import Backend, Chunk, Plane
 
 __all__ = ["Manifest", "inspect", "inspect_async", "load", "load_async", "verify", "verify_async"]
-
-
-_OF_DAMAGE = (struct.error, IndexError, KeyError, AssertionError, UnicodeDecodeError)  # what torch's old reader raises
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,46 +339,16 @@ async def _load_into_buffer(
 
     def load() -> Any:
         if archive is None or archive.is_torchscript:
-            try:
-                return load_buffer.load_copy(map_location=selection.map_location, weights_only=request.weights_only)
-            except _OF_DAMAGE as error:
-                raise CheckpointCorruptError(f"{source.url} is damaged: {type(error).__name__}: {error}") from error
+            return load_buffer.load_copy(map_location=selection.map_location, weights_only=request.weights_only)
         load_buffer.write_headers(archive)
         return load_buffer.load(map_location=selection.map_location, weights_only=request.weights_only)
 
     await _fetch(source, selection.extents, checksums.add, callback, load_buffer)
     checksums.finish()
-    return await in_thread(_torch_load, load, source.url, request)
+    return await in_thread(_torch_load, load, source.url, request, archive is not None and request.verify)
 
 
 @collector_paused()
-def _torch_load(load: Callable[[], Any], url: str, request: _Request) -> Any:
-    """Calls ``load``, and says of its errors which checkpoint they are about.
-
-    Those that mean that the checkpoint is unsafe or damaged become ours; all others are between torch, the
-    checkpoint's own classes and the caller's ``map_location``.
-    """
-    try:
+def _torch_load(load: Callable[[], Any], url: str, request: _Request, checked: bool) -> Any:
+    with torch_errors(url, weights_only=request.weights_only, checked=checked):
         return load()
-    except pickle.UnpicklingError as error:
-        if not request.weights_only:
-            raise CheckpointCorruptError(f"{url} cannot be unpickled: {error}") from error
-        if unsafe := re.findall(r"GLOBAL (\S+) was not an allowed global", str(error)):
-            raise UnsafeCheckpointError(unsafe_message(url, unsafe)) from error
-        detail = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
-        raise UnsafeCheckpointError(
-            f"{url} cannot be loaded with weights_only=True: {detail}. If you trust whoever wrote it, "
-            "weights_only=False may load it; that runs any code that the checkpoint contains."
-        ) from error
-    except EOFError as error:
-        raise CheckpointCorruptError(f"{url} is truncated: {error}") from error
-    except RuntimeError as error:
-        if re.search("PytorchStreamReader|unexpected EOF", str(error)):
-            raise CheckpointCorruptError(f"{url} is damaged: {error}") from error
-        error.add_note(f"This happened while loading {url}.")
-        raise
-    except TorchferryError:
-        raise
-    except Exception as error:
-        error.add_note(f"This happened while loading {url}.")
-        raise

@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # as torch imports them
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -229,6 +230,8 @@ class _Reader(pickle.Unpickler):
         return root
 
     def find_class(self, module: str, name: str) -> type:
+        # Names of Python 2 are those of Python 3 to weights_only=True, whatever the protocol.
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         path = f"{module}.{name}"
         if path not in self.standins:
             if len(self.standins) >= _MOST_GLOBALS:
