@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.serialization import config
 
+from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, TorchferryError
 from torchferry.formats.archive import (
     LEGACY_FORMAT,
     LOCAL_HEADER_SIZE,
@@ -22,7 +23,6 @@ from torchferry.formats.archive import (
     sniff,
 )
 from torchferry.formats.checksum import Checksums
-from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, TorchferryError
 
 if TYPE_CHECKING:
     from pathlib import Path

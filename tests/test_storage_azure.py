@@ -34,9 +34,9 @@ from azure.storage.blob.aio import BlobServiceClient
 import torchferry
 import torchferry_azure
 from torchferry.engine.loops import run_on
+from torchferry.engine.writer import PartSizes, part_size_for
 from torchferry.errors import StorageError, StorageUnavailableError, UnsupportedOptionError
 from torchferry.storage.base import MIB, Backend, Chunk, Plane
-from torchferry.engine.writer import PartSizes, part_size_for
 from torchferry.storage.registry import open_backend
 from torchferry.testing import CloudConformance, StoreUnderTest
 from torchferry.testing.azure import AzureServer, azurite, connection_string_for

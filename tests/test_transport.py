@@ -17,11 +17,11 @@ import pytest
 from s3fs import S3FileSystem
 
 import torchferry_s3
-from torchferry.engine.loops import run_on
-from torchferry.errors import CheckpointChangedError
 from torchferry.engine import transport as direct
-from torchferry.storage.base import ObjectStat
+from torchferry.engine.loops import run_on
 from torchferry.engine.transport import DirectReader, SignedGet
+from torchferry.errors import CheckpointChangedError
+from torchferry.storage.base import ObjectStat
 from torchferry.storage.registry import open_backend
 from torchferry.testing.faultproxy import Fault
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import reprlib
 import zipfile
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +18,7 @@ from torchferry.errors import (
     CheckpointKeyError,
     UnsafeCheckpointError,
 )
+from torchferry.formats.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["Selection", "check_graph", "check_keys", "select_keys", "unsafe_message"]
 
 _SHOWN_KEYS = 50  # in the message about one that is not there
+_SHOWN_GLOBALS = 20
+_SHORT = reprlib.Repr()  # of a key, which may be a tuple of many others
+_SHORT.maxlevel = 2
+_SHORT.maxstring = _SHORT.maxother = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,7 @@ def check_graph(graph: Graph, archive: Archive, *, weights_only: bool) -> None:
         record = archive.get(storage.record)
         if record is None or record.size != storage.nbytes:
             found = "is missing" if record is None else f"has {record.size} bytes, not {storage.nbytes}"
-            raise CheckpointCorruptError(f"{archive.url} is damaged: record {storage.record} {found}.")
+            raise CheckpointCorruptError(f"{archive.url} is damaged: record {printable(storage.record)} {found}.")
     if weights_only and (unsafe := _unsafe_globals(graph)):
         raise UnsafeCheckpointError(unsafe_message(archive.url, unsafe))
 
@@ -71,7 +77,7 @@ def check_keys(checkpoint: Any, keys: Sequence[str], url: str) -> None:
     if not isinstance(checkpoint, dict):
         raise CheckpointFormatError(f"{url} holds no dict, so it has no keys to choose from: load it without keys=.")
     if missing := [key for key in keys if key not in checkpoint]:
-        those = ", ".join(map(repr, islice(checkpoint, _SHOWN_KEYS)))
+        those = ", ".join(map(_SHORT.repr, islice(checkpoint, _SHOWN_KEYS)))
         more = f" and {len(checkpoint) - _SHOWN_KEYS} more" if len(checkpoint) > _SHOWN_KEYS else ""
         raise CheckpointKeyError(f"{url} has no key {', '.join(map(repr, missing))}; its keys are {those}{more}.")
 
@@ -98,7 +104,12 @@ def select_keys(graph: Graph, archive: Archive, keys: Sequence[str], map_locatio
 
 def unsafe_message(url: str, unsafe: Collection[str]) -> str:
     """Says which globals ``weights_only=True`` does not allow, and how to allow them."""
-    names = ", ".join(sorted(unsafe))
+    names = ", ".join(map(printable, sorted(unsafe)[:_SHOWN_GLOBALS]))
+    if len(unsafe) > _SHOWN_GLOBALS:
+        return (
+            f"{url} needs {names} and {len(unsafe) - _SHOWN_GLOBALS} others, which weights_only=True does not allow. "
+            "weights_only=False runs any code that the checkpoint contains: only if you trust whoever wrote it."
+        )
     return (
         f"{url} needs {names}, which weights_only=True does not allow. If you trust whoever wrote it, allow these with "
         f"torch.serialization.add_safe_globals([{names}]), or load with weights_only=False, which runs any code that "
@@ -110,6 +121,10 @@ def _unsafe_globals(graph: Graph) -> list[str]:
     """Those of the pickle's globals that torch does not allow, as the caller has set it up."""
     if graph.is_transparent:
         return []
+    # No class or function has such a name, and it could not be written to the file below.
+    odd = [name for name in graph.globals if not name.isprintable() or " " in name]
+    if odd:
+        return odd
     # torch answers this for a file only: here is the least file that names the same globals.
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:

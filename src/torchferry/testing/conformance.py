@@ -27,13 +27,13 @@ import pytest
 
 from torchferry.engine.collector import collector_paused
 from torchferry.engine.loops import run_on
+from torchferry.engine.types import MIB, Chunk, ObjectStat
 from torchferry.errors import (
     CheckpointChangedError,
     CheckpointNotFoundError,
     StorageError,
     StoragePermissionError,
 )
-from torchferry.engine.types import MIB, Buffer, Chunk, ObjectStat
 from torchferry.storage.base import Backend, Leftover, ListedObject
 from torchferry.testing.peak import peak_of_save
 
