@@ -14,6 +14,9 @@ nox.options.reuse_venv = "yes"
 
 LINTED = ("src", "storage_backends", "tests", "benchmarks", "reliability", "examples", "conftest.py", "noxfile.py")
 
+# Two files of tests at a time, each worker with servers of its own. `-n 0` after `--` runs all in one process.
+SIDE_BY_SIDE = ("-n", "2", "--dist", "loadfile")
+
 # Oldest and newest of what pyproject.toml allows. flytekit's own bounds keep the pairs of the first rows together.
 MATRIX = {
     "oldest": ["torch==2.7.0", "flytekit==1.15.0", "fsspec==2024.10.0", "s3fs==2024.10.0", "gcsfs==2024.10.0"],
@@ -62,7 +65,7 @@ def tests(session: nox.Session) -> None:
     need(session, "chromium", "chromium")  # to look at the Deck
     install(session, "all", "test")
     install_stores(session)
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *SIDE_BY_SIDE, *session.posargs)
 
 
 @nox.session
@@ -71,7 +74,7 @@ def conformance(session: nox.Session) -> None:
     install(session, "all", "test")
     install_stores(session)
     suites = sorted(map(str, Path("tests").glob("test_storage_*.py")))
-    session.run("pytest", *suites, "examples/stranger_backend", *session.posargs)
+    session.run("pytest", *SIDE_BY_SIDE, *suites, "examples/stranger_backend", *session.posargs)
 
 
 @nox.session(python=["3.11", "3.12"])
@@ -83,7 +86,7 @@ def matrix(session: nox.Session, versions: str) -> None:
     install_stores(session)
     # What an old library deprecated in itself is of no interest.
     quiet = ["-W", "ignore::DeprecationWarning"] if versions == "oldest" else []
-    session.run("pytest", *quiet, *session.posargs)
+    session.run("pytest", *SIDE_BY_SIDE, *quiet, *session.posargs)
 
 
 @nox.session(name="matrix-engine", python=["3.13"])
@@ -91,7 +94,7 @@ def matrix_engine(session: nox.Session) -> None:
     """The engine on a Python that flytekit does not support yet: everything but Flyte."""
     session.install("-e", ".[s3,gcs,azure,cli,test]")
     install_stores(session)
-    session.run("pytest", "--ignore=tests/flyte", *session.posargs)
+    session.run("pytest", *SIDE_BY_SIDE, "--ignore=tests/flyte", *session.posargs)
 
 
 @nox.session
