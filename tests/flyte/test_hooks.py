@@ -9,6 +9,7 @@ import importlib.metadata
 import inspect
 
 from flytekit import FlyteContextManager
+from flytekit.core import promise
 from flytekit.core.data_persistence import FileAccessProvider
 from flytekit.core.type_engine import DataclassTransformer, TypeEngine
 
@@ -53,6 +54,14 @@ def test_flytekit_prepares_dataclasses_before_it_encodes_them() -> None:
 def test_flytekit_makes_the_dicts_of_a_struct_anew() -> None:
     assert "_fix_val_int" in inspect.getsource(DataclassTransformer)
     assert list(inspect.signature(DataclassTransformer._fix_val_int).parameters) == ["self", "t", "val"]
+
+
+def test_flytekit_binds_what_a_dynamic_passes_on_by_a_function_that_calls_itself() -> None:
+    parameters = list(inspect.signature(promise.binding_data_from_python_std).parameters)
+    assert parameters == ["ctx", "expected_literal_type", "t_value", "t_value_type", "nodes"]
+    original = inspect.getsource(inspect.unwrap(promise.binding_data_from_python_std))
+    assert original.count("await binding_data_from_python_std(") == 3
+    assert "binding_data_from_python_std," in inspect.getsource(promise.binding_from_python_std)
 
 
 def test_a_context_is_put_on_the_first_one_in_a_task() -> None:

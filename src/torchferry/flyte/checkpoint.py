@@ -257,6 +257,7 @@ def _register() -> None:
     kind = FlytekitCheckpoint if taking_over() else PyTorchCheckpoint
     register_fields(kind)
     hooks.leave_alone(kind)
+    hooks.bind_whole(LoadedCheckpoint)
     transformer = PyTorchCheckpointTransformer()
     ours = (PyTorchCheckpoint, LoadedCheckpoint)
     if not taking_over():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flytekit.core.type_engine import DataclassTransformer, TypeEngine, TypeTransformer
 from flytekit.models.core.types import BlobType
+from flytekit.models.literals import BindingData
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHECKPOINT_FORMAT",
+    "bind_whole",
     "blob_type",
     "execution_metadata",
     "is_checkpoint_type",
@@ -98,6 +100,33 @@ def leave_alone(kind: type) -> None:
         return val if isinstance(val, kind) else fix_ints(self, t, val)
 
     DataclassTransformer._fix_val_int = fix_others
+
+
+def bind_whole(kind: type) -> None:
+    """Makes a value of type ``kind`` that a ``@dynamic`` passes on one literal, where a checkpoint is expected.
+
+    What a dynamic received is a dict, too. flytekit binds dicts item by item, and so refuses them where something else
+    is expected; in the pod only, because locally it does not compile the dynamic.
+    """
+    from flytekit.core import promise
+
+    bind = promise.binding_data_from_python_std
+
+    @wraps(bind)
+    async def bind_others(
+        ctx: FlyteContext, expected_literal_type: LiteralType, t_value: Any, t_value_type: Any, nodes: list[Any]
+    ) -> Any:
+        if not isinstance(t_value, kind) or not _takes_checkpoint(expected_literal_type):
+            return await bind(ctx, expected_literal_type, t_value, t_value_type, nodes)
+        literal = await TypeEngine.async_to_literal(ctx, t_value, t_value_type or type(t_value), expected_literal_type)
+        return BindingData(scalar=literal.scalar)
+
+    promise.binding_data_from_python_std = bind_others
+
+
+def _takes_checkpoint(literal_type: LiteralType) -> bool:
+    variants = literal_type.union_type.variants if literal_type.union_type else [literal_type]
+    return any(map(is_checkpoint_type, variants))
 
 
 class _Unimported:
