@@ -469,12 +469,12 @@ async def test_store_that_goes_on_refusing_is_unavailable_and_nothing_stays(faul
 
 
 async def test_block_that_is_never_answered_is_sent_again(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchferry.engine.transport._SILENCE", 0.5)
+    monkeypatch.setattr("torchferry.engine.transport._SILENCE", 3.0)
     store, proxy = faulty(Fault(method="PUT", target="comp=block&", skip=1, hang=True))
     path = store.path("checkpoint.pt")
     await store.write(path, stream(DATA, MIB))
     assert store.raw_read(path) == DATA
-    assert len(proxy.requests("PUT", "comp=block&")) == 4
+    assert len(proxy.requests("PUT", "comp=block&")) > 3
 
 
 @WAYS

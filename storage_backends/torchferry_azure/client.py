@@ -77,11 +77,13 @@ class AzureClient:
     def blob(self, path: str) -> BlobClient:
         """The client of one blob."""
         container, name, version = self.address(path)
-        return self._fs.service_client.get_blob_client(container, name, version_id=version or None)
+        client: BlobClient = self._fs.service_client.get_blob_client(container, name, version_id=version or None)
+        return client
 
     def container(self, name: str) -> ContainerClient:
         """The client of a container."""
-        return self._fs.service_client.get_container_client(name)
+        client: ContainerClient = self._fs.service_client.get_container_client(name)
+        return client
 
     async def call(self, operation: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
         """One operation of a client, one attempt. Raises the client library's errors."""
