@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import anyio
 from azure.core.credentials import AccessToken, AzureSasCredential
@@ -15,12 +15,11 @@ from azure.storage.blob import BlobSasPermissions, generate_blob_sas
 from azure.storage.blob._shared.authentication import SharedKeyCredentialPolicy
 
 from torchferry.engine.transport import SignedRequest
-from torchferry.errors import StoragePermissionError
 from torchferry.storage.translate import require_key
 
 if TYPE_CHECKING:
     from adlfs import AzureBlobFileSystem
-    from azure.storage.blob.aio import BlobClient, BlobServiceClient, ContainerClient
+    from azure.storage.blob.aio import BlobClient, ContainerClient
 
 __all__ = ["AzureClient"]
 
@@ -32,6 +31,7 @@ _SIGNED_FOR = timedelta(hours=1)  # every request has a signature of its own, or
 _SCOPE = "https://storage.azure.com/.default"
 _TOKEN_SECONDS = 30.0  # the longest that getting a token may take
 _RENEW = 300.0  # seconds before its end that a token is replaced, as the client library does
+_PAGE = 5000  # names in a page of a listing: the most there are
 _READ = BlobSasPermissions(read=True)
 _WRITE = BlobSasPermissions(create=True, write=True)
 
@@ -77,11 +77,13 @@ class AzureClient:
     def blob(self, path: str) -> BlobClient:
         """The client of one blob."""
         container, name, version = self.address(path)
-        return self._service.get_blob_client(container, name, version_id=version or None)
+        client: BlobClient = self._fs.service_client.get_blob_client(container, name, version_id=version or None)
+        return client
 
     def container(self, name: str) -> ContainerClient:
         """The client of a container."""
-        return self._service.get_container_client(name)
+        client: ContainerClient = self._fs.service_client.get_container_client(name)
+        return client
 
     async def call(self, operation: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
         """One operation of a client, one attempt. Raises the client library's errors."""
@@ -91,7 +93,9 @@ class AzureClient:
         self, container: str, prefix: str, include: Sequence[str], token: str | None
     ) -> tuple[list[Any], Any]:
         """One page of a listing, as ``BlobProperties``, and the token of the next; one attempt."""
-        found = self.container(container).list_blobs(prefix or None, include=list(include), **self._options)
+        found = self.container(container).list_blobs(
+            prefix or None, include=list(include), results_per_page=_PAGE, **self._options
+        )
         pages = found.by_page(token)
         page = [blob async for blob in await anext(pages)]
         return page, pages.continuation_token  # type: ignore[attr-defined]
@@ -133,8 +137,10 @@ class AzureClient:
             parts.append(credential.signature.lstrip("?"))
         elif credential is not None:
             headers["Authorization"] = f"Bearer {await self._bearer_token(credential)}"
-        url = str(blob.url)  # with the signature, where the client was made with one
-        return "&".join([url + ("" if urlsplit(url).query else "?") + parts[0], *parts[1:]]) if parts else url, headers
+        url, _, signature = str(blob.url).partition("?")  # where the client was made with one
+        if signature:
+            parts.append(signature)
+        return (f"{url}?{'&'.join(parts)}" if parts else url), headers
 
     async def _bearer_token(self, credential: Any) -> str:
         async with self._token_lock:
@@ -145,12 +151,3 @@ class AzureClient:
                     raise TimeoutError(f"no token for {_TOKEN_SECONDS:.0f} s")
             assert self._token is not None  # noqa: S101 - for the types
             return self._token.token
-
-    @property
-    def _service(self) -> BlobServiceClient:
-        service: BlobServiceClient = self._fs.service_client
-        if service.scheme != "https" and hasattr(service.credential, "get_token"):
-            raise StoragePermissionError(
-                f"{service.primary_endpoint}: tokens are sent over https only: anyone on the way could use them."
-            )
-        return service

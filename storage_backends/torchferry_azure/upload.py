@@ -19,7 +19,7 @@ from torchferry.engine.transport import Answer, SignedRequest
 from torchferry.engine.types import MIB, ObjectStat
 from torchferry.engine.writer import Body, Upload, abort
 from torchferry.errors import StorageError
-from torchferry.storage.body import RequestBody, whole_or_not_at_all
+from torchferry.storage.body import RequestBody
 from torchferry.storage.http import changed_while_saving
 from torchferry_azure.blocks import UncommittedBlocks, new_block_id
 from torchferry_azure.errors import INVALID_BLOCK_LIST, code_and_status, says_damaged
@@ -189,17 +189,12 @@ class AzureUpload(Upload[str]):
         return await run_shielded(self._commit, [block_id], patience=_PUBLISH_PATIENCE)
 
     async def _stage_by_client(self, block_id: str, body: Body, headers: Mapping[str, str]) -> str:
-        data = RequestBody(body.buffers)
-        sent: Any = data  # the library's types do not know that it takes asynchronous iterables too
-        stage = partial(
-            self._client.call,
-            self._blob.stage_block,
-            block_id,
-            sent,
-            length=len(data),
-            headers=dict(headers),
-        )
-        await whole_or_not_at_all(data, stage)
+        """One attempt. A cancel closes its connection; a block that was sent whole may still arrive."""
+        data: Any = RequestBody(
+            body.buffers
+        )  # the library's types do not know that it takes asynchronous iterables too
+        stage = self._blob.stage_block
+        await self._client.call(stage, block_id, data, length=body.size, headers=dict(headers))
         return ""
 
     async def _md5(self, body: Body) -> str:
