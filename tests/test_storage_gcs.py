@@ -621,7 +621,7 @@ async def test_server_that_never_answers_is_given_up_and_nothing_is_said_to_be_l
     through: Callable[..., GcsStore], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("torchferry.engine.transport._SILENCE", 0.2)
-    monkeypatch.setattr("torchferry.storage.http._CALL_SECONDS", 0.2)
+    monkeypatch.setattr("torchferry.storage.body._SILENCE", 0.2)
     store = through(Fault(hang=True, times=None))
     with Transfer(give_up_after=0.5).running(None), pytest.raises(StorageUnavailableError) as caught:
         await store.write(store.path("checkpoint.pt"), stream(DATA[:SMALL], MIB))
