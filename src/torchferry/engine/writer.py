@@ -151,6 +151,11 @@ class Upload(ABC, Generic[PartT]):
     a failure or a cancel anywhere but in :meth:`put_whole`: :meth:`abort`.
     """
 
+    @property
+    def staged(self) -> str:
+        """What :meth:`abort` removes, in parentheses, for messages: " (the multipart upload 2~abc)"; "" by default."""
+        return ""
+
     @abstractmethod
     async def put_whole(self, body: Body) -> ObjectStat:
         """Publishes an object of at most one part with a single request."""
@@ -243,7 +248,8 @@ async def _abort_and_say(target: Upload[PartT], reason: BaseException) -> None:
     except Exception as error:  # noqa: BLE001 - the reason for the abort matters more than any failure of it
         detail = str(error) or f"no answer for {_ABORT_SECONDS:.0f} s"
         notes = getattr(error, "__notes__", [])
-        message = " ".join([f"What was staged could not be removed: {type(error).__name__}: {detail}", *notes])
+        failed = f"What was staged{target.staged} could not be removed: {type(error).__name__}: {detail}"
+        message = " ".join([failed, *notes])
         reason.add_note(message)
         logger.warning("%s", message)
 
