@@ -761,13 +761,12 @@ def _file(directory: pathlib.Path, data: bytes) -> pathlib.Path:
 # A real store
 
 
-@pytest.mark.parametrize("plane", ["fsspec", "obstore"])
-async def test_a_checkpoint_on_s3(s3_url: str, s3_client: Any, s3_storage_options: dict[str, Any], plane: Any) -> None:
+async def test_a_checkpoint_on_s3(s3_url: str, s3_client: Any, s3_storage_options: dict[str, Any]) -> None:
     original = adam_checkpoint(width=1024)
     data = saved(original)
     bucket, _, key = f"{s3_url}/x.pt".removeprefix("s3://").partition("/")
     s3_client.put_object(Bucket=bucket, Key=key, Body=data)
-    options: dict[str, Any] = {"storage_options": s3_storage_options, "plane": plane}
+    options: dict[str, Any] = {"storage_options": s3_storage_options}
     assert saved(await load_async(f"{s3_url}/x.pt", **options)) == saved(reference(data))
     part = await load_async(f"{s3_url}/x.pt", keys=("module_state_dict",), **options)
     assert saved(part["module_state_dict"]) == saved(reference(data)["module_state_dict"])

@@ -359,7 +359,10 @@ async def _fetch(
     ranges = await in_thread(plan, extents)
     kept = source.kept
     with transfer.stage("reading"):
-        transfer.set_size(sum(len(buffer) for _, buffer in kept) + sum(stop - start for start, stop in ranges))
+        there = sum(len(buffer) for _, buffer in kept)
+        total = there + sum(stop - start for start, stop in ranges)
+        transfer.set_size(total)
+        transfer.moved_at_least(there)
         async with transfer.telling():
             for start, buffer in kept:
                 if mirror is not None:
@@ -368,6 +371,7 @@ async def _fetch(
             if mirror is not None:
                 await in_thread(mirror.expect, ranges)
             await source.stream(ranges, sink, memory=None if mirror is None else mirror.view)
+            transfer.moved_at_least(total)
 
 
 async def _load(backend: Backend, path: str, request: _Request) -> Any:

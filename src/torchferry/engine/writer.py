@@ -219,6 +219,7 @@ async def upload(target: Upload[PartT], chunks: AsyncIterable[Chunk], plan: Uplo
                     index += 1
                     await slots.acquire()
                     tasks.start_soon(put, index, await cutter.take(plan.part_at(index)))
+        transfer.tell()  # what the callback raises still keeps the object from being published
         in_order = [parts[index] for index in range(len(parts))]
         with transfer.stage("publishing"):
             return await run_shielded(target.finish, in_order, patience=_PUBLISH_PATIENCE)
