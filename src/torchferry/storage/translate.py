@@ -38,7 +38,7 @@ def translated(translate: Callable[[str, Exception], StorageError], url: str, ve
         yield
     except TorchferryError:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a client may raise anything
         raise translate(f"Cannot {verb} {url}", error) from masked(error)
 
 

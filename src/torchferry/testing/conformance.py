@@ -366,10 +366,10 @@ class BackendConformance(ABC):
         self, store: StoreUnderTest, size: int
     ) -> None:
         path, data = store.path("checkpoint.pt"), _random_bytes(size)
-        store.raw_write(path, b"old")
         steps = 1
         cancelled = True
         while cancelled:
+            store.raw_write(path, b"old")
             all_taken = threading.Event()
             task = asyncio.create_task(store.write(path, stream(data, MIB, then=all_taken.set), size_hint=size))
             for _ in range(steps):
