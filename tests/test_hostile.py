@@ -203,6 +203,24 @@ def test_a_hostile_pickle_is_refused_with_weights_only_false_as_well(tmp_path: P
                 torchferry.load(path, weights_only=False, verify=verify)
 
 
+@pytest.mark.parametrize("name", ["memo index", "shared tuples as key", "deep tuple as key", "bytearray of a size"])
+def test_a_hostile_pickle_in_the_legacy_format_is_refused(name: str, tmp_path: Path) -> None:
+    data = saved({"a": torch.ones(3)}, _use_new_zipfile_serialization=False)
+    start = 0
+    for _ in range(3):
+        start = scan_pickle(data, "test://x", start)
+    (tmp_path / "x.pt").write_bytes(data[:start] + HOSTILE[name] + data[scan_pickle(data, "test://x", start) :])
+    with pytest.raises(CheckpointCorruptError, match=r"data\.pkl"):
+        torchferry.load(tmp_path / "x.pt")
+
+
+def test_a_legacy_checkpoint_of_storages_longer_than_itself_is_refused(tmp_path: Path) -> None:
+    data = saved({"a": torch.ones(300)}, _use_new_zipfile_serialization=False)
+    (tmp_path / "x.pt").write_bytes(data.replace(b"M\x2c\x01", b"M\xff\xff", 1))
+    with pytest.raises(CheckpointCorruptError, match="longer than the file"):
+        torchferry.load(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize("name", ["memo index", "nested keys", "shared tuples as key", "two million sets"])
 def test_a_hostile_pickle_is_refused_before_it_is_unpickled(name: str) -> None:
     with pytest.raises(CheckpointCorruptError, match=r"^test://x: data\.pkl"):

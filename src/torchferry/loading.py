@@ -340,6 +340,8 @@ async def _load_into_buffer(
         ) from error
 
     def load() -> Any:
+        if archive is None:
+            load_buffer.check_legacy(source.url, weights_only=request.weights_only)
         if archive is None or archive.is_torchscript:
             return load_buffer.load_copy(map_location=selection.map_location, weights_only=request.weights_only)
         load_buffer.write_headers(archive)

@@ -1,8 +1,8 @@
 """Damages real checkpoints of every format, and tells what becomes of them.
 
 ``python -m torchferry.testing.fuzz 20000`` prints that as JSON. Each mutant is loaded, inspected and verified. That
-gives the right object or one of torchferry's errors; everything else is counted as what it is. All runs in this process:
-if a mutant ends it, its number is the last one on standard error.
+gives the right object or one of torchferry's errors; everything else is counted as what it is. All runs in this
+process: if a mutant ends it, its number is the last one on standard error.
 """
 
 from __future__ import annotations
