@@ -56,8 +56,12 @@ def rows(cases: Cases) -> Iterator[Row]:
     for verb in suites.VERBS:
         https = _of(cases, "https", verb)
         yield _at_least(f"{verb} over https vs stock flytekit", 2, _faster(https, suites.FLYTEKIT))
-    yield _at_least("save over https vs the best N bare sockets", 0.85, _faster(_of(cases, "https", "save"), BEST_SOCKETS))
-    yield _at_least("save 16 MiB vs obstore open_writer", 1, _faster(_of(cases, "tiny", "save"), suites.OBSTORE["save"]))
+    yield _at_least(
+        "save over https vs the best N bare sockets", 0.85, _faster(_of(cases, "https", "save"), BEST_SOCKETS)
+    )
+    yield _at_least(
+        "save 16 MiB vs obstore open_writer", 1, _faster(_of(cases, "tiny", "save"), suites.OBSTORE["save"])
+    )
     shaped = _of(cases, "shaped", "save")
     yield _at_least("save over a shaped link vs s3torchconnector", 1.1, _faster(shaped, "s3torchconnector"))
     yield _cpu("CPU of saving 1 GiB over http", 0.32, save)

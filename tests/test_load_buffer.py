@@ -7,6 +7,7 @@ import io
 import mmap
 import os
 import weakref
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from torchferry.formats.archive import find_directory, parse_directory
 from torchferry.formats.load_buffer import LoadBuffer
 
 if TYPE_CHECKING:
+    from conftest import CountingStore  # type: ignore[attr-defined]
+
     from torchferry.formats.archive import Archive
 
 CHECKPOINT = {"a": torch.arange(20.0), "none": torch.empty(0), "b": torch.ones(3, dtype=torch.int8)}
@@ -153,3 +156,38 @@ def test_torchs_switch_that_forces_weights_only_is_obeyed(monkeypatch: pytest.Mo
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     with pytest.raises(torchferry.UnsafeCheckpointError):
         torchferry.load("memory://forced/x.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("keys", [None, ["a", "b"]])
+def test_empty_tensors_of_two_dtypes_that_share_a_storage_keep_them(tmp_path: Path, keys: list[str] | None) -> None:
+    shared = torch.UntypedStorage(0)
+    tensors = {}
+    for key, dtype in (("a", torch.float32), ("b", torch.int64)):
+        storage = torch.storage.TypedStorage(wrap_storage=shared, dtype=dtype, _internal=True)
+        tensors[key] = torch.empty(0, dtype=dtype).set_(storage, 0, (0,), (1,))
+    torch.save(tensors, tmp_path / "x.pt")
+    loaded = torchferry.load(tmp_path / "x.pt", keys=keys)
+    assert [tensor.dtype for tensor in loaded.values()] == [torch.float32, torch.int64]
+
+
+@pytest.mark.parametrize("keys", [None, ["a"]])
+def test_with_map_location_meta_no_storage_is_read(counting_store: CountingStore, keys: list[str] | None) -> None:
+    url = counting_store.put({"a": torch.ones(1 << 20), "b": [torch.ones(1 << 20)]})
+    loaded = torchferry.load(url, map_location="meta", keys=keys)
+    assert loaded["a"].is_meta
+    assert loaded["a"].shape == (1 << 20,)
+    assert counting_store.nbytes < 200_000
+
+
+def test_with_map_location_meta_a_file_of_a_big_endian_machine_loads(tmp_path: Path) -> None:
+    """torch.load crashes with it: it swaps the bytes of tensors that have none."""
+    file = io.BytesIO()
+    torch.save({"a": torch.arange(3)}, file)
+    source = zipfile.ZipFile(file)
+    writer = torch._C.PyTorchFileWriter(str(tmp_path / "x.pt"))
+    for name in ("data.pkl", ".format_version", ".storage_alignment", "byteorder", "data/0"):
+        content = b"big" if name == "byteorder" else source.read(f"archive/{name}")
+        writer.write_record(name, content, len(content))
+    writer.write_end_of_file()
+    assert torchferry.load(tmp_path / "x.pt", map_location="meta")["a"].shape == (3,)
+    assert torchferry.load(tmp_path / "x.pt")["a"].tolist() == [0, 1 << 56, 2 << 56]

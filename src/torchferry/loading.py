@@ -31,8 +31,8 @@ from torchferry.formats.archive import (
 from torchferry.formats.checksum import Checksums
 from torchferry.formats.graph import read_graph
 from torchferry.formats.load_buffer import LoadBuffer
-from torchferry.formats.opcodes import UnusualPickleError
-from torchferry.formats.selection import Selection, check_graph, check_keys, select_keys
+from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
+from torchferry.formats.selection import Selection, check_graph, check_keys, everything, select
 from torchferry.formats.torch_hooks import torch_errors
 from torchferry.opening import open_reader, read_archive
 from torchferry.storage.registry import open_backend
@@ -74,7 +74,7 @@ class Manifest:
     url: str
     size: int
     etag: str | None
-    records: tuple[Record, ...]
+    records: Sequence[Record]
     tensors: tuple[TensorInfo, ...]
 
     @property
@@ -265,11 +265,14 @@ async def _format_error(source: RangeReader) -> CheckpointFormatError:
     )
 
 
+async def _read_record(source: RangeReader, archive: Archive, name: str) -> bytes:
+    record = archive.get(name)
+    return b"" if record is None else await source.read(record.offset, record.end)
+
+
 async def _read_pickle(source: RangeReader, archive: Archive, *, verify: bool) -> bytes:
-    record = archive.get("data.pkl")
-    assert record is not None  # noqa: S101 - an archive without is not parsed
-    pickled = await source.read(record.offset, record.end)
-    if verify:
+    pickled = await _read_record(source, archive, "data.pkl")
+    if verify and (record := archive.get("data.pkl")):
         await in_thread(Checksums([record], archive.url).add, record.offset, pickled)
     return pickled
 
@@ -313,30 +316,31 @@ async def _load(backend: Backend, path: str, request: _Request) -> Any:
 
 
 async def _select(source: RangeReader, archive: Archive, request: _Request) -> Selection:
-    everything = Selection([(0, archive.start)], archive.records, request.map_location)
     if archive.is_torchscript:
         if request.weights_only or request.keys is not None:
             raise CheckpointFormatError(
                 f"{source.url} is a TorchScript archive (torch.jit.save): it has no keys, and loads with "
                 "weights_only=False only. It can run any code, so only if you trust whoever wrote it."
             )
-        return everything
+        for name in ("data.pkl", "constants.pkl"):
+            await in_thread(scan_pickle, await _read_record(source, archive, name), source.url)
+        return everything(archive, request.map_location)
     pickled = await _read_pickle(source, archive, verify=request.verify)
-    return await in_thread(_select_records, pickled, archive, request, everything)
+    return await in_thread(_select_records, pickled, archive, request)
 
 
 @collector_paused()
-def _select_records(pickled: bytes, archive: Archive, request: _Request, everything: Selection) -> Selection:
+def _select_records(pickled: bytes, archive: Archive, request: _Request) -> Selection:
     try:
         graph = read_graph(pickled, archive.url)
     except UnusualPickleError:
         if request.weights_only or not request.verify:
             raise
-        return everything  # it is what was saved, by somebody whom the caller trusts: torch may understand it
+        return everything(
+            archive, request.map_location
+        )  # it is what was saved, by somebody whom the caller trusts: torch may understand it
     check_graph(graph, archive, weights_only=request.weights_only)
-    if request.keys is None:
-        return everything
-    return select_keys(graph, archive, request.keys, request.map_location) or everything
+    return select(graph, archive, request.keys, request.map_location)
 
 
 async def _select_legacy(source: RangeReader, request: _Request) -> Selection:
@@ -358,6 +362,8 @@ async def _load_into_buffer(
         ) from error
 
     def load() -> Any:
+        if archive is None:
+            load_buffer.check_legacy(source.url, weights_only=request.weights_only)
         if archive is None or archive.is_torchscript:
             return load_buffer.load_copy(map_location=selection.map_location, weights_only=request.weights_only)
         load_buffer.write_headers(archive)
@@ -371,5 +377,5 @@ async def _load_into_buffer(
 
 @collector_paused()
 def _torch_load(load: Callable[[], Any], url: str, request: _Request, checked: bool) -> Any:
-    with torch_errors(url, weights_only=request.weights_only, checked=checked):
+    with torch_errors(url, map_location=request.map_location, weights_only=request.weights_only, checked=checked):
         return load()

@@ -17,6 +17,7 @@ import pickle
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # as torch imports them
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
@@ -26,13 +27,17 @@ from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
 from torchferry.formats.printable import printable
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Iterator
 
-__all__ = ["Graph", "StorageRef", "TensorInfo", "read_graph"]
+__all__ = ["Graph", "StorageRef", "TensorInfo", "check_legacy", "read_graph"]
 
 _INT64_MAX = (1 << 63) - 1
 _MOST_GLOBALS = 10_000  # distinct ones in a pickle: the class that stands for one takes 1.2 kB
-_LISTED = (16 << 20, 8)  # bytes of memory that the list of tensors may take, and so many for each byte of the pickle
+_LEGACY_PICKLES = 5  # a magic number, a version, facts about the machine, the object, and the keys of its storages
+_LONGEST_KEY = 1 << 18  # characters of the key of a tensor
+_WIDE = 1000  # values in a container whose children are not listed at once
+_LISTED = (8 << 20, 8)  # bytes of memory that the list of tensors may take, and so many for each byte of the pickle
 _INFO_COST = 250  # bytes of a TensorInfo
 _MOST_DIMENSIONS = 1000  # of a tensor; most of torch stops at 64
 _WIDEST = 4  # bytes of a character, in text that is not ASCII
@@ -298,7 +303,7 @@ class Graph:
         A container that occurs several times is listed where it comes first.
 
         Raises:
-            CheckpointCorruptError: a tensor is not made as torch makes it, or the list takes more than 16 MiB and
+            CheckpointCorruptError: a tensor is not made as torch makes it, or the list takes more than 8 MiB and
                 8 bytes for each of the pickle, as it may if keys are nested deep or tensors shared very often.
         """
         room = _LISTED[0] + _LISTED[1] * self.nbytes
@@ -331,6 +336,22 @@ def read_graph(pickled: bytes, url: str) -> Graph:
     except Exception as error:  # what damaged pickles raise is anything
         raise UnusualPickleError(f"{url}: data.pkl cannot be read: {_cause(error)}.") from error
     return Graph(url, root, reader.storages, frozenset(reader.standins), len(pickled))
+
+
+def check_legacy(data: mmap.mmap, url: str, *, weights_only: bool) -> None:
+    """Checks the pickles of a checkpoint in the legacy format; nothing in them is run.
+
+    Raises:
+        CheckpointCorruptError: they are damaged, would take too much time or memory, or refer to storages that the
+            file is too short for.
+    """
+    stops = [0]
+    for _ in range(_LEGACY_PICKLES):
+        stops.append(scan_pickle(data, url, stops[-1]))
+    if weights_only:
+        graph = read_graph(data[stops[3] : stops[4]], url)
+        if sum(storage.nbytes for storage in graph.storages.values()) > len(data):
+            raise CheckpointCorruptError(f"{url} is damaged: it refers to storages that are longer than the file.")
 
 
 def _cause(error: Exception) -> str:
@@ -437,6 +458,8 @@ def _longer(before: _Path | None, name: str) -> _Path | None:
         return before
     if before is None:
         return _Path(None, name, len(name), name.isascii())
+    if before.length > _LONGEST_KEY:
+        raise ValueError("values in it are nested too deep")
     return _Path(before, name, before.length + 1 + len(name), before.is_ascii and name.isascii())
 
 
@@ -446,15 +469,23 @@ def _walk(root: Any, *, into_tensors: bool) -> Iterator[tuple[_Path | None, Any]
     seen: set[int] = set()
     while stack:
         path, value = stack.pop()
-        if isinstance(value, StorageRef) or (not into_tensors and _is_tensor(value)):
+        if isinstance(value, GeneratorType):  # the children of a wide container: one after the other
+            child = next(value, None)
+            if child is not None:
+                stack += ((path, value), child)
+        elif isinstance(value, StorageRef) or (not into_tensors and _is_tensor(value)):
             yield path, value
-            continue
-        if not isinstance(value, _CONTAINERS) or id(value) in seen:
-            continue
-        seen.add(id(value))
-        children = [(_longer(path, name), child) for name, child in _children(value) if isinstance(child, _WALKED)]
-        children.reverse()
-        stack += children
+        elif isinstance(value, _CONTAINERS) and id(value) not in seen:
+            seen.add(id(value))
+            children = _walked(path, value)
+            if (len(value.args) + len(value.items) if isinstance(value, _StandIn) else len(value)) > _WIDE:
+                stack.append((path, children))
+            else:
+                stack += reversed(list(children))
+
+
+def _walked(path: _Path | None, value: Any) -> Iterator[tuple[_Path | None, Any]]:
+    return ((_longer(path, name), child) for name, child in _children(value) if isinstance(child, _WALKED))
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:

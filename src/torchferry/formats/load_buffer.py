@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchferry.engine.memory import copy_bytes
+from torchferry.formats.graph import check_legacy
 from torchferry.formats.torch_hooks import LOADS_IN_PLACE, load_in_place
 
 if TYPE_CHECKING:
@@ -93,6 +94,14 @@ class LoadBuffer:
         if not LOADS_IN_PLACE:
             return self.load_copy(map_location=map_location, weights_only=weights_only)
         return load_in_place(self._memory, map_location=map_location, weights_only=weights_only)
+
+    def check_legacy(self, url: str, *, weights_only: bool) -> None:
+        """Checks a checkpoint in the legacy format before torch sees it (:func:`.graph.check_legacy`).
+
+        Raises:
+            CheckpointCorruptError: it is damaged, or would take too much time or memory.
+        """
+        check_legacy(self._memory, url, weights_only=weights_only)
 
     def load_copy(self, *, map_location: Any, weights_only: bool) -> Any:
         """``torch.load`` of the buffer as a file object, in any format; the tensors are copies."""

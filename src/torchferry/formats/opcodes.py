@@ -26,6 +26,7 @@ _NODES = (1 << 18, 4)  # values in a tuple, with those of tuples in it each time
 _HASHED = (1 << 20, 16)  # values that are hashed: keys of dicts, items of sets
 _DEPTH = 2000  # tuples in tuples; a hash takes some 100 bytes of stack for each, and a stack may have 512 KiB
 _INDEX = (256, 0.25)  # of the memo; what puts a value there takes 5 bytes from the 257th on
+_LONGEST = 1 << 28  # bytes that a pickle is taken to have at most, where more follows it
 _STEP = 1 << 16  # opcodes between two looks at the memory
 
 # A value is a number: how many values its hash visits, and above these bits, how deep they are nested.
@@ -96,12 +97,12 @@ class _Machine:
     """
 
     def __init__(self, data: bytes | mmap.mmap, start: int) -> None:
-        self.at = start
+        self.at = self._start = start
         self.uses_extensions = False
         self._data = data
-        length = len(data) - start
-        self._most_memory, self._most_nodes, self._most_hashed, self._most_index = (
-            int(base + each * length) for base, each in (_MEMORY, _NODES, _HASHED, _INDEX)
+        length = min(len(data) - start, _LONGEST)
+        self._most_nodes, self._most_hashed, self._most_index = (
+            int(base + each * length) for base, each in (_NODES, _HASHED, _INDEX)
         )
         self._stack: list[int] = []
         self._marks: list[int] = []
@@ -171,8 +172,9 @@ class _Machine:
             else:
                 op = 0
             self.at = at
-            if memory + self._memory > self._most_memory:
-                raise _RefusedError(f"its values would take more than {self._most_memory >> 20} MiB")
+            most = _MEMORY[0] + _MEMORY[1] * (at - self._start)
+            if memory + self._memory > most:
+                raise _RefusedError(f"its values would take more than {most >> 20} MiB")
             if op:
                 return at
 

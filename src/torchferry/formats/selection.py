@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import reprlib
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torchferry.formats.archive import Archive, Record
     from torchferry.formats.graph import Graph
 
-__all__ = ["Selection", "check_graph", "check_keys", "select_keys", "unsafe_message"]
+__all__ = ["Selection", "check_graph", "check_keys", "everything", "is_meta", "select", "unsafe_message"]
 
 _SHOWN_KEYS = 50  # in the message about one that is not there
 _SHOWN_GLOBALS = 20
@@ -82,24 +82,46 @@ def check_keys(checkpoint: Any, keys: Sequence[str], url: str) -> None:
         raise CheckpointKeyError(f"{url} has no key {', '.join(map(repr, missing))}; its keys are {those}{more}.")
 
 
-def select_keys(graph: Graph, archive: Archive, keys: Sequence[str], map_location: Any) -> Selection | None:
-    """What the values of some top-level keys need; None where that cannot be told, so that everything is needed.
+def select(graph: Graph, archive: Archive, keys: Sequence[str] | None, map_location: Any) -> Selection:
+    """What a load needs: of some top-level keys, or of everything.
+
+    With ``map_location="meta"`` no storage is needed. With ``keys``, the storages that their values refer to, if that
+    can be told; otherwise all.
 
     Raises:
-        CheckpointFormatError: the checkpoint is no dict.
+        CheckpointFormatError: there are keys, and the checkpoint is no dict.
         CheckpointKeyError: it lacks a key.
     """
-    if graph.is_transparent or isinstance(graph.root, dict):
+    if keys is not None and (graph.is_transparent or isinstance(graph.root, dict)):
         check_keys(graph.root, keys, archive.url)
-    if not graph.is_transparent:  # its root may be a dict of some kind, such as a Counter
-        return None
+    if is_meta(map_location):
+        return _selection(archive, set(), map_location)
+    if keys is None or not graph.is_transparent:  # then its root may be a dict of some kind, such as a Counter
+        return everything(archive, map_location)
     needed = {storage.record for key in keys for storage in graph.storages_of(graph.root[key]).values()}
-    records = [record for record in archive.records if record.name in needed or not record.name.startswith("data/")]
+    selection = _selection(archive, needed, map_location)
     first = next((archive.get(storage.record) for storage in graph.storages.values() if storage.nbytes), None)
-    if first is not None:
-        offsets = {record.offset for record in records}
-        map_location = _restore_only(offsets, first.offset, map_location)
+    if first is None:
+        return selection
+    offsets = {record.offset for record in selection.records}
+    return replace(selection, map_location=_restore_only(offsets, first.offset, map_location))
+
+
+def everything(archive: Archive, map_location: Any) -> Selection:
+    """All of an archive."""
+    return Selection([(0, archive.start)], archive.records, map_location)
+
+
+def _selection(archive: Archive, needed: Collection[str], map_location: Any) -> Selection:
+    """These records, and all that hold no storage."""
+    names = ((index, archive.records.name(index)) for index in range(len(archive.records)))
+    records = [archive.records[index] for index, name in names if name in needed or not name.startswith("data/")]
     return Selection([(record.offset, record.end) for record in records], records, map_location)
+
+
+def is_meta(map_location: Any) -> bool:
+    """Whether a ``map_location`` is the meta device, whose tensors have no values; by the same rule as in torch."""
+    return isinstance(map_location, str | torch.device) and torch.device(map_location).type == "meta"
 
 
 def unsafe_message(url: str, unsafe: Collection[str]) -> str:

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import struct
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import _weights_only_unpickler, serialization
 
-from torchferry.errors import CheckpointCorruptError, NotEnoughMemoryError, TorchferryError, UnsafeCheckpointError
+from torchferry.errors import (
+    CheckpointCorruptError,
+    CheckpointFormatError,
+    NotEnoughMemoryError,
+    TorchferryError,
+    UnsafeCheckpointError,
+)
 from torchferry.formats.printable import printable
-from torchferry.formats.selection import unsafe_message
+from torchferry.formats.selection import is_meta, unsafe_message
 
 if TYPE_CHECKING:
     import mmap
@@ -47,12 +54,17 @@ _OF_DAMAGE = (
     ValueError,
     struct.error,
 )
+_OF_CLASSES = (AttributeError, TypeError)  # a class that is not there any more, or is made in another way
 # Those of them that are about the machine, not about the checkpoint.
 _OF_THE_MACHINE = (NotImplementedError, torch.OutOfMemoryError)
 # Where such errors come from: a device that is not there, a library that is not there, checks that the caller wants.
 _OTHERS = {"restore_location", "default_restore_location", "_validate_loaded_sparse_tensors"}
 _ENDS_OF_OTHERS = ("_deserialize", "_from_numpy")
 _ABOUT_INDICES = "inconsistent with indices"  # of sparse tensors: torch.sparse.check_sparse_tensor_invariants
+_JIT = f"{Path(torch.jit.__file__).parent}{os.sep}"
+_NOT_OF_TORCHSCRIPT = (
+    "CUDA|device|Unknown builtin op"  # what torch.jit.load says of a machine or a torch that lacks some
+)
 _DIRECTORIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
 
 
@@ -73,6 +85,24 @@ class _Storages:
         return storage
 
 
+class _NativeReader:
+    """A reader of torch's that calls every archive one of this machine's byte order.
+
+    Without, torch would swap the bytes of storages on the meta device, which have none, and crash.
+    """
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+    def get_record(self, name: str) -> bytes:
+        """A record's bytes."""
+        record: bytes = self._reader.get_record(name)
+        return sys.byteorder.encode() if name == "byteorder" and record in {b"little", b"big"} else record
+
+
 def load_in_place(memory: mmap.mmap, *, map_location: Any, weights_only: bool) -> Any:
     """What ``torch.load`` makes of the archive in ``memory``; the tensors are views of it and keep it alive."""
     memory.seek(0)
@@ -80,12 +110,17 @@ def load_in_place(memory: mmap.mmap, *, map_location: Any, weights_only: bool) -
     options = {"weights_only": weights_only} if _TAKES_WEIGHTS_ONLY else {}
     with serialization._open_zipfile_reader(memory) as reader:  # type: ignore[arg-type]  # noqa: SLF001
         return serialization._load(  # type: ignore[no-untyped-call]  # noqa: SLF001
-            reader, map_location, unpickler, overall_storage=_Storages(memory), encoding="utf-8", **options
+            _NativeReader(reader) if is_meta(map_location) else reader,
+            map_location,
+            unpickler,
+            overall_storage=_Storages(memory),
+            encoding="utf-8",
+            **options,
         )
 
 
 @contextmanager
-def torch_errors(url: str, *, weights_only: bool, checked: bool) -> Iterator[None]:
+def torch_errors(url: str, *, map_location: Any, weights_only: bool, checked: bool) -> Iterator[None]:
     """Raises what torch raises for damaged and unsafe checkpoints as torchferry's own errors.
 
     Others are between torch, the checkpoint's own classes and the caller's ``map_location``: they are left as they
@@ -93,7 +128,8 @@ def torch_errors(url: str, *, weights_only: bool, checked: bool) -> Iterator[Non
 
     Args:
         url: Of the checkpoint.
-        weights_only: As torch is told. If not, classes of the checkpoint run, which may raise anything.
+        map_location: As torch is told.
+        weights_only: The same. If not, classes of the checkpoint run, which may raise anything.
         checked: Whether CRC32s have shown that the checkpoint is what was saved.
     """
     try:
@@ -107,7 +143,13 @@ def torch_errors(url: str, *, weights_only: bool, checked: bool) -> Iterator[Non
     except MemoryError as error:
         raise NotEnoughMemoryError(f"{url}: this machine has no memory for its values: {error}") from error
     except Exception as error:
-        if _is_damage(error, weights_only=weights_only, checked=checked):
+        if tag := re.search(r"don't know how to restore data location .*\(tagged with (.*)\)", str(error), re.DOTALL):
+            if tag[1] != str(map_location):
+                raise CheckpointFormatError(
+                    f"{url} has tensors of a device that is not known here, {printable(tag[1])!r}: map_location= says "
+                    "where to load them."
+                ) from error
+        elif _is_damage(error, weights_only=weights_only, checked=checked):
             detail = printable(str(error).strip().partition("\n")[0])
             raise CheckpointCorruptError(f"{url} is damaged: {type(error).__name__}: {detail}") from error
         error.add_note(f"This happened while loading {url}.")
@@ -131,7 +173,9 @@ def _is_damage(error: Exception, *, weights_only: bool, checked: bool) -> bool:
         return True
     if not isinstance(error, _OF_DAMAGE) or isinstance(error, _OF_THE_MACHINE) or _ABOUT_INDICES in str(error):
         return False
-    if not weights_only and (checked or isinstance(error, AttributeError)):  # a class that is not there, or has changed
+    if any(file.startswith(_JIT) for file, _ in _frames(error)):
+        return not re.search(_NOT_OF_TORCHSCRIPT, str(error))
+    if not weights_only and isinstance(error, _OF_CLASSES) and (checked or not isinstance(error, TypeError)):
         return False
     return not any(_is_of_others(*frame) for frame in _frames(error))
 
