@@ -7,7 +7,7 @@ import logging
 import re
 import secrets
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -193,7 +193,7 @@ class GenericBackend(Backend):
                     seen.add(path.rstrip("/"))
                     waiting.append(path.rstrip("/"))
 
-    async def _list_directory(self, directory: str) -> list[dict[str, Any]]:
+    async def _list_directory(self, directory: str) -> Sequence[dict[str, Any]]:
         """What is in a directory; of links those to files."""
         found = []
         with _translated(self.url(directory), "list"):
