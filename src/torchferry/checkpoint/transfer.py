@@ -44,6 +44,7 @@ async def save_content(
     """
     arguments: dict[str, Any] = {
         "part_size": options.part_size,
+        "give_up_after": options.give_up_after,
         "metadata": {**(metadata or {}), **(options.metadata or {})} or None,
         **_store(options, filesystem),
     }
@@ -67,6 +68,7 @@ async def load_content(uri: str, options: LoadOptions, *, filesystem: AbstractFi
         "map_location": map_location,
         "weights_only": options.weights_only,
         "verify": options.verify,
+        "give_up_after": options.give_up_after,
         **_store(options, filesystem),
     }
     try:
