@@ -316,7 +316,9 @@ def _select_records(pickled: bytes, archive: Archive, request: _Request) -> Sele
     except UnusualPickleError:
         if request.weights_only or not request.verify:
             raise
-        return everything(archive, request.map_location)  # it is what was saved, by somebody whom the caller trusts: torch may understand it
+        return everything(
+            archive, request.map_location
+        )  # it is what was saved, by somebody whom the caller trusts: torch may understand it
     check_graph(graph, archive, weights_only=request.weights_only)
     return select(graph, archive, request.keys, request.map_location)
 
@@ -354,7 +356,5 @@ async def _load_into_buffer(
 
 @collector_paused()
 def _torch_load(load: Callable[[], Any], url: str, request: _Request, checked: bool) -> Any:
-    with torch_errors(
-        url, map_location=request.map_location, weights_only=request.weights_only, checked=checked
-    ):
+    with torch_errors(url, map_location=request.map_location, weights_only=request.weights_only, checked=checked):
         return load()
