@@ -15,6 +15,9 @@ FERRY_FSSPEC = "torchferry (fsspec plane)"
 FERRY_MODULE = "torchferry (module only)"
 FLYTEKIT = "flytekit"
 TO_FILE = {"save": "torch.save to a local file", "load": "torch.load of a local file"}
+FERRY_FILE = {"save": "torchferry to a file", "load": "torchferry from a file"}
+TORCH_FILE = {"save": "torch.save + fsync", "load": "torch.load"}
+FILE = "file"  # the scheme of what goes to the local disk
 OBSTORE = {"save": "obstore open_writer", "load": "obstore open_reader"}
 BOTO3 = {"save": "boto3 upload_file", "load": "boto3 download_file"}
 INTO_NOTHING = "torch.save into nothing"
@@ -34,8 +37,9 @@ class Case:
         work: See works.py.
         size: Bytes of the module's tensors.
         contenders: Their names, in the order of the table.
-        scheme: "http" or "https".
+        scheme: "http" or "https"; FILE where there is no endpoint but the local disk.
         shaped: Whether the endpoint behaves like a distant store.
+        replaces: Whether a save replaces an object of the same size.
     """
 
     suite: str
@@ -45,6 +49,7 @@ class Case:
     contenders: tuple[str, ...]
     scheme: str = "http"
     shaped: bool = False
+    replaces: bool = False
 
     @property
     def id(self) -> str:
@@ -57,7 +62,8 @@ def _one_verb(verb: str) -> Callable[[], Iterator[Case]]:
 
     def cases() -> Iterator[Case]:
         everyone = tuple(name for of_verb, name in CONTENDERS if of_verb == verb)
-        yield Case(verb, verb, "flat", GIB, tuple(n for n in everyone if n not in {FERRY_MODULE, TO_FILE[verb]}))
+        others = {FERRY_MODULE, TO_FILE[verb], FERRY_FILE[verb], TORCH_FILE[verb]}
+        yield Case(verb, verb, "flat", GIB, tuple(n for n in everyone if n not in others))
 
     return cases
 
@@ -101,6 +107,15 @@ def _https() -> Iterator[Case]:
         yield replace(case, suite="https", scheme="https")
 
 
+def _disk() -> Iterator[Case]:
+    """1 GiB on the local disk: a new file, one in place of another, and loading from the page cache."""
+    for verb in VERBS:
+        yield Case("disk", verb, "flat", GIB, (FERRY_FILE[verb], TORCH_FILE[verb]), scheme=FILE)
+    yield Case(
+        "disk-replace", "save", "flat", GIB, (FERRY_FILE["save"], TORCH_FILE["save"]), scheme=FILE, replaces=True
+    )
+
+
 SUITES: dict[str, Callable[[], Iterator[Case]]] = {
     "save": _one_verb("save"),
     "load": _one_verb("load"),
@@ -110,6 +125,7 @@ SUITES: dict[str, Callable[[], Iterator[Case]]] = {
     "growth": _growth,
     "shaped": _shaped,
     "https": _https,
+    "disk": _disk,
 }
 
 
@@ -121,6 +137,8 @@ def smoke_cases(size: int = 24 * MIB) -> Iterator[Case]:
         yield replace(case, suite="smoke", size=size, contenders=(*everyone, TO_FILE[verb]))
     (adam,) = _adam()
     yield replace(adam, suite="smoke-adam", size=size, contenders=(FERRY_MODULE,))
+    for case in _disk():
+        yield replace(case, suite=f"smoke-{case.suite}", size=size)
 
 
 def is_remote(name: str) -> bool:
