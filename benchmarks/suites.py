@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders.ferry import OTHER_CHECKOUT
 from benchmarks.contenders.floors import SOCKETS
 from benchmarks.works import GIB, MIB, SMALL_TENSOR
 
 VERBS = ("save", "load")
 FERRY = "torchferry"
-FERRY_FSSPEC = "torchferry (fsspec plane)"
+OTHER = ("torchferry, other checkout",) if OTHER_CHECKOUT else ()
 FERRY_MODULE = "torchferry (module only)"
 FLYTEKIT = "flytekit"
 TO_FILE = {"save": "torch.save to a local file", "load": "torch.load of a local file"}
@@ -62,7 +63,7 @@ def _one_verb(verb: str) -> Callable[[], Iterator[Case]]:
 
     def cases() -> Iterator[Case]:
         everyone = tuple(name for of_verb, name in CONTENDERS if of_verb == verb)
-        others = {FERRY_MODULE, TO_FILE[verb], FERRY_FILE[verb], TORCH_FILE[verb]}
+        others = {FERRY_MODULE, TO_FILE[verb], *_on_disk(verb)}
         yield Case(verb, verb, "flat", GIB, tuple(n for n in everyone if n not in others))
 
     return cases
@@ -76,28 +77,28 @@ def _adam() -> Iterator[Case]:
 def _small() -> Iterator[Case]:
     """100,000 tensors of 4 KiB, against a local file."""
     for verb in VERBS:
-        yield Case("small", verb, "small", 100_000 * SMALL_TENSOR, (FERRY, FERRY_FSSPEC, FLYTEKIT, TO_FILE[verb]))
+        yield Case("small", verb, "small", 100_000 * SMALL_TENSOR, (FERRY, *OTHER, FLYTEKIT, TO_FILE[verb]))
 
 
 def _tiny() -> Iterator[Case]:
     """16 MiB."""
     for verb in VERBS:
         peers = (FLYTEKIT, "fsspec.open", OBSTORE[verb], "s3torchconnector", BOTO3[verb])
-        yield Case("tiny", verb, "flat", 16 * MIB, (FERRY, FERRY_FSSPEC, *peers))
+        yield Case("tiny", verb, "flat", 16 * MIB, (FERRY, *OTHER, *peers))
 
 
 def _growth() -> Iterator[Case]:
     """64 MiB to 8 GiB: do time and memory grow with the size, and no faster?"""
     for verb in VERBS:
         for size in (64 * MIB, 256 * MIB, GIB, 2 * GIB, 4 * GIB, 8 * GIB):
-            yield Case("growth", verb, "flat", size, (FERRY,))
+            yield Case("growth", verb, "flat", size, (FERRY, *OTHER))
 
 
 def _shaped() -> Iterator[Case]:
     """1 GiB over a link like that to S3: 30 ms to each answer, 90 MB/s over each connection."""
     for verb in VERBS:
         peers = (FLYTEKIT, OBSTORE[verb], "s3torchconnector")
-        yield Case("shaped", verb, "flat", GIB, (FERRY, FERRY_FSSPEC, *peers, *sockets(1, *SOCKETS[-1:])), shaped=True)
+        yield Case("shaped", verb, "flat", GIB, (FERRY, *OTHER, *peers, *sockets(1, *SOCKETS[-1:])), shaped=True)
 
 
 def _https() -> Iterator[Case]:
@@ -110,10 +111,13 @@ def _https() -> Iterator[Case]:
 def _disk() -> Iterator[Case]:
     """1 GiB on the local disk: a new file, one in place of another, and loading from the page cache."""
     for verb in VERBS:
-        yield Case("disk", verb, "flat", GIB, (FERRY_FILE[verb], TORCH_FILE[verb]), scheme=FILE)
-    yield Case(
-        "disk-replace", "save", "flat", GIB, (FERRY_FILE["save"], TORCH_FILE["save"]), scheme=FILE, replaces=True
-    )
+        yield Case("disk", verb, "flat", GIB, _on_disk(verb), scheme=FILE)
+    yield Case("disk-replace", "save", "flat", GIB, _on_disk("save"), scheme=FILE, replaces=True)
+
+
+def _on_disk(verb: str) -> tuple[str, ...]:
+    other = (f"{FERRY_FILE[verb]}, other checkout",) if OTHER_CHECKOUT else ()
+    return (FERRY_FILE[verb], *other, TORCH_FILE[verb])
 
 
 SUITES: dict[str, Callable[[], Iterator[Case]]] = {

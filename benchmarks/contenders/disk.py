@@ -1,4 +1,7 @@
-"""A file on the local disk: torchferry beside torch, which is made to wait for the disk as torchferry does."""
+"""A file on the local disk: torchferry beside torch, which is made to wait for the disk as torchferry does.
+
+And another checkout of torchferry, as in ferry.py.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import Load, Save, Task, loader, saver
+from benchmarks.contenders.ferry import OTHER_CHECKOUT, take_other_checkout
 
 
 @saver("torchferry to a file", remote=False)
@@ -40,6 +44,21 @@ def ferry_load(task: Task) -> Load:
 @loader("torch.load", remote=False)
 def torch_load(task: Task) -> Load:
     return lambda key: torch.load(task.store.path(key))
+
+
+def _save_other(task: Task) -> Save:
+    take_other_checkout()
+    return ferry_save(task)
+
+
+def _load_other(task: Task) -> Load:
+    take_other_checkout()
+    return ferry_load(task)
+
+
+if OTHER_CHECKOUT:
+    saver("torchferry to a file, other checkout", remote=False)(_save_other)
+    loader("torchferry from a file, other checkout", remote=False)(_load_other)
 
 
 def _fsync(path: Path) -> None:
