@@ -56,6 +56,10 @@ def rows(cases: Cases) -> Iterator[Row]:
     for verb in suites.VERBS:
         https = _of(cases, "https", verb)
         yield _at_least(f"{verb} over https vs stock flytekit", 2, _faster(https, suites.FLYTEKIT))
+    for verb, suite in (("save", "disk"), ("save", "disk-replace"), ("load", "disk")):
+        of, ferry, torch = _of(cases, suite, verb), suites.FERRY_FILE[verb], suites.TORCH_FILE[verb]
+        how = "in place of another" if suite == "disk-replace" else {"save": "new", "load": "verified"}[verb]
+        yield _at_least(f"{verb} of a file of 1 GiB, {how}, vs {torch}", 1, _faster(of, torch, than_by=ferry))
     yield _at_least(
         "save over https vs the best N bare sockets", 0.85, _faster(_of(cases, "https", "save"), BEST_SOCKETS)
     )

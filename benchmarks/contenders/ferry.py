@@ -34,7 +34,7 @@ def _load(task: Task, keys: tuple[str, ...] | None = None) -> Load:
     return load
 
 
-def _take_other_checkout() -> None:
+def take_other_checkout() -> None:
     """Each measurement has a process of its own: there, nothing of torchferry is imported yet."""
     assert OTHER_CHECKOUT is not None
     assert "torchferry" not in sys.modules
@@ -42,12 +42,12 @@ def _take_other_checkout() -> None:
 
 
 def _save_other(task: Task) -> Save:
-    _take_other_checkout()
+    take_other_checkout()
     return _save(task)
 
 
 def _load_other(task: Task) -> Load:
-    _take_other_checkout()
+    take_other_checkout()
     return _load(task)
 
 
