@@ -29,7 +29,7 @@ from torchferry.storage.translate import translated
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["Engine", "HttpBackend", "error_code"]
+__all__ = ["Engine", "HttpBackend", "changed_while_saving", "error_code"]
 
 T = TypeVar("T")
 
@@ -77,13 +77,12 @@ class Engine:
             return "the engine rests after odd answers"
         return "" if attempt % _CLIENT_TURN else "the engine failed twice"
 
-    def note_odd(self, reason: UnmovableError) -> str:
-        """Counts an answer that the engine could do nothing with; after three in a row it rests for 60 seconds."""
+    def note_odd(self) -> None:
+        """Counts what only the client could move; after three in a row the engine rests for 60 seconds."""
         self._odd_answers += 1
         if self._odd_answers >= _ODD_ANSWERS:
             self._rests_until = time.monotonic() + _REST
             self._odd_answers = 0
-        return str(reason)
 
     def note_success(self) -> None:
         """Counts from 0 again."""
@@ -172,20 +171,20 @@ class HttpBackend(Backend):
             attempts += 1
             engine = await self.engine()
             reason = engine.why_client(attempts)
+            odd = False
             if not reason and engine.transport is not None:
                 try:
                     request = await self._signed_read(path, stat)
                     await engine.transport.read_into(request, start, buffer, stat.size)
                 except UnmovableError as error:
-                    reason = engine.note_odd(error)
+                    reason, odd = str(error), True
                     self._signed.clear()
                 else:
                     engine.note_success()
                     return
-            current().through_client(len(buffer), reason)
             with _limit(_CALL_SECONDS + len(buffer) / _SLOWEST):
                 await self.read_through_client(path, start, buffer, stat)
-            current().moved(len(buffer))
+            _note_client(engine, len(buffer), reason, odd=odd)
 
         with self.translated("read", path):
             await retrying(attempt, self._transient, f"Cannot read {self.url(path)}")
@@ -226,18 +225,18 @@ class HttpBackend(Backend):
             attempts += 1
             engine = await self.engine()
             reason = engine.why_client(attempts)
+            odd = False
             if not reason and engine.transport is not None:
                 try:
                     answer = await self._send_by_engine(engine, path, body, sign, publishes, unchanged)
                 except UnmovableError as error:
-                    reason = engine.note_odd(error)
+                    reason, odd = str(error), True
                 else:
                     engine.note_success()
                     return accept(answer)
-            current().through_client(body.size, reason)
             with _limit(_CALL_SECONDS + body.size / _SLOWEST):
                 result = await through_client()
-            current().moved(body.size)
+            _note_client(engine, body.size, reason, odd=odd)
             return result
 
         with self.translated("write", path):
@@ -260,10 +259,7 @@ class HttpBackend(Backend):
             return answer
         if self.is_damaged(answer):
             if not await in_thread(unchanged or (lambda: _has_its_crc32(body))):
-                raise ChangedWhileSavingError(
-                    f"{self.url(path)}: a tensor was changed while it was being saved. Nothing was stored. Wait for the "
-                    "save before the next optimizer step, or save a copy."
-                )
+                raise changed_while_saving(self.url(path))
             raise AnswerError(f"the bytes arrived damaged ({error_code(answer) or answer})", Transient())
         if checked and answer.status in self.checksum_refused:
             current().count("requests")
@@ -271,7 +267,8 @@ class HttpBackend(Backend):
             if answer.ok:
                 engine.checksums = False
                 return answer
-        raise UnmovableError(str(answer), answer)
+        code = error_code(answer)
+        raise UnmovableError(f"status {answer.status}" + (f" ({code})" if code else ""), answer)
 
     async def _signed_read(self, path: str, stat: ObjectStat) -> SignedRequest:
         version = path, stat.etag
@@ -298,8 +295,24 @@ class HttpBackend(Backend):
         return self.translate(what, error)
 
 
+def _note_client(engine: Engine, nbytes: int, reason: str, *, odd: bool) -> None:
+    """Notes bytes that the client has moved; ``odd`` where the engine had got an answer that it could not use."""
+    if odd:
+        engine.note_odd()
+    current().through_client(nbytes, reason)
+    current().moved(nbytes)
+
+
 def _has_its_crc32(body: Body) -> bool:
     return Body([Chunk(chunk.data) for chunk in body.chunks]).crc32 == body.crc32
+
+
+def changed_while_saving(url: str) -> ChangedWhileSavingError:
+    """The error for a body whose memory is not what it was when its checksum was computed."""
+    return ChangedWhileSavingError(
+        f"{url}: a tensor was changed while it was being saved. Nothing was stored. Wait for the save before the next "
+        "optimizer step, or save a copy."
+    )
 
 
 def error_code(answer: Answer) -> str:
