@@ -63,6 +63,7 @@ class UncommittedBlocks:
         self._path = path
         self._client = backend.client
         self._blob: BlobClient = backend.client.blob(path)
+        self._why_never: str | None = None  # why no blocks of this blob can be discarded; None where nobody has asked
 
     async def list(self) -> Sequence[BlobBlock]:
         """The blocks; none where there is no such blob."""
@@ -88,15 +89,21 @@ class UncommittedBlocks:
                 and all stay.
         """
         blocks = await self.list()
+        if blocks and self._why_never is None:
+            self._why_never = await self._ask_why_never()
+            blocks = await self.list()  # once more, because that took a while
         if not blocks:
             return ""
         if not mine(blocks):
             return "another upload to this blob is under way"
+        return self._why_never or await self._commit_nothing_and_delete()
+
+    async def _ask_why_never(self) -> str:
         if not await self._may_delete():
             return "the credentials may not delete blobs"
         if await self._immutable():
             return "the container's policy keeps blobs from being deleted"
-        return await self._commit_nothing_and_delete()
+        return ""
 
     async def _may_delete(self) -> bool:
         """Whether the credentials may delete the blob, which does not exist: asked with an ETag that no blob has."""

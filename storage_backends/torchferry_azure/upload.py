@@ -32,7 +32,7 @@ __all__ = ["AzureUpload"]
 _SLICE = 256 << 10  # bytes that are hashed at a time: they are in the processor's cache for the second checksum
 _LARGEST_COPY = MIB  # bytes of a blob that the client sends in one request: it takes nothing but a copy
 _PUBLISH_PATIENCE = 10.0  # seconds that a cancel waits for the answer to a request that publishes
-_LATE_BLOCK = 0.1  # seconds after which a block that was sent whole, but not answered yet, is there
+_LATE_BLOCKS = (0.1, 0.4, 1.5)  # seconds between looks for blocks that were sent whole, and not answered yet
 
 
 class AzureUpload(Upload[str]):
@@ -91,8 +91,8 @@ class AzureUpload(Upload[str]):
             return
         blocks = UncommittedBlocks(self._backend, self._path)
         stay = await blocks.discard(self._all_mine)
-        if self._cut_off and not stay:
-            await anyio.sleep(_LATE_BLOCK)
+        for seconds in _LATE_BLOCKS if self._cut_off and not stay else ():
+            await anyio.sleep(seconds)
             stay = await blocks.discard(self._all_mine)
         if stay:
             raise StorageError(f"Uncommitted blocks of {self._backend.url(self._path)} stay: {stay}.")
