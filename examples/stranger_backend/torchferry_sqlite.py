@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsspec import AbstractFileSystem
 
+from torchferry.engine.cancellation import in_thread
 from torchferry.errors import (
     CheckpointChangedError,
     CheckpointNotFoundError,
@@ -22,7 +23,6 @@ from torchferry.errors import (
     UnsupportedOptionError,
 )
 from torchferry.storage import MIB, Backend, Chunk, ObjectStat, Plane
-from torchferry.engine.cancellation import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Iterator, Mapping

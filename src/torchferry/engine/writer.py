@@ -151,6 +151,11 @@ class Upload(ABC, Generic[PartT]):
     a failure or a cancel anywhere but in :meth:`put_whole`: :meth:`abort`.
     """
 
+    @property
+    def staged(self) -> str:
+        """What :meth:`abort` removes, in parentheses, for messages: " (the multipart upload 2~abc)"; "" by default."""
+        return ""
+
     @abstractmethod
     async def put_whole(self, body: Body) -> ObjectStat:
         """Publishes an object of at most one part with a single request."""
@@ -219,6 +224,7 @@ async def upload(target: Upload[PartT], chunks: AsyncIterable[Chunk], plan: Uplo
                     index += 1
                     await slots.acquire()
                     tasks.start_soon(put, index, await cutter.take(plan.part_at(index)))
+        transfer.tell()  # what the callback raises still keeps the object from being published
         in_order = [parts[index] for index in range(len(parts))]
         with transfer.stage("publishing"):
             return await run_shielded(target.finish, in_order, patience=_PUBLISH_PATIENCE)
@@ -241,7 +247,9 @@ async def _abort_and_say(target: Upload[PartT], reason: BaseException) -> None:
             await target.abort()
     except Exception as error:  # noqa: BLE001 - the reason for the abort matters more than any failure of it
         detail = str(error) or f"no answer for {_ABORT_SECONDS:.0f} s"
-        message = f"What was staged could not be removed: {type(error).__name__}: {detail}"
+        notes = getattr(error, "__notes__", [])
+        failed = f"What was staged{target.staged} could not be removed: {type(error).__name__}: {detail}"
+        message = " ".join([failed, *notes])
         reason.add_note(message)
         logger.warning("%s", message)
 

@@ -77,13 +77,12 @@ class Engine:
             return "the engine rests after odd answers"
         return "" if attempt % _CLIENT_TURN else "the engine failed twice"
 
-    def note_odd(self, reason: UnmovableError) -> str:
-        """Counts an answer that the engine could do nothing with; after three in a row it rests for 60 seconds."""
+    def note_odd(self) -> None:
+        """Counts what only the client could move; after three in a row the engine rests for 60 seconds."""
         self._odd_answers += 1
         if self._odd_answers >= _ODD_ANSWERS:
             self._rests_until = time.monotonic() + _REST
             self._odd_answers = 0
-        return str(reason)
 
     def note_success(self) -> None:
         """Counts from 0 again."""
@@ -172,20 +171,20 @@ class HttpBackend(Backend):
             attempts += 1
             engine = await self.engine()
             reason = engine.why_client(attempts)
+            odd = False
             if not reason and engine.transport is not None:
                 try:
                     request = await self._signed_read(path, stat)
                     await engine.transport.read_into(request, start, buffer, stat.size)
                 except UnmovableError as error:
-                    reason = engine.note_odd(error)
+                    reason, odd = str(error), True
                     self._signed.clear()
                 else:
                     engine.note_success()
                     return
-            current().through_client(len(buffer), reason)
             with _limit(_CALL_SECONDS + len(buffer) / _SLOWEST):
                 await self.read_through_client(path, start, buffer, stat)
-            current().moved(len(buffer))
+            _note_client(engine, len(buffer), reason, odd=odd)
 
         with self.translated("read", path):
             await retrying(attempt, self._transient, f"Cannot read {self.url(path)}")
@@ -226,18 +225,18 @@ class HttpBackend(Backend):
             attempts += 1
             engine = await self.engine()
             reason = engine.why_client(attempts)
+            odd = False
             if not reason and engine.transport is not None:
                 try:
                     answer = await self._send_by_engine(engine, path, body, sign, publishes, unchanged)
                 except UnmovableError as error:
-                    reason = engine.note_odd(error)
+                    reason, odd = str(error), True
                 else:
                     engine.note_success()
                     return accept(answer)
-            current().through_client(body.size, reason)
             with _limit(_CALL_SECONDS + body.size / _SLOWEST):
                 result = await through_client()
-            current().moved(body.size)
+            _note_client(engine, body.size, reason, odd=odd)
             return result
 
         with self.translated("write", path):
@@ -268,7 +267,8 @@ class HttpBackend(Backend):
             if answer.ok:
                 engine.checksums = False
                 return answer
-        raise UnmovableError(str(answer), answer)
+        code = error_code(answer)
+        raise UnmovableError(f"status {answer.status}" + (f" ({code})" if code else ""), answer)
 
     async def _signed_read(self, path: str, stat: ObjectStat) -> SignedRequest:
         version = path, stat.etag
@@ -293,6 +293,14 @@ class HttpBackend(Backend):
         if isinstance(error, AnswerError | ConnectionError | TimeoutError):
             return StorageUnavailableError(f"{what}: the store is not available, after all retries. {error}")
         return self.translate(what, error)
+
+
+def _note_client(engine: Engine, nbytes: int, reason: str, *, odd: bool) -> None:
+    """Notes bytes that the client has moved; ``odd`` where the engine had got an answer that it could not use."""
+    if odd:
+        engine.note_odd()
+    current().through_client(nbytes, reason)
+    current().moved(nbytes)
 
 
 def _has_its_crc32(body: Body) -> bool:

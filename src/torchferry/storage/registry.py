@@ -117,7 +117,8 @@ def _make_here(url: str, protocol: str, storage_options: Mapping[str, Any]) -> t
     entry = _entry_points().get(protocol)
     kind = entry.load().filesystem_class() if entry and "::" not in url else None
     if kind is None:
-        return url_to_fs(url, **storage_options)
+        made: tuple[AbstractFileSystem, str] = url_to_fs(url, **storage_options)
+        return made
     return kind(**{**kind._get_kwargs_from_urls(url), **storage_options}), kind._strip_protocol(url)
 
 

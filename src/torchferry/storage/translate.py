@@ -13,6 +13,7 @@ from torchferry.errors import (
     StoragePermissionError,
     StorageUnavailableError,
     TorchferryError,
+    masked,
 )
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ def translated(translate: Callable[[str, Exception], StorageError], url: str, ve
         yield
     except TorchferryError:
         raise
-    except Exception as error:
-        raise translate(f"Cannot {verb} {url}", error) from error
+    except Exception as error:  # noqa: BLE001 - a client may raise anything
+        raise translate(f"Cannot {verb} {url}", error) from masked(error)
 
 
 def by_status(what: str, reason: str, status: int, code: str = "", *, unanswered: bool = False) -> StorageError:
@@ -56,7 +57,7 @@ def by_status(what: str, reason: str, status: int, code: str = "", *, unanswered
     if status == HTTPStatus.PRECONDITION_FAILED:
         return CheckpointChangedError(f"{what}: it was replaced meanwhile.")
     if unanswered or status in _BUSY or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return StorageUnavailableError(f"{what}: the store is not available, after all repetitions. {reason}")
+        return StorageUnavailableError(f"{what}: the store is not available, after all retries. {reason}")
     return StorageError(f"{what}: {reason} {f'({code})' if code else ''}".rstrip())
 
 
