@@ -14,7 +14,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, TypeVar
 
 from azure.core import MatchConditions
-from azure.core.exceptions import HttpResponseError
+from azure.core.exceptions import AzureError, HttpResponseError
 from azure.storage.blob import BlobBlock
 
 from torchferry.errors import CheckpointNotFoundError, StorageError, StorageUnavailableError
@@ -72,6 +72,14 @@ class UncommittedBlocks:
         except CheckpointNotFoundError:
             return []
         return uncommitted
+
+    async def seen(self) -> bool:
+        """Whether there are some, with one attempt; False where there is no answer."""
+        try:
+            _, uncommitted = await self._client.call(self._blob.get_block_list, "uncommitted")
+        except AzureError:
+            return False
+        return bool(uncommitted)
 
     async def discard(self, mine: Callable[[Sequence[BlobBlock]], bool]) -> str:
         """Discards them, where the blob does not exist; returns why some stay, or "" where none do.
