@@ -113,7 +113,7 @@ class Answer:
         return HTTPStatus.OK <= self.status < HTTPStatus.MULTIPLE_CHOICES
 
     def __str__(self) -> str:
-        detail = self.body[:300].decode("utf-8", "replace").strip()
+        detail = " ".join(self.body[:300].decode("utf-8", "replace").split())
         return f"status {self.status}" + (f": {detail}" if detail else "")
 
 
