@@ -30,6 +30,7 @@ __all__ = ["LocalBackend"]
 
 logger = logging.getLogger("torchferry.storage")
 
+_ENCODED = re.compile("%(?=[0-9A-Fa-f]{2})")
 _TEMPORARY = re.compile(r"(^|/)\.torchferry-[0-9a-f]{16}\.tmp$")
 
 
@@ -47,8 +48,8 @@ class LocalBackend(Backend):
         return cls()
 
     def url(self, path: str) -> str:
-        """The ``file://`` URL of ``path``."""
-        return f"file://{path}"
+        """The ``file://`` URL of ``path``; a ``%`` that would be decoded is written as ``%25``."""
+        return f"file://{_ENCODED.sub('%25', path)}"
 
     async def stat(self, path: str) -> ObjectStat:
         """Looks a file up; a directory or device is not a checkpoint and raises a StorageError."""
