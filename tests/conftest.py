@@ -12,9 +12,9 @@ import torch
 from anyio.lowlevel import checkpoint
 
 from torchferry import loading
-from torchferry.errors import CheckpointChangedError
 from torchferry.engine.types import Buffer, Chunk, ObjectStat
 from torchferry.engine.writer import UploadPlan
+from torchferry.errors import CheckpointChangedError
 from torchferry.storage.base import Backend, Leftover, ListedObject
 
 if TYPE_CHECKING:

@@ -208,8 +208,8 @@ async def test_more_records_than_16_bits_count_are_byte_for_byte_what_torch_save
 
 
 async def test_a_record_above_4_gib_is_byte_for_byte_what_torch_save_writes() -> None:
-    """There the archive has its zip64 form. The tensor is never written to: it takes no memory."""
-    obj = [torch.zeros((4 << 30) + 100, dtype=torch.uint8), torch.arange(1000)]
+    """There the archive has its zip64 form. Nobody ever writes to the tensor, not even zeros: it takes no memory."""
+    obj = [torch.empty((4 << 30) + 100, dtype=torch.uint8), torch.arange(1000)]
     hashes = [0, 0]
     stream = TorchStream(obj)
     async with stream.running():

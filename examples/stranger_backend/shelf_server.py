@@ -124,21 +124,24 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_any(self) -> None:
-        url = urlsplit(self.path)
-        kind, _, name = unquote(url.path).removeprefix("/").partition("/")
-        query = {key: values[-1] for key, values in parse_qs(url.query, keep_blank_values=True).items()}
         body = self.receive()
         try:
-            if self.headers.get("Authorization") != f"Token {self.server.token}":
-                raise Refused(403, "WrongToken")
-            if body and self.headers.get("X-Shelf-Crc32", body.crc32) != body.crc32:
-                raise Refused(400, "BadChecksum")
-            getattr(self, f"{self.command}_{kind}".lower())(name, query, body)
+            self.serve(body)
         except Refused as refused:
             self.answer(refused.status, {"code": str(refused)})
         finally:
             if body:
                 body.path.unlink(missing_ok=True)
+
+    def serve(self, body: Body | None) -> None:
+        if self.headers.get("Authorization") != f"Token {self.server.token}":
+            raise Refused(403, "WrongToken")
+        if body and self.headers.get("X-Shelf-Crc32", body.crc32) != body.crc32:
+            raise Refused(400, "BadChecksum")
+        url = urlsplit(self.path)
+        kind, _, name = unquote(url.path).removeprefix("/").partition("/")
+        query = {key: values[-1] for key, values in parse_qs(url.query, keep_blank_values=True).items()}
+        getattr(self, f"{self.command}_{kind}".lower())(name, query, body)
 
     do_HEAD = do_GET = do_PUT = do_POST = do_DELETE = do_any  # noqa: N815 - http.server's names
 

@@ -82,7 +82,7 @@ class ShelfFileSystem(AsyncFileSystem):  # type: ignore[misc] # fsspec has no ty
 class ShelfBackend(HttpBackend):
     """Objects on a Shelf. A version is an ETag, which is new with every write."""
 
-    damaged_codes: ClassVar[frozenset[str]] = frozenset({"BadChecksum"})
+    checksum_refused: ClassVar[frozenset[int]] = frozenset()  # a Shelf never refuses one
 
     def __init__(self, fs: ShelfFileSystem) -> None:
         super().__init__()
@@ -117,7 +117,9 @@ class ShelfBackend(HttpBackend):
         return SignedRequest.get(self.fs.address("objects", path), stat.etag, self.fs.headers)
 
     async def read_through_client(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
-        headers = {"Range": f"bytes={start}-{start + len(buffer) - 1}", "If-Match": stat.etag or "*"}
+        headers = {"Range": f"bytes={start}-{start + len(buffer) - 1}"}
+        if stat.etag is not None:
+            headers["If-Match"] = stat.etag
         _, body = await self.fs.request("GET", self.fs.address("objects", path), headers)
         if len(body) != len(buffer):
             raise StorageError(f"Cannot read {self.url(path)}: it ends {len(buffer) - len(body)} bytes too early.")
@@ -172,8 +174,8 @@ class ShelfBackend(HttpBackend):
 
     # --- errors
 
-    def code_of(self, answer: Answer) -> str:
-        return str(json.loads(answer.body)["code"])
+    def is_damaged(self, answer: Answer) -> bool:
+        return b"BadChecksum" in answer.body
 
     def transient(self, error: Exception) -> Transient | None:
         if isinstance(error, ShelfError):

@@ -20,7 +20,7 @@ from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import Chunk, ObjectStat
 from torchferry.errors import CheckpointFormatError, mask
 from torchferry.formats.checksum import Checksums
-from torchferry.loading import open_reader, read_archive
+from torchferry.opening import open_reader, read_archive
 from torchferry.storage.base import Backend
 from torchferry.storage.metadata import require_storable
 from torchferry.storage.registry import open_backend

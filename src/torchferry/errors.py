@@ -19,6 +19,7 @@ __all__ = [
     "CheckpointFormatError",
     "CheckpointKeyError",
     "CheckpointNotFoundError",
+    "CheckpointValueError",
     "MaskedError",
     "NotEnoughMemoryError",
     "StorageError",
@@ -128,6 +129,10 @@ class CheckpointCorruptError(CheckpointFormatError):
 
 class CheckpointKeyError(TorchferryError, KeyError):
     """A key asked for in ``keys=`` is not in the checkpoint; the message lists those that are."""
+
+
+class CheckpointValueError(TorchferryError, ValueError):
+    """A checkpoint cannot be made of this: nothing to save, a name that is taken, a value that no load would take."""
 
 
 class NotEnoughMemoryError(TorchferryError, MemoryError):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Collection, Mapping
+from dataclasses import replace
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from botocore.httpsession import get_cert_path
 from s3fs import S3FileSystem
 
 from torchferry.engine.retry import Transient
@@ -87,8 +90,13 @@ class S3Backend(HttpBackend):
         return f"s3://{path}"
 
     def upload_plan(self, size: int, part_size: int | None = None) -> UploadPlan:
-        """Parts of 16 MiB, or what the size needs; S3 takes 10,000 of 5 MiB to 5 GiB."""
-        return UploadPlan.for_size(size, part_size, limits=_LIMITS)
+        """Parts of 16 MiB, or what the size needs; S3 takes 10,000 of 5 MiB to 5 GiB.
+
+        16 are under way at once, or the filesystem's ``max_concurrency``, where its user chose one.
+        """
+        plan = UploadPlan.for_size(size, part_size, limits=_LIMITS)
+        chosen = self._fs.storage_options.get("max_concurrency")
+        return plan if chosen is None else replace(plan, in_flight=min(plan.in_flight, chosen))
 
     async def engine(self) -> Engine:
         """The engine, unless a class or a session of the user's, a proxy or a client certificate asks for the client.
@@ -106,8 +114,11 @@ class S3Backend(HttpBackend):
             try:
                 return await self.client.call("head_object", **address)
             except Exception as error:
-                if errors.code_and_status(error)[1] == 404:  # noqa: PLR2004 - HTTP's
+                status = errors.code_and_status(error)[1]
+                if status == HTTPStatus.NOT_FOUND:
                     await self._require_bucket(path)
+                elif status == HTTPStatus.BAD_REQUEST:
+                    await self._raise_reason(address)
                 raise
 
         found = await self.call("look up", path, head)
@@ -194,7 +205,7 @@ class S3Backend(HttpBackend):
             try:
                 await request()
             except Exception as error:
-                if errors.code_and_status(error)[1] != 404:  # noqa: PLR2004 - HTTP's
+                if errors.code_and_status(error)[1] != HTTPStatus.NOT_FOUND:
                     raise
 
         await self.call("clean up", path, abort)
@@ -235,20 +246,22 @@ class S3Backend(HttpBackend):
 
     def _make_engine(self) -> Engine:
         fs, config = self._fs, self._fs.s3.meta.config
-        if type(fs) is not S3FileSystem:
-            return Engine(None, f"{type(fs).__name__} is a subclass of S3FileSystem")
-        if fs.storage_options.get("session") is not None:
-            return Engine(None, "the filesystem has a session of the user's")
-        if config.proxies:
-            return Engine(None, "there is a proxy")
-        if config.client_cert:
-            return Engine(None, "there is a client certificate")
-        if self.chooses_checksum:
-            return Engine(None, "s3_additional_kwargs choose a checksum")
         verify = _verify(fs)
-        if isinstance(verify, str) and not Path(verify).is_file():
-            return Engine(None, f"the certificates {verify!r} are not one file")
-        return Engine(Transport(verify=verify))
+        reasons = {
+            f"{type(fs).__name__} is a subclass of S3FileSystem": type(fs) is not S3FileSystem,
+            "the filesystem has a session of the user's": fs.storage_options.get("session") is not None,
+            "there is a proxy": bool(config.proxies),
+            "there is a client certificate": bool(config.client_cert),
+            "s3_additional_kwargs choose a checksum": self.chooses_checksum,
+            f"the certificates {verify!r} are not one file": isinstance(verify, str) and not Path(verify).is_file(),
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                return Engine(None, reason)
+        silence = fs.config_kwargs.get("read_timeout")
+        engine = Engine(Transport(verify=verify) if silence is None else Transport(verify=verify, silence=silence))
+        engine.checksums = getattr(config, "request_checksum_calculation", None) != "when_required"
+        return engine
 
     async def _pages(self, operation: str, prefix: str, marker: str, **arguments: Any) -> AsyncIterator[dict[str, Any]]:
         bucket = f"{arguments['Bucket']}/"
@@ -266,8 +279,13 @@ class S3Backend(HttpBackend):
         try:
             await self.client.call("head_bucket", Bucket=self.address(path)["Bucket"])
         except Exception as error:
-            if errors.code_and_status(error)[1] == 404:  # noqa: PLR2004 - HTTP's
+            if errors.code_and_status(error)[1] == HTTPStatus.NOT_FOUND:
                 raise errors.NoSuchBucketError from error
+
+    async def _raise_reason(self, address: dict[str, Any]) -> None:
+        """Raises what is wrong with requests for an object: the answer to a HEAD has no body that could say it."""
+        response = await self.client.call("get_object", Range="bytes=0-0", **address)
+        response["Body"].close()
 
     @property
     def _pins(self) -> bool:
@@ -276,8 +294,10 @@ class S3Backend(HttpBackend):
 
 
 def _verify(fs: S3FileSystem) -> str | bool:
-    """The file with the certificates of the authorities to trust; True for the usual ones, False for anyone."""
+    """The file with the certificates of the authorities that the client trusts; False for anyone."""
     verify = fs.client_kwargs.get("verify")
     if verify is None:
         verify = fs.session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
-    return os.fspath(verify) if isinstance(verify, str | os.PathLike) else verify is not False
+    if verify is False:
+        return False
+    return os.fspath(verify) if isinstance(verify, str | os.PathLike) else str(get_cert_path(True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from http import HTTPStatus
 from typing import Any
 
@@ -63,7 +64,7 @@ def transient(error: Exception) -> Transient | None:
         headers: Any = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
         if (hint := transient_answer(status, headers)) is not None:
             return hint
-    elif isinstance(error, _connection_errors()):
+    elif isinstance(error, _connection_errors()) and not _is_tls_refusal(error):
         return Transient()
     return Transient() if s3fs.core.CUSTOM_ERROR_HANDLER(error) else None
 
@@ -83,7 +84,7 @@ def translate(what: str, error: Exception) -> StorageError:
         return StoragePermissionError(f"{what}: no usable credentials. {reason}")
     if code in _PERMISSION_CODES:
         status = HTTPStatus.FORBIDDEN
-    unanswered = code in _UNAVAILABLE_CODES or isinstance(error, _connection_errors())
+    unanswered = code in _UNAVAILABLE_CODES or (isinstance(error, _connection_errors()) and not _is_tls_refusal(error))
     return by_status(what, reason, status, code, unanswered=unanswered)
 
 
@@ -102,4 +103,18 @@ def code_and_status(error: BaseException) -> tuple[str, int]:
 
 def _connection_errors() -> tuple[type[Exception], ...]:
     """What a broken or silent connection raises; looked up each time, because users can add to s3fs's list."""
-    return (*s3fs.core.S3_RETRYABLE_ERRORS, boto_errors.HTTPClientError, ConnectionError, TimeoutError)
+    return (
+        *s3fs.core.S3_RETRYABLE_ERRORS,
+        boto_errors.ConnectionError,
+        boto_errors.HTTPClientError,
+        ConnectionError,
+        TimeoutError,
+    )
+
+
+def _is_tls_refusal(error: Exception) -> bool:
+    """Whether TLS failed in a way that will not change: a certificate that is not trusted, no version in common."""
+    if not isinstance(error, boto_errors.SSLError):
+        return False
+    cause = getattr(error.kwargs.get("error"), "os_error", None)  # aiohttp's, from which botocore's is made
+    return not isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError)

@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import partial
+from http import HTTPStatus
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+import anyio
 from botocore.exceptions import ClientError, ParamValidationError
 from isal import isal_zlib
 
+from torchferry.engine.retry import AnswerError, Transient
 from torchferry.engine.transport import Answer, SignedRequest
 from torchferry.engine.types import ObjectStat
 from torchferry.engine.writer import Body, Upload
 from torchferry.errors import CheckpointNotFoundError, StorageError, StorageUnavailableError
 from torchferry.storage.body import RequestBody, whole_or_not_at_all
-from torchferry_s3.errors import code_and_status
+from torchferry_s3.errors import DAMAGED, code_and_status
 
 if TYPE_CHECKING:
     from torchferry_s3.backend import S3Backend
 
 __all__ = ["S3Upload"]
 
+logger = logging.getLogger("torchferry.engine")
+
+_LOOKS = (0.0, 0.5, 2.0)  # seconds before each look for an upload whose creation was not answered
+_COMPLETE_SECONDS = 600.0  # S3 says that completing can take several minutes, and sends blanks meanwhile
+_CHECKSUM_REFUSED = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_IMPLEMENTED})
+# Statuses of a request that the store may have carried out all the same; 0 where it gave no answer.
+_NO_ANSWER = frozenset({0, HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT})
 _ABORTS = 3  # a part that was on its way when the upload was aborted can arrive later: it is aborted again
 
 
@@ -39,11 +50,16 @@ class S3Upload(Upload["dict[str, Any]"]):
         self._metadata = metadata
         address = backend.address(path)
         self._target = {"Bucket": address["Bucket"], "Key": address["Key"]}
+        self._url = backend.url(path)
         self._upload_id: str | None = None
         self._started: float | None = None  # when the creation was first asked for
         self._lost_creations = 0  # creations without an answer: the store may have opened an upload for each
         self._parts_cut_off = False
         self._size = 0
+
+    @property
+    def staged(self) -> str:
+        return "" if self._upload_id is None else f" (the multipart upload {self._upload_id} of {self._url})"
 
     async def put_whole(self, body: Body) -> ObjectStat:
         answer = await self._send(body, "put_object", publishes=True, **self._with_metadata())
@@ -51,20 +67,23 @@ class S3Upload(Upload["dict[str, Any]"]):
         return await self._stat(body.size, answer.get("ETag"))
 
     async def start(self) -> None:
-        self._started = self._started or monotonic()
+        self._started = monotonic()
         engine = await self._backend.engine()
-        checksums = {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"}
         if engine.checksums and not self._backend.chooses_checksum:
             try:
-                self._upload_id = await self._create(**checksums)
+                self._upload_id = await self._create(ChecksumAlgorithm="CRC32", ChecksumType="FULL_OBJECT")
             except StorageError as error:
-                if not isinstance(error.__cause__, ClientError | ParamValidationError) or not _refused(error.__cause__):
+                if not _refused(error.__cause__):
                     raise
+                self._upload_id = await self._create()
                 engine.checksums = False
-        if self._upload_id is None:
+        else:
             self._upload_id = await self._create()
         if self._lost_creations:
-            await self._abort_lost_creations()
+            try:
+                await self._abort_lost_creations()
+            except StorageError as error:  # no reason for this save to fail
+                logger.warning("%s: an upload whose creation was not answered may stay. %s", self._url, error)
 
     async def put_part(self, index: int, body: Body) -> dict[str, Any]:
         number: dict[str, Any] = {"UploadId": self._upload_id, "PartNumber": index + 1}
@@ -90,6 +109,10 @@ class S3Upload(Upload["dict[str, Any]"]):
                 return await self._complete(parts, checksum)
             except ClientError as error:
                 code, _ = code_and_status(error)
+                if code in DAMAGED:  # each part was right: sending the list again does not help
+                    raise StorageError(
+                        f"{self._url}: what the store made of the parts does not have the CRC32 of the whole. {error}"
+                    ) from error
                 if checksum and code in {"InvalidRequest", "InvalidArgument", "NotImplemented"}:
                     checksum = {}
                     return await self._complete(parts, checksum)
@@ -99,7 +122,7 @@ class S3Upload(Upload["dict[str, Any]"]):
                 raise
 
         try:
-            answer = await self._backend.call("write", self._path, complete)
+            answer = await self._backend.call("write", self._path, complete, seconds=_COMPLETE_SECONDS)
         except StorageUnavailableError:
             if (etag := await self._etag_if_complete(expected)) is None:
                 raise
@@ -108,25 +131,20 @@ class S3Upload(Upload["dict[str, Any]"]):
         stored = answer.get("ChecksumCRC32") if answer.get("ChecksumType") == "FULL_OBJECT" else None
         if whole is not None and stored not in {None, whole}:
             raise StorageError(
-                f"{self._backend.url(self._path)}: the store says that the object has the CRC32 {stored}, not {whole}: "
+                f"{self._url}: the store says that the object has the CRC32 {stored}, not {whole}: "
                 "it is damaged. Save again."
             )
         return await self._stat(self._size, answer.get("ETag"))
 
     async def abort(self) -> None:
         if self._upload_id is None:
-            if self._started is not None:
-                self._lost_creations = max(1, self._lost_creations)
+            if self._lost_creations:
                 await self._abort_lost_creations()
             return
-        try:
-            for _ in range(_ABORTS):
-                await self._abort_upload(self._upload_id)
-                if not self._parts_cut_off or not await self._has_parts(self._upload_id):
-                    return
-        except StorageError as error:
-            error.add_note(f"The multipart upload {self._upload_id} of {self._backend.url(self._path)} stays.")
-            raise
+        for _ in range(_ABORTS):
+            await self._abort_upload(self._upload_id)
+            if not self._parts_cut_off or not await self._has_parts(self._upload_id):
+                return
 
     async def _create(self, **checksums: str) -> str:
         async def create() -> dict[str, Any]:
@@ -134,10 +152,9 @@ class S3Upload(Upload["dict[str, Any]"]):
                 return await self._backend.client.call(
                     "create_multipart_upload", **self._target, **checksums, **self._with_metadata()
                 )
-            except ClientError:
-                raise
-            except BaseException:
-                self._lost_creations += 1
+            except BaseException as error:
+                if code_and_status(error)[1] in _NO_ANSWER:
+                    self._lost_creations += 1
                 raise
 
         answer = await self._backend.call("write", self._path, create)
@@ -171,7 +188,23 @@ class S3Upload(Upload["dict[str, Any]"]):
 
         S3 tells the key and the time of an upload, and not who opened it: only as many as creations were lost, opened
         since, without parts, are ours. Where there are more, somebody else is writing to this key: all stay.
+        One can appear after its request was given up: where fewer are found, this looks again, twice.
         """
+        for seconds in _LOOKS:
+            await anyio.sleep(seconds)
+            lost = await self._find_lost_creations()
+            if len(lost) > self._lost_creations:
+                raise StorageError(
+                    f"Cannot clean up {self._url}: {len(lost)} uploads could be the {self._lost_creations} whose "
+                    "creation was not answered."
+                )
+            for upload_id in lost:
+                await self._abort_upload(upload_id)
+            self._lost_creations -= len(lost)
+            if not self._lost_creations:
+                return
+
+    async def _find_lost_creations(self) -> list[str]:
         key = self._target["Key"]
         answer = await self._backend.call(
             "clean up",
@@ -184,14 +217,7 @@ class S3Upload(Upload["dict[str, Any]"]):
             for upload in answer.get("Uploads", [])
             if upload["Key"] == key and upload["UploadId"] != self._upload_id and upload["Initiated"] >= since
         ]
-        lost = [upload_id for upload_id in found if not await self._has_parts(upload_id)]
-        if len(lost) > self._lost_creations:
-            raise StorageError(
-                f"Cannot clean up {self._backend.url(self._path)}: {len(lost)} uploads could be the "
-                f"{self._lost_creations} whose creation was not answered."
-            )
-        for upload_id in lost:
-            await self._abort_upload(upload_id)
+        return [upload_id for upload_id in found if not await self._has_parts(upload_id)]
 
     async def _etag_if_complete(self, expected: str | None) -> str | None:
         """The ETag of what is there, if that can only be what was uploaded: not what was there before."""
@@ -214,6 +240,8 @@ class S3Upload(Upload["dict[str, Any]"]):
         def accept(answer: Answer) -> dict[str, Any]:
             result = {"ETag": answer.headers.get("ETag", "")}
             if echoed := answer.headers.get("x-amz-checksum-crc32"):
+                if echoed != checksum:
+                    raise AnswerError(f"the store got bytes with the CRC32 {echoed}, not {checksum}", Transient())
                 result["ChecksumCRC32"] = echoed
             return result
 
@@ -222,7 +250,7 @@ class S3Upload(Upload["dict[str, Any]"]):
             # botocore would compute it on the event loop; over https it sends it behind the body, computed on the way.
             extra = {"ChecksumCRC32": checksum} if await self._backend.wants_checksum_in_head() else {}
             call = partial(self._backend.client.call, operation, **arguments, **extra, Body=request)
-            return await whole_or_not_at_all(request, call)
+            return await (whole_or_not_at_all(request, call) if publishes else call())
 
         return await self._backend.send(
             self._path, body, sign=sign, accept=accept, through_client=through_client, publishes=publishes
@@ -235,7 +263,7 @@ class S3Upload(Upload["dict[str, Any]"]):
     async def _stat(self, size: int, etag: str | None) -> ObjectStat:
         if not etag:  # Ceph 16 answers a completion without one
             etag = (await self._backend.stat(self._path)).etag
-        return ObjectStat(self._backend.url(self._path), size, etag, self._metadata)
+        return ObjectStat(self._url, size, etag, self._metadata)
 
 
 def _combined(crc32s: Sequence[tuple[int, int] | None]) -> str | None:
@@ -248,10 +276,11 @@ def _combined(crc32s: Sequence[tuple[int, int] | None]) -> str | None:
     return base64.b64encode(total.to_bytes(4, "big")).decode()
 
 
-def _refused(error: Exception) -> bool:
-    """Whether a store refused to open an upload because of the checksum, as far as one can tell."""
-    code, status = code_and_status(error)
-    return isinstance(error, ParamValidationError) or status in {400, 501} or code == "NotImplemented"
+def _refused(error: BaseException | None) -> bool:
+    """Whether a store, or an older botocore, may have refused to open an upload because of the checksum."""
+    return isinstance(error, ParamValidationError) or (
+        isinstance(error, ClientError) and code_and_status(error)[1] in _CHECKSUM_REFUSED
+    )
 
 
 def _etag_of(parts: Sequence[Mapping[str, Any]]) -> str | None:
@@ -265,4 +294,5 @@ def _etag_of(parts: Sequence[Mapping[str, Any]]) -> str | None:
 
 def _now_of(answer: Mapping[str, Any]) -> datetime:
     """The store's clock; both of its times may be whole seconds."""
-    return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    return parsedate_to_datetime(date) if date else datetime.now(UTC)

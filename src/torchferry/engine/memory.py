@@ -1,8 +1,8 @@
 """The one ledger of host memory: what saves, copies and verifications hold beside the tensors, in blocks.
 
 The limit is 256 MiB for the process, or what the environment variable ``TORCHFERRY_MEMORY`` says in MiB. Saves of CPU
-tensors share 3/16 of it (48 MiB); everything else (saves from a device, copies, verifications, what loads hold beside their
-buffer) shares the rest.
+tensors share 3/16 of it (48 MiB). Saves from a device, copies, verifications, and what loads hold beside their buffer
+share the rest.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from typing import Protocol, TypeVar
 import anyio
 
 from torchferry.engine.transfer import current
+from torchferry.errors import mask
 
 __all__ = ["TRANSIENT_STATUSES", "AnswerError", "Transient", "retry_after", "retrying", "transient_answer"]
 
@@ -113,7 +114,7 @@ async def retrying(
             delay = max(backoff, hint.after)
             if monotonic() + delay - max(begun, transfer.last_progress) > transfer.give_up_after:
                 raise
-            reason = f"{type(error).__name__}: {error}"
+            reason = mask(f"{type(error).__name__}: {error}")
         failures += 1
         transfer.count("retries")
         logger.warning("%s: %s Trying again in %.1f s.", what, reason, delay)

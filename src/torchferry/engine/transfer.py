@@ -115,6 +115,7 @@ class Transfer:
         self._reasons: dict[str, None] = {}
         self._size = 0
         self._moved = 0
+        self._most_moved = 0
         self._told = 0
         self._memory = 0
         self._peak_memory = 0
@@ -125,6 +126,13 @@ class Transfer:
         """Counts bytes that have arrived, or that the store has acknowledged; negative ones are taken back."""
         with self._lock:
             self._moved += nbytes
+            progress = self._moved > self._most_moved
+            self._most_moved = max(self._moved, self._most_moved)
+        if progress:
+            self.progressed()
+
+    def progressed(self) -> None:
+        """Notes that bytes moved that no earlier attempt had moved: a part that fails each time is no progress."""
         self.last_progress = monotonic()
 
     def moved_at_least(self, nbytes: int) -> None:
@@ -253,9 +261,9 @@ class _ReadingSide(Transfer):
         super().__init__(give_up_after=whole.give_up_after)
         self._whole = whole
 
-    def moved(self, nbytes: int) -> None:
-        super().moved(nbytes)
-        self._whole.moved(0)
+    def progressed(self) -> None:
+        super().progressed()
+        self._whole.progressed()
 
     def count(self, name: str, number: int = 1) -> None:
         self._whole.count(name, number)

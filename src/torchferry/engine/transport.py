@@ -9,10 +9,13 @@ It knows no store. A backend has the filesystem's client sign each request, and 
 from __future__ import annotations
 
 import http.client
+import io
 import os
+import selectors
 import socket
 import ssl
 import struct
+import sys
 import threading
 import time
 import urllib.request
@@ -21,8 +24,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from http import HTTPStatus
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from torchferry.engine.cancellation import in_thread
@@ -30,19 +34,21 @@ from torchferry.engine.retry import AnswerError, transient_answer
 from torchferry.engine.transfer import Transfer, current
 from torchferry.engine.types import MIB, Buffer
 
-try:
+if sys.platform == "linux":
     import fcntl
     import termios
-except ImportError:  # Windows: progress then counts whole parts
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Answer", "SignedRequest", "Transport", "UnmovableError"]
 
-_SILENCE = 30.0  # seconds without a byte, after which a request has failed
+_SILENCE = 30.0  # seconds in which nothing moves, after which a request has failed, where the user chose no other
 _CONNECT = 10.0  # seconds for each step of a connection
+_TICK = 0.25  # seconds that a thread waits at once; in between it looks whether bytes in the system's queue have moved
+_LAST_LOOK = 1.0  # seconds to wait for the answer of a store that takes no bytes over TLS
+_SLOWEST = 1_000  # bytes a second: an answer that comes slower than this has failed,
+_GRACE = 60.0  # seconds after its first byte
 _IDLE = 10.0  # seconds after which a connection is not used again: stores close them soon, and not all of them say so
 _MOST_IDLE = 32  # connections kept for the next request
-_SLICE = 256 << 10  # bytes given to the system at once: one slice has _SILENCE to go out
+_SLICE = 256 << 10  # bytes given to the system at once
 _INTERRUPT_PATIENCE = 0.5  # seconds that a cancel waits for the thread: a name look-up cannot be ended
 _ANSWER_PATIENCE = 10.0  # seconds that a cancel waits for the answer to a request that publishes and was sent whole
 _LARGEST_ANSWER = MIB  # bytes; answers to uploads are short
@@ -117,9 +123,11 @@ class Transport:
     Args:
         verify: The file with the certificates of the authorities to trust; True for the system's; False to trust
             anyone.
+        silence: Seconds in which no byte moves, after which a request has failed.
     """
 
-    def __init__(self, *, verify: str | bool = True) -> None:
+    def __init__(self, *, verify: str | bool = True, silence: float = _SILENCE) -> None:
+        self.silence = silence
         self._verify = verify
         self._idle: deque[_Connection] = deque()
         self._process = os.getpid()
@@ -128,15 +136,19 @@ class Transport:
     async def read_into(self, request: SignedRequest, start: int, buffer: memoryview, size: int) -> None:
         """Fills ``buffer`` with the bytes from ``start`` of an object of ``size`` bytes.
 
-        A cancel closes the connection.
+        A cancel closes the connection; nothing is written to ``buffer`` afterwards.
 
         Raises:
-            OSError: the connection failed or fell silent for 30 seconds, or the store is not available
-                (:class:`~torchferry.engine.retry.AnswerError`): trying again may help.
-            UnmovableError: any other answer than the bytes that were asked for.
+            ConnectionError: the connection failed: trying again may help.
+            TimeoutError: nothing moved for :attr:`silence` seconds, or less than 1,000 bytes a second.
+            AnswerError: the store is not available.
+            UnmovableError: any other answer than the bytes that were asked for; a proxy; TLS failed.
         """
         reading = _Reading(self, request, start, buffer, size, current())
-        await in_thread(reading.run, interrupt=reading.interrupt)
+        try:
+            await in_thread(reading.run, interrupt=reading.interrupt)
+        finally:
+            reading.settle()
 
     async def send(self, request: SignedRequest, body: Sequence[Buffer], *, publishes: bool) -> Answer:
         """Sends a request with a body, from the memory of its buffers.
@@ -152,8 +164,8 @@ class Transport:
             The answer, of any status but those that mean "later".
 
         Raises:
-            OSError: as :meth:`read_into`.
-            UnmovableError: there is a proxy, TLS failed, or a redirect was answered.
+            ConnectionError: as :meth:`read_into`, and so the others.
+            UnmovableError: there is a proxy, TLS failed, a redirect was answered, or no HTTP.
         """
         sending = _Sending(self, request, body, publishes, current())
         try:
@@ -165,7 +177,7 @@ class Transport:
         """An idle connection, or else a new one."""
         if self._process != os.getpid():  # forked: the parent goes on using these
             self._process = os.getpid()
-            self._idle.clear()
+            _close_all(self._idle)  # here; the parent's stay open
         now = time.monotonic()
         with suppress(IndexError):
             for _ in range(len(self._idle)):
@@ -205,41 +217,21 @@ class _Connection:
         self.scheme, self.host = scheme, host
         self.used = False
         self.rested = 0.0
-        self._tls = tls
-        self._interrupted = False
         self.sock: socket.socket | None = None
         self.http = http.client.HTTPSConnection(host, context=tls) if tls else http.client.HTTPConnection(host)
+        self._tls = tls
+        self._interrupted = False
 
     def open(self) -> None:
         """Connects; not as http.client does, which keeps its socket to itself until the TLS handshake is done."""
-        if self.http.sock is not None:
+        if self.sock is not None:
             return
-        failure: OSError | None = None
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            self.http.host, self.http.port, type=socket.SOCK_STREAM
-        ):
-            self.sock = socket.socket(family, kind, protocol)  # known before it connects, so that it can be ended
-            try:
-                if self._interrupted:
-                    raise InterruptedError
-                self.sock.settimeout(_CONNECT)
-                self.sock.connect(address)
-                break
-            except OSError as error:
-                self.sock.close()
-                failure = error
-        else:
-            raise failure or ConnectionError(f"{self.host} has no address")
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock = self._connect()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tls is not None:
-            try:
-                tls = self._tls.wrap_socket(self.sock, server_hostname=self.http.host, do_handshake_on_connect=False)
-                self.sock = tls
-                tls.do_handshake()
-            except ssl.SSLCertVerificationError as error:
-                raise UnmovableError(f"TLS: {error}") from error
-        self.sock.settimeout(_SILENCE)
-        self.http.sock = self.sock
+            sock = self._shake_hands(self._tls, sock)
+        sock.settimeout(_TICK)
+        self.http.sock = sock
 
     def interrupt(self) -> None:
         """Ends what another thread is doing with it; what was not sent yet is thrown away."""
@@ -255,6 +247,40 @@ class _Connection:
         if self.sock is not None:
             self.sock.close()
 
+    def _connect(self) -> socket.socket:
+        failure: OSError | None = None
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            self.http.host, self.http.port, type=socket.SOCK_STREAM
+        ):
+            sock = socket.socket(family, kind, protocol)
+            self._use(sock)  # before it connects, so that it can be ended
+            try:
+                sock.settimeout(_CONNECT)
+                sock.connect(address)
+            except OSError as error:
+                sock.close()
+                failure = error
+            else:
+                return sock
+        raise failure or ConnectionError(f"{self.host} has no address")
+
+    def _shake_hands(self, tls: ssl.SSLContext, sock: socket.socket) -> socket.socket:
+        wrapped = tls.wrap_socket(sock, server_hostname=self.http.host, do_handshake_on_connect=False)
+        self._use(wrapped)
+        try:
+            wrapped.do_handshake()
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError) as error:
+            raise ConnectionResetError(f"closed in the TLS handshake: {error}") from error
+        except ssl.SSLError as error:
+            raise UnmovableError(f"TLS: {error}") from error
+        return wrapped
+
+    def _use(self, sock: socket.socket) -> None:
+        self.sock = sock
+        if self._interrupted:
+            sock.close()
+            raise InterruptedError
+
 
 class _Exchange:
     """One request and its answer, on a connection of the transport."""
@@ -265,8 +291,12 @@ class _Exchange:
         self._url = urlsplit(request.url)
         self._transfer = transfer
         self._connection: _Connection | None = None
+        self._using = threading.Lock()  # held to end a connection: not one that is another request's already
         self._interrupted = False
         self._answered = False
+        self._moved_at = 0.0  # when bytes last moved, on the clock time.monotonic
+        self._began_at: float | None = None  # when the answer's first byte came
+        self._received = 0  # bytes of the answer
 
     @property
     def _target(self) -> str:
@@ -274,41 +304,88 @@ class _Exchange:
 
     def interrupt(self) -> float:
         """Makes :meth:`_run` raise soon; returns how many seconds to wait for that."""
-        self._interrupted = True
-        if self._connection is not None:
-            self._connection.interrupt()
+        with self._using:
+            self._interrupted = True
+            if self._connection is not None:
+                self._connection.interrupt()
         return _INTERRUPT_PATIENCE
+
+    def receive(self, sock: socket.socket, buffer: memoryview) -> int:
+        """Receives some bytes of the answer.
+
+        Raises:
+            TimeoutError: nothing moves any more, or too slowly.
+        """
+        while True:
+            if self._interrupted and not self._awaited:
+                raise InterruptedError
+            try:
+                count = sock.recv_into(buffer)
+            except TimeoutError:
+                self._waited("no answer")
+                continue
+            self._moved_at = now = time.monotonic()
+            if self._began_at is None:
+                self._began_at = now
+            self._received += count
+            if not self._answered and self._received > _LARGEST_ANSWER:
+                raise http.client.HTTPException("the head of the answer has no end")
+            if self._received < _SLOWEST * (now - self._began_at - _GRACE):
+                raise TimeoutError(f"the answer comes slower than {_SLOWEST} bytes a second")
+            return count
+
+    @property
+    def _awaited(self) -> bool:
+        """Whether the answer is wanted although the request was cancelled."""
+        return False
 
     def _run(self) -> Answer | None:
         """Blocks the thread. An idle connection that the store has closed meanwhile is replaced by another one."""
         while True:
-            self._connection = connection = self._transport.take(self._url)
+            connection = self._transport.take(self._url)
+            with self._using:
+                self._connection = connection
             self._answered = False
+            self._began_at = None
+            self._received = 0
+            reusable = False
             try:
                 connection.open()
                 if self._interrupted:  # before there was anything to end
                     raise InterruptedError
+                connection.http.response_class = partial(_Response, self)  # type: ignore[assignment]
+                self._moved_at = time.monotonic()
                 answer, reusable = self._exchange(connection)
-            except ConnectionError:
-                connection.close()
+            except (AnswerError, TimeoutError):
+                raise
+            except OSError as error:  # TLS's are among them
                 if connection.used and not self._answered and not self._interrupted:
                     continue
-                raise
+                if isinstance(error, ConnectionError):
+                    raise
+                raise ConnectionError(f"{type(error).__name__}: {error}") from error
+            except http.client.IncompleteRead as error:
+                raise ConnectionResetError(f"the answer was cut off: {error}") from error
             except http.client.HTTPException as error:
-                connection.close()
-                raise ConnectionResetError(f"{type(error).__name__}: {error}") from error
-            except BaseException:
-                connection.close()
-                raise
-            if reusable:
-                self._transport.give_back(connection)
-            else:
-                connection.close()
+                raise UnmovableError(f"no HTTP: {type(error).__name__}: {str(error)[:100]}") from error
+            finally:
+                with self._using:
+                    self._connection = None
+                connection.http.response_class = http.client.HTTPResponse  # it keeps nothing of this request
+                if reusable and not self._interrupted:
+                    self._transport.give_back(connection)
+                else:
+                    connection.close()
             return answer
 
     def _exchange(self, connection: _Connection) -> tuple[Answer | None, bool]:
         """Returns the answer, and whether the connection can be used again."""
         raise NotImplementedError
+
+    def _waited(self, trouble: str) -> None:
+        """Called each 0.25 s in which nothing moved. Raises where that lasts too long."""
+        if time.monotonic() - self._moved_at > self._transport.silence:
+            raise TimeoutError(f"{trouble} for {self._transport.silence:g} s")
 
 
 class _Reading(_Exchange):
@@ -328,13 +405,16 @@ class _Reading(_Exchange):
         self._expected = f"bytes {start}-{start + len(buffer) - 1}/{size}"
         self._buffer = buffer
         self._filled = 0
+        self._done = False
 
     def run(self) -> None:
-        try:
-            self._run()
-        except BaseException:
+        self._run()
+        self._done = True
+
+    def settle(self) -> None:
+        """Takes back what was counted of a range that did not arrive whole."""
+        if not self._done:
             self._transfer.moved(-self._filled)
-            raise
 
     def _exchange(self, connection: _Connection) -> tuple[Answer | None, bool]:
         connection.http.request(self._request.method, self._target, headers=self._headers)
@@ -374,8 +454,12 @@ class _Sending(_Exchange):
         self._publishes = publishes
         self._last_slice = threading.Lock()  # held to decide whether the request is sent whole, or never
         self._whole = False
-        self._acknowledged = 0  # bytes, by the other end's TCP
+        self._settled = False
+        self._sent = 0  # bytes, into the system's queue
+        self._arrived = 0  # bytes that the other end's TCP has acknowledged, in this attempt
+        self._acknowledged = 0  # bytes that were counted
         self._ok = False
+        self._sock: socket.socket | None = None
 
     def run(self) -> Answer:
         answer = self._run()
@@ -392,9 +476,19 @@ class _Sending(_Exchange):
             return super().interrupt()
 
     def settle(self) -> None:
-        """Counts what is not counted yet of a body that arrived, and takes back what was, where it did not."""
-        self._transfer.moved((self._size if self._ok else 0) - self._acknowledged)
-        self._acknowledged = self._size if self._ok else 0
+        """Called when nobody waits any more: counts what is not counted yet of a body that arrived, or takes it back.
+
+        An answer that a cancel has waited for in vain is waited for no more.
+        """
+        self._settled = True
+        super().interrupt()
+        arrived = self._size if self._ok else 0
+        self._transfer.moved(arrived - self._acknowledged)
+        self._acknowledged = arrived
+
+    @property
+    def _awaited(self) -> bool:
+        return self._whole and self._publishes and not self._settled
 
     def _exchange(self, connection: _Connection) -> tuple[Answer | None, bool]:
         connection.http.putrequest(self._request.method, self._target, skip_accept_encoding=True)
@@ -403,58 +497,131 @@ class _Sending(_Exchange):
                 connection.http.putheader(name, value)
         connection.http.putheader("Content-Length", str(self._size))
         with self._last_slice:
+            if self._interrupted:
+                raise InterruptedError
             self._whole = not self._size
+        self._sock, self._sent, self._arrived = connection.sock, 0, 0
         connection.http.endheaders()
-        sent_whole = self._send_body(connection)
-        try:
-            response = connection.http.getresponse()
-        except TimeoutError as error:
-            raise TimeoutError(f"no answer for {_SILENCE:.0f} s") from error
-        with response:
+        sent_whole = self._send_body()
+        with connection.http.getresponse() as response:
             self._answered = True
             answer = Answer(response.status, response.headers, response.read(_LARGEST_ANSWER))
             if (hint := transient_answer(answer.status, answer.headers)) is not None:
                 raise AnswerError(str(answer), hint)
             if HTTPStatus.MULTIPLE_CHOICES <= answer.status < HTTPStatus.BAD_REQUEST:
                 raise UnmovableError(f"a redirect ({answer.status})", answer)
+            if answer.ok and not sent_whole:
+                raise ConnectionResetError(f"the store answered before it had all: {answer}")
             return answer, sent_whole and response.isclosed() and not response.will_close
 
-    def _send_body(self, connection: _Connection) -> bool:
+    def _send_body(self) -> bool:
         """Returns whether all of it was sent: a store may refuse a request before it has seen its end."""
-        sock = connection.sock
-        assert sock is not None  # noqa: S101 - it is open
-        sent = 0
         try:
             for view in self._body:
                 for start in range(0, len(view), _SLICE):
                     piece = view[start : start + _SLICE]
-                    if sent + len(piece) == self._size:
+                    if self._sent + len(piece) == self._size:
                         with self._last_slice:
                             if self._interrupted:
                                 raise InterruptedError
                             self._whole = True
-                    sock.sendall(piece)
-                    sent += len(piece)
-                    self._count_acknowledged(sock, sent)
-        except (BrokenPipeError, ConnectionResetError):
+                    if not self._send_piece(piece):
+                        return False
+        except (BrokenPipeError, ConnectionResetError, ssl.SSLError):
             if self._interrupted:
                 raise
             return False  # the answer may be there, and say why
-        except TimeoutError as error:
-            raise TimeoutError(f"the store took no bytes for {_SILENCE:.0f} s") from error
+        except TimeoutError:
+            if not isinstance(self._sock, ssl.SSLSocket):
+                raise
+            self._moved_at += _LAST_LOOK
+            return False
         return True
 
-    def _count_acknowledged(self, sock: socket.socket, sent: int) -> None:
-        """Counts what the other end has acknowledged, by steps of 1 MiB; of the last MiB only with the answer."""
-        if fcntl is None:
-            return
-        if sent - self._acknowledged < MIB:
-            return
-        (queued,) = struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0"))
-        news = min(sent - queued, self._size - MIB) - self._acknowledged
+    def _send_piece(self, piece: memoryview) -> bool:
+        """Returns False where the store answers instead of taking it."""
+        sock = self._sock
+        assert sock is not None  # noqa: S101 - it is open
+        while len(piece):
+            if self._settled:
+                raise InterruptedError
+            try:
+                count = sock.send(piece)
+            except TimeoutError:
+                # What comes over TLS need not be an answer: there it is looked for when nothing else has helped.
+                if not isinstance(sock, ssl.SSLSocket) and _has_news(sock):
+                    return False
+                self._waited("the store took no bytes")
+                continue
+            self._moved_at = time.monotonic()
+            piece = piece[count:]
+            self._sent += count
+            if self._sent - self._acknowledged >= MIB:
+                self._count_acknowledged()
+        return True
+
+    def _waited(self, trouble: str) -> None:
+        if self._count_acknowledged():  # over a slow link, megabytes wait in the system's queue
+            self._moved_at = time.monotonic()
+        super()._waited(trouble)
+
+    def _count_acknowledged(self) -> bool:
+        """Counts what the other end has acknowledged; of the last MiB only with the answer.
+
+        Only Linux tells how much it has; elsewhere, whole bodies are counted.
+
+        Returns:
+            Whether that is more than before.
+        """
+        if sys.platform != "linux" or self._sock is None:
+            return False
+        (queued,) = struct.unpack("i", fcntl.ioctl(self._sock, termios.TIOCOUTQ, b"\0\0\0\0"))
+        arrived = self._sent - queued
+        if arrived <= self._arrived:
+            return False
+        self._arrived = arrived
+        news = min(arrived, self._size - MIB) - self._acknowledged
         if news > 0:
             self._acknowledged += news
             self._transfer.moved(news)
+        return True
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer whose bytes come through :meth:`_Exchange.receive`."""
+
+    def __init__(self, exchange: _Exchange, sock: socket.socket, **options: Any) -> None:
+        super().__init__(_Incoming(exchange, sock), **options)  # type: ignore[arg-type]  # makefile is what it uses
+
+
+class _Incoming(io.RawIOBase):
+    """The bytes that come over a connection, for one answer."""
+
+    def __init__(self, exchange: _Exchange, sock: socket.socket) -> None:
+        self._exchange = exchange
+        self._sock = sock
+        self._open = sock.makefile("rb", buffering=0)  # http.client may close the socket before the answer is read
+
+    def close(self) -> None:
+        self._open.close()
+        super().close()
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """What http.client asks a socket for."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._exchange.receive(self._sock, memoryview(buffer))
+
+
+def _has_news(sock: socket.socket) -> bool:
+    """Whether there is something to receive, or the connection has ended."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(0))
 
 
 def _close_all(connections: deque[_Connection]) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import anyio
 
+from torchferry.engine.cancellation import in_thread
 from torchferry.engine.retry import AnswerError, Transient, retrying
 from torchferry.engine.transfer import current
 from torchferry.engine.transport import Answer, SignedRequest, Transport, UnmovableError
@@ -28,7 +29,7 @@ from torchferry.storage.translate import translated
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["Engine", "HttpBackend", "error_code"]
+__all__ = ["Engine", "HttpBackend", "changed_while_saving", "error_code"]
 
 T = TypeVar("T")
 
@@ -40,7 +41,6 @@ _ODD_ANSWERS = 3  # in a row, after which the engine rests
 _REST = 60.0  # seconds for which everything then goes through the client
 _CLIENT_TURN = 3  # every third attempt goes through the client: it may know a way that the engine does not
 _CODE = re.compile(rb"<Code>([^<]+)</Code>")
-_CHECKSUM_REFUSED = frozenset({400, 403, 501})
 
 
 class Engine:
@@ -77,13 +77,12 @@ class Engine:
             return "the engine rests after odd answers"
         return "" if attempt % _CLIENT_TURN else "the engine failed twice"
 
-    def note_odd(self, reason: UnmovableError) -> str:
-        """Counts an answer that the engine could do nothing with; after three in a row it rests for 60 seconds."""
+    def note_odd(self) -> None:
+        """Counts what only the client could move; after three in a row the engine rests for 60 seconds."""
         self._odd_answers += 1
         if self._odd_answers >= _ODD_ANSWERS:
             self._rests_until = time.monotonic() + _REST
             self._odd_answers = 0
-        return str(reason)
 
     def note_success(self) -> None:
         """Counts from 0 again."""
@@ -95,6 +94,9 @@ class HttpBackend(Backend):
 
     damaged_codes: ClassVar[frozenset[str]] = frozenset()
     """The store's error codes for a body that does not match its checksum."""
+
+    checksum_refused: ClassVar[frozenset[int]] = frozenset({400, 403, 501})
+    """Statuses with which the store may refuse a checksum: the body is sent again without one."""
 
     def __init__(self) -> None:
         self._signed: OrderedDict[tuple[str, str | None], tuple[SignedRequest, float]] = OrderedDict()
@@ -120,6 +122,12 @@ class HttpBackend(Backend):
     @abstractmethod
     def translate(self, what: str, error: Exception) -> StorageError:
         """The torchferry error for one of the client's; ``what`` is "Cannot <verb> <url>"."""
+
+    # --- what a cloud may say
+
+    def is_damaged(self, answer: Answer) -> bool:
+        """Whether the store says that a body arrived damaged; by default, its error code tells."""
+        return error_code(answer) in self.damaged_codes
 
     # --- what a cloud gets
 
@@ -163,20 +171,20 @@ class HttpBackend(Backend):
             attempts += 1
             engine = await self.engine()
             reason = engine.why_client(attempts)
+            odd = False
             if not reason and engine.transport is not None:
                 try:
                     request = await self._signed_read(path, stat)
                     await engine.transport.read_into(request, start, buffer, stat.size)
                 except UnmovableError as error:
-                    reason = engine.note_odd(error)
+                    reason, odd = str(error), True
                     self._signed.clear()
                 else:
                     engine.note_success()
                     return
-            current().through_client(len(buffer), reason)
             with _limit(_CALL_SECONDS + len(buffer) / _SLOWEST):
                 await self.read_through_client(path, start, buffer, stat)
-            current().moved(len(buffer))
+            _note_client(engine, len(buffer), reason, odd=odd)
 
         with self.translated("read", path):
             await retrying(attempt, self._transient, f"Cannot read {self.url(path)}")
@@ -190,6 +198,7 @@ class HttpBackend(Backend):
         accept: Callable[[Answer], T],
         through_client: Callable[[], Awaitable[T]],
         publishes: bool = False,
+        unchanged: Callable[[], bool] | None = None,
     ) -> T:
         """Sends a body by the engine, or where that does not work through the client; again where it failed for now.
 
@@ -203,6 +212,8 @@ class HttpBackend(Backend):
             accept: Makes the result from an answer that is a success.
             through_client: One attempt by the client; returns the same result.
             publishes: Whether the object appears with this request.
+            unchanged: Whether the body's memory still has the checksum that was sent; asked in a thread, where the body
+                arrived damaged. By default, its CRC32 tells.
 
         Raises:
             ChangedWhileSavingError: the body's memory is not what it was when its checksum was computed.
@@ -214,18 +225,18 @@ class HttpBackend(Backend):
             attempts += 1
             engine = await self.engine()
             reason = engine.why_client(attempts)
+            odd = False
             if not reason and engine.transport is not None:
                 try:
-                    answer = await self._send_by_engine(engine, path, body, sign, publishes=publishes)
+                    answer = await self._send_by_engine(engine, path, body, sign, publishes, unchanged)
                 except UnmovableError as error:
-                    reason = engine.note_odd(error)
+                    reason, odd = str(error), True
                 else:
                     engine.note_success()
                     return accept(answer)
-            current().through_client(body.size, reason)
             with _limit(_CALL_SECONDS + body.size / _SLOWEST):
                 result = await through_client()
-            current().moved(body.size)
+            _note_client(engine, body.size, reason, odd=odd)
             return result
 
         with self.translated("write", path):
@@ -237,8 +248,8 @@ class HttpBackend(Backend):
         path: str,
         body: Body,
         sign: Callable[[bool], Awaitable[SignedRequest]],
-        *,
         publishes: bool,
+        unchanged: Callable[[], bool] | None,
     ) -> Answer:
         transport = engine.transport
         assert transport is not None  # noqa: S101 - asked before
@@ -246,21 +257,18 @@ class HttpBackend(Backend):
         answer = await transport.send(await sign(checked), body.buffers, publishes=publishes)
         if answer.ok:
             return answer
-        code = error_code(answer)
-        if code in self.damaged_codes:
-            if Body([Chunk(chunk.data) for chunk in body.chunks]).crc32 != body.crc32:
-                raise ChangedWhileSavingError(
-                    f"{self.url(path)}: a tensor was changed while it was being saved. Nothing was stored. Wait for the "
-                    "save before the next optimizer step, or save a copy."
-                )
-            raise AnswerError(f"the bytes arrived damaged ({code})", Transient())
-        if checked and answer.status in _CHECKSUM_REFUSED:
+        if self.is_damaged(answer):
+            if not await in_thread(unchanged or (lambda: _has_its_crc32(body))):
+                raise changed_while_saving(self.url(path))
+            raise AnswerError(f"the bytes arrived damaged ({error_code(answer) or answer})", Transient())
+        if checked and answer.status in self.checksum_refused:
             current().count("requests")
             answer = await transport.send(await sign(False), body.buffers, publishes=publishes)
             if answer.ok:
                 engine.checksums = False
                 return answer
-        raise UnmovableError(str(answer), answer)
+        code = error_code(answer)
+        raise UnmovableError(f"status {answer.status}" + (f" ({code})" if code else ""), answer)
 
     async def _signed_read(self, path: str, stat: ObjectStat) -> SignedRequest:
         version = path, stat.etag
@@ -285,6 +293,26 @@ class HttpBackend(Backend):
         if isinstance(error, AnswerError | ConnectionError | TimeoutError):
             return StorageUnavailableError(f"{what}: the store is not available, after all retries. {error}")
         return self.translate(what, error)
+
+
+def _note_client(engine: Engine, nbytes: int, reason: str, *, odd: bool) -> None:
+    """Notes bytes that the client has moved; ``odd`` where the engine had got an answer that it could not use."""
+    if odd:
+        engine.note_odd()
+    current().through_client(nbytes, reason)
+    current().moved(nbytes)
+
+
+def _has_its_crc32(body: Body) -> bool:
+    return Body([Chunk(chunk.data) for chunk in body.chunks]).crc32 == body.crc32
+
+
+def changed_while_saving(url: str) -> ChangedWhileSavingError:
+    """The error for a body whose memory is not what it was when its checksum was computed."""
+    return ChangedWhileSavingError(
+        f"{url}: a tensor was changed while it was being saved. Nothing was stored. Wait for the save before the next "
+        "optimizer step, or save a copy."
+    )
 
 
 def error_code(answer: Answer) -> str:

@@ -117,7 +117,7 @@ def gcs_storage_options(gcs_server: GcsServer) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def gcs_xml() -> Iterator[tuple[TokenProxy, GcsServer]]:
-    """A stand-in for the XML API: the proxy that asks for a token, and the server behind it, which does not."""
+    """What answers as Google does: the proxy that asks for a token, and the server behind it, which does not."""
     with gcs_xml_api() as (proxy, server):
         yield proxy, server
 

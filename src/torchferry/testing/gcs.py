@@ -1,13 +1,16 @@
 """Starts what stands in for Google Cloud Storage on this machine. Nothing here needs pytest.
 
-No server has all of it, so there are three: fake-gcs-server and gcp-storage-emulator speak the JSON API, which gcsfs
-uses; SeaweedFS, behind a proxy, speaks as much of the XML API as obstore uses, but for generations. fake-gcs-server has
-those, and of the XML API what reads.
+:func:`gcs_xml_api` answers as Google does, with both APIs for the same objects; it is this project's own, because no
+server that runs on one machine has XML multipart uploads. fake-gcs-server and gcp-storage-emulator are other people's,
+and speak the JSON API only.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
+import sys
 import tempfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchferry.testing.faultproxy import Fault, FaultProxy, Head
-from torchferry.testing.servers import HOST, ServerStartError, find_executable, free_ports, run_server, seaweedfs
+from torchferry.testing.servers import HOST, ServerStartError, find_executable, free_ports, run_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,41 +49,40 @@ class GcsServer:
 class TokenProxy(FaultProxy):
     """A proxy that asks for a bearer token, as Google does, and forwards requests without it, under the server's name.
 
-    fake-gcs-server speaks the XML API under its own name only. To a server that speaks S3 the proxy makes user metadata
-    that of S3, and back.
+    fake-gcs-server speaks the XML API under its own name only. The name that the client used is in X-Forwarded-Host.
 
     Args:
         upstream_port: The server's port on 127.0.0.1.
         faults: What to do to which requests.
+        bandwidth: Bytes a second that bodies have, each way, all connections together; None: no limit.
 
     Attributes:
         tokens: The tokens that may do everything. All others are refused (401).
         powerless_tokens: Tokens that are known, and may do nothing (403).
     """
 
-    def __init__(self, upstream_port: int, *faults: Fault) -> None:
-        super().__init__(upstream_port, *faults)
+    def __init__(self, upstream_port: int, *faults: Fault, bandwidth: float | None = None) -> None:
+        super().__init__(upstream_port, *faults, bandwidth=bandwidth)
         self.tokens: set[str] = {"ferry-test-token"}
         self.powerless_tokens: set[str] = {"ferry-powerless-token"}
 
     def admit(self, head: Head) -> Head | bytes:
         """The request without its token; or a refusal, where that is wrong or missing."""
-        scheme, _, token = head.fields.get("authorization", "").partition(" ")
+        fields = head.fields
+        scheme, _, token = fields.get("authorization", "").partition(" ")
         if scheme == "Bearer" and token in self.tokens:
             lines = head.without("authorization").without("host").lines
-            host = b"Host: %s:%d\r\n" % (HOST.encode(), self._upstream_port)
-            return Head(head.first_line, (host, *(line.replace(b"x-goog-meta-", b"x-amz-meta-") for line in lines)))
-        status = b"403 Forbidden" if token in self.powerless_tokens else b"401 Unauthorized"
-        error = b'{"error": {"code": %s, "message": "The caller does not have access to the object."}}' % status[:3]
-        content = b"" if head.first_line.startswith("HEAD ") else error
-        return b"HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (
-            *(status, len(content), content),
-        )
-
-    def answered(self, head: Head) -> Head:
-        """The answer, with user metadata as Google names it."""
-        lines = (line.replace(b"X-Amz-Meta-", b"x-goog-meta-") for line in head.lines)
-        return Head(head.first_line, tuple(line.replace(b"x-amz-meta-", b"x-goog-meta-") for line in lines))
+            names = f"Host: {HOST}:{self._upstream_port}\r\nX-Forwarded-Host: {fields.get('host', '')}\r\n"
+            return Head(head.first_line, (names.encode(), *lines))
+        method, target = head.first_line.split()[:2]
+        status, code = (403, "AccessDenied") if token in self.powerless_tokens else (401, "AuthenticationRequired")
+        message = "The caller does not have access to the object."
+        if re.match(r"(/upload|/download)?/storage/v1/", target):
+            kind, content = "application/json", json.dumps({"error": {"code": status, "message": message}})
+        else:
+            kind, content = "application/xml", f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+        answer = f"HTTP/1.1 {status} {code}\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\n\r\n"
+        return (answer if method == "HEAD" else answer + content).encode()
 
 
 @contextmanager
@@ -136,20 +138,28 @@ def gcp_storage_emulator(directory: Path | None = None) -> Iterator[GcsServer]:
 
 @contextmanager
 def gcs_xml_api(*faults: Fault, directory: Path | None = None) -> Iterator[tuple[TokenProxy, GcsServer]]:
-    """Runs SeaweedFS behind a :class:`TokenProxy` until the block ends: as much of the XML API as obstore uses.
+    """Runs a server that answers as Google does, behind a :class:`TokenProxy`, until the block ends.
+
+    It has XML multipart uploads, and the JSON API for the same objects; generations and preconditions; CRC32C and MD5,
+    which uploads are checked against. See :mod:`torchferry.testing.gcs_server`.
 
     Args:
         faults: What the proxy does to which requests.
-        directory: Where SeaweedFS keeps its data; a temporary directory by default, deleted at the end.
+        directory: Where it keeps its data and ``server.log``; a temporary directory by default, deleted at the end.
 
     Yields:
         The proxy, which is what clients talk to, and the server behind it, which asks for no credentials.
 
     Raises:
-        ServerStartError: ``weed`` is not installed, or did not answer within a minute.
+        ServerStartError: it did not answer within a minute.
     """
-    with seaweedfs(directory, anonymous=True) as server, TokenProxy(server.port, *faults) as proxy:
-        yield proxy, GcsServer(server.endpoint, server.port)
+    (port,) = free_ports(1)
+    program = Path(__file__).with_name("gcs_server.py")  # run as a file: torchferry need not be imported there
+    with _directory(directory) as place:
+        (place / "data").mkdir(exist_ok=True)
+        command = [sys.executable, "-P", str(program), "--port", str(port), "--directory", str(place / "data")]
+        with run_server(command, place, port), TokenProxy(port, *faults) as proxy:
+            yield proxy, GcsServer(f"http://{HOST}:{port}", port)
 
 
 def _fake_gcs_server_program() -> Path:
