@@ -721,9 +721,7 @@ def test_a_new_filesystem_for_each_call_leaves_no_descriptor_and_no_filesystem(
     subprocess.run(command, check=True, timeout=200)
 
 
-async def test_no_signature_and_no_token_is_logged(
-    through: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_no_signature_and_no_token_is_logged(through: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "torchferry")
     store, proxy = through(token="session-token")
     with pytest.raises(StorageError):
