@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders.ferry import environment_of
 from benchmarks.endpoint import Store, disk, disk_name, nginx, seaweedfs
 from benchmarks.suites import FILE
 from benchmarks.works import GIB
@@ -147,7 +148,7 @@ def _in_process(store: Store, **order: Any) -> dict[str, Any]:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", json.dumps(order | {"store": store.as_json()})],
             cwd=_ROOT,
-            env=inherited | store.environment() | {"TMPDIR": directory},
+            env=inherited | store.environment() | environment_of(order.get("contender", "")) | {"TMPDIR": directory},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
