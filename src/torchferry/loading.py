@@ -1,17 +1,13 @@
 """Loads, inspects and verifies checkpoints.
 
 A load looks at both ends of the object first (the directory is at the end, the pickle at the start), decides which
-records it needs, fetches those in parallel ranges into a :class:`~torchferry.formats.load_buffer.Mirror`, checks each record's CRC32
-on the way, and then has torch unpickle what lies there. So whatever the checkpoint contains is for torch to make of it.
+records it needs, fetches those in parallel ranges into a :class:`~torchferry.formats.load_buffer.LoadBuffer`, and
+checks each record's CRC32 as it arrives. Then torch unpickles the buffer.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
-import re
-import struct
-from bisect import bisect_left
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,32 +15,26 @@ from typing import TYPE_CHECKING, Any
 from torchferry.engine import loops
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.collector import collector_paused
-from torchferry.engine.memory import BLOCK_SIZE
-from torchferry.engine.reader import RangeReader, merge
-from torchferry.engine.tasks import task_group
+from torchferry.engine.reader import RangeReader
 from torchferry.engine.transfer import Transfer, current
-from torchferry.engine.types import MIB, Buffer
+from torchferry.engine.types import Buffer
 from torchferry.errors import (
-    CheckpointCorruptError,
     CheckpointFormatError,
     NotEnoughMemoryError,
-    TorchferryError,
-    UnsafeCheckpointError,
     mask,
 )
 from torchferry.formats.archive import (
     LEGACY_FORMAT,
-    LOCAL_HEADER_SIZE,
     SNIFF_SIZE,
-    ZIP_FORMAT,
-    find_directory,
-    parse_directory,
     sniff,
 )
 from torchferry.formats.checksum import Checksums
 from torchferry.formats.graph import read_graph
-from torchferry.formats.load_buffer import Mirror
-from torchferry.formats.selection import Selection, check_graph, check_keys, select_keys, unsafe_message
+from torchferry.formats.load_buffer import LoadBuffer
+from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
+from torchferry.formats.selection import Selection, check_graph, check_keys, everything, select
+from torchferry.formats.torch_hooks import torch_errors
+from torchferry.opening import open_reader, read_archive
 from torchferry.storage.registry import open_backend
 
 if TYPE_CHECKING:
@@ -64,18 +54,9 @@ __all__ = [
     "inspect_async",
     "load",
     "load_async",
-    "open_reader",
-    "read_archive",
     "verify",
     "verify_async",
 ]
-
-_WHOLE = 1 * MIB  # an object up to this size is read at once
-_PROBE = (64 << 10, 1 * MIB)  # least and most bytes of the first look at either end
-_PROBE_SHARE = 96  # each is this part of the object: looking costs 2% of it at most
-_END_SIZE = 66 << 10  # the end records, with the longest comment
-
-_OF_DAMAGE = (struct.error, IndexError, KeyError, AssertionError, UnicodeDecodeError)  # what torch's old reader raises
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +74,7 @@ class Manifest:
     url: str
     size: int
     etag: str | None
-    records: tuple[Record, ...]
+    records: Sequence[Record]
     tensors: tuple[TensorInfo, ...]
 
     @property
@@ -227,60 +208,6 @@ async def _open(
     return await in_thread(partial(open_backend, url, storage_options=storage_options, filesystem=filesystem))
 
 
-async def open_reader(backend: Backend, path: str) -> RangeReader:
-    """Looks an object up and reads its head and its tail, side by side.
-
-    A checkpoint of torch has its pickle at the head and its directory at the tail.
-
-    Raises:
-        CheckpointFormatError: the object is empty.
-    """
-    with current().stage("opening"):
-        source = RangeReader(backend, path, await loops.run_on(backend.loop, backend.stat, path))
-        size = source.stat.size
-        if not size:
-            raise CheckpointFormatError(f"{source.url} is empty: not a checkpoint.")
-        probe = size if size <= _WHOLE else min(max(size // _PROBE_SHARE, _PROBE[0]), _PROBE[1])
-        async with task_group() as group:
-            group.start_soon(source.read, 0, probe)
-            if probe < size:
-                group.start_soon(source.read, size - probe, size)
-    return source
-
-
-async def read_archive(source: RangeReader) -> Archive | None:
-    """Reads an archive's central directory; None if the object is no zip archive.
-
-    Raises:
-        CheckpointCorruptError: the object is damaged: truncated, or its directory contradicts itself.
-        CheckpointFormatError: it is a zip archive but no checkpoint.
-    """
-    size = source.stat.size
-    if sniff(await source.read(0, min(size, SNIFF_SIZE))) != ZIP_FORMAT:
-        return None
-    directory = find_directory(await source.read(max(size - _END_SIZE, 0), size), size, source.url)
-    if directory is None:
-        raise CheckpointCorruptError(f"{source.url} is truncated: it starts as a zip archive does, but has no end.")
-    buffer = await source.read(directory.start, directory.start + directory.size)
-    archive = await in_thread(collector_paused()(parse_directory), buffer, directory, source.url)
-    return await _settle(source, archive) if archive.unproven else archive
-
-
-async def _settle(source: RangeReader, archive: Archive) -> Archive:
-    """Reads the local headers that the offsets of some records depend on."""
-    offsets = archive.unproven_headers
-    headers: dict[int, bytes] = {}
-
-    def collect(start: int, buffer: Buffer) -> None:
-        view = memoryview(buffer)
-        for at in offsets[bisect_left(offsets, start) : bisect_left(offsets, start + len(view))]:
-            headers[at] = bytes(view[at - start : at - start + LOCAL_HEADER_SIZE])
-
-    extents = [(at, at + LOCAL_HEADER_SIZE) for at in offsets]
-    await source.stream(merge(extents, BLOCK_SIZE), collect)
-    return await in_thread(archive.settle, headers)
-
-
 @dataclass(frozen=True, slots=True)
 class _Request:
     keys: tuple[str, ...] | None
@@ -338,11 +265,14 @@ async def _format_error(source: RangeReader) -> CheckpointFormatError:
     )
 
 
+async def _read_record(source: RangeReader, archive: Archive, name: str) -> bytes:
+    record = archive.get(name)
+    return b"" if record is None else await source.read(record.offset, record.end)
+
+
 async def _read_pickle(source: RangeReader, archive: Archive, *, verify: bool) -> bytes:
-    record = archive.get("data.pkl")
-    assert record is not None  # noqa: S101 - an archive without is not parsed
-    pickled = await source.read(record.offset, record.end)
-    if verify:
+    pickled = await _read_record(source, archive, "data.pkl")
+    if verify and (record := archive.get("data.pkl")):
         await in_thread(Checksums([record], archive.url).add, record.offset, pickled)
     return pickled
 
@@ -351,30 +281,34 @@ async def _fetch(
     source: RangeReader,
     extents: Sequence[tuple[int, int]],
     sink: Callable[[int, Buffer], object],
-    mirror: Mirror | None = None,
+    load_buffer: LoadBuffer | None = None,
 ) -> None:
-    """Hands the bytes of the extents to ``sink``, and all that is there already; by then they are in ``mirror``."""
+    """Hands the bytes of the extents, and all that is there already, to ``load_buffer`` and then to ``sink``."""
     transfer = current()
-    plan = source.plan if mirror is None else source.plan_into_memory
+    plan = source.plan if load_buffer is None else source.plan_into_memory
     ranges = await in_thread(plan, extents)
     kept = source.kept
     with transfer.stage("reading"):
-        transfer.set_size(sum(len(buffer) for _, buffer in kept) + sum(stop - start for start, stop in ranges))
+        there = sum(len(buffer) for _, buffer in kept)
+        total = there + sum(stop - start for start, stop in ranges)
+        transfer.set_size(total)
+        transfer.moved_at_least(there)
         async with transfer.telling():
             for start, buffer in kept:
-                if mirror is not None:
-                    mirror.write(start, buffer)
+                if load_buffer is not None:
+                    load_buffer.write(start, buffer)
                 await in_thread(sink, start, buffer)
-            if mirror is not None:
-                await in_thread(mirror.expect, ranges)
-            await source.stream(ranges, sink, memory=None if mirror is None else mirror.view)
+            if load_buffer is not None:
+                await in_thread(load_buffer.expect, ranges)
+            await source.stream(ranges, sink, memory=None if load_buffer is None else load_buffer.view)
+            transfer.moved_at_least(total)
 
 
 async def _load(backend: Backend, path: str, request: _Request) -> Any:
     source = await open_reader(backend, path)
     archive = await read_archive(source)
     selection = await (_select_legacy(source, request) if archive is None else _select(source, archive, request))
-    loaded = await _load_mirrored(source, archive, selection, request)
+    loaded = await _load_into_buffer(source, archive, selection, request)
     if request.keys is None:
         return loaded
     check_keys(loaded, request.keys, source.url)
@@ -382,30 +316,31 @@ async def _load(backend: Backend, path: str, request: _Request) -> Any:
 
 
 async def _select(source: RangeReader, archive: Archive, request: _Request) -> Selection:
-    everything = Selection([(0, archive.start)], archive.records, request.map_location)
     if archive.is_torchscript:
         if request.weights_only or request.keys is not None:
             raise CheckpointFormatError(
                 f"{source.url} is a TorchScript archive (torch.jit.save): it has no keys, and loads with "
                 "weights_only=False only. It can run any code, so only if you trust whoever wrote it."
             )
-        return everything
+        for name in ("data.pkl", "constants.pkl"):
+            await in_thread(scan_pickle, await _read_record(source, archive, name), source.url)
+        return everything(archive, request.map_location)
     pickled = await _read_pickle(source, archive, verify=request.verify)
-    return await in_thread(_select_records, pickled, archive, request, everything)
+    return await in_thread(_select_records, pickled, archive, request)
 
 
 @collector_paused()
-def _select_records(pickled: bytes, archive: Archive, request: _Request, everything: Selection) -> Selection:
+def _select_records(pickled: bytes, archive: Archive, request: _Request) -> Selection:
     try:
         graph = read_graph(pickled, archive.url)
-    except CheckpointCorruptError:
-        if not request.verify:
+    except UnusualPickleError:
+        if request.weights_only or not request.verify:
             raise
-        return everything  # it is what was saved: unusual, but for torch to judge
+        return everything(
+            archive, request.map_location
+        )  # it is what was saved, by somebody whom the caller trusts: torch may understand it
     check_graph(graph, archive, weights_only=request.weights_only)
-    if request.keys is None:
-        return everything
-    return select_keys(graph, archive, request.keys, request.map_location) or everything
+    return select(graph, archive, request.keys, request.map_location)
 
 
 async def _select_legacy(source: RangeReader, request: _Request) -> Selection:
@@ -415,58 +350,32 @@ async def _select_legacy(source: RangeReader, request: _Request) -> Selection:
     return Selection([(0, source.stat.size)], (), request.map_location)
 
 
-async def _load_mirrored(source: RangeReader, archive: Archive | None, selection: Selection, request: _Request) -> Any:
+async def _load_into_buffer(
+    source: RangeReader, archive: Archive | None, selection: Selection, request: _Request
+) -> Any:
     checksums = await in_thread(Checksums, selection.records if request.verify else (), source.url)
     try:
-        mirror = Mirror(source.stat.size, sparse=request.keys is not None)
+        load_buffer = LoadBuffer(source.stat.size, sparse=request.keys is not None)
     except OSError as error:
         raise NotEnoughMemoryError(
             f"{source.url}: this machine has no memory for its {source.stat.size} bytes. keys= loads a part of them."
         ) from error
 
     def load() -> Any:
+        if archive is None:
+            load_buffer.check_legacy(source.url, weights_only=request.weights_only)
         if archive is None or archive.is_torchscript:
-            try:
-                return mirror.load_copy(map_location=selection.map_location, weights_only=request.weights_only)
-            except _OF_DAMAGE as error:
-                raise CheckpointCorruptError(f"{source.url} is damaged: {type(error).__name__}: {error}") from error
-        mirror.write_headers(archive)
-        return mirror.load(map_location=selection.map_location, weights_only=request.weights_only)
+            return load_buffer.load_copy(map_location=selection.map_location, weights_only=request.weights_only)
+        load_buffer.write_headers(archive)
+        return load_buffer.load(map_location=selection.map_location, weights_only=request.weights_only)
 
-    await _fetch(source, selection.extents, checksums.add, mirror)
+    await _fetch(source, selection.extents, checksums.add, load_buffer)
     checksums.finish()
     with current().stage("unpickling"):
-        return await in_thread(_torch_load, load, source.url, request)
+        return await in_thread(_torch_load, load, source.url, request, archive is not None and request.verify)
 
 
 @collector_paused()
-def _torch_load(load: Callable[[], Any], url: str, request: _Request) -> Any:
-    """Calls ``load``, and says of its errors which checkpoint they are about.
-
-    Those that mean that the checkpoint is unsafe or damaged become ours; all others are between torch, the
-    checkpoint's own classes and the caller's ``map_location``.
-    """
-    try:
+def _torch_load(load: Callable[[], Any], url: str, request: _Request, checked: bool) -> Any:
+    with torch_errors(url, map_location=request.map_location, weights_only=request.weights_only, checked=checked):
         return load()
-    except pickle.UnpicklingError as error:
-        if not request.weights_only:
-            raise CheckpointCorruptError(f"{url} cannot be unpickled: {error}") from error
-        if unsafe := re.findall(r"GLOBAL (\S+) was not an allowed global", str(error)):
-            raise UnsafeCheckpointError(unsafe_message(url, unsafe)) from error
-        detail = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
-        raise UnsafeCheckpointError(
-            f"{url} cannot be loaded with weights_only=True: {detail}. If you trust whoever wrote it, "
-            "weights_only=False may load it; that runs any code that the checkpoint contains."
-        ) from error
-    except EOFError as error:
-        raise CheckpointCorruptError(f"{url} is truncated: {error}") from error
-    except RuntimeError as error:
-        if re.search("PytorchStreamReader|unexpected EOF", str(error)):
-            raise CheckpointCorruptError(f"{url} is damaged: {error}") from error
-        error.add_note(f"This happened while loading {url}.")
-        raise
-    except TorchferryError:
-        raise
-    except Exception as error:
-        error.add_note(f"This happened while loading {url}.")
-        raise

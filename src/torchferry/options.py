@@ -19,9 +19,10 @@ class SaveOptions:
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)  # flytekit prints types in its errors
     part_size: int | None = None
     metadata: Mapping[str, str] | None = None
+    give_up_after: float | None = None
 
     def __hash__(self) -> int:
-        return hash((_freeze(self.storage_options), self.part_size, _freeze(self.metadata)))
+        return hash((_freeze(self.storage_options), self.part_size, _freeze(self.metadata), self.give_up_after))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,7 @@ class LoadOptions:
     weights_only: bool = True
     verify: bool = True
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)  # as above
+    give_up_after: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.keys, str):
@@ -50,6 +52,7 @@ class LoadOptions:
                 self.weights_only,
                 self.verify,
                 _freeze(self.storage_options),
+                self.give_up_after,
             )
         )
 

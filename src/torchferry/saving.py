@@ -40,8 +40,8 @@ async def save_async(
 
     Nothing goes through a local file, and CPU tensors are sent from their own memory: do not change them
     until this returns. The object appears at ``url`` when it is complete, or not at all; what was there
-    before stays until then. What must be copied (storages below 1 MiB, and those on a device) takes at most 64 MiB in
-    all saves of CPU tensors of the process together, and at most 192 MiB in all saves from a device, plus one storage
+    before stays until then. What must be copied (storages below 1 MiB, and those on a device) takes at most 48 MiB in
+    all saves of CPU tensors of the process together, and at most 208 MiB in all saves from a device, plus one storage
     at a time.
 
     Args:
@@ -86,4 +86,5 @@ async def _save(
         transfer.set_size(stream.size_hint)
         stat = await backend.write(path, stream, plan=stream.plan, metadata=metadata)
         transfer.set_size(stat.size)
+        transfer.moved_at_least(stat.size)
     return stat

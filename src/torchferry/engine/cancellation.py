@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 from anyio import to_thread
@@ -167,11 +168,30 @@ def refuse_threads() -> None:
     _refusing = True
 
 
+class _ThreadForEach(ThreadPoolExecutor):
+    """Runs each call in a thread of its own: for when the interpreter, about to end, has shut all pools down."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:  # noqa: BLE001 - it goes on from the future
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="torchferry", daemon=True).start()
+        return future
+
+
 def _submit(func: Callable[..., T], *args: object) -> asyncio.Future[T]:
+    loop = asyncio.get_running_loop()
     call = partial(copy_context().run, stops_as_errors, func, *args)
     try:
-        return asyncio.get_running_loop().run_in_executor(_pool.executor, call)
+        return loop.run_in_executor(_pool.executor, call)
     except RuntimeError:  # the interpreter has shut the pool down: it ends, when the threads of the user have ended
         if _refusing:
             raise
-        return asyncio.ensure_future(to_thread.run_sync(call, limiter=anyio.CapacityLimiter(1)))
+        last = _ThreadForEach(1)
+        loop.set_default_executor(last)  # aiohttp looks names up in it
+        return loop.run_in_executor(last, call)

@@ -135,6 +135,11 @@ class Transfer:
         """Notes that bytes moved that no earlier attempt had moved: a part that fails each time is no progress."""
         self.last_progress = monotonic()
 
+    def moved_at_least(self, nbytes: int) -> None:
+        """Counts what a backend that counts nothing has moved: there are so many bytes now."""
+        with self._lock:
+            self._moved = max(self._moved, nbytes)
+
     def count(self, name: str, number: int = 1) -> None:
         """Adds to one of the report's numbers: "parts", "requests" or "retries"."""
         with self._lock:

@@ -24,7 +24,7 @@ from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import current
 from torchferry.engine.types import MIB, Buffer, Chunk, ObjectStat
 
-__all__ = ["Body", "Limits", "Upload", "UploadPlan", "upload"]
+__all__ = ["Body", "Limits", "Upload", "UploadPlan", "abort", "upload"]
 
 PartT = TypeVar("PartT")
 
@@ -224,16 +224,17 @@ async def upload(target: Upload[PartT], chunks: AsyncIterable[Chunk], plan: Uplo
                     index += 1
                     await slots.acquire()
                     tasks.start_soon(put, index, await cutter.take(plan.part_at(index)))
+        transfer.tell()  # what the callback raises still keeps the object from being published
         in_order = [parts[index] for index in range(len(parts))]
         with transfer.stage("publishing"):
             return await run_shielded(target.finish, in_order, patience=_PUBLISH_PATIENCE)
     except BaseException as error:
-        await _abort(target, error)
+        await abort(target, error)
         raise
 
 
-async def _abort(target: Upload[PartT], reason: BaseException) -> None:
-    """Aborts the upload; a note and the log say where that fails. After a cancel, a slow abort goes on by itself."""
+async def abort(target: Upload[PartT], reason: BaseException) -> None:
+    """Aborts an upload; where that fails, a note and the log say so. After a cancel, a slow abort goes on by itself."""
     aborting = asyncio.ensure_future(_abort_and_say(target, reason))
     keep_running(aborting)
     patience = _ABORT_SECONDS if isinstance(reason, Exception) else _ABORT_PATIENCE
@@ -246,7 +247,9 @@ async def _abort_and_say(target: Upload[PartT], reason: BaseException) -> None:
             await target.abort()
     except Exception as error:  # noqa: BLE001 - the reason for the abort matters more than any failure of it
         detail = str(error) or f"no answer for {_ABORT_SECONDS:.0f} s"
-        message = f"What was staged{target.staged} could not be removed: {type(error).__name__}: {detail}"
+        notes = getattr(error, "__notes__", [])
+        failed = f"What was staged{target.staged} could not be removed: {type(error).__name__}: {detail}"
+        message = " ".join([failed, *notes])
         reason.add_note(message)
         logger.warning("%s", message)
 

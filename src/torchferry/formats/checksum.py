@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from array import array
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,12 @@ from torchferry.formats.archive import (
     LOCAL_HEADER,
     LOCAL_HEADER_SIZE,
     LOCAL_SIGNATURE,
+    Records,
 )
+from torchferry.formats.printable import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
 
     from torchferry.engine.types import Buffer
     from torchferry.formats.archive import Record
@@ -150,20 +153,30 @@ def _unknown_layout(what: str) -> RuntimeError:
     return RuntimeError(f"This torch.save writes {what} otherwise than any that torchferry knows: please report it.")
 
 
+def _checked(records: Sequence[Record]) -> tuple[array[int], array[int]]:
+    order = sorted(range(len(records)), key=lambda index: records[index].offset)
+    checked = array("q", (index for index in order if records[index].crc32 is not None and records[index].size))
+    return checked, array("q", (records[index].end for index in checked))
+
+
 class Checksums:
     """The CRC32s of some records of one object, checked as their bytes arrive.
 
-    Every byte is to be added once, in pieces of any size and any order, from any thread. Records that carry no CRC32
-    are left out.
+    Add every byte once, in pieces of any size and any order, from any thread. Records without a CRC32 are left out.
+
+    Args:
+        records: May be a million: their numbers are kept in columns, 20 bytes a record.
+        url: For messages.
     """
 
-    def __init__(self, records: Iterable[Record], url: str) -> None:
+    def __init__(self, records: Sequence[Record], url: str) -> None:
         self._url = url
-        self._records = sorted((r for r in records if r.crc32 is not None and r.size), key=lambda record: record.offset)
-        self._ends = [record.end for record in self._records]
+        self._records = records
+        # Indices of those with a CRC32, in the order of the file, and where they end.
+        self._checked, self._ends = records.checked() if isinstance(records, Records) else _checked(records)
         self._pieces: dict[int, list[tuple[int, int, int]]] = {}  # by record: (offset, length, CRC32) of its pieces
         self._added: dict[int, int] = {}  # by record: bytes of its pieces
-        self._unchecked = len(self._records)
+        self._unchecked = len(self._checked)
         self._lock = threading.Lock()
 
     def add(self, start: int, buffer: Buffer) -> int:
@@ -181,8 +194,8 @@ class Checksums:
         stop = start + len(view)
         whole = total = 0
         done = start
-        for number in range(bisect_right(self._ends, start), len(self._records)):
-            record = self._records[number]
+        for number in range(bisect_right(self._ends, start), len(self._checked)):
+            record = self._records[self._checked[number]]
             if record.offset >= stop:
                 break
             first, last = max(record.offset, start), min(record.end, stop)
@@ -209,7 +222,7 @@ class Checksums:
             raise CheckpointCorruptError(f"{self._url}: {self._unchecked} records could not be checked.")
 
     def _add_piece(self, number: int, offset: int, length: int, crc32: int) -> None:
-        record = self._records[number]
+        record = self._records[self._checked[number]]
         with self._lock:
             pieces = self._pieces.setdefault(number, [])
             pieces.append((offset, length, crc32))
@@ -226,7 +239,7 @@ class Checksums:
     def _check(self, record: Record, crc32: int) -> None:
         if crc32 != record.crc32:
             raise CheckpointCorruptError(
-                f"{self._url} is damaged: record {record.name} ({record.size} bytes at {record.offset}) has the CRC32 "
-                f"{crc32:08x}, not {record.crc32:08x} as when it was saved. Another copy may be whole; "
+                f"{self._url} is damaged: record {printable(record.name)} ({record.size} bytes at {record.offset}) has "
+                f"the CRC32 {crc32:08x}, not {record.crc32:08x} as when it was saved. Another copy may be whole; "
                 "verify=False loads this one as it is."
             )

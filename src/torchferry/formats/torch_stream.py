@@ -113,6 +113,7 @@ class TorchStream(AsyncIterator["Chunk"]):
                 claim.close()
 
     async def __anext__(self) -> Chunk:
+        self._transfer.tell()
         try:
             return await self._receive.receive()
         except anyio.EndOfStream:
@@ -149,7 +150,10 @@ class TorchStream(AsyncIterator["Chunk"]):
         recorder = _recording_pickle(on_opened, self._storages.add, on_pickled)
         if filler is not None:
             torch.serialization.set_crc32_options(compute_crc32=False)  # in this context, which is the thread's own
-        torch.save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush is what it uses
+        try:
+            torch.save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
+        finally:
+            writer.close()
 
     def _begin(self, pickle_size: int) -> Claim:
         """Called when the object is pickled and nothing is written: claims memory, and lets the consumer begin."""
@@ -230,10 +234,16 @@ class _Writer:
     def flush(self) -> None:
         """Called by torch at the end, when everything is written."""
         self._emit_copies()
+
+    def close(self) -> None:
+        """Lets go of the block, and takes no other: torch may keep this object, and end its archive later."""
+        self._claim = None
         self._block = memoryview(b"")
+        self._emitted = self._filled = 0
 
     def _copy(self, data: memoryview) -> None:
-        assert self._claim is not None  # noqa: S101 - torch writes nothing before the object is pickled
+        if self._claim is None:  # torch.save failed: torch ends an archive that nobody will see
+            return
         while len(data):
             if self._filled == len(self._block):
                 self._emit_copies()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
 
-from torchferry.engine.cancellation import run_shielded
+from torchferry.engine.cancellation import run_shielded, wait_shielded
 from torchferry.engine.types import Buffer
 
 if TYPE_CHECKING:
@@ -18,7 +20,10 @@ T = TypeVar("T")
 SEND_PIECE = 512 << 10
 """Bytes handed to a connection at once; about as many wait in its buffer."""
 
-_PATIENCE = 10.0
+_PATIENCE = 10.0  # seconds that a cancel waits for the answer to a request that was sent whole
+_SILENCE = (
+    60.0  # seconds in which a client has taken no byte and returned no answer, after which its request has failed
+)
 
 
 class RequestBody:
@@ -26,12 +31,16 @@ class RequestBody:
 
     To aiohttp it is an asynchronous iterable, which it sends; to the clouds' libraries a seekable file, which they ask
     for its length and position. Sent again, it starts from its beginning.
+
+    Attributes:
+        last_taken: When the client last took bytes, on the clock ``time.monotonic``.
     """
 
     def __init__(self, buffers: Sequence[Buffer]) -> None:
         self._views = [memoryview(buffer) for buffer in buffers if len(buffer)]
         self._size = sum(map(len, self._views))
         self._position = 0
+        self.last_taken = monotonic()
         self._taken = False  # the last piece, by the connection: from then on, the store may act on the request
         self._interrupted = False
 
@@ -53,6 +62,7 @@ class RequestBody:
         stop = self._size if size is None or size < 0 else min(self._size, self._position + size)
         pieces = []
         start = 0
+        self.last_taken = monotonic()
         for view in self._views:
             if start < stop and start + len(view) > self._position:
                 pieces.append(view[max(0, self._position - start) : stop - start])
@@ -75,6 +85,7 @@ class RequestBody:
                 piece = view[start : start + SEND_PIECE]
                 left -= len(piece)
                 self._taken = not left
+                self.last_taken = monotonic()
                 yield piece
 
 
@@ -83,5 +94,22 @@ async def whole_or_not_at_all(body: RequestBody, request: Callable[[], Awaitable
 
     Cutting it short after the last byte would not stop the store: what it was asked for could appear after the caller
     has cleaned up. Such a request is waited for, up to 10 seconds.
+
+    Raises:
+        TimeoutError: the client took no bytes, and returned no answer, for 60 seconds.
     """
-    return await run_shielded(request, patience=lambda: 0 if body.interrupt() else _PATIENCE)
+    return await run_shielded(_watched, body, request, patience=lambda: 0 if body.interrupt() else _PATIENCE)
+
+
+async def _watched(body: RequestBody, request: Callable[[], Awaitable[T]]) -> T:
+    body.last_taken = monotonic()
+    task = asyncio.ensure_future(request())
+    try:
+        while not task.done():
+            left = body.last_taken + _SILENCE - monotonic()
+            if left <= 0:
+                raise TimeoutError(f"no answer for {_SILENCE:.0f} s")
+            await asyncio.wait([task], timeout=left)
+        return task.result()
+    finally:
+        await wait_shielded(task, 0.0)

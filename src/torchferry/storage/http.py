@@ -29,7 +29,7 @@ from torchferry.storage.translate import translated
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["Engine", "HttpBackend", "error_code"]
+__all__ = ["Engine", "HttpBackend", "changed_while_saving", "error_code"]
 
 T = TypeVar("T")
 
@@ -259,10 +259,7 @@ class HttpBackend(Backend):
             return answer
         if self.is_damaged(answer):
             if not await in_thread(unchanged or (lambda: _has_its_crc32(body))):
-                raise ChangedWhileSavingError(
-                    f"{self.url(path)}: a tensor was changed while it was being saved. Nothing was stored. Wait for "
-                    "the save before the next optimizer step, or save a copy."
-                )
+                raise changed_while_saving(self.url(path))
             raise AnswerError(f"the bytes arrived damaged ({error_code(answer) or answer})", Transient())
         if checked and answer.status in self.checksum_refused:
             current().count("requests")
@@ -308,6 +305,14 @@ def _note_client(engine: Engine, nbytes: int, reason: str, *, odd: bool) -> None
 
 def _has_its_crc32(body: Body) -> bool:
     return Body([Chunk(chunk.data) for chunk in body.chunks]).crc32 == body.crc32
+
+
+def changed_while_saving(url: str) -> ChangedWhileSavingError:
+    """The error for a body whose memory is not what it was when its checksum was computed."""
+    return ChangedWhileSavingError(
+        f"{url}: a tensor was changed while it was being saved. Nothing was stored. Wait for the save before the next "
+        "optimizer step, or save a copy."
+    )
 
 
 def error_code(answer: Answer) -> str:

@@ -1,4 +1,4 @@
-"""What the clouds' backends share in turning their clients' errors into torchferry's."""
+"""How backends turn errors of clients and filesystems into torchferry's."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING
 
 from torchferry.errors import (
     CheckpointChangedError,
+    CheckpointNotFoundError,
     StorageError,
     StoragePermissionError,
     StorageUnavailableError,
     TorchferryError,
+    masked,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["REFUSED", "by_status", "require_key", "translated", "upload_gone"]
+__all__ = ["REFUSED", "by_status", "describe", "generic_error", "require_key", "translated", "upload_gone"]
 
 REFUSED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
+_MISSING = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
 _BUSY = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
 
 
@@ -37,8 +40,8 @@ def translated(translate: Callable[[str, Exception], StorageError], url: str, ve
         yield
     except TorchferryError:
         raise
-    except Exception as error:
-        raise translate(f"Cannot {verb} {url}", error) from error
+    except Exception as error:  # noqa: BLE001 - a client may raise anything
+        raise translate(f"Cannot {verb} {url}", error) from masked(error)
 
 
 def by_status(what: str, reason: str, status: int, code: str = "", *, unanswered: bool = False) -> StorageError:
@@ -56,7 +59,7 @@ def by_status(what: str, reason: str, status: int, code: str = "", *, unanswered
     if status == HTTPStatus.PRECONDITION_FAILED:
         return CheckpointChangedError(f"{what}: it was replaced meanwhile.")
     if unanswered or status in _BUSY or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return StorageUnavailableError(f"{what}: the store is not available, after all repetitions. {reason}")
+        return StorageUnavailableError(f"{what}: the store is not available, after all retries. {reason}")
     return StorageError(f"{what}: {reason} {f'({code})' if code else ''}".rstrip())
 
 
@@ -66,3 +69,29 @@ def upload_gone(what: str, reason: str) -> StorageError:
         f"{what}: the upload is gone, because it was aborted, or completed and the answer lost. The object may or may "
         f"not be complete; saving again is safe. {reason}"
     )
+
+
+def generic_error(what: str, error: Exception) -> StorageError:
+    """The error for one that a filesystem raised, whichever filesystem that is."""
+    if isinstance(error, FileNotFoundError):
+        cause = error.__cause__  # fsspec's http says so of a server that refused, failed or was not there, too
+        status = getattr(cause, "status", 0)
+        if not isinstance(cause, Exception) or not type(cause).__module__.startswith("aiohttp.") or status in _MISSING:
+            return CheckpointNotFoundError(errno.ENOENT, f"{what}: there is no such file.")
+        return by_status(what, describe(cause), status, unanswered=not status)
+    if isinstance(error, NotImplementedError):
+        return StoragePermissionError(
+            errno.EROFS, f"{what}: this filesystem is read-only, or cannot move files into place."
+        )
+    message = f"{what}: {describe(error)}"
+    if not isinstance(error, OSError):
+        return StorageError(message)
+    if isinstance(error, ConnectionError | TimeoutError):
+        return StorageUnavailableError(message)
+    refused = isinstance(error, PermissionError) or error.errno == errno.EROFS
+    return (StoragePermissionError if refused else StorageError)(error.errno or errno.EIO, message)
+
+
+def describe(error: Exception) -> str:
+    """The error's type and text."""
+    return f"{type(error).__name__}: {error}"

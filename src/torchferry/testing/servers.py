@@ -17,6 +17,7 @@ import tempfile
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,10 @@ REGION = "us-east-1"
 _SUPERVISOR = (
     'exec 3<&0; "$@" </dev/null 3<&- & server=$!; { cat <&3 >/dev/null; kill -KILL "$server"; } & wait "$server"'
 )
+
+
+# Linux gives out 32768 to 60999, macOS 49152 to 65535. Processes whose ids follow one another are 40 ports apart.
+_PORTS = islice(cycle(range(10_000, 32_000)), os.getpid() % 550 * 40, None)
 
 
 class ServerStartError(RuntimeError):
@@ -204,12 +209,21 @@ def find_executable(name: str, how_to_install: str) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on; all are held open until the last is found, so they differ."""
+    """Ports that nobody listens on; all are held open until the last is found, so they differ.
+
+    So that nobody else gets them before a server listens on them, they are below those that the kernel gives to sockets
+    that ask for any, and each process begins its search elsewhere.
+    """
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in sockets:
-            sock.bind((HOST, 0))
-        return [sock.getsockname()[1] for sock in sockets]
+        found: list[int] = []
+        for port in _PORTS:
+            sock = stack.enter_context(socket.socket())
+            with suppress(OSError):
+                sock.bind((HOST, port))
+                found.append(port)
+            if len(found) == count:
+                return found
+    raise ServerStartError(f"There are no {count} free ports on {HOST}.")
 
 
 def _listens(port: int) -> bool:

@@ -1,4 +1,4 @@
-"""Tensors go to the accelerator of this process's rank. There is none here: the decision is tested, and the way."""
+"""Tensors go to the accelerator of this process's rank. There is none here: the decision is tested."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
-from flytekit import FlyteContext
 
-from torchferry.flyte import PyTorchCheckpoint, PyTorchCheckpointTransformer, transfer
-from torchferry.flyte.devices import default_map_location
+from torchferry.checkpoint.devices import default_map_location
 
 
 @pytest.fixture
@@ -58,12 +55,3 @@ def test_it_is_the_device_of_the_rank(
 def test_every_kind_of_accelerator_counts(accelerator: Any, kind: str) -> None:
     accelerator(kind, 1)
     assert default_map_location() == torch.device(kind, 0)
-
-
-def test_a_task_receives_its_tensors_there(s3_context: FlyteContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    transformer = PyTorchCheckpointTransformer()
-    literal_type = transformer.get_literal_type(PyTorchCheckpoint)
-    literal = transformer.to_literal(s3_context, make_checkpoint(), PyTorchCheckpoint, literal_type)
-    monkeypatch.setattr(transfer, "default_map_location", lambda: torch.device("meta"))
-    loaded = transformer.to_python_value(s3_context, literal, PyTorchCheckpoint)
-    assert {tensor.device.type for tensor in loaded["module_state_dict"].values()} == {"meta"}

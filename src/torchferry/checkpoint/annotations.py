@@ -6,8 +6,7 @@ from dataclasses import fields
 from functools import reduce
 from typing import Any, TypeVar
 
-from flytekit.core.type_engine import TypeTransformerFailedError
-
+from torchferry.checkpoint.adapters import refusal
 from torchferry.options import LoadOptions, SaveOptions
 
 __all__ = ["options_of"]
@@ -22,7 +21,7 @@ def options_of(t: Any, kind: type[OptionsT]) -> OptionsT:
     ``Annotated[Annotated[PyTorchCheckpoint, LoadOptions(keys=...)], LoadOptions(verify=False)]``.
 
     Raises:
-        TypeTransformerFailedError: two of them set the same field to different values.
+        CheckpointValueError: two of them set the same field to different values.
     """
     found = [annotation for annotation in getattr(t, "__metadata__", ()) if isinstance(annotation, kind)]
     return reduce(_join, found, kind())
@@ -35,8 +34,6 @@ def _join(first: OptionsT, second: OptionsT) -> OptionsT:
         one, other = getattr(first, field.name), getattr(second, field.name)
         if field.default not in (one, other) and one != other:
             values = f" is {one!r} and {other!r}" if field.repr else ""
-            raise TypeTransformerFailedError(
-                f"Two {kind.__name__} on one annotation contradict each other: {field.name}{values}."
-            )
+            raise refusal(f"Two {kind.__name__} on one annotation contradict each other: {field.name}{values}.")
         joined[field.name] = other if one == field.default else one
     return kind(**joined)

@@ -6,21 +6,26 @@ styles apply to this block only, and the size is bounded whatever the checkpoint
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torchferry.checkpoint.summary import summary_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from torchferry.flyte.summary import Summary, TensorRow
+    from torchferry.checkpoint.summary import Summary, TensorRow
 
-__all__ = ["failure", "render"]
+__all__ = ["deck_of", "failure", "render"]
 
 MAX_TENSORS = 250
 MAX_ROWS = 60
 _MAX_BARS = 12
 _MAX_TEXT = 120
+
+_logger = logging.getLogger("torchferry")
 
 _MODULE, _OPTIMIZER, _OTHER = "#3b6fd4", "#e08a2b", "#7a869a"
 
@@ -42,6 +47,15 @@ _STYLE = """<style>
 .torchferry-deck .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .torchferry-deck .note{color:#59636e;margin:6px 0 0}
 </style>"""
+
+
+def deck_of(checkpoint: Any) -> str:
+    """A checkpoint's block of HTML. Never raises: it is made when the task has done its work, and must not fail it."""
+    try:
+        return render(summary_of(checkpoint))
+    except (Exception, SystemExit) as error:  # the value is the user's, and may raise anything
+        _logger.warning("A checkpoint has no summary in the Deck.", exc_info=True)
+        return failure(error)
 
 
 def render(summary: Summary) -> str:

@@ -1,4 +1,4 @@
-"""What a task receives: a dict as flytekit hands out, that can do more."""
+"""What a task receives: the dict that was saved, that can do more."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from typing import Annotated, Any, NamedTuple, Optional
 
 import pytest
 import torch
-from checkpoints import Progress, make_checkpoint
-from flytekit.core.type_engine import TypeTransformerFailedError
+from samples import Progress, make_checkpoint
 
-from torchferry.errors import CheckpointKeyError
-from torchferry.flyte import LoadedCheckpoint, PyTorchCheckpoint
-from torchferry.flyte.content import content_of
-from torchferry.flyte.values import FlytekitCheckpoint
+from torchferry.checkpoint import LoadedCheckpoint, PyTorchCheckpoint
+from torchferry.checkpoint.content import content_of
+from torchferry.errors import CheckpointKeyError, CheckpointValueError
 
 
 @pytest.fixture
@@ -43,7 +41,6 @@ def test_it_is_the_dict_that_was_saved(loaded: LoadedCheckpoint, checkpoint: PyT
 
 def test_it_is_a_checkpoint(loaded: LoadedCheckpoint) -> None:
     assert isinstance(loaded, PyTorchCheckpoint)
-    assert isinstance(loaded, FlytekitCheckpoint)
     assert loaded.module is None
     assert loaded.hyperparameters == {"epochs": 3, "loss": 0.25}
 
@@ -88,11 +85,18 @@ def test_keys_that_do_not_match_are_torchs_error(loaded: LoadedCheckpoint) -> No
 
 
 def test_without_strict_they_are_reported_as_torch_does(loaded: LoadedCheckpoint) -> None:
-    linear = torch.nn.Linear(2, 2)
-    expected = linear.load_state_dict(loaded.module_state_dict, strict=False)
-    restored = loaded.restore(module=linear, strict=False)
+    module = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 4))
+    expected = module.load_state_dict(loaded.module_state_dict, strict=False)
+    restored = loaded.restore(module=module, strict=False)
     assert (restored.missing_keys, restored.unexpected_keys) == (expected.missing_keys, expected.unexpected_keys)
-    assert restored.missing_keys == ["weight", "bias"]
+    assert (restored.missing_keys, restored.unexpected_keys) == (["1.weight", "1.bias"], ["2.weight", "2.bias"])
+
+
+def test_restoring_nothing_is_an_error_without_strict_too(loaded: LoadedCheckpoint) -> None:
+    with pytest.raises(CheckpointKeyError, match=r"Nothing was restored: .*'0.weight'.* Linear \('weight', 'bias'\)"):
+        loaded.restore(module=torch.nn.Linear(2, 2), strict=False)
+    assert loaded.restore(module=torch.nn.ReLU(), strict=False).unexpected_keys == list(loaded.module_state_dict)
+    LoadedCheckpoint({"module_state_dict": {}}).restore(module=torch.nn.Linear(2, 2), strict=False)
 
 
 def test_nothing_is_half_restored_when_a_part_is_missing(loaded: LoadedCheckpoint) -> None:
@@ -116,7 +120,7 @@ def test_hyperparameters_can_be_replaced(loaded: LoadedCheckpoint) -> None:
 @pytest.mark.parametrize("reserved", ["module_state_dict", "optimizer_state_dict"])
 def test_hyperparameters_never_replace_a_state(loaded: LoadedCheckpoint, reserved: str) -> None:
     before = dict(loaded)
-    with pytest.raises(TypeTransformerFailedError, match=reserved):
+    with pytest.raises(CheckpointValueError, match=reserved):
         loaded.hyperparameters = {"epochs": 9, reserved: {}}
     assert list(loaded) == list(before)
     assert all(loaded[key] is before[key] for key in before)
@@ -233,5 +237,5 @@ def test_reprs_are_short_and_name_what_is_there(loaded: LoadedCheckpoint) -> Non
     assert repr(loaded) == f"LoadedCheckpoint('s3://bucket/key.pt', {parts})"
     checkpoint = PyTorchCheckpoint(module=Loud(1, 1), hyperparameters=Progress())
     assert repr(checkpoint) == "PyTorchCheckpoint(module=Loud, hyperparameters=Progress(epochs, loss), optimizer=None)"
-    with pytest.raises(TypeTransformerFailedError, match="given"):
+    with pytest.raises(CheckpointValueError, match="given"):
         PyTorchCheckpoint(hyperparameters=7)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,9 +10,14 @@ from typing import Any
 
 import torch
 
-from torchferry.flyte.values import MODULE_KEY, OPTIMIZER_KEY
+from torchferry.checkpoint.content import content_of
+from torchferry.checkpoint.values import MODULE_KEY, OPTIMIZER_KEY
 
-__all__ = ["Summary", "TensorRow", "summarize"]
+__all__ = ["Summary", "TensorRow", "remember_summary", "summarize", "summary_of"]
+
+_SUMMARY = "_torchferry_summary"
+
+_logger = logging.getLogger("torchferry")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,27 @@ def summarize(content: Mapping[str, Any], uri: str | None) -> Summary:
             summary.other.extend(_rows(str(key), value, storages))
             summary.hyperparameters.append((str(key), type(value).__name__, _SHORT.repr(value)))
     return summary
+
+
+def remember_summary(checkpoint: Any, content: Mapping[str, Any], uri: str) -> None:
+    """Keeps the summary of what was saved with the checkpoint itself; never raises.
+
+    The Deck is made after the upload, and asking a module for its state again may gather it from all ranks again.
+    """
+    try:
+        vars(checkpoint)[_SUMMARY] = summarize(content, uri)
+    except (Exception, SystemExit):  # what is saved is saved, whatever the Deck will say
+        _logger.debug("A checkpoint has no summary.", exc_info=True)
+
+
+def summary_of(checkpoint: Any) -> Summary:
+    """The summary that :func:`remember_summary` kept, or a new one, which asks the module for its state.
+
+    Raises:
+        Exception: whatever the user's values raise.
+    """
+    summary: Summary | None = vars(checkpoint).get(_SUMMARY)
+    return summary or summarize(content_of(checkpoint), getattr(checkpoint, "uri", None))
 
 
 def _groups(state: Any) -> Iterator[dict[str, str]]:
