@@ -110,7 +110,7 @@ class Front:
         storage_options: What s3fs takes to go through it.
     """
 
-    def __init__(  # noqa: C901 - a handler in a closure
+    def __init__(
         self,
         server: S3Server,
         *,
