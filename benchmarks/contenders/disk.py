@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import Load, Save, Task, loader, saver
-from benchmarks.contenders.ferry import OTHER_CHECKOUT, take_other_checkout
+from benchmarks.contenders.ferry import OTHER, OTHER_CHECKOUT
 
 
 @saver("torchferry to a file", remote=False)
@@ -46,19 +46,9 @@ def torch_load(task: Task) -> Load:
     return lambda key: torch.load(task.store.path(key))
 
 
-def _save_other(task: Task) -> Save:
-    take_other_checkout()
-    return ferry_save(task)
-
-
-def _load_other(task: Task) -> Load:
-    take_other_checkout()
-    return ferry_load(task)
-
-
 if OTHER_CHECKOUT:
-    saver("torchferry to a file, other checkout", remote=False)(_save_other)
-    loader("torchferry from a file, other checkout", remote=False)(_load_other)
+    saver(f"torchferry to a file{OTHER}", remote=False)(ferry_save)
+    loader(f"torchferry from a file{OTHER}", remote=False)(ferry_load)
 
 
 def _fsync(path: Path) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import Load, Save, Task, loader, saver
 
 MODULE = ("module_state_dict",)
 OTHER_CHECKOUT = os.environ.get("BENCH_OTHER_CHECKOUT")
+OTHER = ", other checkout"
+"""Ends the name of a contender whose process is started with ``OTHER_CHECKOUT`` on its path."""
 
 
 def _save(task: Task) -> Save:
@@ -34,26 +34,9 @@ def _load(task: Task, keys: tuple[str, ...] | None = None) -> Load:
     return load
 
 
-def take_other_checkout() -> None:
-    """Each measurement has a process of its own: there, nothing of torchferry is imported yet."""
-    assert OTHER_CHECKOUT is not None
-    assert "torchferry" not in sys.modules
-    sys.path[:0] = [str(Path(OTHER_CHECKOUT) / part) for part in ("src", "storage_backends")]
-
-
-def _save_other(task: Task) -> Save:
-    take_other_checkout()
-    return _save(task)
-
-
-def _load_other(task: Task) -> Load:
-    take_other_checkout()
-    return _load(task)
-
-
 saver("torchferry")(_save)
 loader("torchferry")(_load)
 loader("torchferry (module only)", keys=MODULE)(partial(_load, keys=MODULE))
 if OTHER_CHECKOUT:
-    saver("torchferry, other checkout")(_save_other)
-    loader("torchferry, other checkout")(_load_other)
+    saver(f"torchferry{OTHER}")(_save)
+    loader(f"torchferry{OTHER}")(_load)
