@@ -5,22 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-<<<<<<< HEAD
 from benchmarks.contenders import CONTENDERS
 from benchmarks.contenders.ferry import OTHER, OTHER_CHECKOUT
-=======
-from benchmarks.contenders import CONTENDERS, ferry
->>>>>>> local
 from benchmarks.contenders.floors import SOCKETS
 from benchmarks.works import GIB, MIB, SMALL_TENSOR
 
 VERBS = ("save", "load")
 FERRY = "torchferry"
-<<<<<<< HEAD
 OTHERS = (OTHER,) if OTHER_CHECKOUT else ()
-=======
-OTHER = (f"{FERRY}{ferry.OTHER}",) if ferry.OTHER_CHECKOUT else ()
->>>>>>> local
 FERRY_MODULE = "torchferry (module only)"
 FLYTEKIT = "flytekit"
 TO_FILE = {"save": "torch.save to a local file", "load": "torch.load of a local file"}
@@ -124,7 +116,7 @@ def _disk() -> Iterator[Case]:
 
 
 def _on_disk(verb: str) -> tuple[str, ...]:
-    other = (f"{FERRY_FILE[verb]}{ferry.OTHER}",) if ferry.OTHER_CHECKOUT else ()
+    other = (f"{FERRY_FILE[verb]}, other checkout",) if OTHER_CHECKOUT else ()
     return (FERRY_FILE[verb], *other, TORCH_FILE[verb])
 
 

@@ -12,11 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import Load, Save, Task, loader, saver
-<<<<<<< HEAD
 from benchmarks.contenders.ferry import OTHER_CHECKOUT
-=======
-from benchmarks.contenders.ferry import OTHER, OTHER_CHECKOUT
->>>>>>> local
 
 
 @saver("torchferry to a file", remote=False)
@@ -51,13 +47,8 @@ def torch_load(task: Task) -> Load:
 
 
 if OTHER_CHECKOUT:
-<<<<<<< HEAD
     saver("torchferry to a file, other checkout", remote=False)(ferry_save)
     loader("torchferry from a file, other checkout", remote=False)(ferry_load)
-=======
-    saver(f"torchferry to a file{OTHER}", remote=False)(ferry_save)
-    loader(f"torchferry from a file{OTHER}", remote=False)(ferry_load)
->>>>>>> local
 
 
 def _fsync(path: Path) -> None:
