@@ -122,7 +122,7 @@ class S3Backend(HttpBackend):
                 raise
 
         found = await self.call("look up", path, head)
-        return ObjectStat(self.url(path), found["ContentLength"], found.get("ETag") or None, found.get("Metadata", {}))
+        return ObjectStat(self.url(path), found["ContentLength"], errors.known_etag(found), found.get("Metadata", {}))
 
     async def sign_read(self, path: str, stat: ObjectStat) -> SignedRequest:
         request = await self.client.sign("get_object", **self.address(path))
@@ -138,7 +138,7 @@ class S3Backend(HttpBackend):
         body = response["Body"]
         try:
             # Some stores ignore If-Match, and some ranges.
-            if stat.etag not in {None, response.get("ETag")}:
+            if stat.etag not in {None, errors.known_etag(response)}:
                 raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.")
             whole = f"bytes 0-{stat.size - 1}"
             offered = response.get("ContentRange", whole).partition("/")[0]
@@ -183,7 +183,9 @@ class S3Backend(HttpBackend):
         async for page in self._pages("list_objects_v2", prefix, "ContinuationToken", Bucket=bucket, Prefix=key):
             for found in page.get("Contents", []):
                 path = f"{bucket}/{found['Key']}"
-                yield ListedObject(path, self.url(path), found["Size"], found.get("ETag"), found.get("LastModified"))
+                yield ListedObject(
+                    path, self.url(path), found["Size"], errors.known_etag(found), found.get("LastModified")
+                )
 
     async def leftovers(self, prefix: str) -> AsyncIterator[Leftover]:
         bucket, _, key = prefix.partition("/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 from botocore.exceptions import ClientError
 from s3fs import S3FileSystem
 
-from torchferry.engine.retry import transient_answer
 from torchferry.engine.transport import SignedRequest
+from torchferry_s3.errors import transient
 
 __all__ = ["S3Client"]
 
@@ -62,6 +63,7 @@ class S3Client:
         events.register_first("needs-retry.s3", _no_repetition, unique_id="torchferry-needs-retry")
         events.register_first("choose-signer.s3", _version_4, unique_id="torchferry-choose-signer")
         events.register("before-sign.s3", _keep_request, unique_id="torchferry-before-sign")
+        _follow_no_redirects(client)
         return client
 
 
@@ -74,8 +76,50 @@ def _no_repetition(
     if caught_exception is not None:
         raise caught_exception
     http, parsed = response
-    if http.status_code >= HTTPStatus.BAD_REQUEST and transient_answer(http.status_code) is not None:
-        raise ClientError(parsed, operation.name)
+    if http.status_code >= HTTPStatus.BAD_REQUEST and "Error" in parsed:
+        error = ClientError(parsed, operation.name)
+        if transient(error) is not None:
+            raise error
+
+
+def _follow_no_redirects(client: Any) -> None:
+    """Has the client's sessions of aiohttp follow no redirect of a request of ours.
+
+    They would send session tokens and customers' keys to whatever host a store names. Other regions of S3 are
+    botocore's to find: it signs anew for them.
+    """
+    http_session = client._endpoint.http_session
+    if isinstance(getattr(http_session, "_get_session", None), _GuardedSessions):
+        return
+    if hasattr(http_session, "_get_session"):
+        http_session._get_session = _GuardedSessions(http_session._get_session)
+    elif not isinstance(http_session._session, _GuardedSession):  # aiobotocore before 2.21
+        http_session._session = _GuardedSession(http_session._session)
+
+
+class _GuardedSessions:
+    """Makes what ``get_session()`` returns a :class:`_GuardedSession`."""
+
+    def __init__(self, get_session: Callable[..., Awaitable[Any]]) -> None:
+        self._get_session = get_session
+
+    async def __call__(self, *args: Any) -> _GuardedSession:
+        return _GuardedSession(await self._get_session(*args))
+
+
+class _GuardedSession:
+    """A session of aiohttp that follows no redirects of requests of ours."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def request(self, *args: Any, **options: Any) -> Any:
+        if _ours.get():
+            options["allow_redirects"] = False
+        return self._session.request(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
 
 
 def _version_4(signature_version: Any, **_: object) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -13,7 +14,7 @@ from torchferry.engine.retry import Transient, transient_answer
 from torchferry.errors import CheckpointNotFoundError, StorageError, StoragePermissionError
 from torchferry.storage.translate import by_status, upload_gone
 
-__all__ = ["DAMAGED", "NoSuchBucketError", "code_and_status", "is_answer", "transient", "translate"]
+__all__ = ["DAMAGED", "NoSuchBucketError", "code_and_status", "is_answer", "known_etag", "transient", "translate"]
 
 DAMAGED = frozenset(
     {"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch", "ContentSHA256Mismatch"}
@@ -91,6 +92,12 @@ def translate(what: str, error: Exception) -> StorageError:
 def is_answer(error: Exception) -> bool:
     """Whether S3 said so, and not this machine, of a file that credentials come from."""
     return code_and_status(error)[1] != 0
+
+
+def known_etag(answer: Mapping[str, Any]) -> str | None:
+    """The ETag of an answer; None where there is none, or an empty one, as in Ceph 16's answer to a completion."""
+    etag = str(answer.get("ETag") or "")
+    return etag if etag.strip('"') else None
 
 
 def code_and_status(error: BaseException) -> tuple[str, int]:

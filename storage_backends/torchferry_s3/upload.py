@@ -24,7 +24,7 @@ from torchferry.engine.types import ObjectStat
 from torchferry.engine.writer import Body, Upload
 from torchferry.errors import CheckpointNotFoundError, StorageError, StorageUnavailableError
 from torchferry.storage.body import RequestBody, whole_or_not_at_all
-from torchferry_s3.errors import DAMAGED, code_and_status
+from torchferry_s3.errors import DAMAGED, code_and_status, known_etag
 
 if TYPE_CHECKING:
     from torchferry_s3.backend import S3Backend
@@ -64,11 +64,12 @@ class S3Upload(Upload["dict[str, Any]"]):
     async def put_whole(self, body: Body) -> ObjectStat:
         answer = await self._send(body, "put_object", publishes=True, **self._with_metadata())
         self._backend.forget(self._path)
-        return await self._stat(body.size, answer.get("ETag"))
+        return await self._stat(body.size, answer)
 
     async def start(self) -> None:
         self._started = monotonic()
-        engine = await self._backend.engine()
+        with self._backend.translated("write", self._path):
+            engine = await self._backend.engine()
         if engine.checksums and not self._backend.chooses_checksum:
             try:
                 self._upload_id = await self._create(ChecksumAlgorithm="CRC32", ChecksumType="FULL_OBJECT")
@@ -134,7 +135,7 @@ class S3Upload(Upload["dict[str, Any]"]):
                 f"{self._url}: the store says that the object has the CRC32 {stored}, not {whole}: "
                 "it is damaged. Save again."
             )
-        return await self._stat(self._size, answer.get("ETag"))
+        return await self._stat(self._size, answer)
 
     async def abort(self) -> None:
         if self._upload_id is None:
@@ -260,9 +261,8 @@ class S3Upload(Upload["dict[str, Any]"]):
         configured = self._backend.configured_metadata
         return {"Metadata": {**configured, **self._metadata}} if self._metadata else {}
 
-    async def _stat(self, size: int, etag: str | None) -> ObjectStat:
-        if not etag:  # Ceph 16 answers a completion without one
-            etag = (await self._backend.stat(self._path)).etag
+    async def _stat(self, size: int, answer: Mapping[str, Any]) -> ObjectStat:
+        etag = known_etag(answer) or (await self._backend.stat(self._path)).etag
         return ObjectStat(self._url, size, etag, self._metadata)
 
 

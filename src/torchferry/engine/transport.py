@@ -49,6 +49,7 @@ _GRACE = 60.0  # seconds after its first byte
 _IDLE = 10.0  # seconds after which a connection is not used again: stores close them soon, and not all of them say so
 _MOST_IDLE = 32  # connections kept for the next request
 _SLICE = 2 * MIB  # bytes given to the system at once
+_TLS_SLICE = 128 << 10  # over TLS, what is sent of a slice shows only when all of it is
 _LAST_SLICE = 64 << 10  # so that a cancel seldom comes when the request may be complete
 _WHOLE_READS = 64 << 10  # a read of so many bytes waits for all of them
 _INTERRUPT_PATIENCE = 0.5  # seconds that a cancel waits for the thread: a name look-up cannot be ended
@@ -523,11 +524,12 @@ class _Sending(_Exchange):
 
     def _send_body(self) -> bool:
         """Returns whether all of it was sent: a store may refuse a request before it has seen its end."""
+        longest = _TLS_SLICE if isinstance(self._sock, ssl.SSLSocket) else _SLICE
         try:
             for view in self._body:
                 while len(view):
                     left = self._size - self._sent
-                    piece = view[: min(_SLICE, left - _LAST_SLICE if left > _LAST_SLICE else left)]
+                    piece = view[: min(longest, left - _LAST_SLICE if left > _LAST_SLICE else left)]
                     view = view[len(piece) :]  # noqa: PLW2901 - what is left of it
                     if self._sent + len(piece) == self._size:
                         with self._last_slice:

@@ -7,6 +7,7 @@ import http.server
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 from torchferry.storage.registry import open_backend
@@ -103,10 +104,13 @@ class Front:
 
     Attributes:
         log: All exchanges so far.
+        before: As above.
+        after: As above.
+        port: The store's port.
         storage_options: What s3fs takes to go through it.
     """
 
-    def __init__(  # noqa: C901 - a handler in a closure
+    def __init__(
         self,
         server: S3Server,
         *,
@@ -114,45 +118,10 @@ class Front:
         after: Callable[[Exchange], object] = lambda _: None,
     ) -> None:
         self.log: list[Exchange] = []
-        log = self.log
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-
-            def handle_one_request(self) -> None:
-                try:
-                    super().handle_one_request()
-                except ConnectionError:  # the client has given up
-                    self.close_connection = True
-
-            def __getattr__(self, name: str) -> Any:
-                if name.startswith("do_"):
-                    return self._handle
-                raise AttributeError(name)
-
-            def _handle(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                fields = {name.lower(): value for name, value in self.headers.items()}
-                exchange = Exchange(self.command, self.path, fields, body)
-                log.append(exchange)
-                before(exchange)
-                if not exchange.status:
-                    _ask(server.port, exchange)
-                after(exchange)
-                self.send_response_only(exchange.status)
-                for name, value in exchange.answer.items():
-                    if name.lower() not in {"content-length", "connection", "transfer-encoding"}:
-                        self.send_header(name, value)
-                length = len(exchange.content)
-                if self.command == "HEAD":
-                    length = int(exchange.answer.get("Content-Length", 0))
-                self.send_header("Content-Length", str(length))
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(exchange.content)
-
-        self._server = http.server.ThreadingHTTPServer((HOST, 0), Handler)
+        self.before = before
+        self.after = after
+        self.port = server.port
+        self._server = http.server.ThreadingHTTPServer((HOST, 0), partial(_Handler, self))
         self._thread = threading.Thread(target=self._server.serve_forever)
         endpoint = f"http://{HOST}:{self._server.server_port}"
         self.storage_options = storage_options_for(endpoint, server.key, server.secret, server.region)
@@ -165,6 +134,46 @@ class Front:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """The requests of one connection to a :class:`Front`."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def __init__(self, front: Front, *args: Any) -> None:
+        self._front = front
+        super().__init__(*args)
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except ConnectionError:  # the client has given up, or a hook wants it to hear nothing
+            self.close_connection = True
+
+    def do_any(self) -> None:
+        """Answers a request."""
+        front = self._front
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fields = {name.lower(): value for name, value in self.headers.items()}
+        exchange = Exchange(self.command, self.path, fields, body)
+        front.log.append(exchange)
+        front.before(exchange)
+        if not exchange.status:
+            _ask(front.port, exchange)
+        front.after(exchange)
+        self.send_response_only(exchange.status)
+        for name, value in exchange.answer.items():
+            if name.lower() not in {"content-length", "connection", "transfer-encoding"}:
+                self.send_header(name, value)
+        length = int(exchange.answer.get("Content-Length", 0)) if self.command == "HEAD" else len(exchange.content)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(exchange.content)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_any  # noqa: N815 - http.server's names
 
 
 def _ask(port: int, exchange: Exchange) -> None:
