@@ -67,7 +67,7 @@ def _cases(arguments: argparse.Namespace) -> Any:
         chosen = case
         if arguments.size:
             chosen = replace(chosen, size=arguments.size)
-        if arguments.scheme:
+        if arguments.scheme and case.scheme != suites.FILE:
             chosen = replace(chosen, scheme=arguments.scheme)
         if arguments.contender:
             chosen = replace(
@@ -80,7 +80,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     cases: list[dict[str, Any]] = json.loads(path.read_text())["cases"]
-    order = list(suites.SUITES)
+    order = [*suites.SUITES, "disk-replace"]
     return sorted(cases, key=lambda case: order.index(case["suite"]) if case["suite"] in order else -1)
 
 

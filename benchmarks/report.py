@@ -20,7 +20,8 @@ def case_title(case: dict[str, Any]) -> str:
     """What a case is, in words."""
     what = _WORKS[case["work"]].format(size=size_words(case["size"]))
     link = "; 30 ms and 90 MB/s a connection" if case["shaped"] else ""
-    return f"{case['verb']} {what}, {case['scheme']}, {case['endpoint']}{link}; rounds: {case['rounds']}"
+    again = " in place of the same" if case.get("replaces") else ""
+    return f"{case['verb']} {what}{again}, {case['scheme']}, {case['endpoint']}{link}; rounds: {case['rounds']}"
 
 
 def case_table(case: dict[str, Any]) -> str:
@@ -31,7 +32,7 @@ def case_table(case: dict[str, Any]) -> str:
         for name, entry in case["contenders"].items()
         if not name.startswith(targets.BEST_SOCKETS) or name in sockets or sockets == {None}
     }
-    ferry = entries.get(suites.FERRY, {}).get("median")
+    ferry = (entries.get(suites.FERRY) or entries.get(suites.FERRY_FILE[case["verb"]], {})).get("median")
     header = ("", "median s", "min", "max", "GB/s", "CPU s", "peak MiB", "moved", "time vs torchferry")
     measured = sorted((name for name in entries if "median" in entries[name]), key=lambda name: entries[name]["median"])
     lines = [header, *(_measured(name, entries[name], ferry) for name in measured)]

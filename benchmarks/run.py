@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.contenders import CONTENDERS
-from benchmarks.endpoint import Store, nginx, seaweedfs
+from benchmarks.contenders.ferry import environment_of
+from benchmarks.endpoint import Store, disk, disk_name, nginx, seaweedfs
+from benchmarks.suites import FILE
 from benchmarks.works import GIB
 
 if TYPE_CHECKING:
@@ -40,7 +42,10 @@ def run_case(case: Case, *, endpoint: str, rounds: int, say: Any = print) -> dic
     """
     contenders: dict[str, dict[str, Any]] = {name: {"measurements": []} for name in case.contenders}
     with ExitStack() as stack:
-        server = seaweedfs() if endpoint == "seaweedfs" else nginx(scheme=case.scheme, shaped=case.shaped)
+        if case.scheme == FILE:
+            server, endpoint = disk(), disk_name()
+        else:
+            server = seaweedfs() if endpoint == "seaweedfs" else nginx(scheme=case.scheme, shaped=case.shaped)
         store = stack.enter_context(server)
         for name, failure in _prepare(store, case).items():
             contenders[name].update(failure)
@@ -65,6 +70,7 @@ def run_case(case: Case, *, endpoint: str, rounds: int, say: Any = print) -> dic
         "size": case.size,
         "scheme": case.scheme,
         "shaped": case.shaped,
+        "replaces": case.replaces,
         "endpoint": endpoint,
         "rounds": rounds,
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -129,7 +135,7 @@ def _measure(store: Store, case: Case, name: str) -> dict[str, Any]:
     saving = case.verb == "save"
     prefix = f"save/{name.replace(' ', '-')}" if saving else f"load/{CONTENDERS[case.verb, name].format}"
     order = {"verb": case.verb, "contender": name, "work": case.work, "size": case.size, "prefix": prefix}
-    result = _in_process(store, action="measure", **order)
+    result = _in_process(store, action="measure", replaces=case.replaces, **order)
     if saving:
         store.remove(prefix)
     return result
@@ -142,7 +148,7 @@ def _in_process(store: Store, **order: Any) -> dict[str, Any]:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", json.dumps(order | {"store": store.as_json()})],
             cwd=_ROOT,
-            env=inherited | store.environment() | {"TMPDIR": directory},
+            env=inherited | store.environment() | environment_of(order.get("contender", "")) | {"TMPDIR": directory},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -6,15 +6,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders.ferry import OTHER, OTHER_CHECKOUT
 from benchmarks.contenders.floors import SOCKETS
 from benchmarks.works import GIB, MIB, SMALL_TENSOR
 
 VERBS = ("save", "load")
 FERRY = "torchferry"
-FERRY_FSSPEC = "torchferry (fsspec plane)"
+OTHERS = (OTHER,) if OTHER_CHECKOUT else ()
 FERRY_MODULE = "torchferry (module only)"
 FLYTEKIT = "flytekit"
 TO_FILE = {"save": "torch.save to a local file", "load": "torch.load of a local file"}
+FERRY_FILE = {"save": "torchferry to a file", "load": "torchferry from a file"}
+TORCH_FILE = {"save": "torch.save + fsync", "load": "torch.load"}
+FILE = "file"  # the scheme of what goes to the local disk
 OBSTORE = {"save": "obstore open_writer", "load": "obstore open_reader"}
 BOTO3 = {"save": "boto3 upload_file", "load": "boto3 download_file"}
 INTO_NOTHING = "torch.save into nothing"
@@ -34,8 +38,9 @@ class Case:
         work: See works.py.
         size: Bytes of the module's tensors.
         contenders: Their names, in the order of the table.
-        scheme: "http" or "https".
+        scheme: "http" or "https"; FILE where there is no endpoint but the local disk.
         shaped: Whether the endpoint behaves like a distant store.
+        replaces: Whether a save replaces an object of the same size.
     """
 
     suite: str
@@ -45,6 +50,7 @@ class Case:
     contenders: tuple[str, ...]
     scheme: str = "http"
     shaped: bool = False
+    replaces: bool = False
 
     @property
     def id(self) -> str:
@@ -57,7 +63,8 @@ def _one_verb(verb: str) -> Callable[[], Iterator[Case]]:
 
     def cases() -> Iterator[Case]:
         everyone = tuple(name for of_verb, name in CONTENDERS if of_verb == verb)
-        yield Case(verb, verb, "flat", GIB, tuple(n for n in everyone if n not in {FERRY_MODULE, TO_FILE[verb]}))
+        others = {FERRY_MODULE, TO_FILE[verb], *_on_disk(verb)}
+        yield Case(verb, verb, "flat", GIB, tuple(n for n in everyone if n not in others))
 
     return cases
 
@@ -70,28 +77,28 @@ def _adam() -> Iterator[Case]:
 def _small() -> Iterator[Case]:
     """100,000 tensors of 4 KiB, against a local file."""
     for verb in VERBS:
-        yield Case("small", verb, "small", 100_000 * SMALL_TENSOR, (FERRY, FERRY_FSSPEC, FLYTEKIT, TO_FILE[verb]))
+        yield Case("small", verb, "small", 100_000 * SMALL_TENSOR, (FERRY, *OTHERS, FLYTEKIT, TO_FILE[verb]))
 
 
 def _tiny() -> Iterator[Case]:
     """16 MiB."""
     for verb in VERBS:
         peers = (FLYTEKIT, "fsspec.open", OBSTORE[verb], "s3torchconnector", BOTO3[verb])
-        yield Case("tiny", verb, "flat", 16 * MIB, (FERRY, FERRY_FSSPEC, *peers))
+        yield Case("tiny", verb, "flat", 16 * MIB, (FERRY, *OTHERS, *peers))
 
 
 def _growth() -> Iterator[Case]:
     """64 MiB to 8 GiB: do time and memory grow with the size, and no faster?"""
     for verb in VERBS:
         for size in (64 * MIB, 256 * MIB, GIB, 2 * GIB, 4 * GIB, 8 * GIB):
-            yield Case("growth", verb, "flat", size, (FERRY,))
+            yield Case("growth", verb, "flat", size, (FERRY, *OTHERS))
 
 
 def _shaped() -> Iterator[Case]:
     """1 GiB over a link like that to S3: 30 ms to each answer, 90 MB/s over each connection."""
     for verb in VERBS:
         peers = (FLYTEKIT, OBSTORE[verb], "s3torchconnector")
-        yield Case("shaped", verb, "flat", GIB, (FERRY, FERRY_FSSPEC, *peers, *sockets(1, *SOCKETS[-1:])), shaped=True)
+        yield Case("shaped", verb, "flat", GIB, (FERRY, *OTHERS, *peers, *sockets(1, *SOCKETS[-1:])), shaped=True)
 
 
 def _https() -> Iterator[Case]:
@@ -99,6 +106,18 @@ def _https() -> Iterator[Case]:
     for verb in VERBS:
         (case,) = _one_verb(verb)()
         yield replace(case, suite="https", scheme="https")
+
+
+def _disk() -> Iterator[Case]:
+    """1 GiB on the local disk: a new file, one in place of another, and loading from the page cache."""
+    for verb in VERBS:
+        yield Case("disk", verb, "flat", GIB, _on_disk(verb), scheme=FILE)
+    yield Case("disk-replace", "save", "flat", GIB, _on_disk("save"), scheme=FILE, replaces=True)
+
+
+def _on_disk(verb: str) -> tuple[str, ...]:
+    other = (f"{FERRY_FILE[verb]}, other checkout",) if OTHER_CHECKOUT else ()
+    return (FERRY_FILE[verb], *other, TORCH_FILE[verb])
 
 
 SUITES: dict[str, Callable[[], Iterator[Case]]] = {
@@ -110,6 +129,7 @@ SUITES: dict[str, Callable[[], Iterator[Case]]] = {
     "growth": _growth,
     "shaped": _shaped,
     "https": _https,
+    "disk": _disk,
 }
 
 
@@ -121,6 +141,8 @@ def smoke_cases(size: int = 24 * MIB) -> Iterator[Case]:
         yield replace(case, suite="smoke", size=size, contenders=(*everyone, TO_FILE[verb]))
     (adam,) = _adam()
     yield replace(adam, suite="smoke-adam", size=size, contenders=(FERRY_MODULE,))
+    for case in _disk():
+        yield replace(case, suite=f"smoke-{case.suite}", size=size)
 
 
 def is_remote(name: str) -> bool:

@@ -32,11 +32,11 @@ class Row:
 def rows(cases: Cases) -> Iterator[Row]:
     """All targets, with what the cases say of each."""
     save, load = _of(cases, "save", "save"), _of(cases, "load", "load")
-    yield _at_least("save 1 GiB vs stock flytekit", 5, _faster(save, suites.FLYTEKIT))
-    yield _at_least("save vs s3torchconnector", 1.5, _faster(save, "s3torchconnector"))
+    yield _at_least("save 1 GiB vs stock flytekit", 6, _faster(save, suites.FLYTEKIT))
+    yield _at_least("save vs s3torchconnector", 1.8, _faster(save, "s3torchconnector"))
     yield _at_least("save vs obstore open_writer", 1.3, _faster(save, suites.OBSTORE["save"]))
-    yield _at_least("save vs boto3", 5, _faster(save, suites.BOTO3["save"]))
-    yield _at_least("save vs the best N bare sockets", 0.75, _faster(save, BEST_SOCKETS))
+    yield _at_least("save vs boto3", 6, _faster(save, suites.BOTO3["save"]))
+    yield _at_least("save vs the best N bare sockets", 0.8, _faster(save, BEST_SOCKETS))
     yield _at_least("load 1 GiB vs stock flytekit", 4, _faster(load, suites.FLYTEKIT))
     yield _at_least("load vs s3torchconnector", 3, _faster(load, "s3torchconnector"))
     yield _at_least("load vs runai-model-streamer", 2.5, _faster(load, "runai-model-streamer"))
@@ -53,15 +53,23 @@ def rows(cases: Cases) -> Iterator[Row]:
     for verb in suites.VERBS:
         shaped = _of(cases, "shaped", verb)
         yield _at_least(f"{verb} over a shaped link vs one connection", 8, _faster(shaped, *suites.sockets(1)))
-    for verb, case in (("save", save), ("load", load)):
-        yield _at_least(
-            f"{verb} on the fsspec plane vs stock flytekit",
-            1.8,
-            _faster(case, suites.FLYTEKIT, than_by=suites.FERRY_FSSPEC),
-        )
     for verb in suites.VERBS:
         https = _of(cases, "https", verb)
         yield _at_least(f"{verb} over https vs stock flytekit", 2, _faster(https, suites.FLYTEKIT))
+    for verb, suite in (("save", "disk"), ("save", "disk-replace"), ("load", "disk")):
+        of, ferry, torch = _of(cases, suite, verb), suites.FERRY_FILE[verb], suites.TORCH_FILE[verb]
+        how = "in place of another" if suite == "disk-replace" else {"save": "new", "load": "verified"}[verb]
+        yield _at_least(f"{verb} of a file of 1 GiB, {how}, vs {torch}", 1, _faster(of, torch, than_by=ferry))
+    yield _at_least(
+        "save over https vs the best N bare sockets", 0.85, _faster(_of(cases, "https", "save"), BEST_SOCKETS)
+    )
+    yield _at_least(
+        "save 16 MiB vs obstore open_writer", 1, _faster(_of(cases, "tiny", "save"), suites.OBSTORE["save"])
+    )
+    shaped = _of(cases, "shaped", "save")
+    yield _at_least("save over a shaped link vs s3torchconnector", 1.1, _faster(shaped, "s3torchconnector"))
+    yield _cpu("CPU of saving 1 GiB over http", 0.32, save)
+    yield _cpu("CPU of saving 1 GiB over https", 0.6, _of(cases, "https", "save"))
     yield _memory("save", save, lambda _size: 64 * MIB, "64 MiB")
     yield _memory("load", load, lambda size: size + 200 * MIB, "size + 200 MiB")
     for verb in suites.VERBS:
@@ -109,6 +117,13 @@ def _at_most(what: str, target: float, ratio: float | None) -> Row:
     if ratio is None:
         return Row(what, f"at most {target:g}x the time", None, None)
     return Row(what, f"at most {target:g}x the time", f"{ratio:.2f}x", ratio <= target)
+
+
+def _cpu(what: str, limit: float, case: dict[str, Any] | None) -> Row:
+    seconds = case and case["contenders"].get(suites.FERRY, {}).get("cpu_seconds")
+    if case is None or seconds is None:
+        return Row(what, f"at most {limit:g} s", None, None)
+    return Row(what, f"at most {limit:g} s", f"{seconds:.2f} s", seconds <= limit)
 
 
 def _memory(verb: str, case: dict[str, Any] | None, limit: Callable[[int], int], words: str) -> Row:

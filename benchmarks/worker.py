@@ -55,7 +55,7 @@ def prepare(store: Store, directory: Path, work: str, size: int, file_format: st
 
 
 def measure(
-    store: Store, directory: Path, verb: str, contender: str, work: str, size: int, prefix: str
+    store: Store, directory: Path, verb: str, contender: str, work: str, size: int, prefix: str, replaces: bool
 ) -> dict[str, Any]:
     """Measures one contender once.
 
@@ -68,8 +68,11 @@ def measure(
         checkpoint = works.make(work, size)
         payload = works.nbytes(checkpoint)
         first_seconds = _seconds(operation, works.make("flat", WARM_UP_SIZE), f"{prefix}/warm")
+        if replaces:
+            operation(checkpoint, f"{prefix}/checkpoint")
         works.forget()
         gc.collect()
+        os.sync()  # what was written before would keep the disk busy
         with warm_memory(_WARMED * payload):
             pass
         with measuring(store, verb, payload if chosen.remote else 0) as measurement:
@@ -77,7 +80,7 @@ def measure(
     else:
         payload = _expected_bytes(work, size, chosen.keys)
         warm, data = (formats.key(chosen.format, f"{prefix}/{n}") if chosen.format else "" for n in ("warm", "data"))
-        first_seconds = _seconds(operation, warm) if chosen.remote else 0.0
+        first_seconds = _seconds(operation, warm) if chosen.format else 0.0
         gc.collect()
         with warm_memory(_WARMED * payload, spare=payload):
             store.read_through(prefix)

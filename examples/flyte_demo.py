@@ -38,7 +38,7 @@ from flytekit.utils.asyn import run_sync
 from torch.nn.functional import mse_loss
 
 from torchferry import LoadOptions
-from torchferry.flyte.transfer import Transfer
+from torchferry.checkpoint.transfer import Transfer
 from torchferry.testing.azure import azurite
 from torchferry.testing.gcs import fake_gcs_server
 from torchferry.testing.servers import seaweedfs

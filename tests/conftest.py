@@ -12,17 +12,18 @@ import torch
 from anyio.lowlevel import checkpoint
 
 from torchferry import loading
+from torchferry.engine.types import Buffer, Chunk, ObjectStat
+from torchferry.engine.writer import UploadPlan
 from torchferry.errors import CheckpointChangedError
-from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
+from torchferry.storage.base import Backend, Leftover, ListedObject
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Callable, Mapping
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
 
 
 class CountingStore(Backend):
     """Objects in memory, by name; counts requests and bytes."""
 
-    plane = "test"
     range_size = 64 << 10
     range_concurrency = 4
 
@@ -52,7 +53,7 @@ class CountingStore(Backend):
         return self.url("x")
 
     @classmethod
-    def from_filesystem(cls, fs: Any, plane: Plane) -> Backend:
+    def from_filesystem(cls, fs: Any) -> Backend:
         raise NotImplementedError
 
     def url(self, path: str) -> str:
@@ -62,7 +63,7 @@ class CountingStore(Backend):
         self.stats += 1
         return ObjectStat(self.url(path), len(self.objects[path]), str(id(self.objects[path])))
 
-    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
+    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Buffer:
         self.reads.append((start, stop))
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)
@@ -78,13 +79,21 @@ class CountingStore(Backend):
         path: str,
         chunks: AsyncIterable[Chunk],
         *,
-        size_hint: int,
-        part_size: int | None = None,
+        plan: UploadPlan,
         metadata: Mapping[str, str] | None = None,
     ) -> ObjectStat:
         raise NotImplementedError
 
     async def delete(self, path: str) -> None:
+        raise NotImplementedError
+
+    def list(self, prefix: str) -> AsyncIterator[ListedObject]:
+        raise NotImplementedError
+
+    def leftovers(self, prefix: str) -> AsyncIterator[Leftover]:
+        raise NotImplementedError
+
+    async def discard(self, leftover: Leftover) -> bool:
         raise NotImplementedError
 
 

@@ -4,6 +4,9 @@ import io
 import os
 import random
 import struct
+import subprocess
+import sys
+import textwrap
 import zipfile
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -12,7 +15,9 @@ import pytest
 import torch
 from torch.utils.serialization import config
 
+from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, TorchferryError
 from torchferry.formats.archive import (
+    CENTRAL_HEADER,
     LEGACY_FORMAT,
     LOCAL_HEADER_SIZE,
     ZIP_FORMAT,
@@ -22,7 +27,6 @@ from torchferry.formats.archive import (
     sniff,
 )
 from torchferry.formats.checksum import Checksums
-from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, TorchferryError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -126,6 +130,86 @@ def test_archives_that_other_tools_wrote_are_read() -> None:
     parsed = parse(data)
     assert len(parsed.unproven) == len(parsed.records)
     assert_true(parsed.settle({at: data[at : at + LOCAL_HEADER_SIZE] for at in parsed.unproven_headers}), data)
+
+
+@pytest.mark.parametrize("alignment", [64, 128])
+def test_filler_between_records_is_found_in_the_local_headers(alignment: int) -> None:
+    config.save.storage_alignment = alignment
+    try:
+        data = saved(CHECKPOINT)
+    finally:
+        config.save.storage_alignment = 64
+    data = with_filler(data, alignment)
+    archive = parse(data)
+    assert archive.unproven
+    assert_true(archive.settle({at: data[at : at + LOCAL_HEADER_SIZE] for at in archive.unproven_headers}), data)
+
+
+def test_offsets_in_a_file_that_does_not_prove_its_alignment_are_read() -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        data = saved(CHECKPOINT)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    archive = parse(data)
+    assert archive.unproven
+    settled = archive.settle({at: data[at : at + LOCAL_HEADER_SIZE] for at in archive.unproven_headers})
+    infos = zipfile.ZipFile(io.BytesIO(data)).infolist()
+    assert [record.offset for record in settled.records] == [true_offset(data, info) for info in infos]
+
+
+def with_filler(data: bytes, size: int) -> bytes:
+    """The same archive with so many bytes before the third record and all after it."""
+    archive = parse(data)
+    at = archive.records.local_header_offset(2)
+    start = archive.start + size
+    filled = bytearray(data[:at] + b"f" * size + data[at:])
+    entry = start
+    for index in range(len(archive.records)):
+        fields = list(CENTRAL_HEADER.unpack_from(filled, entry))
+        fields[-1] += size if index >= 2 else 0
+        CENTRAL_HEADER.pack_into(filled, entry, *fields)
+        entry += CENTRAL_HEADER.size + sum(fields[10:13])
+    end = filled.rindex(b"PK\x05\x06")
+    struct.pack_into("<I", filled, end + 16, start)
+    if (locator := filled.rfind(b"PK\x06\x07")) > 0:
+        record = filled.rindex(b"PK\x06\x06")
+        struct.pack_into("<Q", filled, locator + 8, record)
+        struct.pack_into("<Q", filled, record + 48, start)
+    return bytes(filled)
+
+
+def test_a_directory_of_a_million_records_takes_a_hundred_bytes_a_record() -> None:
+    program = """
+        import pathlib
+        from torchferry.formats.archive import CENTRAL_HEADER, Directory, parse_directory
+        names = [b"a/data.pkl", *(b"a/data/%d" % n for n in range(1_000_000)), b"a/version"]
+        entries, at = bytearray(), 0
+        for name in names:
+            entries += CENTRAL_HEADER.pack(b"PK\1\2", 20, 20, 8, 0, 0, 0, 1, 4, 4, len(name), 0, 0, 0, 0, 0, at) + name
+            at = -(-(at + 34 + len(name)) // 64) * 64 + 20
+        directory, buffer = Directory(at, len(entries), len(names)), bytes(entries)
+        del entries, names
+        pickled = CENTRAL_HEADER.pack(b"PK\1\2", 20, 20, 8, 0, 0, 0, 1, 4, 4, 10, 0, 0, 0, 0, 0, 0) + b"a/data.pkl"
+        parse_directory(pickled + CENTRAL_HEADER.pack(b"PK\1\2", 20, 20, 8, 0, 0, 0, 1, 4, 4, 9, 0, 0, 0, 0, 0, 84) + b"a/version",
+            Directory(200, 111, 2), "test://x")
+        status = lambda field: int(pathlib.Path("/proc/self/status").read_text().split(field)[1].split()[0]) << 10
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS:")
+        archive = parse_directory(buffer, directory, "test://x")
+        assert archive.get("data/999999").size == 4
+        print(status("VmHWM:") - before)
+    """
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=200)
+    assert int(done.stdout) < 130 << 20
+
+
+def test_a_directory_as_large_as_its_file_is_refused_before_it_is_read() -> None:
+    size = 300 << 20
+    tail = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 1, 1, size - 22, 0, 0)
+    with pytest.raises(CheckpointCorruptError, match="too long"):
+        find_directory(tail, size, "test://x")
 
 
 def test_a_local_header_that_leaves_its_record_no_room_is_damaged() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchferry.engine.body import RequestBody
+from torchferry.storage.body import RequestBody
 
 
 def test_what_is_read_of_a_request_is_copied_only_where_it_lies_in_two_buffers() -> None:

@@ -15,8 +15,8 @@ import torch
 from fsspec.callbacks import Callback
 
 import torchferry
-from torchferry.engine.memory import PROCESS_BUDGET
-from torchferry.storage.base import MIB, Plane
+from torchferry.engine.memory import EVERYTHING_ELSE
+from torchferry.engine.types import MIB
 from torchferry.testing.faultproxy import Fault
 
 if TYPE_CHECKING:
@@ -122,19 +122,18 @@ async def test_a_missing_source_is_said_to_be_missing(place: Any) -> None:
 
 
 @pytest.mark.timeout(60, method="thread")  # nothing less ends a test that waits for a thread
-@pytest.mark.parametrize("plane", ["obstore", "fsspec"])
 async def test_a_copy_ends_with_the_error_of_a_source_that_fails_midway(
-    place: Any, faulty_s3: Callable[..., FaultyS3], plane: Plane
+    place: Any, faulty_s3: Callable[..., FaultyS3]
 ) -> None:
     source, options = place("s3", "source.pt")
     await torchferry.save_async(torch.zeros(20 * MIB), source, storage_options=options)
     faulty = faulty_s3(Fault(method="GET", target="source.pt", skip=6, status=403, code="AccessDenied", times=None))
     target = Path(place("local", "target.pt")[0])
     with pytest.raises(torchferry.StoragePermissionError, match="refused") as caught:
-        await torchferry.copy_async(source, target, source_storage_options=faulty.storage_options, plane=plane)
+        await torchferry.copy_async(source, target, source_storage_options=faulty.storage_options)
     assert "InterruptedError" not in str(getattr(caught.value, "__notes__", ""))
     assert list(target.parent.iterdir()) == []
-    assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
+    assert not EVERYTHING_ELSE.held
 
 
 @pytest.mark.parametrize("kind", [StopIteration, StopAsyncIteration])
@@ -171,7 +170,7 @@ def test_an_exit_in_the_callback_goes_on_when_the_copy_has_cleaned_up(
         torchferry.copy(source, target, source_storage_options=options, callback=callback)
     assert caught.value.code == 3
     assert list(target.parent.iterdir()) == []
-    assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
+    assert not EVERYTHING_ELSE.held
     torchferry.copy(source, target, source_storage_options=options)
 
 
@@ -192,7 +191,7 @@ async def test_a_cancelled_copy_leaves_what_was_there(place: Any) -> None:
         await torchferry.copy_async(source, target, target_storage_options=options, callback=Cancelling())
     assert scope.cancelled_caught
     assert await torchferry.load_async(target, storage_options=options) == "old"
-    assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
+    assert not EVERYTHING_ELSE.held
 
 
 async def test_many_copies_at_once_share_the_budget(place: Any) -> None:
@@ -205,7 +204,7 @@ async def test_many_copies_at_once_share_the_budget(place: Any) -> None:
     async with anyio.create_task_group() as tasks:
         for number in range(8):
             tasks.start_soon(copy, f"{number}.pt")
-    assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
+    assert not EVERYTHING_ELSE.held
     assert {Path(place("local", f"{number}.pt")[0]).stat().st_size for number in range(8)} == {
         len(read(source, options))
     }

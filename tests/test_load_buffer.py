@@ -7,6 +7,7 @@ import io
 import mmap
 import os
 import weakref
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ import pytest
 import torch
 
 import torchferry
-from torchferry.formats import load_buffer as mirror_module
+from torchferry.formats import load_buffer as module
 from torchferry.formats.archive import find_directory, parse_directory
-from torchferry.formats.load_buffer import Mirror
+from torchferry.formats.load_buffer import LoadBuffer
 
 if TYPE_CHECKING:
+    from conftest import CountingStore  # type: ignore[attr-defined]
+
     from torchferry.formats.archive import Archive
 
 CHECKPOINT = {"a": torch.arange(20.0), "none": torch.empty(0), "b": torch.ones(3, dtype=torch.int8)}
@@ -39,34 +42,31 @@ def archive(data: bytes) -> Archive:
 
 
 @pytest.fixture
-def mirror(data: bytes) -> Mirror:
-    return Mirror(len(data))
+def load_buffer(data: bytes) -> LoadBuffer:
+    return LoadBuffer(len(data))
 
 
-def load(mirror: Mirror) -> Any:
-    return mirror.load(map_location=None, weights_only=True)
+def load(load_buffer: LoadBuffer) -> Any:
+    return load_buffer.load(map_location=None, weights_only=True)
 
 
-def test_torch_still_loads_from_a_given_storage() -> None:
-    """The one private function of torch that is called: in a torch where this fails, loads take a copy more."""
-    assert mirror_module._LOADS_FROM_STORAGE
-
-
-def test_tensors_are_the_mirror_and_no_copy(mirror: Mirror, data: bytes, archive: Archive) -> None:
-    mirror.write(0, data)
-    loaded = load(mirror)
+def test_tensors_are_views_of_the_load_buffer_and_no_copy(
+    load_buffer: LoadBuffer, data: bytes, archive: Archive
+) -> None:
+    load_buffer.write(0, data)
+    loaded = load(load_buffer)
     record = archive.get("data/0")
     assert record is not None
-    mirror.write(record.offset, b"\0\0\x28\x42")
+    load_buffer.write(record.offset, b"\0\0\x28\x42")
     assert loaded["a"][0] == 42
 
 
-def test_tensors_live_on_when_the_mirror_is_gone_and_free_its_memory_with_them(data: bytes) -> None:
-    mirror = Mirror(len(data))
-    mirror.write(0, data)
-    memory = weakref.ref(mirror._memory)
-    loaded = load(mirror)
-    del mirror
+def test_tensors_live_on_when_the_load_buffer_is_gone_and_free_its_memory_with_them(data: bytes) -> None:
+    load_buffer = LoadBuffer(len(data))
+    load_buffer.write(0, data)
+    memory = weakref.ref(load_buffer._memory)
+    loaded = load(load_buffer)
+    del load_buffer
     gc.collect()
     assert memory() is not None
     loaded["a"] += 1
@@ -77,19 +77,21 @@ def test_tensors_live_on_when_the_mirror_is_gone_and_free_its_memory_with_them(d
 
 
 def test_where_torch_takes_no_storage_it_loads_a_copy(
-    mirror: Mirror, data: bytes, monkeypatch: pytest.MonkeyPatch
+    load_buffer: LoadBuffer, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mirror_module, "_LOADS_FROM_STORAGE", False)
-    mirror.write(0, data)
-    loaded = load(mirror)
-    mirror.write(0, bytes(len(data)))
+    monkeypatch.setattr(module, "LOADS_IN_PLACE", False)
+    load_buffer.write(0, data)
+    loaded = load(load_buffer)
+    load_buffer.write(0, bytes(len(data)))
     assert torch.equal(loaded["a"], CHECKPOINT["a"])
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # Python 3.12; the child only exits
-def test_a_forked_child_that_writes_to_a_tensor_does_not_write_to_its_parents(mirror: Mirror, data: bytes) -> None:
-    mirror.write(0, data)
-    loaded = load(mirror)
+def test_a_forked_child_that_writes_to_a_tensor_does_not_write_to_its_parents(
+    load_buffer: LoadBuffer, data: bytes
+) -> None:
+    load_buffer.write(0, data)
+    loaded = load(load_buffer)
     child = os.fork()
     if not child:
         loaded["a"].zero_()
@@ -98,50 +100,50 @@ def test_a_forked_child_that_writes_to_a_tensor_does_not_write_to_its_parents(mi
     assert torch.equal(loaded["a"], CHECKPOINT["a"])
 
 
-def test_what_does_not_fit_is_refused(mirror: Mirror, data: bytes) -> None:
+def test_what_does_not_fit_is_refused(load_buffer: LoadBuffer, data: bytes) -> None:
     for offset, count in ((-1, 1), (len(data), 1), (0, len(data) + 1)):
         with pytest.raises(ValueError, match="not within"):
-            mirror.write(offset, bytes(count))
-    mirror.write(len(data), b"")
+            load_buffer.write(offset, bytes(count))
+    load_buffer.write(len(data), b"")
 
 
-def test_holes_are_zeros_and_headers_are_made(mirror: Mirror, data: bytes, archive: Archive) -> None:
+def test_holes_are_zeros_and_headers_are_made(load_buffer: LoadBuffer, data: bytes, archive: Archive) -> None:
     record = archive.get("data/0")
     assert record is not None
-    mirror.write(archive.start, data[archive.start :])
+    load_buffer.write(archive.start, data[archive.start :])
     for name in ("data.pkl", "version", "byteorder", ".format_version", ".storage_alignment", ".data/serialization_id"):
         control = archive.get(name)
         assert control is not None
-        mirror.write(control.offset, data[control.offset : control.end])
-    mirror.write_headers(archive)
-    loaded = load(mirror)
+        load_buffer.write(control.offset, data[control.offset : control.end])
+    load_buffer.write_headers(archive)
+    loaded = load(load_buffer)
     assert torch.equal(loaded["a"], torch.zeros(20))
-    mirror.write(record.offset, data[record.offset : record.end])
+    load_buffer.write(record.offset, data[record.offset : record.end])
     assert torch.equal(loaded["a"], CHECKPOINT["a"])
 
 
-def test_damaged_local_headers_shift_nothing(mirror: Mirror, data: bytes, archive: Archive) -> None:
+def test_damaged_local_headers_shift_nothing(load_buffer: LoadBuffer, data: bytes, archive: Archive) -> None:
     damaged = bytearray(data)
     for at, _ in archive.local_headers():
         damaged[at + 28] ^= 0x04
-    mirror.write(0, damaged)
-    mirror.write_headers(archive)
-    assert torch.equal(load(mirror)["a"], CHECKPOINT["a"])
+    load_buffer.write(0, damaged)
+    load_buffer.write_headers(archive)
+    assert torch.equal(load(load_buffer)["a"], CHECKPOINT["a"])
 
 
 def test_only_ranges_that_are_expected_take_huge_pages() -> None:
-    mirror = Mirror(64 << 20)
-    mirror.expect([(5, 8 << 20), (8 << 20, (16 << 20) + 7)])
+    load_buffer = LoadBuffer(64 << 20)
+    load_buffer.expect([(5, 8 << 20), (8 << 20, (16 << 20) + 7)])
     before = resident()
     for at in range(0, 64 << 20, 4 << 20):  # a local header here and there
-        mirror.write(at, b"x")
+        load_buffer.write(at, b"x")
     assert resident() - before <= (16 << 20) + 16 * mmap.PAGESIZE + (1 << 20)
 
 
-def test_a_sparse_mirror_may_be_larger_than_the_machines_memory() -> None:
-    mirror = Mirror(1 << 44, sparse=True)
-    mirror.write(1 << 43, b"x")
-    assert bytes(mirror.view(1 << 43, (1 << 43) + 2)) == b"x\0"
+def test_a_sparse_load_buffer_may_be_larger_than_the_machines_memory() -> None:
+    load_buffer = LoadBuffer(1 << 44, sparse=True)
+    load_buffer.write(1 << 43, b"x")
+    assert bytes(load_buffer.view(1 << 43, (1 << 43) + 2)) == b"x\0"
 
 
 def resident() -> int:
@@ -154,3 +156,38 @@ def test_torchs_switch_that_forces_weights_only_is_obeyed(monkeypatch: pytest.Mo
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     with pytest.raises(torchferry.UnsafeCheckpointError):
         torchferry.load("memory://forced/x.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("keys", [None, ["a", "b"]])
+def test_empty_tensors_of_two_dtypes_that_share_a_storage_keep_them(tmp_path: Path, keys: list[str] | None) -> None:
+    shared = torch.UntypedStorage(0)
+    tensors = {}
+    for key, dtype in (("a", torch.float32), ("b", torch.int64)):
+        storage = torch.storage.TypedStorage(wrap_storage=shared, dtype=dtype, _internal=True)
+        tensors[key] = torch.empty(0, dtype=dtype).set_(storage, 0, (0,), (1,))
+    torch.save(tensors, tmp_path / "x.pt")
+    loaded = torchferry.load(tmp_path / "x.pt", keys=keys)
+    assert [tensor.dtype for tensor in loaded.values()] == [torch.float32, torch.int64]
+
+
+@pytest.mark.parametrize("keys", [None, ["a"]])
+def test_with_map_location_meta_no_storage_is_read(counting_store: CountingStore, keys: list[str] | None) -> None:
+    url = counting_store.put({"a": torch.ones(1 << 20), "b": [torch.ones(1 << 20)]})
+    loaded = torchferry.load(url, map_location="meta", keys=keys)
+    assert loaded["a"].is_meta
+    assert loaded["a"].shape == (1 << 20,)
+    assert counting_store.nbytes < 200_000
+
+
+def test_with_map_location_meta_a_file_of_a_big_endian_machine_loads(tmp_path: Path) -> None:
+    """torch.load crashes with it: it swaps the bytes of tensors that have none."""
+    file = io.BytesIO()
+    torch.save({"a": torch.arange(3)}, file)
+    source = zipfile.ZipFile(file)
+    writer = torch._C.PyTorchFileWriter(str(tmp_path / "x.pt"))
+    for name in ("data.pkl", ".format_version", ".storage_alignment", "byteorder", "data/0"):
+        content = b"big" if name == "byteorder" else source.read(f"archive/{name}")
+        writer.write_record(name, content, len(content))
+    writer.write_end_of_file()
+    assert torchferry.load(tmp_path / "x.pt", map_location="meta")["a"].shape == (3,)
+    assert torchferry.load(tmp_path / "x.pt")["a"].tolist() == [0, 1 << 56, 2 << 56]

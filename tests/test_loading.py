@@ -37,8 +37,8 @@ from torchferry.errors import (
     TorchferryError,
     UnsafeCheckpointError,
 )
+from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.loading import load_async
-from torchferry.formats.load_buffer import Mirror
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,12 +128,12 @@ def every_kind() -> dict[str, Any]:
     }
 
 
-@pytest.fixture(params=["mirrored", "local", "memory"])
+@pytest.fixture(params=["counting", "local", "memory"])
 def stored(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Callable[[bytes], str]:
     """Puts bytes into a store, and gives their URL."""
 
     def put(data: bytes) -> str:
-        if request.param == "mirrored":
+        if request.param == "counting":
             url: str = request.getfixturevalue("counting_store").put(data)
             return url
         if request.param == "memory":
@@ -761,13 +761,12 @@ def _file(directory: pathlib.Path, data: bytes) -> pathlib.Path:
 # A real store
 
 
-@pytest.mark.parametrize("plane", ["fsspec", "obstore"])
-async def test_a_checkpoint_on_s3(s3_url: str, s3_client: Any, s3_storage_options: dict[str, Any], plane: Any) -> None:
+async def test_a_checkpoint_on_s3(s3_url: str, s3_client: Any, s3_storage_options: dict[str, Any]) -> None:
     original = adam_checkpoint(width=1024)
     data = saved(original)
     bucket, _, key = f"{s3_url}/x.pt".removeprefix("s3://").partition("/")
     s3_client.put_object(Bucket=bucket, Key=key, Body=data)
-    options: dict[str, Any] = {"storage_options": s3_storage_options, "plane": plane}
+    options: dict[str, Any] = {"storage_options": s3_storage_options}
     assert saved(await load_async(f"{s3_url}/x.pt", **options)) == saved(reference(data))
     part = await load_async(f"{s3_url}/x.pt", keys=("module_state_dict",), **options)
     assert saved(part["module_state_dict"]) == saved(reference(data)["module_state_dict"])
@@ -789,12 +788,12 @@ def test_memory_is_free_with_the_last_tensor_and_not_when_the_collector_comes(
 ) -> None:
     memories: list[weakref.ref[Any]] = []
 
-    class Watched(Mirror):
+    class Watched(LoadBuffer):
         def __init__(self, size: int, *, sparse: bool) -> None:
             super().__init__(size, sparse=sparse)
             memories.append(weakref.ref(self._memory))
 
-    monkeypatch.setattr(torchferry.loading, "Mirror", Watched)
+    monkeypatch.setattr(torchferry.loading, "LoadBuffer", Watched)
     url = f"memory://{uuid.uuid4().hex}/x.pt"
     torchferry.save({"a": torch.ones(1 << 20), "b": torch.ones(1 << 20)}, url)
     gc.disable()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
+from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
 import torchferry
+
+ROOT = Path(__file__).parent.parent
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -75,3 +80,15 @@ def test_the_fields_of_the_options_are_arguments_of_the_functions() -> None:
         parameters = typing.cast("typing.Any", function).__kwdefaults__
         for field in options.__dataclass_fields__.values():
             assert parameters[field.name] == field.default
+
+
+def test_imports_run_one_way() -> None:
+    """The contracts stand in pyproject.toml; the engine, for one, knows neither clouds nor checkpoints."""
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == EXIT_STATUS_SUCCESS
+
+
+def test_the_map_in_contributing_names_every_module() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text[text.index("## Where things belong") : text.index("## How we write")]
+    modules = {path.stem for path in (ROOT / "src/torchferry").rglob("*.py")} - {"__init__"}
+    assert {module for module in modules if not re.search(rf"\b{module}\b", table)} == set()

@@ -9,9 +9,9 @@ import anyio
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from torchferry.engine import reader as source
-from torchferry.engine.reader import Source, _Pace
-from torchferry.storage.base import Chunk
+from torchferry.engine import reader
+from torchferry.engine.reader import RangeReader, _Pace
+from torchferry.engine.types import Buffer
 from torchferry.storage.generic import GenericBackend
 from torchferry.testing.conformance import stream
 
@@ -24,7 +24,7 @@ def limits(
 ) -> list[int]:
     """The limit after each range, over connections and a link of so many bytes a second."""
     now = 0.0
-    monkeypatch.setattr(source, "monotonic", lambda: now)
+    monkeypatch.setattr(reader, "monotonic", lambda: now)
     generator = random.Random(0)
     pace = _Pace(24)
     under_way = pace.limit
@@ -60,7 +60,7 @@ class Counting(GenericBackend):
     range_size = 1 << 14
     under_way = most = 0
 
-    async def read(self, *arguments: Any) -> Chunk:
+    async def read(self, *arguments: Any) -> Buffer:
         self.under_way += 1
         self.most = max(self.most, self.under_way)
         await anyio.sleep(0.001)
@@ -72,7 +72,7 @@ class Counting(GenericBackend):
 async def test_what_is_kept_is_read_in_no_more_requests_at_once_than_what_is_streamed() -> None:
     """A pickle of 1 GiB, say, that holds large bytes."""
     backend, data = Counting(MemoryFileSystem()), random.Random(0).randbytes(4 << 20)
-    await backend.write("/many.pt", stream(data, 1 << 20), size_hint=len(data))
-    opened = await Source.open(backend, "/many.pt")
+    stat = await backend.write("/many.pt", stream(data, 1 << 20), plan=backend.upload_plan(len(data)))
+    opened = RangeReader(backend, "/many.pt", stat)
     assert await opened.read(0, len(data)) == data
     assert 8 < backend.most <= backend.range_concurrency

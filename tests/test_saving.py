@@ -18,11 +18,11 @@ import pytest
 import torch
 
 import torchferry
-from torchferry.engine.memory import PROCESS_BUDGET
-from torchferry.storage.base import MIB
+from torchferry.engine.memory import CPU_SAVES
+from torchferry.engine.types import MIB
 
 
-@pytest.fixture(params=["local", "memory", "s3-obstore", "s3-fsspec"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def target(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     """Where to save, and how to get there."""
     kind: str = request.param
@@ -32,7 +32,7 @@ def target(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
         return {"url": f"memory://{tmp_path.name}/checkpoint.pt"}
     url = request.getfixturevalue("s3_url") + "/checkpoint.pt"
     options = request.getfixturevalue("s3_storage_options")
-    return {"url": url, "storage_options": options, "plane": kind.removeprefix("s3-")}
+    return {"url": url, "storage_options": options}
 
 
 def stored(target: dict[str, Any]) -> bytes:
@@ -151,7 +151,7 @@ def test_an_exit_in_the_users_code_goes_on_when_the_save_has_cleaned_up(
         torchferry.load(callback=Raising(exit_), **target)
     assert caught.value is exit_
     assert stored(target) == torch_saved({"old": 1})
-    assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
+    assert not CPU_SAVES.held
     if (path := Path(target["url"])).is_absolute():
         assert list(path.parent.iterdir()) == [path]
 
@@ -163,24 +163,21 @@ async def test_a_synchronous_save_goes_through_on_a_loop_where_others_are_under_
     async with anyio.create_task_group() as tasks:
         for number in range(3):
             tasks.start_soon(partial(torchferry.save_async, tensors, **target | {"url": f"{target['url']}.{number}"}))
-        while PROCESS_BUDGET._free == PROCESS_BUDGET._total:  # noqa: ASYNC110 - it has no event
+        while not CPU_SAVES.held:  # noqa: ASYNC110 - it has no event
             await anyio.sleep(0.001)
         torchferry.save(tensors, **target)
     assert stored(target) == torch_saved(tensors)
 
 
-@pytest.mark.parametrize("plane", ["obstore", "fsspec"])
 async def test_small_tensors_go_up_in_small_parts_so_that_many_do_at_once(
-    s3_url: str, s3_storage_options: dict[str, Any], plane: Any
+    s3_url: str, s3_storage_options: dict[str, Any]
 ) -> None:
-    """What is copied is held in 32 MiB: of parts of 16, little more than one would be under way."""
+    """What is copied is held in 64 MiB: of parts of 16, little more than one would be under way."""
     large = [torch.zeros(40 * MIB, dtype=torch.uint8)]
     small = [torch.zeros(MIB // 2, dtype=torch.uint8) for _ in range(80)]
     for obj, part_size, parts in ((large, None, 3), (small, None, 9), (small, 10 * MIB, 5)):
         url = f"{s3_url}/{uuid.uuid4().hex}.pt"
-        stat = await torchferry.save_async(
-            obj, url, storage_options=s3_storage_options, plane=plane, part_size=part_size
-        )
+        stat = await torchferry.save_async(obj, url, storage_options=s3_storage_options, part_size=part_size)
         assert str(stat.etag).strip('"').endswith(f"-{parts}")
 
 
@@ -252,7 +249,7 @@ MEASURE = """
         return int(lines[field].split()[0]) << 10
 
     options = {options!r}
-    torchferry.save([torch.zeros(1 << 20)] * 2, "{url}/warm.pt", storage_options=options, plane="{plane}")
+    torchferry.save([torch.zeros(1 << 20)] * 2, "{url}/warm.pt", storage_options=options)
     obj = {obj}
     opened = []
     sys.addaudithook(lambda event, args: opened.append(args) if event == "open" else None)
@@ -265,28 +262,27 @@ MEASURE = """
 """
 
 
-def measure(url: str, options: dict[str, Any], plane: str, obj: str, save: str) -> tuple[int, str]:
+def measure(url: str, options: dict[str, Any], obj: str, save: str) -> tuple[int, str]:
     """Peak memory over the baseline in bytes, and the files opened for writing, in a process of its own."""
-    save = save.format(url=url, plane=plane)
-    program = textwrap.dedent(MEASURE).format(url=url, options=options, plane=plane, obj=obj, save=save)
+    save = save.format(url=url)
+    program = textwrap.dedent(MEASURE).format(url=url, options=options, obj=obj, save=save)
     result = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, timeout=200)
     peak, writes = result.stdout.splitlines()
     return int(peak), writes
 
 
-SAVE_ONE = 'torchferry.save(obj, "{url}/one.pt", storage_options=options, plane="{plane}")'
+SAVE_ONE = 'torchferry.save(obj, "{url}/one.pt", storage_options=options)'
 SAVE_25 = (
     "import anyio, functools\n"
     "async def many():\n"
     "    async with anyio.create_task_group() as tasks:\n"
     "        for i in range(25):\n"
     '            tasks.start_soon(functools.partial(torchferry.save_async, obj, f"{url}/{{i}}.pt",'
-    ' storage_options=options, plane="{plane}"))\n'
+    " storage_options=options))\n"
     "anyio.run(many)"
 )
 
 
-@pytest.mark.parametrize("plane", ["obstore", "fsspec"])
 @pytest.mark.parametrize(
     ("obj", "save"),
     [
@@ -297,8 +293,8 @@ SAVE_25 = (
     ids=["256 MiB large", "230 MiB small", "25 at once"],
 )
 def test_saving_takes_at_most_64_MiB_and_no_local_file(  # noqa: N802
-    s3_url: str, s3_storage_options: dict[str, Any], plane: str, obj: str, save: str
+    s3_url: str, s3_storage_options: dict[str, Any], obj: str, save: str
 ) -> None:
-    peak, writes = measure(s3_url, s3_storage_options, plane, obj, save)
+    peak, writes = measure(s3_url, s3_storage_options, obj, save)
     assert peak <= 64 * MIB
     assert writes == "[]"

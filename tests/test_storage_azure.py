@@ -1,64 +1,65 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-import uuid
-from collections.abc import AsyncIterator, Iterator
+import secrets
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, TypeAlias
 
 import anyio
 import pytest
-import trustme
+import torch
 from adlfs import AzureBlobFileSystem
 from azure.core import MatchConditions
 from azure.core.exceptions import HttpResponseError, ResourceModifiedError
-from azure.storage.blob import (
-    AccountSasPermissions,
-    BlobBlock,
-    ContentSettings,
-    ResourceTypes,
-    generate_account_sas,
-)
-from azure.storage.blob import BlobServiceClient as SyncBlobServiceClient
-from azure.storage.blob.aio import BlobServiceClient
+from azure.storage.blob import AccountSasPermissions, BlobBlock, ContentSettings, ResourceTypes, generate_account_sas
 
 import torchferry
-import torchferry_azure
 from torchferry.engine.loops import run_on
-from torchferry.errors import StorageError, StorageUnavailableError, UnsupportedOptionError
-from torchferry.storage.base import MIB, Backend, Chunk, Plane
-from torchferry.engine.writer import PartSizes, part_size_for
+from torchferry.engine.transfer import Transfer, TransferReport
+from torchferry.engine.types import MIB, Chunk, ObjectStat
+from torchferry.engine.writer import Body, UploadPlan
+from torchferry.errors import (
+    ChangedWhileSavingError,
+    StorageError,
+    StoragePermissionError,
+    StorageUnavailableError,
+    UnsupportedOptionError,
+    UnsupportedURLError,
+)
+from torchferry.storage.base import Backend
+from torchferry.storage.http import Engine
 from torchferry.storage.registry import open_backend
 from torchferry.testing import CloudConformance, StoreUnderTest
-from torchferry.testing.azure import AzureServer, azurite, connection_string_for
+from torchferry.testing.azure import AzureServer, connection_string_for
 from torchferry.testing.conformance import SourceError, cancel_at_the_end, stream
-from torchferry.testing.faultproxy import Fault, FaultProxy
-from torchferry.testing.tokens import TokenServer
+from torchferry.testing.faultproxy import Fault, FaultProxy, Head
+from torchferry_azure import AzureBackend
+from torchferry_azure.blocks import new_block_id, newest
+from torchferry_azure.upload import AzureUpload
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+Way: TypeAlias = Literal["engine", "client"]
 
-DATA = bytes(range(256)) * (12 * 4096)  # 12 MiB: three parts of 5 MiB
-PLANES: tuple[Plane, ...] = ("fsspec", "obstore")
-WRONG_KEY = base64.b64encode(b"wrong").decode()
+DATA = bytes(range(256)) * (12 * 4096)  # 12 MiB: three blocks of 5 MiB
+WRONG_KEY = "d3Jvbmc="
+WAYS = pytest.mark.parametrize("way", ["engine", "client"])
+"""Who moves the bytes: the engine, or adlfs's client, where only that honours the filesystem's settings."""
 
 
 class AzureStore(StoreUnderTest):
     keeps_metadata = True
     losers_fail = True
 
-    def __init__(self, client: Any, url: str, storage_options: dict[str, Any], plane: Plane) -> None:
-        self.options = {"storage_options": storage_options, "plane": plane}
-        self.backend, self._prefix = open_backend(url, **self.options)
+    def __init__(self, client: Any, url: str, storage_options: dict[str, Any], way: Way = "engine") -> None:
+        self.options = {"storage_options": storage_options}
+        fs = AzureBlobFileSystem(**storage_options, skip_instance_cache=True)
+        if way == "client":
+            Engine.of(fs, lambda: Engine(None, "of the test"))
+        self.backend, self._prefix = open_backend(url, filesystem=fs)
         self._client = client
 
     def path(self, name: str) -> str:
@@ -75,11 +76,11 @@ class AzureStore(StoreUnderTest):
         found: bool = self.raw_blob(path).exists()
         return found
 
-    def leftovers(self) -> list[str]:
+    def leftovers(self) -> Sequence[str]:
         """Blobs that are nothing but uncommitted blocks: those of a blob that exists stay, where nobody sees them."""
         return [name for name in self.staged() if not self.raw_exists(name)]
 
-    def staged(self) -> list[str]:
+    def staged(self) -> Sequence[str]:
         container, _, prefix = self._prefix.partition("/")
         blobs = self._client.get_container_client(container).list_blobs(prefix, include=["uncommittedblobs"])
         paths = [f"{container}/{blob.name}" for blob in blobs]
@@ -90,12 +91,10 @@ class AzureStore(StoreUnderTest):
         return self._client.get_blob_client(container, key)
 
 
-class AzureConformance(CloudConformance):
-    plane: Plane
-
+class TestAzure(CloudConformance):
     @pytest.fixture
     def store(self, azure_client: Any, azure_url: str, azure_storage_options: dict[str, Any]) -> AzureStore:
-        return AzureStore(azure_client, azure_url, azure_storage_options, self.plane)
+        return AzureStore(azure_client, azure_url, azure_storage_options)
 
     @pytest.fixture
     def path_in_missing_container(self) -> str:
@@ -106,30 +105,46 @@ class AzureConformance(CloudConformance):
         connection = connection_string_for(
             azure_server.endpoint, AccountName=azure_server.account_name, AccountKey=WRONG_KEY
         )
-        return open_backend(azure_url, storage_options={"connection_string": connection}, plane=self.plane)[0]
-
-
-class TestAzureThroughAdlfs(AzureConformance):
-    plane = "fsspec"
-
-
-class TestAzureThroughObstore(AzureConformance):
-    plane = "obstore"
-
-
-# --- what Azure is peculiar about
-
-
-@pytest.fixture(params=PLANES)
-def store(
-    request: pytest.FixtureRequest, azure_client: Any, azure_url: str, azure_storage_options: dict[str, Any]
-) -> AzureStore:
-    return AzureStore(azure_client, azure_url, azure_storage_options, request.param)
+        return open_backend(azure_url, storage_options={"connection_string": connection})[0]
 
 
 @pytest.fixture
-def through_adlfs(azure_client: Any, azure_url: str, azure_storage_options: dict[str, Any]) -> AzureStore:
-    return AzureStore(azure_client, azure_url, azure_storage_options, "fsspec")
+def store(azure_client: Any, azure_url: str, azure_storage_options: dict[str, Any]) -> AzureStore:
+    return AzureStore(azure_client, azure_url, azure_storage_options)
+
+
+Faulty: TypeAlias = Callable[..., "tuple[AzureStore, FaultProxy]"]
+
+
+@pytest.fixture
+def faulty(azure_server: AzureServer, azure_client: Any, azure_url: str) -> Iterator[Faulty]:
+    """Makes the store as seen through a proxy with these faults."""
+    with ExitStack() as stack:
+
+        def make(
+            *faults: Fault, way: Way = "engine", options: Mapping[str, Any] | None = None, **credentials: str
+        ) -> tuple[AzureStore, FaultProxy]:
+            proxy = stack.enter_context(FaultProxy(azure_server.port, *map(dataclasses.replace, faults)))
+            known = {"AccountName": azure_server.account_name, "AccountKey": azure_server.account_key}
+            endpoint = f"{proxy.endpoint}/{azure_server.account_name}"
+            connection = connection_string_for(endpoint, **(credentials or known))
+            return AzureStore(azure_client, azure_url, {"connection_string": connection, **(options or {})}, way), proxy
+
+        yield make
+
+
+def signature_for(server: AzureServer, **permissions: bool) -> str:
+    """A shared access signature for an account."""
+    return generate_account_sas(
+        server.account_name,
+        server.account_key,
+        ResourceTypes(container=True, object=True),
+        AccountSasPermissions(**permissions),
+        datetime.now(UTC) + timedelta(hours=1),
+    )
+
+
+# --- blobs and their uncommitted blocks
 
 
 async def interrupted_write(store: AzureStore, path: str, ending: str = "failure") -> None:
@@ -181,9 +196,9 @@ async def test_interrupted_write_leaves_a_blob_that_exists_as_it_is_and_its_bloc
 
 
 @pytest.mark.parametrize("form", ["put whole", "made of blocks"])
-def test_why_staged_blocks_are_left_beside_a_blob_that_exists(through_adlfs: AzureStore, form: str) -> None:
+def test_why_staged_blocks_are_left_beside_a_blob_that_exists(store: AzureStore, form: str) -> None:
     """Nothing discards them but what makes another version of the blob, or even empties it."""
-    blob = through_adlfs.raw_blob(through_adlfs.path("checkpoint.pt"))
+    blob = store.raw_blob(store.path("checkpoint.pt"))
     if form == "put whole":
         blob.upload_blob(b"old")
     else:
@@ -242,8 +257,120 @@ async def test_who_loses_against_another_writer_is_told(store: AzureStore, other
     assert store.raw_read(path) == other
 
 
+async def test_block_that_arrives_after_its_upload_was_aborted_is_discarded(store: AzureStore) -> None:
+    path = store.path("checkpoint.pt")
+    backend = store.backend
+    assert isinstance(backend, AzureBackend)
+    upload = AzureUpload(backend, path, {})
+    block_id = await run_on(backend.loop, upload.put_part, 0, Body([Chunk(b"12345")]))
+    upload._cut_off = True
+    await run_on(backend.loop, upload.abort)
+    assert store.staged() == []
+    store.raw_blob(path).stage_block(block_id, b"12345")
+    container, _, name = path.partition("/")
+    listing = store._client.get_container_client(container).list_blobs
+    with anyio.fail_after(60):
+        while await anyio.to_thread.run_sync(lambda: list(listing(name, include=["uncommittedblobs"]))):
+            pass
+
+
+async def test_lost_reply_while_blocks_are_discarded_leaves_no_empty_blob(faulty: Faulty) -> None:
+    store, proxy = faulty(Fault(method="PUT", target="comp=blocklist", lose_reply=True, times=2))
+    path = store.path("checkpoint.pt")
+    await interrupted_write(store, path)
+    assert proxy.requests("PUT", "comp=blocklist")
+    assert not store.raw_exists(path)
+    assert store.staged() == []
+
+
 @pytest.mark.parametrize("size", [10, len(DATA)], ids=["small", "blocks"])
-async def test_metadata_is_kept_under_names_that_azure_takes(store: AzureStore, size: int) -> None:
+async def test_lease_on_the_blob_is_named_as_the_reason(store: AzureStore, size: int) -> None:
+    path = store.path("checkpoint.pt")
+    store.raw_write(path, b"old")
+    lease = store.raw_blob(path).acquire_lease()
+    with pytest.raises(StorageError, match="LeaseIdMissing"):
+        await store.write(path, stream(DATA[:size], MIB))
+    assert store.raw_read(path) == b"old"
+    lease.release()
+
+
+async def test_leftovers_tells_when_blocks_were_staged_and_discard_removes_them(store: AzureStore) -> None:
+    path = store.path("run/checkpoint.pt")
+    before = datetime.now(UTC) - timedelta(milliseconds=1)
+    blob = store.raw_blob(path)
+    for block in (new_block_id(), new_block_id()):
+        blob.stage_block(block, b"left behind")
+    (found,) = await store.backend_leftovers(store.path("run/"))
+    assert (found.path, found.kind) == (path, "uncommitted blocks")
+    assert found.modified is not None
+    assert before <= found.modified <= datetime.now(UTC)
+    assert await run_on(store.backend.loop, store.backend.discard, found)
+    assert not store.raw_exists(path)
+    assert store.staged() == []
+
+
+async def test_discard_leaves_blocks_that_came_later_and_those_of_a_blob_that_exists(store: AzureStore) -> None:
+    path = store.path("run/checkpoint.pt")
+    blob = store.raw_blob(path)
+    blob.stage_block(new_block_id(), b"left behind")
+    (found,) = await store.backend_leftovers(store.path("run/"))
+    blob.stage_block(new_block_id(), b"of another writer")
+    assert not await run_on(store.backend.loop, store.backend.discard, found)
+    assert store.staged() == [path]
+    (found,) = await store.backend_leftovers(store.path("run/"))
+    blob.upload_blob(b"old", overwrite=True)
+    blob.stage_block(new_block_id(), b"beside it")
+    assert not await run_on(store.backend.loop, store.backend.discard, found)
+    assert store.raw_read(path) == b"old"
+    assert await store.backend_leftovers(store.path("run/")) == []
+
+
+def test_ids_of_blocks_of_others_tell_no_time() -> None:
+    assert newest([BlobBlock(secrets.token_hex(6) + "4" + secrets.token_hex(10)[1:]), BlobBlock("block")]) is None
+
+
+async def test_list_leaves_out_directories_of_a_hierarchical_namespace_and_uncommitted_blobs(store: AzureStore) -> None:
+    store.raw_blob(store.path("run/steps")).upload_blob(b"", metadata={"hdi_isfolder": "true"})
+    store.raw_blob(store.path("run/half.pt")).stage_block(new_block_id(), b"half")
+    path = store.path("run/steps/checkpoint.pt")
+    store.raw_write(path, b"12345")
+    (found,) = await store.list(store.path("run/"))
+    stat = await store.stat(path)
+    assert (found.path, found.size, found.etag) == (path, stat.size, stat.etag)
+    assert found.modified is not None
+    assert found.modified.tzinfo is not None
+
+
+async def test_list_goes_on_after_the_first_page(store: AzureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = {store.path(f"run/{number}.pt") for number in range(5)}
+    for path in paths:
+        store.raw_write(path, b"x")
+    monkeypatch.setattr("torchferry_azure.client._PAGE", 2)
+    assert {found.path for found in await store.list(store.path("run/"))} == paths
+
+
+def test_50_000_blocks_hold_190_tebibytes(store: AzureStore) -> None:
+    plan: UploadPlan = store.backend.upload_plan(0)
+    assert max(map(plan.part_at, range(50_000))) <= 4000 * MIB
+    for size in (1 << 30, 1 << 40, 100 << 40):
+        part = store.backend.upload_plan(size).part_size
+        assert part <= 4000 * MIB
+        assert part * 50_000 >= size
+
+
+def test_max_concurrency_of_the_filesystem_bounds_the_blocks_under_way(azure_storage_options: dict[str, Any]) -> None:
+    for limit, in_flight in ((2, 2), (None, 16), (100, 16)):
+        fs = AzureBlobFileSystem(**azure_storage_options, max_concurrency=limit)
+        assert open_backend("abfs://container/key", filesystem=fs)[0].upload_plan(1 << 30).in_flight == in_flight
+
+
+# --- metadata
+
+
+@pytest.mark.parametrize("size", [10, len(DATA)], ids=["small", "blocks"])
+@WAYS
+async def test_metadata_is_kept_under_names_that_azure_takes(faulty: Faulty, way: Way, size: int) -> None:
+    store, _ = faulty(way=way)
     path = store.path("checkpoint.pt")
     metadata = {"flyte-execution-project": "p", "flyte-execution-launchplan": "", "1st": " x  y ", "Step": "1"}
     written = await store.write(path, stream(DATA[:size], MIB), metadata=metadata)
@@ -257,7 +384,6 @@ async def test_metadata_is_kept_under_names_that_azure_takes(store: AzureStore, 
     }
 
 
-@pytest.mark.parametrize("plane", PLANES)
 @pytest.mark.parametrize(
     ("metadata", "named"),
     [
@@ -265,121 +391,274 @@ async def test_metadata_is_kept_under_names_that_azure_takes(store: AzureStore, 
         ({"_1": "1", "1": "2"}, "'_1' and '1'"),
         ({"Step": "1", "step": "2"}, "'Step' and 'step'"),
         ({"author": "Grüße"}, "'author': 'Grüße'"),
+        ({f"name{number}": "x" for number in range(90)}, "90 entries"),
+        ({"a": "x" * 4096, "b": "y" * 4096}, "8194 bytes"),
     ],
+    ids=["punctuation", "digit", "case", "not ascii", "90 entries", "8 kib"],
 )
-async def test_metadata_that_azure_would_lose_is_refused_before_anything_is_sent(
-    faulty: Callable[..., Any], plane: Plane, metadata: dict[str, str], named: str
+async def test_metadata_that_cannot_come_back_is_refused_before_anything_is_sent(
+    faulty: Faulty, metadata: dict[str, str], named: str
 ) -> None:
-    store, proxy = faulty(plane)
+    store, proxy = faulty()
     with pytest.raises(UnsupportedOptionError, match=named):
         await store.write(store.path("checkpoint.pt"), stream(DATA, MIB), metadata=metadata)
     assert proxy.log == []
 
 
-@pytest.mark.parametrize("plane", PLANES)
+async def test_as_much_metadata_as_is_taken_comes_back(store: AzureStore, azure_url: str) -> None:
+    metadata = {f"name{number}": "x" * 100 for number in range(64)}
+    url = f"{azure_url}/checkpoint.pt"
+    written = await torchferry.save_async([1], url, metadata=metadata, **store.options or {})
+    assert written.metadata == metadata
+    reports: list[TransferReport] = []
+    assert await torchferry.load_async(url, report=reports.append, **store.options or {}) == [1]
+    assert reports[0].client_bytes == 0
+    assert (await store.stat(store.path("checkpoint.pt"))).metadata == metadata
+
+
 async def test_copy_from_s3_takes_flytes_metadata_along(
-    plane: Plane, azure_url: str, azure_storage_options: dict[str, Any], s3_url: str, s3_storage_options: dict[str, Any]
+    azure_url: str, azure_storage_options: dict[str, Any], s3_url: str, s3_storage_options: dict[str, Any]
 ) -> None:
     source, target = f"{s3_url}/checkpoint.pt", f"{azure_url}/checkpoint.pt"
     metadata = {"flyte-execution-project": "p"}
     await torchferry.save_async([1], source, storage_options=s3_storage_options, metadata=metadata)
     copied = await torchferry.copy_async(
-        source,
-        target,
-        source_storage_options=s3_storage_options,
-        target_storage_options=azure_storage_options,
-        plane=plane,
+        source, target, source_storage_options=s3_storage_options, target_storage_options=azure_storage_options
     )
     assert copied.metadata == {"flyte_execution_project": "p"}
     assert await torchferry.load_async(target, storage_options=azure_storage_options) == [1]
 
 
-async def test_blob_above_a_single_put_and_below_a_part_is_one_block(through_adlfs: AzureStore) -> None:
-    path = through_adlfs.path("checkpoint.pt")
-    written = await through_adlfs.write(path, stream(DATA, MIB), part_size=16 * MIB, metadata={"step": "1"})
-    assert written.size == len(DATA)
-    assert await through_adlfs.stat(path) == written
-    assert through_adlfs.raw_read(path) == DATA
-
-
-def test_50_000_blocks_hold_190_tebibytes() -> None:
-    limits = {"maximum": torchferry_azure._LARGEST_BLOCK, "max_parts": torchferry_azure._MOST_BLOCKS}
-    sizes = PartSizes(part_size_for(0, minimum=torchferry_azure._SMALLEST_BLOCK, **limits), **limits)
-    assert max(sizes[index] for index in range(50_000)) <= 4000 * MIB
-    for size in (1 << 30, 1 << 40, 100 << 40):
-        part = part_size_for(size, minimum=torchferry_azure._SMALLEST_BLOCK, **limits)
-        assert part <= 4000 * MIB
-        assert part * 50_000 >= size
-
-
 # --- faults
 
-
-@pytest.fixture
-def faulty(
-    azure_server: AzureServer, azure_client: Any, azure_url: str, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., tuple[AzureStore, FaultProxy]]]:
-    """Makes the store as seen through a proxy with these faults."""
-    # The client library waits 15 seconds before its first retry.
-    monkeypatch.setattr("azure.storage.blob._shared.policies_async.ExponentialRetry.get_backoff_time", lambda *_: 0.1)
-    with ExitStack() as stack:
-
-        def make(plane: Plane, *faults: Fault) -> tuple[AzureStore, FaultProxy]:
-            proxy = stack.enter_context(FaultProxy(azure_server.port, *faults))
-            connection = connection_string_for(
-                f"{proxy.endpoint}/{azure_server.account_name}",
-                AccountName=azure_server.account_name,
-                AccountKey=azure_server.account_key,
-            )
-            return AzureStore(azure_client, azure_url, {"connection_string": connection}, plane), proxy
-
-        yield make
-
+RETRY_AFTER = {"Retry-After": "0.1"}
 
 SURVIVABLE = {
-    "block refused": Fault(method="PUT", target="comp=block&", status=503, code="ServerBusy"),
+    "block refused for now": Fault(method="PUT", target="comp=block&", status=503, code="ServerBusy"),
+    "too many requests": Fault(status=429, code="TooManyRequests", headers=RETRY_AFTER, times=5),
+    "block timed out": Fault(method="PUT", target="comp=block&", status=500, code="OperationTimedOut", times=4),
     "block reset in the middle": Fault(method="PUT", target="comp=block&", reset_upload_after=MIB),
     "block stored but the reply lost": Fault(method="PUT", target="comp=block&", lose_reply=True),
-    "commit refused": Fault(method="PUT", target="comp=blocklist", status=503, code="ServerBusy"),
-    "committed but the reply lost": Fault(method="PUT", target="comp=blocklist", lose_reply=True),
-    "read reset in the middle": Fault(method="GET", reset_download_after=MIB),
-    "read cut short": Fault(method="GET", truncate_after=MIB),
+    "commit refused three times": Fault(method="PUT", target="comp=blocklist", status=503, code="ServerBusy", times=3),
+    "commit reset": Fault(method="PUT", target="comp=blocklist", reset_upload_after=1, times=3),
+    "committed but the reply lost": Fault(method="PUT", target="comp=blocklist", lose_reply=True, times=3),
+    "read reset in the middle": Fault(method="GET", target="checkpoint.pt", reset_download_after=MIB),
+    "read cut short": Fault(method="GET", target="checkpoint.pt", truncate_after=MIB),
+    "read refused for now": Fault(method="GET", target="checkpoint.pt", status=503, code="ServerBusy", times=3),
 }
 
 
-@pytest.mark.parametrize("plane", PLANES)
 @pytest.mark.parametrize("fault", SURVIVABLE)
-async def test_survives(faulty: Callable[..., Any], plane: Plane, fault: str) -> None:
-    store, proxy = faulty(plane, dataclasses.replace(SURVIVABLE[fault]))
+@WAYS
+async def test_survives(faulty: Faulty, way: Way, fault: str) -> None:
+    store, proxy = faulty(SURVIVABLE[fault], way=way)
     path = store.path("checkpoint.pt")
     written = await store.write(path, stream(DATA, MIB), size_hint=len(DATA))
     assert await store.read(path, 0, len(DATA), written) == DATA
+    assert await store.stat(path) == written
     assert any(request.fault for request in proxy.log)
     assert store.leftovers() == []
 
 
-@pytest.mark.parametrize("plane", PLANES)
-async def test_store_that_goes_on_refusing_is_unavailable(faulty: Callable[..., Any], plane: Plane) -> None:
-    fault = Fault(method="PUT", target="comp=block&", status=503, code="ServerBusy", times=None)
-    store, _ = faulty(plane, fault)
-    with pytest.raises(StorageUnavailableError):
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(method="PUT", status=503, code="ServerBusy", times=2),
+        Fault(method="PUT", reset_upload_after=100_000),
+        Fault(method="PUT", lose_reply=True),
+    ],
+    ids=["refused for now", "reset", "reply lost"],
+)
+@WAYS
+async def test_small_blob_survives(faulty: Faulty, way: Way, fault: Fault) -> None:
+    store, proxy = faulty(fault, way=way)
+    path = store.path("checkpoint.pt")
+    written = await store.write(path, stream(DATA[:MIB], 4096), metadata={"step": "1"})
+    assert store.raw_read(path) == DATA[:MIB]
+    assert await store.stat(path) == written
+    assert proxy.log[0].fault
+
+
+@WAYS
+async def test_requests_are_repeated_by_the_engines_policy_only(faulty: Faulty, way: Way) -> None:
+    """The client library's own repetitions would wait 15 seconds before the first."""
+    store, proxy = faulty(Fault(status=503, code="ServerBusy", times=None), way=way)
+    path = store.path("checkpoint.pt")
+    verbs: dict[str, Callable[[], Any]] = {
+        "stat": lambda: store.stat(path),
+        "read": lambda: store.read(path, 0, 5, ObjectStat(store.backend.url(path), 10, '"etag"')),
+        "delete": lambda: store.delete(path),
+        "list": lambda: store.list(path),
+        "leftovers": lambda: store.backend_leftovers(path),
+        "write": lambda: store.write(path, stream(DATA[:10], MIB)),
+        "write blocks": lambda: store.write(path, stream(DATA, MIB)),
+    }
+    for verb, call in verbs.items():
+        proxy.log.clear()
+        transfer = Transfer("test", give_up_after=0.3)
+        with transfer.running(None), pytest.raises(StorageUnavailableError):
+            await call()
+        assert 0 < len(proxy.log) <= transfer.report().requests, verb
+
+
+async def test_store_that_goes_on_refusing_is_unavailable_and_nothing_stays(faulty: Faulty) -> None:
+    store, _ = faulty(Fault(method="PUT", target="comp=block&", skip=1, status=503, code="ServerBusy", times=None))
+    with Transfer("save", give_up_after=0.5).running(None), pytest.raises(StorageUnavailableError):
         await store.write(store.path("checkpoint.pt"), stream(DATA, MIB))
-    assert store.leftovers() == []
+    assert store.staged() == []
 
 
-@pytest.mark.parametrize("plane", PLANES)
+@WAYS
+async def test_block_that_is_never_answered_is_sent_again(faulty: Faulty, way: Way) -> None:
+    fault = Fault(method="PUT", target="comp=block&", skip=1, hang=True)
+    store, proxy = faulty(fault, way=way, options={"read_timeout": 3})
+    path = store.path("checkpoint.pt")
+    await store.write(path, stream(DATA, MIB))
+    assert store.raw_read(path) == DATA
+    assert len(proxy.requests("PUT", "comp=block&")) > 3
+
+
+@WAYS
 async def test_cancel_while_a_block_hangs_leaves_nothing(
-    faulty: Callable[..., Any], plane: Plane, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    faulty: Faulty, way: Way, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("torchferry.storage.obstore._ABORT_SECONDS", 2.0)
-    store, proxy = faulty(plane, Fault(method="PUT", target="comp=block&", skip=1, hang=True, times=None))
+    store, proxy = faulty(Fault(method="PUT", target="comp=block&", skip=1, hang=True, times=None), way=way)
     path = store.path("checkpoint.pt")
     await cancel_at_the_end(store, path, DATA, partial(proxy.wait_for, "PUT", "comp=block&", count=3))
-    assert store.leftovers() == []
-    assert "may still be there" not in caplog.text
+    assert store.staged() == []
+    assert not store.raw_exists(path)
+    assert caplog.text == ""
 
 
-# --- settings and credentials
+async def test_small_blob_that_is_not_answered_is_not_published_when_its_save_is_cancelled(
+    faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows what became of a request that was sent whole: its answer is awaited for a while."""
+    monkeypatch.setattr("torchferry.engine.transport._ANSWER_PATIENCE", 0.2)
+    store, proxy = faulty(Fault(method="PUT", hang=True, times=None))
+    path = store.path("checkpoint.pt")
+    task = asyncio.create_task(store.write(path, stream(DATA[:MIB], MIB)))
+    await asyncio.to_thread(proxy.wait_for, "PUT")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not store.raw_exists(path)
+
+
+@pytest.mark.parametrize("times", [1, None], ids=["one", "all that follow"])
+@WAYS
+async def test_block_that_is_forbidden_leaves_no_blocks_of_a_new_blob(
+    faulty: Faulty, way: Way, times: int | None
+) -> None:
+    """Where only the engine's request is forbidden, the client's may not be."""
+    fault = Fault(method="PUT", target="comp=block&", skip=2, status=403, code="AuthorizationFailure", times=times)
+    store, _ = faulty(fault, way=way)
+    path = store.path("checkpoint.pt")
+    write = store.write(path, stream(DATA, MIB), part_size=MIB)
+    if way == "engine" and times == 1:
+        await write
+        assert store.raw_read(path) == DATA
+        return
+    with pytest.raises(StoragePermissionError) as caught:
+        await write
+    assert store.staged() == []
+    assert not any("could not be removed" in note for note in getattr(caught.value, "__notes__", []))
+
+
+async def test_note_and_log_say_that_blocks_stay_which_the_credentials_may_not_discard(
+    faulty: Faulty, azure_server: AzureServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    fault = Fault(method="PUT", target="comp=block&", skip=2, status=403, code="AuthorizationFailure", times=None)
+    signature = signature_for(azure_server, read=True, write=True, list=True, create=True)
+    store, _ = faulty(fault, SharedAccessSignature=signature)
+    path = store.path("checkpoint.pt")
+    with pytest.raises(StoragePermissionError) as caught:
+        await store.write(path, stream(DATA, MIB), part_size=MIB)
+    message = f"Uncommitted blocks of abfs://{path} stay: the credentials may not delete blobs."
+    assert any(message in note for note in caught.value.__notes__)
+    assert message in caplog.text
+    assert store.staged() == [path]
+
+
+@pytest.mark.parametrize("size", [MIB, len(DATA)], ids=["small", "blocks"])
+@WAYS
+async def test_body_that_is_damaged_on_the_way_is_sent_again(faulty: Faulty, way: Way, size: int) -> None:
+    """Azurite compares the MD5, as Azure does."""
+    store, proxy = faulty(Fault(method="PUT", target="comp=block&|pt$|sig=", corrupt_upload_byte=MIB // 2), way=way)
+    path = store.path("checkpoint.pt")
+    await store.write(path, stream(DATA[:size], MIB))
+    assert store.raw_read(path) == DATA[:size]
+    assert sum(request.fault is not None for request in proxy.log) == 1
+    assert all(
+        "content-md5" in request.headers for request in proxy.requests("PUT") if "blocklist" not in request.target
+    )
+
+
+@pytest.mark.parametrize("size", [MIB, len(DATA)], ids=["small", "blocks"])
+@WAYS
+async def test_tensor_that_is_changed_while_it_is_saved_is_an_error(faulty: Faulty, way: Way, size: int) -> None:
+    store, _ = faulty(way=way)
+    path = store.path("checkpoint.pt")
+    crc32 = zlib.crc32(DATA[:size])
+    changed = bytearray(DATA[:size])
+    changed[-1] ^= 1
+
+    async def chunks() -> AsyncIterator[Chunk]:
+        yield Chunk(memoryview(changed), crc32)
+
+    with pytest.raises(ChangedWhileSavingError, match="while it was being saved"):
+        await store.write(path, chunks(), part_size=16 * MIB)
+    assert not store.raw_exists(path)
+    assert store.staged() == []
+
+
+class RefusesChecksums(FaultProxy):
+    """A store that knows no Content-MD5."""
+
+    def admit(self, head: Head) -> Head | bytes:
+        if "content-md5" in head.fields:
+            return b"HTTP/1.1 400 Bad\r\nx-ms-error-code: UnsupportedHeader\r\nContent-Length: 0\r\n\r\n"
+        return head
+
+
+async def test_store_that_refuses_checksums_gets_blobs_without_and_is_remembered(
+    azure_server: AzureServer, azure_client: Any, azure_url: str
+) -> None:
+    with RefusesChecksums(azure_server.port) as proxy:
+        connection = connection_string_for(
+            f"{proxy.endpoint}/{azure_server.account_name}",
+            AccountName=azure_server.account_name,
+            AccountKey=azure_server.account_key,
+        )
+        store = AzureStore(azure_client, azure_url, {"connection_string": connection})
+        for name in ("first.pt", "second.pt"):
+            await store.write(store.path(name), stream(DATA[:MIB], MIB))
+            assert store.raw_read(store.path(name)) == DATA[:MIB]
+        assert len(proxy.log) == 3
+
+
+@WAYS
+@pytest.mark.parametrize("kind", ["key", "signature"])
+async def test_redirect_to_another_host_takes_no_credentials_along(
+    faulty: Faulty, azure_server: AzureServer, way: Way, kind: str
+) -> None:
+    with FaultProxy(azure_server.port) as other:
+        fault = Fault(status=307, code="", headers={"Location": f"{other.endpoint}/ferrytest/x"}, times=None)
+        signature = signature_for(azure_server, read=True, write=True, delete=True, list=True, create=True)
+        store, proxy = faulty(fault, way=way, **({"SharedAccessSignature": signature} if kind == "signature" else {}))
+        path = store.path("checkpoint.pt")
+        with pytest.raises(StorageError, match="redirect"):
+            await store.stat(path)
+        with pytest.raises(StorageError, match="redirect"):
+            await store.read(path, 0, 5, ObjectStat(store.backend.url(path), 10, '"etag"'))
+        for size in (10, len(DATA)):
+            with pytest.raises(StorageError, match="redirect"):
+                await store.write(path, stream(DATA[:size], MIB))
+        assert any(request.secrets for request in proxy.log)
+        assert other.log == []
+
+
+# --- names, settings and the filesystem
 
 
 @pytest.mark.parametrize("protocol", ["az", "abfs", "abfss"])
@@ -387,87 +666,119 @@ def test_every_form_of_url_leads_to_the_blob(protocol: str, azure_storage_option
     for url in (f"{protocol}://container/a/b.pt", f"{protocol}://container@ferrytest.dfs.core.windows.net/a/b.pt"):
         backend, path = open_backend(url, storage_options=azure_storage_options)
         assert path == "container/a/b.pt"
-        assert backend.plane == "obstore"
+        assert isinstance(backend, AzureBackend)
         assert backend.url(path) == "abfs://container/a/b.pt"
 
 
 def test_account_of_the_url_is_the_account_that_is_asked() -> None:
     url = "abfs://container@myaccount.dfs.core.windows.net/a/b.pt"
-    backend, _ = open_backend(url, storage_options={"anon": True}, plane="fsspec")
-    assert isinstance(backend, torchferry_azure.AzureBackend)
-    assert backend.blob("container/a/b.pt").url == "https://myaccount.blob.core.windows.net/container/a/b.pt"
+    backend, path = open_backend(url, storage_options={"anon": True})
+    assert isinstance(backend, AzureBackend)
+    assert backend.client.blob(path).url == "https://myaccount.blob.core.windows.net/container/a/b.pt"
 
 
-@pytest.mark.parametrize("plane", PLANES)
-async def test_shared_access_signature_is_enough(
-    plane: Plane, azure_client: Any, azure_url: str, azure_server: AzureServer
+@pytest.mark.parametrize("given", ["filesystem", "storage_options"])
+async def test_name_with_colons_is_taken_literally(
+    store: AzureStore, azure_storage_options: dict[str, Any], given: str
 ) -> None:
-    signature = generate_account_sas(
-        azure_server.account_name,
-        azure_server.account_key,
-        ResourceTypes(container=True, object=True),
-        AccountSasPermissions(read=True, write=True, delete=True, list=True, create=True),
-        datetime.now(UTC) + timedelta(hours=1),
-    )
-    connection = connection_string_for(azure_server.endpoint, SharedAccessSignature=signature)
-    store = AzureStore(azure_client, azure_url, {"connection_string": connection}, plane)
+    options = {"filesystem": AzureBlobFileSystem(**azure_storage_options), "storage_options": azure_storage_options}
+    path = store.path("a::b.pt")
+    await torchferry.save_async([1], f"abfs://{path}", **{given: options[given]})
+    assert store.raw_exists(path)
+    assert await torchferry.load_async(f"abfs://{path}", **{given: options[given]}) == [1]
+
+
+async def test_version_of_a_blob_can_be_read_and_not_be_replaced(
+    store: AzureStore, azure_storage_options: dict[str, Any]
+) -> None:
     path = store.path("checkpoint.pt")
-    written = await store.write(path, stream(DATA, MIB))
-    assert await store.read(path, 0, len(DATA), written) == DATA
+    store.raw_write(path, b"old")
+    url = f"abfs://{path}?versionid=2026-11-26T00:00:00.0000000Z"
+    with pytest.raises(UnsupportedURLError, match="names a version"):
+        await torchferry.save_async([1], url, storage_options=azure_storage_options)
+    backend, versioned = open_backend(url, storage_options=azure_storage_options)
+    with pytest.raises(UnsupportedURLError, match="names a version"):
+        await run_on(backend.loop, backend.delete, versioned)
+    assert store.raw_read(path) == b"old"
+    assert isinstance(backend, AzureBackend)
+    request = await run_on(backend.loop, backend.sign_read, versioned, ObjectStat(url, 3, '"etag"'))
+    assert "/checkpoint.pt?versionid=2026-11-26T00%3A00%3A00.0000000Z&" in request.url
+
+
+async def test_version_is_part_of_the_name_for_a_filesystem_that_knows_no_versions(store: AzureStore) -> None:
+    path = store.path("checkpoint.pt?versionid=1")
+    store.raw_write(store.path("checkpoint.pt"), b"other")
+    await store.write(path, stream(b"12345", 2))
+    assert store.raw_read(path) == b"12345"
     await store.delete(path)
-    assert not store.raw_exists(path)
+    assert store.raw_read(store.path("checkpoint.pt")) == b"other"
 
 
-@pytest.mark.parametrize("plane", PLANES)
-async def test_public_container_is_read_anonymously(plane: Plane, azure_client: Any, azure_server: AzureServer) -> None:
-    container = f"public-{uuid.uuid4().hex[:12]}"
-    azure_client.create_container(container, public_access="container")
-    fs = AzureBlobFileSystem(account_name=azure_server.account_name, anon=True, skip_instance_cache=True)
-    # adlfs speaks https to accounts; Azurite here does not.
-    fs.service_client = BlobServiceClient(azure_server.endpoint)
-    backend, path = open_backend(f"abfs://{container}/checkpoint.pt", filesystem=fs, plane=plane)
-    azure_client.get_blob_client(container, "checkpoint.pt").upload_blob(DATA)
-
-    async def read() -> bytes:
-        return bytes(await backend.read(path, 5, 100, await backend.stat(path)))
-
-    assert await run_on(backend.loop, read) == DATA[5:100]
-    with pytest.raises(StorageError):
-        await run_on(backend.loop, backend.write, path, stream(DATA, MIB), size_hint=len(DATA))
-    assert azure_client.get_blob_client(container, "checkpoint.pt").download_blob().readall() == DATA
+class OwnFileSystem(AzureBlobFileSystem):
+    """A filesystem of the user's."""
 
 
-UNTRANSLATABLE = [
-    {"version_aware": True},
-    {"max_concurrency": 2},
-    {"timeout": 5},
-    {"location_mode": "secondary"},
-    {"something_new": 1},
-]
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (OwnFileSystem, "OwnFileSystem is a subclass of AzureBlobFileSystem"),
+        (partial(AzureBlobFileSystem, location_mode="secondary"), "the location mode is secondary"),
+    ],
+    ids=["subclass", "secondary"],
+)
+async def test_settings_that_only_the_client_honours_go_through_it(make: Callable[..., Any], reason: str) -> None:
+    fs = make(account_name="ferrytest", account_key=WRONG_KEY)
+    backend, _ = open_backend("abfs://container/key", filesystem=fs)
+    assert isinstance(backend, AzureBackend)
+    engine = await backend.engine()
+    assert engine.transport is None
+    assert engine.why_client(1) == reason
 
 
-@pytest.mark.parametrize("options", UNTRANSLATABLE, ids=lambda options: next(iter(options)))
-def test_what_obstore_cannot_honour_goes_through_adlfs(options: dict[str, Any]) -> None:
-    storage_options = {"account_name": "ferrytest", "account_key": WRONG_KEY, **options}
-    assert open_backend("abfs://container/key", storage_options=storage_options)[0].plane == "fsspec"
-    with pytest.raises(UnsupportedOptionError, match=next(iter(options)).replace("_", ".")):
-        open_backend("abfs://container/key", storage_options=storage_options, plane="obstore")
+async def test_filesystem_of_the_users_own_class_works_and_the_report_says_what_the_client_moved(
+    store: AzureStore, azure_url: str, azure_storage_options: dict[str, Any]
+) -> None:
+    fs = OwnFileSystem(**azure_storage_options)
+    reports: list[TransferReport] = []
+    tensors = [torch.arange(1 << 21), torch.arange(10)]
+    url = f"{azure_url}/checkpoint.pt"
+    await torchferry.save_async(tensors, url, filesystem=fs, part_size=5 * MIB, report=reports.append)
+    loaded = await torchferry.load_async(url, filesystem=fs, report=reports.append)
+    assert all(map(torch.equal, loaded, tensors))
+    assert [report.client_bytes > 16 * MIB for report in reports] == [True, True]
+    assert reports[0].client_reasons == ("OwnFileSystem is a subclass of AzureBlobFileSystem",)
+    assert store.staged() == []
 
 
-@pytest.mark.parametrize("plane", PLANES)
+async def test_blob_that_the_client_puts_whole_is_one_block(faulty: Faulty) -> None:
+    """The client copies what it sends in one request."""
+    store, _ = faulty(way="client")
+    path = store.path("checkpoint.pt")
+    written = await store.write(path, stream(DATA, MIB), part_size=16 * MIB, metadata={"step": "1"})
+    assert written.size == len(DATA)
+    assert await store.stat(path) == written
+    assert store.raw_read(path) == DATA
+    assert len(store.raw_blob(path).get_block_list("committed")[0]) == 1
+
+
+async def test_time_limit_of_the_filesystem_is_the_servers_too(faulty: Faulty) -> None:
+    store, proxy = faulty(options={"timeout": 77})
+    path = store.path("checkpoint.pt")
+    for size in (10, len(DATA)):
+        written = await store.write(path, stream(DATA[:size], MIB))
+        assert await store.read(path, 0, size, written) == DATA[:size]
+    assert all("timeout=77" in request.target for request in proxy.log)
+
+
 async def test_filesystem_made_for_its_users_loop_works(
-    plane: Plane,
-    azure_client: Any,
-    azure_url: str,
-    azure_storage_options: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
+    azure_client: Any, azure_url: str, azure_storage_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("weakref.finalize", lambda *_: None)  # at exit adlfs would look for this test's event loop
         fs = AzureBlobFileSystem(**azure_storage_options, asynchronous=True, skip_instance_cache=True)
-    backend, path = open_backend(f"{azure_url}/checkpoint.pt", filesystem=fs, plane=plane)
+    backend, path = open_backend(f"{azure_url}/checkpoint.pt", filesystem=fs)
     assert backend.loop is None
-    written = await backend.write(path, stream(DATA, MIB), size_hint=len(DATA), part_size=5 * MIB)
+    written = await backend.write(path, stream(DATA, MIB), plan=backend.upload_plan(len(DATA), 5 * MIB))
     assert bytes(await backend.read(path, 0, 10, written)) == DATA[:10]
     container, _, key = path.partition("/")
     assert azure_client.get_blob_client(container, key).download_blob().readall() == DATA
@@ -476,208 +787,8 @@ async def test_filesystem_made_for_its_users_loop_works(
 
 async def test_adlfs_sees_what_was_written(store: AzureStore, azure_storage_options: dict[str, Any]) -> None:
     fs = AzureBlobFileSystem(**azure_storage_options)
-    url = f"abfs://{store.path('directory/checkpoint.pt')}"
-    backend, path = open_backend(url, filesystem=fs, plane=store.backend.plane)
+    backend, path = open_backend(f"abfs://{store.path('directory/checkpoint.pt')}", filesystem=fs)
     store.raw_write(store.path("directory/other.pt"), b"1")
     assert len(fs.ls(fs._parent(path))) == 1
-    await run_on(backend.loop, backend.write, path, stream(b"12345", 2), size_hint=5)
+    await run_on(backend.loop, backend.write, path, stream(b"12345", 2), plan=backend.upload_plan(5))
     assert path in fs.ls(fs._parent(path))
-
-
-# --- over TLS, which adlfs insists on for everything but connection strings
-
-
-@pytest.fixture(scope="session")
-def authority() -> trustme.CA:
-    """Who issues certificates for 127.0.0.1."""
-    return trustme.CA(key_type=trustme.KeyType.ECDSA)
-
-
-def write_certificate(stem: Path, authority: trustme.CA) -> tuple[Path, Path]:
-    """Writes a certificate for 127.0.0.1; returns its file and its key's."""
-    issued = authority.issue_cert("127.0.0.1", key_type=trustme.KeyType.ECDSA)
-    files = stem.with_suffix(".pem"), stem.with_suffix(".key")
-    files[0].write_bytes(issued.cert_chain_pems[0].bytes())
-    files[1].write_bytes(issued.private_key_pem.bytes())
-    return files
-
-
-@pytest.fixture(scope="session")
-def tls_server(
-    azurite_program: Path, authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[AzureServer, Path]]:
-    """Azurite over TLS, where it also takes bearer tokens; and the certificate of who issued its own."""
-    directory = tmp_path_factory.mktemp("azurite-tls")
-    trusted = directory / "authority.pem"
-    trusted.write_bytes(authority.cert_pem.bytes())
-    with azurite(
-        directory, program=azurite_program, certificate=write_certificate(directory / "server", authority)
-    ) as server:
-        yield server, trusted
-
-
-class TokenIssuer(TokenServer):
-    """What Microsoft Entra ID is to service principals: over TLS, gives out tokens for their secret.
-
-    https://learn.microsoft.com/entra/identity-platform/v2-oauth2-client-creds-grant-flow
-    """
-
-    tenant = "ferry-tenant"
-    secret = "ferry-secret"
-
-    def __init__(self, certificate: tuple[Path, Path]) -> None:
-        super().__init__(certificate)
-        self.served: list[str] = []  # the ids of those who got a token
-
-    def answer(self, path: str, **form: str) -> tuple[int, dict[str, Any]]:
-        assert path == f"/{self.tenant}/oauth2/v2.0/token"
-        assert form["grant_type"] == "client_credentials"
-        assert form["scope"] == "https://storage.azure.com/.default"
-        if form["client_secret"] != self.secret:
-            return 401, {"error": "invalid_client", "error_description": "AADSTS7000215: Invalid client secret."}
-        self.served.append(form["client_id"])
-        return 200, {"access_token": bearer_token(), "expires_in": 3600, "token_type": "Bearer"}
-
-
-@pytest.fixture
-def token_issuer(authority: trustme.CA, tmp_path: Path) -> Iterator[TokenIssuer]:
-    with TokenIssuer(write_certificate(tmp_path / "issuer", authority)) as issuer:
-        yield issuer
-
-
-def bearer_token() -> str:
-    """Azurite checks who issued it, for whom and until when, and not who signed it."""
-    now = int(datetime.now(UTC).timestamp())
-    claims = {
-        "aud": "https://storage.azure.com",
-        "iss": "https://sts.windows.net/ab1f708d-50f6-404c-a006-d71b2ac7a606/",
-        "iat": now - 60,
-        "nbf": now - 60,
-        "exp": now + 3600,
-    }
-    parts = [{"alg": "none", "typ": "JWT"}, claims]
-    encoded = [base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts]
-    return ".".join([*encoded, "c2lnbmF0dXJl"])
-
-
-CREDENTIALS = {  # how a filesystem is told, and who is given a token then
-    "account key": ('{"account_key": server["account_key"]}', []),
-    "shared access signature": ('{"sas_token": server["signature"]}', []),
-    "service principal": (
-        '{"tenant_id": "ferry-tenant", "client_id": "principal", "client_secret": "ferry-secret"}',
-        ["principal"],
-    ),
-    "default credential": ('{"anon": False}', ["of the environment"]),
-    "credential": (
-        '{"credential": ClientSecretCredential("ferry-tenant", "of the user", "ferry-secret")}',
-        ["of the user"],
-    ),
-}
-
-CONNECT = """
-import json, sys
-import torch, torchferry
-from adlfs import AzureBlobFileSystem
-from azure.identity.aio import ClientSecretCredential
-
-server = json.loads(sys.argv[1])
-fs = AzureBlobFileSystem(account_name="ferrytest", account_host=server["host"], **{credentials})
-"""
-
-ROUND_TRIP = """
-from torchferry.engine.transport import DirectReader
-
-read_into = DirectReader.read_into
-
-async def noting(*arguments):
-    read_directly.append(await read_into(*arguments))
-    return read_directly[-1]
-
-DirectReader.read_into = noting
-tensors = [torch.arange(1 << 21), torch.arange(1 << 21)]
-for plane in ("fsspec", "obstore"):
-    url = f"abfs://{server['container']}/{plane}.pt"
-    read_directly = []
-    torchferry.save(tensors, url, filesystem=fs, plane=plane, part_size=5 << 20)
-    loaded = torchferry.load(url, filesystem=fs, plane=plane)
-    assert read_directly and all(read_directly), read_directly
-    assert all(map(torch.equal, loaded, tensors))
-    print(plane)
-"""
-
-REFUSED = """
-from azure.storage.blob._shared.policies_async import ExponentialRetry
-
-ExponentialRetry.get_backoff_time = lambda *_: 0.1  # it asks four times, in 86 seconds
-for plane in ("fsspec", "obstore"):
-    url = f"abfs://{server['container']}/{plane}.pt"
-    try:
-        torchferry.save(torch.arange(10), url, filesystem=fs, plane=plane)
-    except torchferry.StoragePermissionError as error:
-        assert "Invalid client secret" in str(error), error
-        print(plane)
-"""
-
-
-@pytest.fixture
-def tls_run(
-    tls_server: tuple[AzureServer, Path], token_issuer: TokenIssuer
-) -> Callable[[str], subprocess.CompletedProcess[str]]:
-    """Runs a program in a process of its own, which trusts the certificates from its start."""
-    server, certificate = tls_server
-    signature = generate_account_sas(
-        server.account_name,
-        server.account_key,
-        ResourceTypes(container=True, object=True),
-        AccountSasPermissions(read=True, write=True, delete=True, list=True, create=True),
-        datetime.now(UTC) + timedelta(hours=1),
-    )
-    container = f"ferry-{uuid.uuid4().hex[:12]}"
-    connection = connection_string_for(server.endpoint, AccountName=server.account_name, AccountKey=server.account_key)
-    with SyncBlobServiceClient.from_connection_string(connection, connection_verify=str(certificate)) as client:
-        client.create_container(container)
-    known = {
-        "host": server.endpoint.removeprefix("https://"),
-        "account_key": server.account_key,
-        "signature": signature,
-        "container": container,
-    }
-    environment = {
-        "SSL_CERT_FILE": str(certificate),
-        "AZURE_AUTHORITY_HOST": f"127.0.0.1:{token_issuer.port}",
-        "AZURE_TENANT_ID": TokenIssuer.tenant,
-        "AZURE_CLIENT_ID": "of the environment",
-        "AZURE_CLIENT_SECRET": TokenIssuer.secret,
-    }
-
-    def run(program: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", program, json.dumps(known)],
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-
-    return run
-
-
-@pytest.mark.parametrize("kind", CREDENTIALS)
-def test_credentials_of_the_filesystem_serve_both_planes(
-    tls_run: Callable[[str], subprocess.CompletedProcess[str]], token_issuer: TokenIssuer, kind: str
-) -> None:
-    """With azure-identity's own credentials; one token, got over TLS, serves both planes, and what is read directly."""
-    credentials, served = CREDENTIALS[kind]
-    done = tls_run(CONNECT.format(credentials=credentials) + ROUND_TRIP)
-    assert done.stdout == "fsspec\nobstore\n", done.stderr
-    assert token_issuer.served == served
-
-
-def test_service_principal_that_is_refused_a_token_is_a_permission_error(
-    tls_run: Callable[[str], subprocess.CompletedProcess[str]], token_issuer: TokenIssuer
-) -> None:
-    credentials = '{"tenant_id": "ferry-tenant", "client_id": "principal", "client_secret": "wrong"}'
-    done = tls_run(CONNECT.format(credentials=credentials) + REFUSED)
-    assert done.stdout == "fsspec\nobstore\n", done.stderr
-    assert token_issuer.served == []

@@ -7,6 +7,7 @@ import http.server
 import socket
 import tarfile
 import threading
+import traceback
 import uuid
 import zipfile
 from collections.abc import AsyncIterator, Iterator
@@ -19,13 +20,14 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 import torchferry
+from torchferry.engine.types import Chunk
 from torchferry.errors import (
     CheckpointNotFoundError,
     StorageError,
     StoragePermissionError,
     StorageUnavailableError,
-    UnsupportedOptionError,
 )
+from torchferry.storage.base import Leftover
 from torchferry.storage.generic import GenericBackend
 from torchferry.testing import BackendConformance, StoreUnderTest
 from torchferry.testing.conformance import stream
@@ -35,7 +37,7 @@ class FsspecStore(StoreUnderTest):
     """A store seen through the same filesystem object: in one process there is no other way into memory://."""
 
     def __init__(self, fs: Any, prefix: str) -> None:
-        self.backend = GenericBackend.from_filesystem(fs, "auto")
+        self.backend = GenericBackend.from_filesystem(fs)
         self.fs = fs
         self.prefix = prefix
 
@@ -77,11 +79,11 @@ async def test_read_only_filesystem_says_so(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
         archive.writestr("inside.pt", b"12345")
     fs = fsspec.filesystem("zip", fo=str(tmp_path / "archive.zip"))
-    backend = GenericBackend.from_filesystem(fs, "auto")
+    backend = GenericBackend.from_filesystem(fs)
     found = await backend.stat("inside.pt")
     assert await backend.read("inside.pt", 1, 3, found) == b"23"
     with pytest.raises(StorageError, match=r"zip://new.pt: .* can only be open for reading"):
-        await backend.write("new.pt", stream(b"1", 1), size_hint=1)
+        await backend.write("new.pt", stream(b"1", 1), plan=backend.upload_plan(1))
 
 
 @pytest.fixture
@@ -98,13 +100,13 @@ def http_url(tmp_path: Path) -> Iterator[str]:
 
 
 async def test_web_server_is_read_only(http_url: str) -> None:
-    backend = GenericBackend.from_filesystem(fsspec.filesystem("http", skip_instance_cache=True), "auto")
+    backend = GenericBackend.from_filesystem(fsspec.filesystem("http", skip_instance_cache=True))
     with pytest.raises(StoragePermissionError, match="read-only"):
-        await backend.write(f"{http_url}/new.pt", stream(b"1", 1), size_hint=1)
+        await backend.write(f"{http_url}/new.pt", stream(b"1", 1), plan=backend.upload_plan(1))
 
 
 async def test_web_server_without_ranges_never_gives_wrong_bytes(http_url: str) -> None:
-    backend = GenericBackend.from_filesystem(fsspec.filesystem("http", skip_instance_cache=True), "auto")
+    backend = GenericBackend.from_filesystem(fsspec.filesystem("http", skip_instance_cache=True))
     found = await backend.stat(f"{http_url}/checkpoint.pt")
     assert found.size == 5
     assert await backend.read(f"{http_url}/checkpoint.pt", 0, 5, found) == b"12345"
@@ -127,7 +129,7 @@ async def test_cancelled_read_of_a_web_server_that_hangs_ends_at_once() -> None:
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/x.pt"
-        backend = GenericBackend.from_filesystem(fsspec.filesystem("http", skip_instance_cache=True), "auto")
+        backend = GenericBackend.from_filesystem(fsspec.filesystem("http", skip_instance_cache=True))
         reading = asyncio.create_task(backend.read(url, 1, 3, await backend.stat(url)))
         await asked.wait()
         reading.cancel()
@@ -137,7 +139,7 @@ async def test_cancelled_read_of_a_web_server_that_hangs_ends_at_once() -> None:
 
 
 async def test_web_server_that_is_not_there_is_not_a_missing_file(http_url: str) -> None:
-    backend = GenericBackend.from_filesystem(fsspec.filesystem("http", skip_instance_cache=True), "auto")
+    backend = GenericBackend.from_filesystem(fsspec.filesystem("http", skip_instance_cache=True))
     with pytest.raises(CheckpointNotFoundError, match="no such file"):
         await backend.stat(f"{http_url}/missing.pt")
     with socket.create_server(("127.0.0.1", 0)) as unanswered:
@@ -149,7 +151,7 @@ async def test_web_server_that_is_not_there_is_not_a_missing_file(http_url: str)
 async def test_filesystem_made_for_its_users_loop_works(http_url: str) -> None:
     """An asynchronous instance must not be called from worker threads: its twin with the same settings is."""
     fs = fsspec.filesystem("http", asynchronous=True, skip_instance_cache=True)
-    backend = GenericBackend.from_filesystem(fs, "auto")
+    backend = GenericBackend.from_filesystem(fs)
     assert (await backend.stat(f"{http_url}/checkpoint.pt")).size == 5
 
 
@@ -179,8 +181,8 @@ class CannotDelete(MemoryFileSystem):
 async def test_temporary_file_that_cannot_be_removed_is_named(caplog: pytest.LogCaptureFixture) -> None:
     store = FsspecStore(CannotDelete(), f"/{uuid.uuid4().hex}")
 
-    async def failing() -> AsyncIterator[bytes]:
-        yield b"x"
+    async def failing() -> AsyncIterator[Chunk]:
+        yield Chunk(b"x")
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -192,9 +194,9 @@ async def test_temporary_file_that_cannot_be_removed_is_named(caplog: pytest.Log
 async def test_move_that_is_refused_in_silence_is_an_error() -> None:
     store = FsspecStore(RefusesInSilence(), f"/{uuid.uuid4().hex}")
     path = store.path("x.pt")
-    await store.backend.write(path, stream(b"old", 3), size_hint=3)
-    with pytest.raises(StorageError, match="does not move a file to where there is one"):
-        await store.backend.write(path, stream(b"new", 3), size_hint=3)
+    await store.backend.write(path, stream(b"old", 3), plan=store.backend.upload_plan(3))
+    with pytest.raises(StorageError, match="does not replace a file by a move"):
+        await store.backend.write(path, stream(b"new", 3), plan=store.backend.upload_plan(3))
     assert store.raw_read(path) == b"old"
     assert store.leftovers() == []
 
@@ -222,6 +224,72 @@ async def test_directory_in_the_way_is_refused() -> None:
     assert store.leftovers() == []
 
 
-def test_obstore_plane_is_refused() -> None:
-    with pytest.raises(UnsupportedOptionError, match="memory://"):
-        GenericBackend.from_filesystem(MemoryFileSystem(), "obstore")
+async def listed(backend: GenericBackend, prefix: str) -> list[str]:
+    return sorted([each.path async for each in backend.list(prefix)])
+
+
+async def left(backend: GenericBackend, prefix: str) -> list[Leftover]:
+    return [each async for each in backend.leftovers(prefix)]
+
+
+async def test_list_of_a_missing_directory_is_not_found() -> None:
+    backend = GenericBackend.from_filesystem(MemoryFileSystem())
+    with pytest.raises(CheckpointNotFoundError, match="no-such-directory"):
+        await listed(backend, f"/{uuid.uuid4().hex}/no-such-directory/")
+
+
+class RefusesOneDirectory(MemoryFileSystem):
+    protocol = "refuses-one"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
+        if path.endswith("secret"):
+            raise PermissionError(path)
+        return super().ls(path, detail, **kwargs)
+
+
+async def test_list_leaves_out_nothing_in_silence() -> None:
+    fs = RefusesOneDirectory()
+    fs.pipe_file("/run/secret/x.pt", b"x")
+    fs.pipe_file("/run/open/x.pt", b"x")
+    with pytest.raises(StoragePermissionError, match="run/secret"):
+        await listed(GenericBackend(fs), "/run/")
+
+
+async def test_list_follows_no_links_to_directories(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/x.pt").write_bytes(b"x")
+    (tmp_path / "run/again").symlink_to(tmp_path / "run")
+    (tmp_path / "run/last.pt").symlink_to(tmp_path / "run/x.pt")
+    (tmp_path / "run/gone.pt").symlink_to(tmp_path / "run/nothing.pt")
+    backend = GenericBackend(fsspec.filesystem("file"))
+    assert await listed(backend, f"{tmp_path}/run/") == [f"{tmp_path}/run/last.pt", f"{tmp_path}/run/x.pt"]
+
+
+async def test_leftovers_of_one_name_are_those_of_its_directory_and_can_be_discarded() -> None:
+    fs = MemoryFileSystem()
+    root = f"/{uuid.uuid4().hex}"
+    names = ["run/.torchferry-0123456789abcdef.tmp", "run/a/.torchferry-0123456789abcdef.tmp", "run/a/x.pt", "x.pt"]
+    for name in names:
+        fs.pipe_file(f"{root}/{name}", b"x")
+    backend = GenericBackend(fs)
+    assert [each.path for each in await left(backend, f"{root}/run/a")] == [f"{root}/{names[0]}", f"{root}/{names[1]}"]
+    (found,) = await left(backend, f"{root}/run/a/x.pt")
+    assert found.path == f"{root}/{names[1]}"
+    assert found.kind == "temporary file"
+    assert found.modified is not None
+    assert found.modified.tzinfo is not None
+    assert await backend.discard(found)
+    assert await left(backend, f"{root}/run/a/") == []
+    assert await listed(backend, f"{root}/") == [f"{root}/{name}" for name in ("run/a/x.pt", "x.pt")]
+
+
+async def test_no_error_of_a_filesystem_shows_a_secret() -> None:
+    secret = uuid.uuid4().hex
+    with socket.create_server(("127.0.0.1", 0)) as unanswered:
+        port = unanswered.getsockname()[1]
+    backend = GenericBackend.from_filesystem(fsspec.filesystem("http", skip_instance_cache=True))
+    with pytest.raises(StorageUnavailableError, match=r"apikey=\*\*\*") as caught:
+        await backend.stat(f"http://127.0.0.1:{port}/x.pt?apikey={secret}")
+    assert secret not in "".join(traceback.format_exception(caught.value))

@@ -20,21 +20,29 @@ import torch
 import torch.utils.serialization
 from isal import isal_zlib
 
-from torchferry.formats import torch_stream as stream_module
 from torchferry.engine.collector import collector_paused
-from torchferry.engine.memory import EXTRA_BUDGET, PROCESS_BUDGET, ByteBudget, address_of
-from torchferry.storage.base import MIB
-from torchferry.formats.torch_stream import CheckpointStream
+from torchferry.engine.memory import CPU_SAVES, EVERYTHING_ELSE, Claim, Ledger, address_of
+from torchferry.engine.types import MIB, Chunk
+from torchferry.engine.writer import Limits, UploadPlan
+from torchferry.formats import torch_stream as stream_module
+from torchferry.formats.torch_stream import TorchStream
 
 
-async def chunks_of(obj: Any) -> list[bytes | bytearray | memoryview]:
-    stream = CheckpointStream(obj)
+@pytest.fixture(autouse=True)
+def _ledgers() -> None:
+    """What errors of other tests still hold is not counted."""
+    CPU_SAVES.reset()
+    EVERYTHING_ELSE.reset()
+
+
+async def chunks_of(obj: Any) -> list[bytes]:
+    stream = TorchStream(obj)
     # The consumer lets go of copied chunks as it goes, as a store does: keep a copy of those.
     async with stream.running():
-        return [bytes(chunk) async for chunk in stream]
+        return [bytes(chunk.data) async for chunk in stream]
 
 
-async def drain(stream: CheckpointStream) -> None:
+async def drain(stream: TorchStream) -> None:
     async with stream.running():
         async for _ in stream:
             pass
@@ -156,15 +164,15 @@ def test_a_later_torch_computes_its_own_crc32s_until_somebody_has_looked_at_it(m
 
 async def test_too_little_memory_for_a_block_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though torch.save goes on to end the archive, as if the record that broke off had not been."""
-    take = stream_module.Blocks.take
+    take = Claim.take
 
-    def fail_once(_blocks: Any) -> None:
-        monkeypatch.setattr(stream_module.Blocks, "take", take)
+    def fail_once(_claim: Any) -> None:
+        monkeypatch.setattr(Claim, "take", take)
         raise MemoryError("no room")
 
-    monkeypatch.setattr(stream_module.Blocks, "take", fail_once)
+    monkeypatch.setattr(Claim, "take", fail_once)
     with pytest.raises(MemoryError, match="no room"):
-        await drain(CheckpointStream([torch.ones(3)]))
+        await drain(TorchStream([torch.ones(3)]))
 
 
 async def test_crc32s_that_the_user_does_not_want_are_not_filled_in() -> None:
@@ -203,10 +211,11 @@ async def test_a_record_above_4_gib_is_byte_for_byte_what_torch_save_writes() ->
     """There the archive has its zip64 form. Nobody ever writes to the tensor, not even zeros: it takes no memory."""
     obj = [torch.empty((4 << 30) + 100, dtype=torch.uint8), torch.arange(1000)]
     hashes = [0, 0]
-    stream = CheckpointStream(obj)
+    stream = TorchStream(obj)
     async with stream.running():
         async for chunk in stream:
-            hashes[0] = isal_zlib.crc32(chunk, hashes[0])
+            assert chunk.crc32 is not None
+            hashes[0] = isal_zlib.crc32_combine(hashes[0], chunk.crc32, len(chunk))
 
     def write(data: memoryview) -> int:
         hashes[1] = isal_zlib.crc32(data, hashes[1])
@@ -218,10 +227,9 @@ async def test_a_record_above_4_gib_is_byte_for_byte_what_torch_save_writes() ->
 
 async def test_a_large_cpu_storage_is_handed_on_without_a_copy() -> None:
     tensor = torch.zeros(20 * MIB, dtype=torch.uint8)
-    stream = CheckpointStream(tensor)
-    large: list[memoryview] = []
+    stream = TorchStream(tensor)
     async with stream.running():
-        large.extend([chunk async for chunk in stream if isinstance(chunk, memoryview) and len(chunk) >= MIB])
+        large = [memoryview(chunk.data) async for chunk in stream if len(chunk) >= MIB]
     assert sum(map(len, large)) == 20 * MIB
     tensor.fill_(7)  # seen through the chunks: they are the tensor's own memory
     assert all(chunk[0] == chunk[-1] == 7 for chunk in large)
@@ -230,9 +238,9 @@ async def test_a_large_cpu_storage_is_handed_on_without_a_copy() -> None:
 async def test_a_chunk_keeps_its_storage_alive() -> None:
     storage = torch.full((2 * MIB,), 5, dtype=torch.uint8).untyped_storage()
     gone = weakref.ref(storage)
-    stream = CheckpointStream([storage])
+    stream = TorchStream([storage])
     async with stream.running():
-        chunk = await anext(aiter(chunk[100:200] async for chunk in stream if len(chunk) >= MIB))
+        chunk = await anext(aiter(memoryview(chunk.data)[100:200] async for chunk in stream if len(chunk) >= MIB))
     del storage, stream
     gc.collect()
     assert gone() is not None
@@ -252,10 +260,11 @@ def _torch_save_keeps_storages() -> bool:
 
 async def test_a_finished_stream_keeps_no_memory_even_where_the_collector_never_runs() -> None:
     storage = torch.zeros(2 * MIB, dtype=torch.uint8).untyped_storage()
-    stream = CheckpointStream([storage, [torch.zeros(MIB // 8) for _ in range(20)]])
+    stream = TorchStream([storage, [torch.zeros(MIB // 8) for _ in range(20)]])
     with collector_paused():
         await drain(stream)
-        assert not stream._blocks._spare
+        assert not CPU_SAVES._spare
+        assert not CPU_SAVES.held
         kept = weakref.ref(storage)
         del storage
         assert kept() is None or _torch_save_keeps_storages()  # torch 2.7 does, itself
@@ -264,9 +273,9 @@ async def test_a_finished_stream_keeps_no_memory_even_where_the_collector_never_
 async def test_copied_chunks_are_not_overwritten_while_anyone_holds_a_slice_of_them() -> None:
     tensors = [torch.full((MIB // 2,), i % 251, dtype=torch.uint8) for i in range(32)]
     expected = torch_saved(tensors)
-    stream = CheckpointStream(tensors)  # 16 MiB of copies in a window of 32: all may be held at once
+    stream = TorchStream(tensors)  # 16 MiB of copies in a window of 32: all may be held at once
     async with stream.running():
-        held = [memoryview(chunk)[:] async for chunk in stream]
+        held = [memoryview(chunk.data)[:] async for chunk in stream]
     assert b"".join(held) == expected
 
 
@@ -275,7 +284,7 @@ async def test_size_hint_is_at_least_the_size_and_hardly_more() -> None:
     for make in OBJECTS.values():
         obj = make()
         size = len(torch_saved(obj))
-        stream = CheckpointStream(obj)
+        stream = TorchStream(obj)
         async with stream.running():
             assert size <= stream.size_hint <= size * 1.02 + 300 * 3000
             stream._close()
@@ -287,14 +296,14 @@ async def test_an_error_of_torch_save_is_raised_as_it_is() -> None:
 
 
 async def test_an_error_while_torch_save_writes_never_looks_like_the_end_of_the_stream() -> None:
-    stream = CheckpointStream(torch.zeros(30 * MIB))
+    stream = TorchStream(torch.zeros(30 * MIB))
     stream._emit = lambda _chunk: 1 // 0  # type: ignore[method-assign, assignment]
     with pytest.raises(RuntimeError):  # torch's own, from closing its zip file, stands in for the first one
         await drain(stream)
 
 
 async def test_a_failing_consumer_ends_the_thread_and_its_error_goes_on() -> None:
-    stream = CheckpointStream(torch.zeros(100 * MIB))
+    stream = TorchStream(torch.zeros(100 * MIB))
     ended: list[bool] = []
     torch_save = stream._torch_save
 
@@ -310,13 +319,13 @@ async def test_a_failing_consumer_ends_the_thread_and_its_error_goes_on() -> Non
             await anext(stream)
             raise OSError("the store failed")
     assert ended
-    assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
+    assert not CPU_SAVES.held
 
 
 async def test_an_error_of_the_consumer_is_never_hidden_by_the_end_of_the_thread() -> None:
     for turns in range(50):
         with pytest.raises(PermissionError, match="refused"):
-            async with CheckpointStream({"a": turns}).running():
+            async with TorchStream({"a": turns}).running():
                 for _ in range(turns % 5):
                     await anyio.lowlevel.checkpoint()
                 raise PermissionError("refused")
@@ -329,7 +338,7 @@ async def test_a_cancelled_stream_leaves_nothing_behind(obj: Any) -> None:
     async with anyio.create_task_group() as tasks:
 
         async def consume() -> None:
-            async with CheckpointStream(obj).running() as stream:
+            async with TorchStream(obj).running() as stream:
                 await anext(stream)
                 started.set()
                 await anyio.sleep_forever()
@@ -338,27 +347,27 @@ async def test_a_cancelled_stream_leaves_nothing_behind(obj: Any) -> None:
         tasks.start_soon(consume)
         await started.wait()
         tasks.cancel_scope.cancel()
-    assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
-    assert not PROCESS_BUDGET._line
+    assert not CPU_SAVES.held
 
 
 async def test_a_consumer_that_holds_a_large_part_back_gets_all_of_it() -> None:
     """Parts of 40 MiB, all of it copied: the window is larger than a part, whatever its size."""
     tensors = [torch.zeros(MIB // 2, dtype=torch.uint8) for _ in range(160)]
-    stream = CheckpointStream(tensors, part_size=40 * MIB)
+    stream = TorchStream(tensors, part_size=40 * MIB)
     part: list[Any] = []
     async with stream.running():
         async for chunk in stream:
             part.append(chunk)
             if sum(map(len, part)) >= 40 * MIB:
                 part.clear()
-    assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
+    del part, chunk
+    assert not CPU_SAVES.held
 
 
 async def test_copies_between_large_storages_do_not_use_the_blocks_up() -> None:
     """A hundred small storages between a hundred large ones: each is a chunk, and they share blocks."""
     tensors = [torch.zeros(size, dtype=torch.uint8) for size in (100 << 10, MIB)] * 100
-    stream = CheckpointStream([tensor.clone() for tensor in tensors])
+    stream = TorchStream([tensor.clone() for tensor in tensors])
     part: list[Any] = []
     with anyio.fail_after(60):
         async with stream.running():
@@ -371,15 +380,15 @@ async def test_copies_between_large_storages_do_not_use_the_blocks_up() -> None:
 async def test_storages_that_begin_at_one_address_are_handed_on_without_a_copy() -> None:
     memory = bytearray(48 * MIB)
     tensors = [torch.frombuffer(memory, dtype=torch.uint8, count=size * MIB) for size in (48, 24, 36)]
-    stream = CheckpointStream(tensors)
+    stream = TorchStream(tensors)
     held: list[Any] = []
     with anyio.fail_after(60):
         async with stream.running():
             held += [chunk async for chunk in stream]
     start = tensors[0].data_ptr()
-    lent = [chunk for chunk in held if start <= address_of(memoryview(chunk)) < start + len(memory)]
+    lent = [chunk for chunk in held if start <= address_of(chunk.data) < start + len(memory)]
     assert sum(map(len, lent)) == 108 * MIB
-    assert b"".join(held) == torch_saved(tensors)
+    assert b"".join(chunk.data for chunk in held) == torch_saved(tensors)
 
 
 @pytest.fixture
@@ -397,90 +406,141 @@ def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("on_a_device")
 async def test_what_comes_from_a_device_is_held_by_many_parts_at_once() -> None:
     """A store like S3 takes 90 MB/s over one connection: two parts of 16 MiB would be all that a GPU's tensors get."""
-    tensors = [torch.full((10 * MIB,), i, dtype=torch.uint8) for i in range(20)]
-    stream = CheckpointStream(tensors)
+    tensors = [torch.full((10 * MIB,), i, dtype=torch.uint8) for i in range(16)]
+    stream = TorchStream(tensors)
     with anyio.fail_after(60):
         async with stream.running():
             held = [chunk async for chunk in stream]
-    assert b"".join(held) == torch_saved(tensors)
+    assert b"".join(chunk.data for chunk in held) == torch_saved(tensors)
 
 
 @pytest.mark.usefixtures("on_a_device")
 async def test_what_one_save_holds_beyond_its_share_is_free_for_another_in_the_end() -> None:
     for _ in range(2):
-        stream = CheckpointStream([torch.zeros(MIB // 2, dtype=torch.uint8) for _ in range(600)])
+        stream = TorchStream([torch.zeros(MIB // 2, dtype=torch.uint8) for _ in range(600)])
         async with stream.running():
-            held = [await anext(stream) for _ in range(50)]
-            assert EXTRA_BUDGET._free < 60 * MIB
+            held = [await anext(stream) for _ in range(30)]
+            assert EVERYTHING_ELSE.held > 30 * MIB
             held.clear()
             async for _ in stream:
                 pass
-            assert EXTRA_BUDGET._free > 150 * MIB
-    assert EXTRA_BUDGET._free == EXTRA_BUDGET._total
-    assert PROCESS_BUDGET._free == PROCESS_BUDGET._total
+            assert EVERYTHING_ELSE.held < 30 * MIB
+    assert not EVERYTHING_ELSE.held
 
 
 async def test_padding_beyond_what_was_expected_does_not_stall_the_stream() -> None:
     tensors = [torch.zeros(MIB, dtype=torch.uint8) for _ in range(600)]
     part: list[Any] = []
     with torch.utils.serialization.config.patch("save.storage_alignment", 1 << 14), anyio.fail_after(60):
-        async with CheckpointStream(tensors).running() as stream:
+        async with TorchStream(tensors).running() as stream:
             async for chunk in stream:
                 part.append(chunk)
                 if sum(map(len, part)) >= 16 * MIB:
                     part.clear()
 
 
-async def test_streams_wait_for_each_other_inside_the_process_budget() -> None:
-    """25 at once, each of which must copy more than its share: all finish, and never hold more than the budget."""
+async def test_saves_together_hold_no_more_than_the_ledger() -> None:
+    """25 at once, each of which must copy more than its share: all finish."""
     tensors = [torch.zeros(MIB // 2) for _ in range(16)]
-    held = peak = 0
+    peak = 0
 
     async def consume() -> None:
-        nonlocal held, peak
-        stream = CheckpointStream(tensors, write_cost=lambda _size: 8 * MIB)
+        nonlocal peak
+        stream = TorchStream(tensors, plan_for=lambda size, part: UploadPlan.for_size(size, part, memory=8 * MIB))
         async with stream.running():
-            held += stream._reserved
-            peak = max(peak, held)
+            peak = max(peak, CPU_SAVES.held)
             async for _ in stream:
-                pass
-            held -= stream._reserved
+                peak = max(peak, CPU_SAVES.held)
 
     async with anyio.create_task_group() as tasks:
         for _ in range(25):
             tasks.start_soon(consume)
-    assert 0 < peak <= PROCESS_BUDGET._total
+    assert 0 < peak <= CPU_SAVES.limit
+    assert not CPU_SAVES.held
 
 
-def test_a_child_forked_during_a_save_has_a_budget_of_its_own() -> None:
+async def test_a_small_save_never_waits_for_a_large_one() -> None:
+    tensors = [torch.zeros(MIB // 2, dtype=torch.uint8) for _ in range(600)]
+    async with TorchStream(tensors).running() as large:
+        held = [await anext(large) for _ in range(10)]  # and nobody takes more: it holds all that it may
+        with anyio.fail_after(60):
+            for _ in range(20):
+                await drain(TorchStream({"step": 1}))
+        held.clear()
+
+
+@pytest.mark.usefixtures("on_a_device")
+async def test_several_saves_from_a_device_share_the_ledger() -> None:
+    tensors = [torch.zeros(MIB // 2, dtype=torch.uint8) for _ in range(600)]
+    with anyio.fail_after(60):
+        async with TorchStream(tensors).running() as first, TorchStream(tensors).running() as second:
+            for stream in (second, first):
+                async for _ in stream:
+                    pass
+
+
+@pytest.mark.usefixtures("on_a_device")
+async def test_parts_larger_than_the_ledger_do_not_stall_a_save_from_a_device() -> None:
+    """Whatever a store allows, as 64 GiB: of such a part nothing could be sent before all of it is copied."""
+    tensors = [torch.zeros(MIB // 2, dtype=torch.uint8) for _ in range(600)]
+    limits = Limits(largest_part=64 << 30)
+    stream = TorchStream(
+        tensors, part_size=64 << 30, plan_for=lambda size, part: UploadPlan.for_size(size, part, limits=limits)
+    )
+    part: list[Chunk] = []
+    with anyio.fail_after(60):
+        async with stream.running():
+            assert stream.plan.part_size <= EVERYTHING_ELSE.limit // 4
+            async for chunk in stream:
+                part.append(chunk)
+                if sum(map(len, part)) >= stream.plan.part_size:
+                    part.clear()
+
+
+async def test_no_chunk_crosses_the_end_of_a_part_and_each_has_its_crc32() -> None:
+    tensors = [torch.randint(256, (size,), dtype=torch.uint8) for size in (100, 3 * MIB + 7, 100 << 10, 20 * MIB)]
+    stream = TorchStream(tensors, part_size=5 * MIB)
+    at = 0
+    async with stream.running():
+        async for chunk in stream:
+            assert at // (5 * MIB) == (at + len(chunk) - 1) // (5 * MIB)
+            assert chunk.crc32 == isal_zlib.crc32(chunk.data)
+            at += len(chunk)
+    assert at == len(torch_saved(tensors))
+
+
+def test_a_child_forked_during_a_save_has_a_ledger_of_its_own() -> None:
     program = """
         import os, sys
-        from torchferry.engine.memory import PROCESS_BUDGET
-        PROCESS_BUDGET.take(PROCESS_BUDGET._total, abandoned=bool)
+        from torchferry.engine.memory import CPU_SAVES
+        claim = CPU_SAVES.claim(CPU_SAVES.limit)
         if child := os.fork():
             sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        PROCESS_BUDGET.take(1, abandoned=bool)
+        CPU_SAVES.claim(1)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60)
 
 
-def test_a_budget_serves_in_order_and_wakes_the_abandoned() -> None:
-    budget = ByteBudget(10)
-    assert budget.take(8, abandoned=lambda: False) == 8
+def test_a_claim_that_waits_is_woken_when_it_is_abandoned() -> None:
+    ledger = Ledger(64 * MIB)
+    claim = ledger.claim(60 * MIB)
     abandoned = False
     outcome: list[object] = []
 
     def large() -> None:
         try:
-            outcome.append(budget.take(100, abandoned=lambda: abandoned))
+            outcome.append(ledger.claim(600 * MIB, abandoned=lambda: abandoned))
         except InterruptedError as error:
             outcome.append(error)
 
     waiting = threading.Thread(target=large)
     waiting.start()
     abandoned = True
-    budget.wake()
+    ledger.wake()
     waiting.join(10)
     assert isinstance(outcome[0], InterruptedError)
-    budget.give(8)
-    assert budget.take(100, abandoned=lambda: False) == 10  # more than there is: waits for all of it
+    claim.close()
+    more_than_there_is = ledger.claim(600 * MIB)  # has all of it to itself
+    assert ledger.held == 600 * MIB
+    more_than_there_is.close()
+    assert not ledger.held

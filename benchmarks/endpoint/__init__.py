@@ -2,6 +2,8 @@
 
 * :func:`nginx`: takes next to no CPU, counts what it received and sent, and can behave like a distant store.
 * :func:`seaweedfs`: a real object store from PyPI, for a machine without nginx and for the smoke run.
+
+And :func:`disk`, for what is measured without any.
 """
 
 from __future__ import annotations
@@ -123,6 +125,11 @@ class Store:
         url: str = client.generate_presigned_url(operation, Params={"Bucket": self.bucket, "Key": key})
         return url.removeprefix(self.url)
 
+    def path(self, key: str) -> Path:
+        """Where the object is in the file system, if the endpoint serves files."""
+        assert self.data is not None
+        return Path(self.data, self.bucket, key)
+
     def publish(self, directory: Path, prefix: str) -> None:
         """Makes the files under ``directory`` objects under ``prefix``; they are gone from ``directory`` then."""
         if self.data is None:
@@ -220,6 +227,20 @@ def seaweedfs() -> Iterator[Store]:
         fs = fsspec.filesystem("s3", **server.storage_options)
         fs.mkdir(BUCKET)
         yield Store(url=server.endpoint, key=server.key, secret=server.secret, region=server.region)
+
+
+@contextmanager
+def disk() -> Iterator[Store]:
+    """A directory for files, no endpoint: on the disk of the temporary directory (``TMPDIR``)."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-disk-") as directory:
+        yield Store(url="", key="", secret="", region="", data=directory)
+
+
+def disk_name() -> str:
+    """The filesystem that :func:`disk` is on: "ext4"."""
+    where = Path(tempfile.gettempdir()).resolve()
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    return max((len(point), kind) for point, kind in mounts if where.is_relative_to(point))[1]
 
 
 def _find_nginx() -> tuple[str, Path]:

@@ -14,15 +14,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchferry.formats.archive import Record
     from torchferry.copying import copy, copy_async
+    from torchferry.engine.transfer import TransferReport
+    from torchferry.engine.types import ObjectStat
     from torchferry.errors import (
         BackendNotInstalledError,
+        ChangedWhileSavingError,
         CheckpointChangedError,
         CheckpointCorruptError,
         CheckpointFormatError,
         CheckpointKeyError,
         CheckpointNotFoundError,
+        CheckpointValueError,
         NotEnoughMemoryError,
         StorageError,
         StoragePermissionError,
@@ -32,22 +35,24 @@ if TYPE_CHECKING:
         UnsupportedOptionError,
         UnsupportedURLError,
     )
+    from torchferry.formats.archive import Record
     from torchferry.formats.graph import TensorInfo
     from torchferry.loading import Manifest, inspect, inspect_async, load, load_async, verify, verify_async
     from torchferry.options import LoadOptions, SaveOptions
     from torchferry.saving import save, save_async
-    from torchferry.storage.base import ObjectStat
 
 _MODULES = {
     "torchferry.formats.archive": ("Record",),
     "torchferry.copying": ("copy", "copy_async"),
     "torchferry.errors": (
         "BackendNotInstalledError",
+        "ChangedWhileSavingError",
         "CheckpointChangedError",
         "CheckpointCorruptError",
         "CheckpointFormatError",
         "CheckpointKeyError",
         "CheckpointNotFoundError",
+        "CheckpointValueError",
         "NotEnoughMemoryError",
         "StorageError",
         "StoragePermissionError",
@@ -69,17 +74,20 @@ _MODULES = {
     ),
     "torchferry.options": ("LoadOptions", "SaveOptions"),
     "torchferry.saving": ("save", "save_async"),
-    "torchferry.storage.base": ("ObjectStat",),
+    "torchferry.engine.transfer": ("TransferReport",),
+    "torchferry.engine.types": ("ObjectStat",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "BackendNotInstalledError",
+    "ChangedWhileSavingError",
     "CheckpointChangedError",
     "CheckpointCorruptError",
     "CheckpointFormatError",
     "CheckpointKeyError",
     "CheckpointNotFoundError",
+    "CheckpointValueError",
     "LoadOptions",
     "Manifest",
     "NotEnoughMemoryError",
@@ -91,6 +99,7 @@ __all__ = [
     "StorageUnavailableError",
     "TensorInfo",
     "TorchferryError",
+    "TransferReport",
     "UnsafeCheckpointError",
     "UnsupportedOptionError",
     "UnsupportedURLError",

@@ -7,12 +7,11 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from fsspec.callbacks import Callback
 
 import torchferry
-from torchferry.storage.base import Plane
 
 try:
     from rich.console import Console
@@ -55,7 +54,6 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=summary)
         command.set_defaults(run=run)
-        command.add_argument("--plane", choices=get_args(Plane), default="auto", help="which client moves the bytes")
         return command
 
     inspect = add("inspect", _inspect, "List the tensors of a checkpoint without reading them.")
@@ -88,7 +86,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    manifest = torchferry.inspect(options.url, storage_options=options.storage_options, plane=options.plane)
+    manifest = torchferry.inspect(options.url, storage_options=options.storage_options)
     if options.json:
         print(json.dumps(_as_json(manifest), indent=2))
         return
@@ -110,9 +108,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _verify(options: argparse.Namespace) -> None:
     with _progress("verifying") as callback:
-        manifest = torchferry.verify(
-            options.url, storage_options=options.storage_options, plane=options.plane, callback=callback
-        )
+        manifest = torchferry.verify(options.url, storage_options=options.storage_options, callback=callback)
     print(f"{_summary(manifest)}. Every record matches its CRC32.")
 
 
@@ -124,7 +120,6 @@ def _copy(options: argparse.Namespace) -> None:
             source_storage_options=options.source_options,
             target_storage_options=options.target_options,
             verify=not options.no_verify,
-            plane=options.plane,
             callback=callback,
         )
     checked = "not checked" if options.no_verify else "every record matches its CRC32"

@@ -7,21 +7,22 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import anyio
-from anyio import to_thread
 
-from torchferry.engine.memory import BLOCK_SIZE, PROCESS_BUDGET, Blocks
+from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import own_loop, run_on, synchronous
+from torchferry.engine.memory import BLOCK_SIZE, EVERYTHING_ELSE, Claim
+from torchferry.engine.reader import RangeReader
 from torchferry.engine.tasks import task_group
+from torchferry.engine.transfer import Transfer, TransferReport, current
+from torchferry.engine.types import Chunk, ObjectStat
+from torchferry.errors import CheckpointFormatError, mask
 from torchferry.formats.checksum import Checksums
-from torchferry.errors import CheckpointFormatError
-from torchferry.engine.reader import Source
-from torchferry.storage.base import Backend, Chunk, ObjectStat, Plane
-from torchferry.engine.cancellation import in_thread, to_the_end, without_stops
+from torchferry.opening import open_reader, read_archive
+from torchferry.storage.base import Backend
 from torchferry.storage.metadata import require_storable
-from torchferry.engine.writer import part_size_for
 from torchferry.storage.registry import open_backend
 
 if TYPE_CHECKING:
@@ -30,9 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["copy", "copy_async"]
 
-_READS = 16  # ranges ahead of the target at most, of a block each, and so many under way at once
-
-T = TypeVar("T")
+_READS = 16  # blocks ahead of the target at most, and so many reads under way at once
 
 
 async def copy_async(
@@ -46,13 +45,14 @@ async def copy_async(
     target_filesystem: AbstractFileSystem | None = None,
     part_size: int | None = None,
     metadata: Mapping[str, str] | None = None,
-    plane: Plane = "auto",
+    give_up_after: float | None = None,
     callback: Callback | None = None,
+    report: Callable[[TransferReport], object] | None = None,
 ) -> ObjectStat:
     """Copies a checkpoint, byte for byte, from any store to any other.
 
     It appears at ``target`` when all of it is there and every record has matched its CRC32, or not at all. Takes at
-    most 320 MiB of memory, together with all saves and copies of the process.
+    most 208 MiB of memory, together with all copies and verifications of the process.
 
     Args:
         source: The URL or local path of the checkpoint.
@@ -64,8 +64,9 @@ async def copy_async(
         target_filesystem: The same for ``target``.
         part_size: Bytes in a part of a multipart upload, instead of 16 MiB (or what the size needs).
         metadata: User metadata to store with the copy, instead of the source's.
-        plane: Which client moves the bytes, on both sides.
-        callback: Told the size, and of bytes as they are handed to the target.
+        give_up_after: Seconds without progress after which failed requests are not repeated any more; 120 by default.
+        callback: Told the size, and of bytes as the target acknowledges them.
+        report: Called with the :class:`~torchferry.TransferReport` of a copy that succeeded.
 
     Returns:
         What is now at ``target``.
@@ -79,14 +80,16 @@ async def copy_async(
     """
     require_storable(os.fspath(target), metadata or {})
     reader, source_path = await in_thread(
-        partial(open_backend, source, storage_options=source_storage_options, filesystem=source_filesystem, plane=plane)
+        partial(open_backend, source, storage_options=source_storage_options, filesystem=source_filesystem)
     )
     writer, target_path = await in_thread(
-        partial(open_backend, target, storage_options=target_storage_options, filesystem=target_filesystem, plane=plane)
+        partial(open_backend, target, storage_options=target_storage_options, filesystem=target_filesystem)
     )
-    return await run_on(
-        own_loop(writer.loop), _copy, reader, source_path, writer, target_path, verify, part_size, metadata, callback
-    )
+    transfer = Transfer("copy", mask(os.fspath(target)), callback=callback, give_up_after=give_up_after)
+    with transfer.running(report):
+        return await run_on(
+            own_loop(writer.loop), _copy, reader, source_path, writer, target_path, verify, part_size, metadata
+        )
 
 
 copy = synchronous(copy_async)
@@ -100,74 +103,69 @@ async def _copy(
     verify: bool,
     part_size: int | None,
     metadata: Mapping[str, str] | None,
-    callback: Callback | None,
 ) -> ObjectStat:
-    source = await Source.open(reader, source_path)
-    archive = await source.read_archive() if verify else None
+    transfer = current()
+    with transfer.reading_side():
+        source = await open_reader(reader, source_path)
+        archive = await read_archive(source) if verify else None
     if verify and (archive is None or not archive.has_crc32s):
         reason = "it is not a zip file of torch.save" if archive is None else "it was saved without them"
         raise CheckpointFormatError(f"{source.url} carries no checksums: {reason}. Copy it with verify=False.")
     checksums = await in_thread(Checksums, archive.records if archive else (), source.url)
     size = source.stat.size
-    stream = _CopyStream(source, checksums, min(size, 2 * part_size_for(size, part_size)), callback)
-    async with stream.running(cost=writer.write_cost(size, part_size)):
-        return await writer.write(
-            target_path,
-            stream,
-            size_hint=size,
-            part_size=part_size,
-            metadata=source.stat.metadata if metadata is None else metadata,
-        )
+    plan = writer.upload_plan(size, part_size)
+    # The target holds up to a part back before it sends any of it: with one block more there is always room to go on.
+    claim = await EVERYTHING_ELSE.claim_async(min(size, plan.part_size + BLOCK_SIZE) + plan.memory)
+    try:
+        stream = _CopyStream(source, checksums, claim)
+        async with stream.running(), transfer.telling():
+            transfer.set_size(size)
+            stat = await writer.write(
+                target_path, stream, plan=plan, metadata=source.stat.metadata if metadata is None else metadata
+            )
+            transfer.moved_at_least(size)
+            return stat
+    finally:
+        claim.close()
 
 
 class _CopyStream(AsyncIterator["Chunk"]):
-    """The bytes of a source in order, read ahead in blocks, while :meth:`running`.
+    """The bytes of a source in order, read ahead into blocks, while :meth:`running`.
 
     Args:
         source: What is read.
         checksums: Told all bytes, and asked at the end.
-        window: How many bytes may be held; more than the consumer may hold back.
-        callback: Told the size, and of bytes as they are taken.
+        claim: The memory.
     """
 
-    def __init__(self, source: Source, checksums: Checksums, window: int, callback: Callback | None) -> None:
+    def __init__(self, source: RangeReader, checksums: Checksums, claim: Claim) -> None:
         self._source = source
         self._checksums = checksums
-        self._window = max(window, BLOCK_SIZE)
-        self._callback = callback
-        self._blocks = Blocks()
-        self._blocks.allow(self._window, borrows=True)
+        self._claim = claim
         self._send, self._receive = anyio.create_memory_object_stream[_Piece](_READS)
         self._reading = anyio.CapacityLimiter(_READS)
-        self._begun = anyio.Event()
-        self._reserved = 0
         self._closed = False
         self._complete = False
 
     @asynccontextmanager
-    async def running(self, *, cost: int) -> AsyncGenerator[None]:
-        """Reads ahead, once the process's memory budget has room for it and for ``cost`` bytes of the consumer's.
+    async def running(self) -> AsyncGenerator[None]:
+        """Reads ahead.
 
         Raises:
             TorchferryError: a read failed; the body was cancelled because of it.
         """
-        try:
-            async with task_group() as tasks:
-                tasks.start_soon(self._read_ahead, self._window + _READS * BLOCK_SIZE + cost)
-                try:
-                    await self._begun.wait()
-                    yield
-                finally:
-                    self._closed = True
-                    self._blocks.abandon()
-                    PROCESS_BUDGET.wake()
-                    tasks.cancel_scope.cancel()
-                    self._receive.close()
-        finally:
-            self._blocks.clear()
-            PROCESS_BUDGET.give(self._reserved)
+        async with task_group() as tasks:
+            tasks.start_soon(self._read_ahead)
+            try:
+                yield
+            finally:
+                self._closed = True
+                self._claim.abandon()
+                tasks.cancel_scope.cancel()
+                self._receive.close()
 
     async def __anext__(self) -> Chunk:
+        current().tell()
         try:
             piece = await self._receive.receive()
         except anyio.EndOfStream:
@@ -176,26 +174,22 @@ class _CopyStream(AsyncIterator["Chunk"]):
             self._checksums.finish()
             raise StopAsyncIteration from None
         await piece.filled.wait()
-        size = piece.stop - piece.start
-        if self._callback is not None:
-            without_stops(self._callback.relative_update, size)  # its StopAsyncIteration would be the end
-        return piece.block[:size].toreadonly()
+        return Chunk(piece.memory.toreadonly(), piece.crc32)
 
-    async def _read_ahead(self, cost: int) -> None:
+    async def _read_ahead(self) -> None:
         size = self._source.stat.size
+        step = self._claim.block_size
         try:
-            self._reserved = await _wait_in_thread(PROCESS_BUDGET.take, cost, abandoned=lambda: self._closed)
-            self._begun.set()
-            if self._callback is not None:
-                self._callback.set_size(size)
-            async with task_group() as tasks:
-                for start in range(0, size, BLOCK_SIZE):
-                    # Taken in order: a later piece must never have the block that an earlier one waits for.
-                    # When another piece fails, the wait must end: the blocks may be held by the pieces behind that one.
-                    block = await to_the_end(_wait_in_thread, self._blocks.take, patience=self._blocks.abandon)
-                    piece = _Piece(start, min(start + BLOCK_SIZE, size), block)
-                    await self._send.send(piece)
-                    tasks.start_soon(self._fill, piece)
+            with current().reading_side():
+                async with task_group() as tasks:
+                    for start in range(0, size, step):
+                        # Taken in order: a later piece must never have the block that an earlier one waits for.
+                        block = await self._claim.take_async()
+                        piece = _Piece(start, block[: min(step, size - start)])
+                        del block  # nothing but the piece holds it, so that it comes back
+                        await self._send.send(piece)
+                        tasks.start_soon(self._fill, piece)
+                        del piece
             self._complete = True
         except (InterruptedError, anyio.BrokenResourceError):
             if not self._closed:
@@ -205,25 +199,16 @@ class _CopyStream(AsyncIterator["Chunk"]):
 
     async def _fill(self, piece: _Piece) -> None:
         async with self._reading:
-            buffer = await self._source.fetch(piece.start, piece.stop)
-            await in_thread(self._check_and_copy, piece, buffer)
+            await self._source.read_into(piece.start, piece.memory)
+            piece.crc32 = await in_thread(self._checksums.add, piece.start, piece.memory)
         piece.filled.set()
 
-    def _check_and_copy(self, piece: _Piece, buffer: Chunk) -> None:
-        self._checksums.add(piece.start, buffer)
-        piece.block[: len(buffer)] = buffer
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Piece:
     """Bytes of the source on their way into a block."""
 
     start: int
-    stop: int
-    block: memoryview
+    memory: memoryview
+    crc32: int = 0
     filled: anyio.Event = field(default_factory=anyio.Event)
-
-
-async def _wait_in_thread(func: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Calls what may block for long, in a thread that nobody else waits for."""
-    return await to_thread.run_sync(partial(func, *args, **kwargs), limiter=anyio.CapacityLimiter(1))

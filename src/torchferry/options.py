@@ -6,8 +6,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchferry.storage.base import Plane
-
 __all__ = ["LoadOptions", "SaveOptions"]
 
 
@@ -21,10 +19,10 @@ class SaveOptions:
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)  # flytekit prints types in its errors
     part_size: int | None = None
     metadata: Mapping[str, str] | None = None
-    plane: Plane = "auto"
+    give_up_after: float | None = None
 
     def __hash__(self) -> int:
-        return hash((_freeze(self.storage_options), self.part_size, _freeze(self.metadata), self.plane))
+        return hash((_freeze(self.storage_options), self.part_size, _freeze(self.metadata), self.give_up_after))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +38,7 @@ class LoadOptions:
     weights_only: bool = True
     verify: bool = True
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)  # as above
-    plane: Plane = "auto"
+    give_up_after: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.keys, str):
@@ -54,7 +52,7 @@ class LoadOptions:
                 self.weights_only,
                 self.verify,
                 _freeze(self.storage_options),
-                self.plane,
+                self.give_up_after,
             )
         )
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torchferry.engine.loops import own_loop, run_on, synchronous
-from torchferry.storage.base import Backend, ObjectStat, Plane
 from torchferry.engine.cancellation import in_thread
+from torchferry.engine.loops import own_loop, run_on, synchronous
+from torchferry.engine.transfer import Transfer, TransferReport, current
+from torchferry.engine.types import ObjectStat
+from torchferry.errors import mask
+from torchferry.formats.torch_stream import TorchStream
+from torchferry.storage.base import Backend
 from torchferry.storage.metadata import require_storable
 from torchferry.storage.registry import open_backend
-from torchferry.formats.torch_stream import CheckpointStream
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -29,16 +32,17 @@ async def save_async(
     filesystem: AbstractFileSystem | None = None,
     part_size: int | None = None,
     metadata: Mapping[str, str] | None = None,
-    plane: Plane = "auto",
+    give_up_after: float | None = None,
     callback: Callback | None = None,
+    report: Callable[[TransferReport], object] | None = None,
 ) -> ObjectStat:
     """Saves ``obj`` to ``url``; what is stored is byte for byte what ``torch.save(obj, file)`` writes.
 
     Nothing goes through a local file, and CPU tensors are sent from their own memory: do not change them
     until this returns. The object appears at ``url`` when it is complete, or not at all; what was there
-    before stays until then. What must be copied, storages below 1 MiB and those on a device,
-    takes at most 48 MiB in all saves of the process together (more only for part sizes above 16 MiB), and up to 208
-    MiB more on the host for those on a device, plus one of these storages at a time.
+    before stays until then. What must be copied (storages below 1 MiB, and those on a device) takes at most 48 MiB in
+    all saves of CPU tensors of the process together, and at most 208 MiB in all saves from a device, plus one storage
+    at a time.
 
     Args:
         obj: Anything that ``torch.save`` takes.
@@ -49,40 +53,38 @@ async def save_async(
             where the size needs it).
         metadata: User metadata to store with the object, where the store can: names that HTTP takes for a field, and
             strings of printable characters.
-        plane: Which client moves the bytes: "fsspec", "obstore", or "auto", the faster one that honours
-            every setting of the filesystem.
-        callback: Told the size in bytes, and of bytes as they are handed to the store; in the thread that
+        give_up_after: Seconds without progress after which failed requests are not repeated any more; 120 by default.
+        callback: Told the size in bytes, and of bytes as the store acknowledges them; in the thread that
             the store's event loop runs in.
+        report: Called with the :class:`~torchferry.TransferReport` of a save that succeeded.
 
     Returns:
         What is now at ``url``.
 
     Raises:
+        ChangedWhileSavingError: a tensor was changed while it was being sent. Nothing was stored.
         UnsupportedOptionError: an option is not one that this store, or any, can honour; the message names it.
         StorageError: the store refused or failed; subclasses say which way (see :mod:`torchferry.errors`).
         Exception: whatever ``torch.save`` raises for an object that cannot be pickled.
     """
     require_storable(os.fspath(url), metadata or {})
-    backend, path = await in_thread(
-        partial(open_backend, url, storage_options=storage_options, filesystem=filesystem, plane=plane)
-    )
-    return await run_on(own_loop(backend.loop), _save, obj, backend, path, part_size, metadata, callback)
+    backend, path = await in_thread(partial(open_backend, url, storage_options=storage_options, filesystem=filesystem))
+    transfer = Transfer("save", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after)
+    with transfer.running(report):
+        return await run_on(own_loop(backend.loop), _save, obj, backend, path, part_size, metadata)
 
 
 save = synchronous(save_async)
 
 
 async def _save(
-    obj: Any,
-    backend: Backend,
-    path: str,
-    part_size: int | None,
-    metadata: Mapping[str, str] | None,
-    callback: Callback | None,
+    obj: Any, backend: Backend, path: str, part_size: int | None, metadata: Mapping[str, str] | None
 ) -> ObjectStat:
-    write_cost = partial(backend.write_cost, part_size=part_size)
-    stream = CheckpointStream(obj, write_cost=write_cost, part_size=part_size, callback=callback)
-    async with stream.running():
-        return await backend.write(
-            path, stream, size_hint=stream.size_hint, part_size=stream.part_size, metadata=metadata
-        )
+    stream = TorchStream(obj, plan_for=backend.upload_plan, part_size=part_size)
+    transfer = current()
+    async with stream.running(), transfer.telling():
+        transfer.set_size(stream.size_hint)
+        stat = await backend.write(path, stream, plan=stream.plan, metadata=metadata)
+        transfer.set_size(stat.size)
+        transfer.moved_at_least(stat.size)
+    return stat

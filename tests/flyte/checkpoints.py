@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from flytekit import FlyteContext
 from flytekit.configuration import DataConfig, S3Config
+from samples import Progress, make_checkpoint
 
-from torchferry.flyte import PyTorchCheckpoint
 from torchferry.testing.servers import S3Server
 
-
-@dataclass
-class Progress:
-    """Hyperparameters."""
-
-    epochs: int = 3
-    loss: float = 0.25
+__all__ = ["Progress", "data_config", "make_checkpoint", "sandbox_files", "stored_files"]
 
 
 def data_config(endpoint: str, server: S3Server) -> DataConfig:
     return DataConfig(s3=S3Config(endpoint=endpoint, access_key_id=server.key, secret_access_key=server.secret))
-
-
-def make_checkpoint(seed: int = 0, width: int = 16) -> PyTorchCheckpoint:
-    torch.manual_seed(seed)
-    module = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, 4))
-    optimizer = torch.optim.Adam(module.parameters())
-    module(torch.randn(2, width)).sum().backward()
-    optimizer.step()
-    return PyTorchCheckpoint(module=module, hyperparameters=Progress(), optimizer=optimizer)
 
 
 def stored_files(context: FlyteContext) -> list[str]:

@@ -17,7 +17,7 @@ from flytekit.core.data_persistence import FileAccessProvider
 from torchferry.flyte import PyTorchCheckpoint
 from torchferry.testing.servers import S3Server
 
-sys.path.append(str(Path(__file__).parent))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.with_name("checkpoint"))]
 
 from checkpoints import data_config, make_checkpoint
 

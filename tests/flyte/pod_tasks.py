@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NamedTuple, Optional
 
 import torch
-from flytekit import map_task, task
+from flytekit import dynamic, map_task, task
 from flytekit.extras.pytorch import PyTorchCheckpoint
 
 from torchferry import LoadOptions
@@ -33,6 +33,46 @@ def read(checkpoint: PyTorchCheckpoint) -> int:
 @task
 def refuse(steps: int) -> PyTorchCheckpoint:
     return PyTorchCheckpoint(hyperparameters={"steps": {"nested": print}, "n": steps})
+
+
+@task
+def read_maybe(checkpoint: Optional[PyTorchCheckpoint]) -> int:  # noqa: UP045 - what flytekit's users write
+    return 0 if checkpoint is None else int(checkpoint["steps"])  # type: ignore[index]
+
+
+@task
+def read_all(checkpoints: list[PyTorchCheckpoint], named: dict[str, PyTorchCheckpoint]) -> int:
+    return sum(int(checkpoint["steps"]) for checkpoint in [*checkpoints, *named.values()])  # type: ignore[index]
+
+
+@task
+def read_dict(values: dict[str, int]) -> int:
+    return sum(values.values())
+
+
+class Passed(NamedTuple):
+    checkpoint: PyTorchCheckpoint
+    maybe: Optional[PyTorchCheckpoint]  # noqa: UP045
+    several: list[PyTorchCheckpoint]
+
+
+@dynamic
+def pass_on(checkpoint: PyTorchCheckpoint) -> Passed:
+    """A checkpoint that a dynamic received goes to tasks, and out, in every position."""
+    read(checkpoint=checkpoint)
+    read_maybe(checkpoint=checkpoint)
+    read_maybe(checkpoint=None)
+    read_all(checkpoints=[checkpoint, train(steps=1)], named={"a": checkpoint})
+    evaluate(checkpoint=checkpoint)
+    read_dict(values=checkpoint.hyperparameters)
+    return Passed(checkpoint, checkpoint, [checkpoint])
+
+
+@dynamic
+def change(checkpoint: PyTorchCheckpoint) -> PyTorchCheckpoint:
+    """No task at all, and another checkpoint than it received."""
+    checkpoint["steps"] += 1  # type: ignore[index]
+    return checkpoint
 
 
 train_many = map_task(train)

@@ -15,6 +15,7 @@ from flytekit.configuration import Image, ImageConfig, SerializationSettings
 from flytekit.core.type_engine import TypeTransformerFailedError
 from flytekit.tools.translator import get_serializable
 
+import torchferry.flyte
 import torchferry.flyte.checkpoint
 from torchferry.flyte.values import FlytekitCheckpoint
 
@@ -92,6 +93,20 @@ def test_a_dataclass_and_a_module_alone_are_enough(cls: Any) -> None:
     module, _ = build()
     assert keys(checkpoint=cls(hyperparameters=Settings(4, 0.5))) == ["rounds", "error"]
     assert keys(checkpoint=cls(module=module)) == ["module_state_dict"]
+
+
+def test_a_checkpoint_of_torchferry_is_one_of_flytekits_in_every_check() -> None:
+    for checkpoint in (Torchferrys(hyperparameters={"a": 1}), torchferry.flyte.LoadedCheckpoint({"a": 1})):
+        assert isinstance(checkpoint, FlytekitCheckpoint)
+        assert isinstance(checkpoint, DataClassJsonMixin)
+    assert issubclass(Torchferrys, FlytekitCheckpoint)
+    assert not issubclass(dict, FlytekitCheckpoint)
+
+
+@pytest.mark.parametrize("name", ["to_dict", "from_dict", "to_json", "from_json", "schema", "dataclass_json_config"])
+def test_torchferrys_class_has_the_members_of_flytekits(name: str) -> None:
+    ours, flytekits = getattr(Torchferrys, name), getattr(FlytekitCheckpoint, name)
+    assert getattr(ours, "__func__", ours) is getattr(flytekits, "__func__", flytekits)
 
 
 @PLACES

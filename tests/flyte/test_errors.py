@@ -19,6 +19,7 @@ from flytekit.exceptions.system import FlyteDownloadDataException, FlyteUploadDa
 from flytekit.models.literals import Literal
 from flytekit.remote.remote_fs import get_flyte_fs
 
+from torchferry.checkpoint import transfer
 from torchferry.errors import (
     CheckpointCorruptError,
     CheckpointFormatError,
@@ -28,7 +29,7 @@ from torchferry.errors import (
     StorageUnavailableError,
     TorchferryError,
 )
-from torchferry.flyte import PyTorchCheckpoint, PyTorchCheckpointTransformer, transfer
+from torchferry.flyte import PyTorchCheckpoint, PyTorchCheckpointTransformer
 from torchferry.flyte.fields import checkpoint_literal
 from torchferry.options import LoadOptions
 from torchferry.testing.faultproxy import Fault

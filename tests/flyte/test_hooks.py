@@ -1,4 +1,4 @@
-"""What torchferry takes for granted of flytekit's and mashumaro's private parts: see torchferry/flyte/hooks.py.
+"""What torchferry takes for granted of flytekit's private parts: see torchferry/flyte/hooks.py.
 
 When one of these fails with a new version of theirs, hooks.py is the place to mend.
 """
@@ -8,15 +8,13 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 
-import mashumaro.core.meta.types.pack as packing
-import mashumaro.core.meta.types.unpack as unpacking
-import pytest
 from flytekit import FlyteContextManager
+from flytekit.core import promise
 from flytekit.core.data_persistence import FileAccessProvider
 from flytekit.core.type_engine import DataclassTransformer, TypeEngine
-from mashumaro.jsonschema import schema
 
 from torchferry.flyte import PyTorchCheckpointTransformer, hooks, plugin
+from torchferry.flyte.fields import in_flytekit
 
 
 def test_flytekit_loads_what_the_entry_point_names_and_does_not_call_it() -> None:
@@ -47,17 +45,26 @@ def test_the_provider_keeps_the_execution_metadata(tmp_path: object) -> None:
     assert hooks.execution_metadata(FlyteContextManager.current_context()) == {}
 
 
-@pytest.mark.parametrize("module", [packing, unpacking], ids=["pack", "unpack"])
-def test_mashumaro_asks_its_registries_in_order(module: object) -> None:
-    registry = getattr(module, "PackerRegistry" if module is packing else "UnpackerRegistry")
-    assert registry._registry[0].func.__qualname__ == "register_field.<locals>.call"
-
-
-def test_mashumaro_asks_its_schema_registry_in_order() -> None:
-    assert schema.Registry._registry[0].__qualname__ == "register_field.<locals>.describe"
-
-
 def test_flytekit_prepares_dataclasses_before_it_encodes_them() -> None:
     assert "_make_dataclass_serializable" in inspect.getsource(DataclassTransformer.to_literal)
     prepare = DataclassTransformer._make_dataclass_serializable
     assert list(inspect.signature(prepare).parameters) == ["self", "python_val", "python_type"]
+
+
+def test_flytekit_makes_the_dicts_of_a_struct_anew() -> None:
+    assert "_fix_val_int" in inspect.getsource(DataclassTransformer)
+    assert list(inspect.signature(DataclassTransformer._fix_val_int).parameters) == ["self", "t", "val"]
+
+
+def test_flytekit_binds_what_a_dynamic_passes_on_by_a_function_that_calls_itself() -> None:
+    parameters = list(inspect.signature(promise.binding_data_from_python_std).parameters)
+    assert parameters == ["ctx", "expected_literal_type", "t_value", "t_value_type", "nodes"]
+    original = inspect.getsource(inspect.unwrap(promise.binding_data_from_python_std))
+    assert original.count("await binding_data_from_python_std(") == 3
+    assert "binding_data_from_python_std," in inspect.getsource(promise.binding_from_python_std)
+
+
+def test_a_context_is_put_on_the_first_one_in_a_task() -> None:
+    assert FlyteContextManager.size() == 1
+    with FlyteContextManager.with_context(FlyteContextManager.current_context().new_builder()):
+        assert in_flytekit()

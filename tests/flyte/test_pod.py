@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import uuid
@@ -13,15 +14,17 @@ from typing import Any
 import pod_tasks
 import pytest
 import torch
-from flyteidl.core import errors_pb2, literals_pb2
+from flyteidl.core import dynamic_job_pb2, errors_pb2, literals_pb2
 from flytekit import FlyteContext
-from flytekit.configuration import ImageConfig, SerializationSettings
+from flytekit.configuration import SERIALIZED_CONTEXT_ENV_VAR, ImageConfig, SerializationSettings
 from flytekit.core.type_engine import TypeEngine
+from flytekit.models.dynamic_job import DynamicJobSpec
 from flytekit.models.literals import LiteralMap
 
 from torchferry.testing.servers import S3Server
 
 HERE = Path(__file__).parent
+SERIALIZED = SerializationSettings(ImageConfig.auto(img_name="localhost/image:1"), version="v")
 
 
 class Pods:
@@ -40,10 +43,22 @@ class Pods:
             "FLYTE_INTERNAL_EXECUTION_PROJECT": "project",
             "FLYTE_INTERNAL_EXECUTION_DOMAIN": "development",
             "PYTHONWARNINGS": "ignore",
+            SERIALIZED_CONTEXT_ENV_VAR: SERIALIZED.serialized_context,
         }
 
     def run(self, task: Any, inputs: LiteralMap, *, stock: bool = False, index: int | None = None) -> LiteralMap:
         """Returns the outputs; raises what error.pb says."""
+        prefix = self._execute(task, inputs, stock=stock, index=index)
+        outputs = literals_pb2.LiteralMap.FromString(self.fs.cat_file(f"{prefix}/out/outputs.pb"))
+        return LiteralMap.from_flyte_idl(outputs)
+
+    def run_dynamic(self, task: Any, inputs: LiteralMap) -> DynamicJobSpec:
+        """Returns what a dynamic task tells propeller to run."""
+        prefix = self._execute(task, inputs)
+        spec = dynamic_job_pb2.DynamicJobSpec.FromString(self.fs.cat_file(f"{prefix}/out/futures.pb"))
+        return DynamicJobSpec.from_flyte_idl(spec)
+
+    def _execute(self, task: Any, inputs: LiteralMap, *, stock: bool = False, index: int | None = None) -> str:
         prefix = f"{self.prefix}/{uuid.uuid4().hex}"
         self.fs.pipe_file(f"{prefix}/inputs.pb", inputs.to_flyte_idl().SerializeToString())
         values = {
@@ -66,8 +81,7 @@ class Pods:
             document = errors_pb2.ErrorDocument.FromString(self.fs.cat_file(f"{prefix}/out/error.pb"))
             raise RuntimeError(document.error.message)
         assert pod.returncode == 0, pod.stderr[-3000:]
-        outputs = literals_pb2.LiteralMap.FromString(self.fs.cat_file(f"{prefix}/out/outputs.pb"))
-        return LiteralMap.from_flyte_idl(outputs)
+        return prefix
 
     def literals(self, **values: Any) -> LiteralMap:
         hints = {name: list[int] for name, value in values.items() if isinstance(value, list)}
@@ -112,6 +126,37 @@ def test_map_tasks_hand_over_in_pods(pods: Pods) -> None:
             assert torch.load(file)["steps"] == steps
 
 
+def test_a_dynamic_passes_on_what_it_received_in_a_pod(pods: Pods, hand_over: Callable[..., LiteralMap]) -> None:
+    trained = pods.run(pod_tasks.train, pods.literals(steps=5))
+    uri = trained.literals["o0"].scalar.blob.uri
+    spec = pods.run_dynamic(pod_tasks.pass_on, hand_over(trained))
+    inputs = [{binding.var: binding.binding for binding in node.inputs} for node in spec.nodes]
+    assert inputs[0]["checkpoint"].scalar.blob.uri == uri
+    assert inputs[1]["checkpoint"].scalar.union.value.scalar.blob.uri == uri
+    assert inputs[2]["checkpoint"].scalar.union.value.scalar.none_type is not None
+    several = [node for node in inputs if "checkpoints" in node]
+    assert several[0]["checkpoints"].collection.bindings[0].scalar.blob.uri == uri
+    assert several[0]["checkpoints"].collection.bindings[1].promise.var == "o0"
+    assert several[0]["named"].map.bindings["a"].scalar.blob.uri == uri
+    assert [node["values"].map.bindings["steps"].scalar.primitive.integer for node in inputs if "values" in node] == [5]
+    outputs = {binding.var: binding.binding for binding in spec.outputs}
+    assert outputs["checkpoint"].scalar.blob.uri == uri
+    assert outputs["maybe"].scalar.union.value.scalar.blob.uri == uri
+    assert outputs["several"].collection.bindings[0].scalar.blob.uri == uri
+    # what propeller hands to the tasks
+    bound = LiteralMap({"checkpoint": inputs[0]["checkpoint"].to_literal_model()})
+    assert pods.value(pods.run(pod_tasks.read, bound), int) == 5
+    optional = LiteralMap({"checkpoint": inputs[1]["checkpoint"].to_literal_model()})
+    assert pods.value(pods.run(pod_tasks.read_maybe, optional), int) == 5
+
+
+def test_a_dynamic_without_tasks_returns_what_it_changed(pods: Pods, hand_over: Callable[..., LiteralMap]) -> None:
+    trained = pods.run(pod_tasks.train, pods.literals(steps=5))
+    changed = pods.run(pod_tasks.change, hand_over(trained))
+    assert changed.literals["o0"].scalar.blob.uri != trained.literals["o0"].scalar.blob.uri
+    assert pods.value(pods.run(pod_tasks.read, hand_over(changed)), int) == 6
+
+
 def test_stock_flytekit_reads_what_torchferry_wrote(pods: Pods, hand_over: Callable[..., LiteralMap]) -> None:
     trained = pods.run(pod_tasks.train, pods.literals(steps=5))
     assert pods.value(pods.run(pod_tasks.read, hand_over(trained), stock=True), int) == 5
@@ -124,5 +169,8 @@ def test_torchferry_reads_what_stock_flytekit_wrote(pods: Pods, hand_over: Calla
 
 
 def test_a_refused_checkpoint_says_why_in_error_pb(pods: Pods) -> None:
-    with pytest.raises(RuntimeError, match=r"Hyperparameter 'steps'\['nested'\] is a builtins.builtin_function"):
+    with pytest.raises(RuntimeError) as caught:
         pods.run(pod_tasks.refuse, pods.literals(steps=1))
+    message = str(caught.value)
+    assert ".." not in message.rsplit("Message:", 1)[1]
+    assert re.search(r"Hyperparameter 'steps'\['nested'\] is a builtin_function.*stored all the same.*s3://", message)

@@ -38,6 +38,7 @@ ORDERS = {
     "torchferry first": "import torchferry",
     "torchferry's engine first": "from torchferry import save, load",
     "torchferry's names first": "from torchferry.flyte import PyTorchCheckpoint",
+    "torchferry's neutral part first": "from torchferry.checkpoint import PyTorchCheckpoint; import flytekit",
     "torch first": "import torch, flytekit",
     "torch last": "import flytekit, torch",
     "flytekit's package first": "from flytekit.extras.pytorch import PyTorchCheckpoint",
@@ -142,7 +143,7 @@ def test_guessing_the_type_of_a_checkpoint_imports_torch_only_then() -> None:
         "_SpecificFormatClass",
         "False",
         "PyTorchCheckpoint",
-        "typing.List[torchferry.flyte.values.PyTorchCheckpoint]",
+        "typing.List[torchferry.checkpoint.values.PyTorchCheckpoint]",
     ]
 
 

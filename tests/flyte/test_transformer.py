@@ -6,10 +6,11 @@ import asyncio
 import inspect
 import pickle
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Optional
 
@@ -26,8 +27,10 @@ from flytekit.models.types import LiteralType
 from flytekit.utils.asyn import loop_manager
 from google.protobuf.struct_pb2 import Struct
 
+import torchferry
 import torchferry.flyte.checkpoint as module
 from torchferry import LoadOptions, SaveOptions
+from torchferry.checkpoint import transfer
 from torchferry.flyte import LoadedCheckpoint, PyTorchCheckpoint, PyTorchCheckpointTransformer
 from torchferry.flyte.values import FlytekitCheckpoint
 
@@ -271,6 +274,15 @@ def test_map_location_follows_the_annotation(s3_context: FlyteContext, checkpoin
     assert loaded["module_state_dict"]["0.weight"].is_meta
 
 
+def test_without_a_map_location_tensors_go_to_the_device_of_this_process(
+    s3_context: FlyteContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    literal = save(s3_context, make_checkpoint())
+    monkeypatch.setattr(transfer, "default_map_location", lambda: torch.device("meta"))
+    loaded = load(s3_context, literal)
+    assert {tensor.device.type for tensor in loaded["module_state_dict"].values()} == {"meta"}
+
+
 def test_options_are_joined(s3_context: FlyteContext, checkpoint: PyTorchCheckpoint) -> None:
     module_only = Annotated[PyTorchCheckpoint, LoadOptions(keys=("module_state_dict",))]
     t = Annotated[module_only, LoadOptions(map_location="meta")]
@@ -283,11 +295,11 @@ def test_options_are_joined(s3_context: FlyteContext, checkpoint: PyTorchCheckpo
     "t",
     [
         Annotated[PyTorchCheckpoint, LoadOptions(keys=("a",)), LoadOptions(keys=("b",))],
-        Annotated[PyTorchCheckpoint, SaveOptions(plane="obstore"), SaveOptions(plane="fsspec")],
+        Annotated[PyTorchCheckpoint, SaveOptions(give_up_after=1.0), SaveOptions(give_up_after=2.0)],
         Optional[Annotated[PyTorchCheckpoint, SaveOptions(part_size=1 << 23), SaveOptions(part_size=1 << 24)]],  # noqa: UP045 - flytekit's users write it
         list[Annotated[PyTorchCheckpoint, LoadOptions(map_location="cpu"), LoadOptions(map_location="meta")]],
     ],
-    ids=["keys", "plane", "in Optional", "in list"],
+    ids=["keys", "give up after", "in Optional", "in list"],
 )
 def test_options_that_contradict_each_other_are_an_error_when_the_type_is_declared(t: Any) -> None:
     with pytest.raises(ValueError, match="contradict each other"):
@@ -373,6 +385,13 @@ def test_a_hyperparameter_with_a_reserved_name_is_refused(s3_context: FlyteConte
     assert stored_files(s3_context) == []
 
 
+@dataclass
+class Found:
+    when: datetime
+    where: list[Path]
+    h: dict[str, Hyper]
+
+
 class Plain:
     pass
 
@@ -380,30 +399,54 @@ class Plain:
 @pytest.mark.parametrize(
     ("hyperparameters", "path", "kind"),
     [
-        ({"when": datetime.now(UTC)}, "Hyperparameter 'when'", "datetime.datetime"),
-        ({"a": [1, {"where": Path("/x")}]}, r"Hyperparameter 'a'\[1\]\['where'\]", "pathlib.PosixPath"),
-        ({"h": {"x": Hyper(1, 2.0)}}, r"Hyperparameter 'h'\['x'\]", "Hyper"),
+        ({"when": timedelta(1)}, "Hyperparameter 'when'", "datetime.timedelta"),
+        ({"a": [1, {"what": Decimal(1)}]}, r"Hyperparameter 'a'\[1\]\['what'\]", "decimal.Decimal"),
+        ({"h": {"x": Hyper(1, Plain())}}, r"Hyperparameter 'h'\['x'\]\['loss'\]", "Plain"),
         ({"o": Plain()}, "Hyperparameter 'o'", "Plain"),
-        ({"f": frozenset({1})}, "Hyperparameter 'f'", "builtins.frozenset"),
+        ({"f": frozenset({1})}, "Hyperparameter 'f'", "frozenset"),
     ],
-    ids=["datetime", "nested path", "nested NamedTuple", "object", "frozenset"],
+    ids=["timedelta", "nested Decimal", "object in a NamedTuple", "object", "frozenset"],
 )
-def test_hyperparameters_that_could_not_be_loaded_are_refused(
+def test_hyperparameters_that_could_not_be_loaded_are_an_error_and_the_checkpoint_is_stored(
     s3_context: FlyteContext, hyperparameters: dict[str, Any], path: str, kind: str
 ) -> None:
-    with pytest.raises(TypeTransformerFailedError, match=f"{path} is a .*{kind}.*add_safe_globals.*weights_only=False"):
-        save(s3_context, PyTorchCheckpoint(hyperparameters=hyperparameters))
-    assert stored_files(s3_context) == []
+    linear = torch.nn.Linear(2, 2)
+    expected = f"{path} is a .*{kind}.*add_safe_globals.*weights_only=False"
+    with pytest.raises(TypeTransformerFailedError, match=expected) as refusal:
+        save(s3_context, PyTorchCheckpoint(module=linear, hyperparameters=hyperparameters))
+    [file] = stored_files(s3_context)
+    uri = f"s3://{file}"
+    assert f"torchferry.load('{uri}', weights_only=False) reads it" in str(refusal.value)
+    stored = torchferry.load(uri, filesystem=s3_context.file_access.raw_output_fs, weights_only=False)
+    assert_same(stored["module_state_dict"], linear.state_dict())
+    assert list(stored) == ["module_state_dict", *hyperparameters]
 
 
-def test_a_hyperparameter_that_cannot_be_pickled_is_refused_without_advice_that_would_not_help(
-    s3_context: FlyteContext,
-) -> None:
+def test_the_advice_to_allow_a_type_is_given_only_where_it_helps(s3_context: FlyteContext) -> None:
+    value = defaultdict(list)  # torch wants `list` allowed, too, and then refuses it
+    with pytest.raises(TypeTransformerFailedError, match=r"defaultdict.*weights_only=False") as refusal:
+        save(s3_context, PyTorchCheckpoint(hyperparameters={"d": value}))
+    assert "in every task that loads it" not in str(refusal.value)
+
+
+def test_a_hyperparameter_that_cannot_be_pickled_is_left_out_of_what_is_stored(s3_context: FlyteContext) -> None:
+    value = PyTorchCheckpoint(module=torch.nn.Linear(2, 2), hyperparameters={"l": [lambda: None], "epochs": 3})
     with pytest.raises(
-        TypeTransformerFailedError, match=r"'l' is a builtins\.function, and cannot be saved"
+        TypeTransformerFailedError, match=r"Hyperparameter 'l'\[0\] is a function, and cannot be saved"
     ) as refusal:
+        save(s3_context, value)
+    message = str(refusal.value)
+    [file] = stored_files(s3_context)
+    assert f"stored all the same, without 'l': torchferry.load('s3://{file}') reads it" in message
+    assert "add_safe_globals" not in message
+    assert ".." not in message
+    stored = torchferry.load(f"s3://{file}", filesystem=s3_context.file_access.raw_output_fs)
+    assert list(stored) == ["module_state_dict", "epochs"]
+
+
+def test_where_nothing_can_be_pickled_nothing_is_stored(s3_context: FlyteContext) -> None:
+    with pytest.raises(TypeTransformerFailedError, match="'l' is a function, and cannot be saved"):
         save(s3_context, PyTorchCheckpoint(hyperparameters={"l": lambda: None}))
-    assert "add_safe_globals" not in str(refusal.value)
     assert stored_files(s3_context) == []
 
 
@@ -421,11 +464,21 @@ def test_safe_globals_allow_a_type(s3_context: FlyteContext) -> None:
     assert isinstance(loaded["o"], Plain)
 
 
+def test_small_objects_become_plain_values_and_come_back(s3_context: FlyteContext) -> None:
+    when = datetime.now(UTC)
+    given = {"when": when, "where": [Path("/x")], "h": {"x": Hyper(1, 2.0)}}
+    loaded = load(s3_context, save(s3_context, PyTorchCheckpoint(hyperparameters=given)))
+    assert loaded == {"when": when.isoformat(), "where": ["/x"], "h": {"x": {"epochs": 1, "loss": 2.0}}}
+    assert loaded.hyperparameters_as(Found) == Found(when, [Path("/x")], {"x": Hyper(1, 2.0)})
+
+
 def test_weights_only_false_on_both_sides_allows_every_type(s3_context: FlyteContext) -> None:
     t = Annotated[PyTorchCheckpoint, LoadOptions(weights_only=False)]
     when = datetime.now(UTC)
     literal = save(s3_context, PyTorchCheckpoint(hyperparameters={"when": when}), t)
     assert load(s3_context, literal, t)["when"] == when
+    plain = load(s3_context, save(s3_context, PyTorchCheckpoint(hyperparameters={"when": when})))
+    assert plain["when"] == when.isoformat()
     with pytest.raises(TypeTransformerFailedError, match="datetime"):
         load(s3_context, literal)
 

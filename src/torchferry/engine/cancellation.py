@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 from anyio import to_thread
@@ -20,9 +21,10 @@ __all__ = [
     "clean_up",
     "in_thread",
     "refuse_threads",
-    "to_the_end",
-    "wait_through_cancellations",
-    "without_stops",
+    "run_shielded",
+    "stops_as_errors",
+    "wait_in_thread",
+    "wait_shielded",
 ]
 
 T = TypeVar("T")
@@ -56,7 +58,7 @@ class ThreadPool:
 _pool = ThreadPool(64, "torchferry")
 
 
-async def to_the_end(
+async def run_shielded(
     func: Callable[..., Awaitable[T]], /, *args: object, patience: float | Callable[[], float | None] | None = None
 ) -> T:
     """Awaits ``func(*args)`` to its end even when the caller is cancelled meanwhile; then the cancellation goes on.
@@ -74,14 +76,14 @@ async def to_the_end(
     try:
         await asyncio.wait([task])
     except asyncio.CancelledError:
-        await wait_through_cancellations(task, patience() if callable(patience) else patience)
+        await wait_shielded(task, patience() if callable(patience) else patience)
         if not task.cancelled():
             task.exception()  # looked at, so that asyncio does not log it as forgotten
         raise
     return task.result()
 
 
-async def wait_through_cancellations(task: asyncio.Future[T], patience: float | None = None) -> None:
+async def wait_shielded(task: asyncio.Future[T], patience: float | None = None) -> None:
     """Waits until ``task`` is done, whatever cancels the caller meanwhile, and however often.
 
     Args:
@@ -99,7 +101,9 @@ async def wait_through_cancellations(task: asyncio.Future[T], patience: float | 
                 patience = None
 
 
-async def in_thread(func: Callable[..., T], /, *args: object, interrupt: Callable[[], None] = lambda: None) -> T:
+async def in_thread(
+    func: Callable[..., T], /, *args: object, interrupt: Callable[[], float | None] = lambda: None
+) -> T:
     """Runs ``func(*args)`` in a worker thread, and does not return before the thread is done with it.
 
     A cancelled ``anyio.to_thread.run_sync`` can leave its thread working, on a file that its caller then closes. And
@@ -110,9 +114,28 @@ async def in_thread(func: Callable[..., T], /, *args: object, interrupt: Callabl
     Args:
         func: What to run, in a copy of the caller's context.
         *args: Its arguments.
+        interrupt: Called when the caller is cancelled: to make ``func`` end soon. It returns how many seconds to wait
+            for that, or None to wait for it in any case.
+    """
+    return await run_shielded(_submit, func, *args, patience=interrupt)
+
+
+async def wait_in_thread(func: Callable[..., T], /, *args: object, interrupt: Callable[[], object] = lambda: None) -> T:
+    """Runs ``func(*args)``, which may wait long for others, in a thread of its own: no worker of theirs is taken.
+
+    Args:
+        func: What to run.
+        *args: Its arguments.
         interrupt: Called when the caller is cancelled: to make ``func`` end soon.
     """
-    return await to_the_end(_submit, func, *args, patience=interrupt)
+
+    async def wait() -> T:
+        return await to_thread.run_sync(partial(func, *args), limiter=anyio.CapacityLimiter(1))
+
+    def patience() -> None:
+        interrupt()
+
+    return await run_shielded(wait, patience=patience)
 
 
 async def clean_up(func: Callable[[], object]) -> None:
@@ -125,7 +148,7 @@ async def clean_up(func: Callable[[], object]) -> None:
         func()
 
 
-def without_stops(func: Callable[..., T], /, *args: object) -> T:
+def stops_as_errors(func: Callable[..., T], /, *args: object) -> T:
     """Calls ``func(*args)``; a StopIteration or StopAsyncIteration of it comes out as the cause of a RuntimeError.
 
     As it does out of a generator (PEP 479), and for the same reason: out here it would mean something else.
@@ -145,11 +168,30 @@ def refuse_threads() -> None:
     _refusing = True
 
 
+class _ThreadForEach(ThreadPoolExecutor):
+    """Runs each call in a thread of its own: for when the interpreter, about to end, has shut all pools down."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:  # noqa: BLE001 - it goes on from the future
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="torchferry", daemon=True).start()
+        return future
+
+
 def _submit(func: Callable[..., T], *args: object) -> asyncio.Future[T]:
-    call = partial(copy_context().run, without_stops, func, *args)
+    loop = asyncio.get_running_loop()
+    call = partial(copy_context().run, stops_as_errors, func, *args)
     try:
-        return asyncio.get_running_loop().run_in_executor(_pool.executor, call)
+        return loop.run_in_executor(_pool.executor, call)
     except RuntimeError:  # the interpreter has shut the pool down: it ends, when the threads of the user have ended
         if _refusing:
             raise
-        return asyncio.ensure_future(to_thread.run_sync(call, limiter=anyio.CapacityLimiter(1)))
+        last = _ThreadForEach(1)
+        loop.set_default_executor(last)  # aiohttp looks names up in it
+        return loop.run_in_executor(last, call)

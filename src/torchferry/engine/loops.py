@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from functools import wraps
 from time import monotonic
@@ -17,15 +18,18 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 from fsspec.asyn import get_loop, reset_lock
 
-from torchferry.engine.tasks import carrying_exits, releasing_exits
-from torchferry.engine.cancellation import refuse_threads, wait_through_cancellations
+from torchferry.engine.cancellation import refuse_threads, wait_shielded
+from torchferry.engine.tasks import unwrapping_exits, wrapping_exits
 
-__all__ = ["own_loop", "run", "run_on", "synchronous"]
+__all__ = ["keep_running", "own_loop", "run", "run_on", "synchronous"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _EXIT_SECONDS = 2.0
+_INTERRUPTED_SECONDS = 15.0  # enough for the slowest clean-up: 10 s for the answer of a request that publishes
+
+_kept: set[asyncio.Future[Any]] = set()
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=reset_lock)  # fsspec's loop stays behind; of late it does this itself
@@ -53,9 +57,27 @@ def run(func: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: An
         done.wait()
     except BaseException:
         call.cancel()
-        done.wait()
+        _wait_through_interrupts(done)
         raise
     return call.result()
+
+
+def _wait_through_interrupts(done: threading.Event) -> None:
+    """Waits until the cancelled call has cleaned up. A second Ctrl-C ends the wait only after 15 s."""
+    deadline: float | None = None
+    while True:
+        try:
+            done.wait(None if deadline is None else max(0.0, deadline - monotonic()))
+        except KeyboardInterrupt:
+            deadline = deadline or monotonic() + _INTERRUPTED_SECONDS
+        else:
+            return
+
+
+def keep_running(task: asyncio.Future[Any]) -> None:
+    """Lets a task run to its end though nobody awaits it; the interpreter waits for it when it ends, 15 s at most."""
+    _kept.add(task)
+    task.add_done_callback(_kept.discard)
 
 
 def synchronous(func: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
@@ -87,7 +109,7 @@ async def run_on(
         await asyncio.wait([done])
     except asyncio.CancelledError:
         call.cancel()
-        await wait_through_cancellations(done)
+        await wait_shielded(done)
         raise
     return call.result()
 
@@ -118,7 +140,7 @@ class _Call(Generic[T]):
         self._loop.call_soon_threadsafe(self._start)
 
     def _start(self) -> None:
-        self._task = self._loop.create_task(carrying_exits(lambda: self._coroutine))
+        self._task = self._loop.create_task(wrapping_exits(lambda: self._coroutine))
         self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[T]) -> None:
@@ -136,11 +158,12 @@ class _Call(Generic[T]):
             self._coroutine.close()
             self._on_done()
         else:
+            keep_running(self._task)  # it cleans up, whether or not somebody still waits
             self._task.cancel()
 
     def result(self) -> T:
         assert self._task is not None  # noqa: S101  # asked for only when done
-        with releasing_exits():
+        with unwrapping_exits():
             return self._task.result()
 
 
@@ -153,6 +176,9 @@ def _wait_for_workers() -> None:
     one that frees a tensor while the interpreter ends aborts the process (torch 2.13 takes the GIL in a destructor).
     A save that a daemon thread waits for would keep one busy: it fails at its next step.
     """
+    deadline = monotonic() + _INTERRUPTED_SECONDS
+    while _kept and monotonic() < deadline:
+        time.sleep(0.01)
     refuse_threads()
     deadline = monotonic() + _EXIT_SECONDS
     for thread in threading.enumerate():

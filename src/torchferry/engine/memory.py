@@ -1,4 +1,9 @@
-"""Memory for bytes on their way: how much may be held at once, and the blocks it is held in."""
+"""The one ledger of host memory: what saves, copies and verifications hold beside the tensors, in blocks.
+
+The limit is 256 MiB for the process, or what the environment variable ``TORCHFERRY_MEMORY`` says in MiB. Saves of CPU
+tensors share 3/16 of it (48 MiB). Saves from a device, copies, verifications, and what loads hold beside their buffer
+share the rest.
+"""
 
 from __future__ import annotations
 
@@ -9,174 +14,237 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from torchferry.engine.cancellation import wait_in_thread
+from torchferry.engine.transfer import current
+from torchferry.engine.types import MIB
+
 if TYPE_CHECKING:
-    from torchferry.storage.base import Chunk
+    from torchferry.engine.types import Buffer
 
-__all__ = ["BLOCK_SIZE", "EXTRA_BUDGET", "PROCESS_BUDGET", "Blocks", "ByteBudget", "address_of", "copy_bytes"]
+__all__ = ["BLOCK_SIZE", "CPU_SAVES", "EVERYTHING_ELSE", "Claim", "Ledger", "address_of", "copy_bytes"]
 
-BLOCK_SIZE = 4 << 20
-"""Bytes in a block."""
+BLOCK_SIZE = 4 * MIB
+"""Bytes in a block, of which a claim is made."""
+
+_SMALL_BLOCK = 64 << 10  # what a claim below it takes: many tiny saves fit at once
+_DEFAULT_LIMIT = 256  # MiB
+_HEADROOM = 8  # claims grow while less than 7/8 of the ledger is held: the rest lets new ones begin
 
 
-class ByteBudget:
-    """A number of bytes that threads take and give back.
+class Ledger:
+    """A number of bytes that claims share.
 
-    Takers wait in line, so a large claim is not overtaken for ever by small ones. A claim larger than the
-    whole budget waits until it can have all of it.
+    A claim begins when what it must have is free: smaller ones may begin before larger ones that wait. It grows, a
+    block at a time, while memory is free, and gives blocks back one at a time.
+
+    Args:
+        limit: In bytes. A claim that must have more gets it when nobody else holds any.
     """
 
-    def __init__(self, total: int) -> None:
-        self._total = total
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
         self.reset()
 
     def reset(self) -> None:
-        """Makes all of it free: for a forked child, in which nobody is left who holds any."""
-        self._free = self._total
-        self._line: deque[object] = deque()
-        # Re-entrant, as threading.Condition is by default: giving back happens in finalizers, and those run anywhere.
-        self._changed = threading.Condition()
+        """Forgets all claims: after a fork, only the forking thread exists in the child."""
+        self.held = 0
+        # Re-entrant, as threading.Condition is by default: blocks come back in finalizers, which run anywhere.
+        self.changed = threading.Condition()
+        self._spare: deque[mmap.mmap] = deque()  # blocks kept warm while there are claims: filling new memory is slow
+        self._claims = 0
 
-    def take(self, size: int, *, abandoned: Callable[[], bool]) -> int:
-        """Waits until ``size`` bytes are free, takes them, and returns how many that were.
+    def claim(self, need: int, *, abandoned: Callable[[], bool] = lambda: False) -> Claim:
+        """Waits until ``need`` bytes are free, and reserves them. Blocks the thread.
 
-        Blocks the calling thread. Raises ``InterruptedError`` once ``abandoned()`` is true; call :meth:`wake`
-        after making it so.
+        Args:
+            need: What is enough to make progress, and no more than the object can need.
+            abandoned: Asked while waiting; after a change, call :meth:`wake`.
+
+        Raises:
+            InterruptedError: ``abandoned()`` became true.
         """
-        size = min(size, self._total)
-        place = object()
-        with self._changed:
-            self._line.append(place)
-            try:
-                while self._line[0] is not place or self._free < size:
-                    if abandoned():
-                        raise InterruptedError
-                    self._changed.wait()
-                self._free -= size
-            finally:
-                self._line.remove(place)
-                self._changed.notify_all()
-        return size
+        block = BLOCK_SIZE if need > BLOCK_SIZE // 2 else _SMALL_BLOCK
+        need = max(1, -(-need // block)) * block
+        with self.changed:
+            while self.held and self.held + need > self.limit:
+                if abandoned():
+                    raise InterruptedError
+                self.changed.wait()
+            self.held += need
+            self._claims += 1
+        return Claim(self, need, block)
 
-    def try_take(self, size: int) -> bool:
-        """Takes ``size`` bytes if they are free and nobody waits for any."""
-        with self._changed:
-            if self._line or self._free < size:
-                return False
-            self._free -= size
-            return True
+    async def claim_async(self, need: int) -> Claim:
+        """:meth:`claim` on an event loop, which goes on meanwhile. A cancel ends the wait."""
+        abandoned = False
+        granted: list[Claim] = []
 
-    @property
-    def is_wanted(self) -> bool:
-        """Whether anybody waits."""
-        return bool(self._line)
+        def wait() -> None:
+            granted.append(self.claim(need, abandoned=lambda: abandoned))
 
-    def give(self, size: int) -> None:
-        """Gives ``size`` bytes back. Safe in a finalizer."""
-        with self._changed:
-            self._free += size
-            self._changed.notify_all()
+        def abandon() -> None:
+            nonlocal abandoned
+            abandoned = True
+            self.wake()
 
-    def grow(self, size: int) -> None:
-        """Makes the budget ``size`` bytes larger."""
-        with self._changed:
-            self._total += size
-            self._free += size
-            self._changed.notify_all()
+        try:
+            await wait_in_thread(wait, interrupt=abandon)
+        except BaseException:
+            for claim in granted:
+                claim.close()
+            raise
+        return granted[0]
+
+    def may_grow(self, nbytes: int) -> bool:
+        """Takes ``nbytes`` more for a claim, if they are free. Called with the lock held."""
+        if self.held + nbytes > self.limit - self.limit // _HEADROOM:
+            return False
+        self.held += nbytes
+        return True
+
+    def give(self, nbytes: int) -> None:
+        """Gives bytes back. Safe in a finalizer."""
+        with self.changed:
+            self.held = max(0, self.held - nbytes)  # after a fork, blocks of the parent come back, too
+            self.changed.notify_all()
 
     def wake(self) -> None:
         """Makes every waiting thread look again whether it is abandoned."""
-        with self._changed:
-            self._changed.notify_all()
+        with self.changed:
+            self.changed.notify_all()
+
+    def open_block(self, size: int) -> mmap.mmap:
+        """Memory for a block. Raises OSError where the machine has none."""
+        if size == BLOCK_SIZE:
+            with suppress(IndexError):
+                return self._spare.pop()
+        return mmap.mmap(-1, size)
+
+    def keep_block(self, block: mmap.mmap) -> None:
+        """Keeps a block for the next who opens one, while there are claims."""
+        if self._claims and len(block) == BLOCK_SIZE and (len(self._spare) + 1) * BLOCK_SIZE <= self.limit:
+            self._spare.append(block)
+
+    def end_claim(self) -> None:
+        """Frees the spare blocks with the last claim."""
+        with self.changed:
+            self._claims -= 1
+            if not self._claims:
+                self._spare.clear()
 
 
-PROCESS_BUDGET = ByteBudget(48 << 20)
-"""What all saves and copies of this process may hold together beyond the tensors themselves: 48 MiB."""
+class Claim:
+    """The memory of one transfer: blocks that come back when nobody holds a view of them any more.
 
-EXTRA_BUDGET = ByteBudget(208 << 20)
-"""What saves from a device and copies may hold together in addition, as far as it is free: 208 MiB.
+    Made by :meth:`Ledger.claim`.
 
-A store like S3 takes 90 MB/s over one connection: 16 parts of 16 MiB at once are 1.4 GB/s.
-"""
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=PROCESS_BUDGET.reset)
-    os.register_at_fork(after_in_child=EXTRA_BUDGET.reset)
-
-
-class Blocks:
-    """Blocks of memory that come back when nobody holds a view of them any more.
-
-    Reused, because filling memory for the first time is eight times slower than filling it again. There are none
-    before :meth:`allow`.
+    Attributes:
+        block_size: Bytes in each of its blocks.
     """
 
-    def __init__(self) -> None:
-        self._budget = ByteBudget(0)
-        self._spare: deque[mmap.mmap] = deque()
-        self._lock = threading.RLock()  # blocks come back in finalizers, and those run anywhere
-        self._borrows = False
-        self._borrowed = 0  # bytes
+    def __init__(self, ledger: Ledger, need: int, block_size: int) -> None:
+        self.block_size = block_size
+        self._ledger = ledger
+        self._reserved = need  # bytes that are this claim's until it ends
+        self._used = 0  # bytes of blocks that are out
+        self._held = need  # bytes of the ledger: what is reserved, and what it grew by
         self._abandoned = False
-        self._cleared = False
-
-    def allow(self, total: int, *, borrows: bool) -> None:
-        """Lets there be so many blocks that they have at least ``total`` bytes together.
-
-        Args:
-            total: In bytes.
-            borrows: Whether there may be more while all those are out, as far as ``EXTRA_BUDGET`` has room for them.
-        """
-        self._borrows = borrows
-        self._budget.grow(-(-total // BLOCK_SIZE) * BLOCK_SIZE)
+        self._closed = False
+        self._transfer = current()
+        self._transfer.holds(need)
 
     def take(self) -> memoryview:
-        """A block, to be filled and passed on in slices; waits for one if all are out and none can be borrowed.
+        """A block, to be filled and passed on in slices; waits while none is free. Blocks the thread.
 
         It comes back when this view and all its slices are gone, in whichever thread lets go of the last.
+
+        Raises:
+            InterruptedError: the claim was abandoned.
+            OSError: the machine has no memory.
         """
-        if not self._budget.try_take(BLOCK_SIZE) and not self._borrow():
-            self._budget.take(BLOCK_SIZE, abandoned=lambda: self._abandoned)
+        with self._ledger.changed:
+            while not self._try_use():
+                if self._abandoned:
+                    raise InterruptedError
+                self._ledger.changed.wait()
         try:
-            block = self._spare.pop()
-        except IndexError:
-            block = mmap.mmap(-1, BLOCK_SIZE)  # takes memory only as far as it is filled
-        loan = (ctypes.c_char * BLOCK_SIZE).from_buffer(block)  # all views of it keep it, and it can be watched
+            block = self._ledger.open_block(self.block_size)
+        except BaseException:
+            self._unuse()
+            raise
+        loan = (ctypes.c_char * self.block_size).from_buffer(block)  # all views of it keep it, and it can be watched
         weakref.finalize(loan, self._came_back, block).atexit = False
         return memoryview(loan).cast("B")
 
+    async def take_async(self) -> memoryview:
+        """:meth:`take` on an event loop, which goes on meanwhile. A cancel ends the wait."""
+        with self._ledger.changed:
+            free = self._used + self.block_size <= self._held
+        return self.take() if free else await wait_in_thread(self.take, interrupt=self.abandon)
+
     def abandon(self) -> None:
-        """Makes :meth:`take` raise ``InterruptedError``, also in a thread that waits in it."""
+        """Makes :meth:`take` raise, also in a thread that waits in it."""
         self._abandoned = True
-        self._budget.wake()
+        self._ledger.wake()
 
-    def clear(self) -> None:
-        """Frees the blocks: the spare ones now, the others when they come back."""
-        with self._lock:
-            self._cleared = True
-            self._spare.clear()
-            borrowed, self._borrowed = self._borrowed, 0
-        EXTRA_BUDGET.give(borrowed)
+    def close(self) -> None:
+        """Gives everything back. What an error's traceback still holds of it is freed with that."""
+        with self._ledger.changed:
+            if self._closed:
+                return
+            self._closed = self._abandoned = True
+            self._shrink_to(0)
+        self._ledger.end_claim()
 
-    def _borrow(self) -> bool:
-        if not self._borrows or not EXTRA_BUDGET.try_take(BLOCK_SIZE):
+    def _try_use(self) -> bool:
+        if self._abandoned:
             return False
-        with self._lock:
-            if not self._cleared:
-                self._borrowed += BLOCK_SIZE
-                return True
-        EXTRA_BUDGET.give(BLOCK_SIZE)
-        return False
+        if self._used + self.block_size > self._held:
+            if not self._ledger.may_grow(self.block_size):
+                return False
+            self._held += self.block_size
+            self._transfer.holds(self.block_size)
+        self._used += self.block_size
+        return True
+
+    def _unuse(self) -> None:
+        with self._ledger.changed:
+            self._used -= self.block_size
+            if not self._closed:
+                self._shrink_to(max(self._used, self._reserved))
+
+    def _shrink_to(self, nbytes: int) -> None:
+        surplus = self._held - nbytes
+        self._held = nbytes
+        self._transfer.holds(-surplus)
+        self._ledger.give(surplus)  # also wakes who waits for a block of this claim
 
     def _came_back(self, block: mmap.mmap) -> None:
-        with self._lock:
-            goes_back = self._borrowed > 0 and not self._budget.is_wanted
-            if goes_back:
-                self._borrowed -= BLOCK_SIZE
-            elif not self._cleared:
-                self._spare.append(block)
-        (EXTRA_BUDGET if goes_back else self._budget).give(BLOCK_SIZE)
+        self._ledger.keep_block(block)
+        self._unuse()
+
+
+def _limit() -> int:
+    """The limit for the process, in bytes."""
+    text = os.environ.get("TORCHFERRY_MEMORY", "")
+    try:
+        return max(32, int(text)) * MIB
+    except ValueError:
+        return _DEFAULT_LIMIT * MIB
+
+
+CPU_SAVES = Ledger(_limit() * 3 // 16)
+"""For saves of CPU tensors: they copy only what is small."""
+
+EVERYTHING_ELSE = Ledger(_limit() - CPU_SAVES.limit)
+"""For saves from a device, copies and verifications, and what loads hold beside their buffer."""
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=CPU_SAVES.reset)
+    os.register_at_fork(after_in_child=EVERYTHING_ELSE.reset)
 
 
 class _PyBuffer(ctypes.Structure):
@@ -197,7 +265,7 @@ class _PyBuffer(ctypes.Structure):
     )
 
 
-def address_of(data: Chunk) -> int:
+def address_of(data: Buffer) -> int:
     """Where in memory ``data`` begins; ctypes' own ``from_buffer`` refuses read-only views, which torch's are."""
     buffer = _PyBuffer()
     ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(data), ctypes.byref(buffer), 0)
@@ -207,7 +275,7 @@ def address_of(data: Chunk) -> int:
         ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
 
 
-def copy_bytes(target: Chunk, source: Chunk) -> None:
+def copy_bytes(target: Buffer, source: Buffer) -> None:
     """Copies ``source`` to where ``target``, which is as long, begins; other threads run meanwhile.
 
     They would not, if it was assigned to a slice of ``target``.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
-__all__ = ["CarriedExit", "Tasks", "carrying_exits", "releasing_exits", "task_group"]
+__all__ = ["CarriedExit", "Tasks", "task_group", "unwrapping_exits", "wrapping_exits"]
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ class CarriedExit(Exception):  # noqa: N818 - never seen by a caller
         self.exit = exit_
 
 
-async def carrying_exits(func: Callable[..., Awaitable[T]], /, *args: object) -> T:
+async def wrapping_exits(func: Callable[..., Awaitable[T]], /, *args: object) -> T:
     """Awaits ``func(*args)``, as the outermost of a task; raises :class:`CarriedExit` for what would end the loop."""
     try:
         return await func(*args)
@@ -43,7 +43,7 @@ async def carrying_exits(func: Callable[..., Awaitable[T]], /, *args: object) ->
 
 
 @contextmanager
-def releasing_exits() -> Iterator[None]:
+def unwrapping_exits() -> Iterator[None]:
     """Raises what a :class:`CarriedExit` carries in its place."""
     try:
         yield
@@ -64,7 +64,7 @@ class Tasks:
 
     def start_soon(self, func: Callable[..., Awaitable[object]], *args: object) -> None:
         """Starts a task that runs ``func(*args)``."""
-        self._group.start_soon(carrying_exits, func, *args)
+        self._group.start_soon(wrapping_exits, func, *args)
 
 
 @asynccontextmanager
@@ -80,7 +80,7 @@ async def task_group() -> AsyncGenerator[Tasks]:
         async with anyio.create_task_group() as group:
             yield Tasks(group)
     except BaseExceptionGroup as errors:
-        error = _most_telling(list(_flatten(errors)))
+        error = _choose_error(list(_flatten(errors)))
     if error is not None:  # raised out here, so that the group that contains the error does not become its context
         raise error
 
@@ -93,7 +93,7 @@ def _flatten(errors: BaseExceptionGroup[BaseException]) -> Iterator[BaseExceptio
             yield error.exit if isinstance(error, CarriedExit) else error
 
 
-def _most_telling(errors: list[BaseException]) -> BaseException:
+def _choose_error(errors: list[BaseException]) -> BaseException:
     def rank(error: BaseException) -> int:
         return 0 if not isinstance(error, Exception) else 1 if isinstance(error, TorchferryError) else 2
 

@@ -1,138 +1,205 @@
-"""Reads ranges of an object straight from the socket into the memory they are for.
+"""HTTP over sockets, both ways: bodies go from the tensors' memory to the socket, and from the socket into it.
 
-The clients of both planes hand out memory of their own, which then has to be copied. Python's own HTTP client reads
-into memory that it is given, and does not hold the interpreter's lock meanwhile. That takes half the CPU time.
+Clients of HTTP hand out memory of their own, which then has to be copied, and hold the interpreter's lock meanwhile.
+Python's own ``http.client`` and sockets send from and read into memory that they are given, without the lock.
 
-It knows nothing of stores. A plane's client signs the request, and stays in charge: whatever is not exactly the answer
-that was asked for (an error, a redirect, a connection that breaks or falls silent), that client is asked for again,
-with its retries and its words for what is wrong.
+It knows no store. A backend has the filesystem's client sign each request, and says what to do with an answer.
 """
 
 from __future__ import annotations
 
 import http.client
-import logging
+import io
+import os
+import selectors
 import socket
 import ssl
+import struct
+import sys
+import threading
 import time
 import urllib.request
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import urlsplit
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
 from torchferry.engine.cancellation import in_thread
+from torchferry.engine.retry import AnswerError, transient_answer
+from torchferry.engine.transfer import Transfer, current
+from torchferry.engine.types import MIB, Buffer
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+if sys.platform == "linux":
+    import fcntl
+    import termios
 
-    from torchferry.storage.base import ObjectStat
+__all__ = ["Answer", "SignedRequest", "Transport", "UnmovableError"]
 
-__all__ = ["DirectReader", "SignedGet"]
-
-_SILENCE = 30.0  # seconds without a byte, after which the plane's client is asked
+_SILENCE = 30.0  # seconds in which nothing moves, after which a request has failed, where the user chose no other
+_CONNECT = 10.0  # seconds for each step of a connection
+_TICK = 0.25  # seconds that a thread waits at once; in between it looks whether bytes in the system's queue have moved
+_LAST_LOOK = 1.0  # seconds to wait for the answer of a store that takes no bytes over TLS
+_SLOWEST = 1_000  # bytes a second: an answer that comes slower than this has failed,
+_GRACE = 60.0  # seconds after its first byte
 _IDLE = 10.0  # seconds after which a connection is not used again: stores close them soon, and not all of them say so
-_CONNECT = 5.0  # seconds for each step of a connection
-_SIGNED = 8  # requests that are kept: several objects may be read side by side
-_FRESH = 60.0  # seconds for which a signed request is used: no client hands out one that expires sooner
-_FAILURES = 3  # in a row, after which it is not tried for a while
-_PAUSE = 60.0  # seconds: the store may be out of breath; or it never takes what is signed like this
+_MOST_IDLE = 32  # connections kept for the next request
+_SLICE = 2 * MIB  # bytes given to the system at once
+_TLS_SLICE = 128 << 10  # over TLS, what is sent of a slice shows only when all of it is
+_LAST_SLICE = 64 << 10  # so that a cancel seldom comes when the request may be complete
+_WHOLE_READS = 64 << 10  # a read of so many bytes waits for all of them
+_INTERRUPT_PATIENCE = 0.5  # seconds that a cancel waits for the thread: a name look-up cannot be ended
+_ANSWER_PATIENCE = 10.0  # seconds that a cancel waits for the answer to a request that publishes and was sent whole
+_LARGEST_ANSWER = MIB  # bytes; answers to uploads are short
+_RESET = struct.pack("ii", 1, 0)  # for SO_LINGER: closing resets the connection, what was not sent yet is thrown away
 
-_logger = logging.getLogger("torchferry.storage")
 
-
-class SignedGet(NamedTuple):
-    """What it takes to read one version of one object, in any range.
+class UnmovableError(Exception):
+    """The engine cannot move these bytes, and the filesystem's client may: a proxy, a redirect, an odd answer.
 
     Attributes:
-        url: Where it is.
-        headers: What to send.
-        version: A header of the answer, and what it says where the answer is of that version; None to trust the store.
+        answer: What the store said, if anything.
     """
 
+    def __init__(self, reason: str, answer: Answer | None = None) -> None:
+        super().__init__(reason)
+        self.answer = answer
+
+
+@dataclass(frozen=True, slots=True)
+class SignedRequest:
+    """A request that a filesystem's client has signed.
+
+    Attributes:
+        method: "GET", "PUT" or "POST".
+        url: Where to.
+        headers: What to send, without Content-Length, Host and Range.
+        version: Of a read: a header of the answer and the value it has where the answer is of the right version; None
+            to trust the store.
+    """
+
+    method: str
     url: str
-    headers: dict[str, str]
-    version: tuple[str, str] | None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    version: tuple[str, str] | None = None
 
     @classmethod
-    def if_match(cls, url: str, etag: str | None, headers: dict[str, str] | None = None) -> SignedGet:
-        """Of a store where the ETag names a version."""
+    def get(cls, url: str, etag: str | None, headers: Mapping[str, str] | None = None) -> SignedRequest:
+        """A read, from a store where the ETag names a version."""
+        headers = headers or {}
         if etag is None:
-            return cls(url, headers or {}, None)
-        return cls(url, {**(headers or {}), "If-Match": etag}, ("ETag", etag))
+            return cls("GET", url, headers)
+        return cls("GET", url, {**headers, "If-Match": etag}, ("ETag", etag))
 
 
-class DirectReader:
-    """Connections to one store, which stay open for the next range.
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A store's answer to an upload.
 
-    Args:
-        sign: Signs the request for a version of an object; a method of the backend that the reader belongs to.
-        verify: The file with the certificates of the authorities to trust; True for the system's; False to trust
-            anyone.
+    Attributes:
+        status: The HTTP status.
+        headers: Its headers; their names are looked up without regard to case.
+        body: Its body, at most 1 MiB.
     """
 
-    def __init__(self, sign: Callable[[str, ObjectStat], Awaitable[SignedGet]], *, verify: str | bool = True) -> None:
-        self._sign = weakref.WeakMethod(sign)  # a backend has a reader: they are to go, and their sockets, without gc
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    @property
+    def ok(self) -> bool:
+        """Whether the request succeeded."""
+        return HTTPStatus.OK <= self.status < HTTPStatus.MULTIPLE_CHOICES
+
+    def __str__(self) -> str:
+        detail = " ".join(self.body[:300].decode("utf-8", "replace").split())
+        return f"status {self.status}" + (f": {detail}" if detail else "")
+
+
+class Transport:
+    """Connections to stores, which stay open for the next request.
+
+    Args:
+        verify: The file with the certificates of the authorities to trust; True for the system's; False to trust
+            anyone.
+        silence: Seconds in which no byte moves, after which a request has failed.
+    """
+
+    def __init__(self, *, verify: str | bool = True, silence: float = _SILENCE) -> None:
+        self.silence = silence
         self._verify = verify
-        self._signed: OrderedDict[tuple[str, str | None], tuple[SignedGet, float]] = OrderedDict()
-        self._failures = 0
-        self._resumes = 0.0
         self._idle: deque[_Connection] = deque()
+        self._process = os.getpid()
         weakref.finalize(self, _close_all, self._idle)
 
-    async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> bool:
-        """Fills ``buffer`` with the bytes from ``start`` of the version that ``stat`` names.
+    async def read_into(self, request: SignedRequest, start: int, buffer: memoryview, size: int) -> None:
+        """Fills ``buffer`` with the bytes from ``start`` of an object of ``size`` bytes.
+
+        A cancel closes the connection; nothing is written to ``buffer`` afterwards.
+
+        Raises:
+            ConnectionError: the connection failed: trying again may help.
+            TimeoutError: nothing moved for :attr:`silence` seconds, or less than 1,000 bytes a second.
+            AnswerError: the store is not available.
+            UnmovableError: any other answer than the bytes that were asked for; a proxy; TLS failed.
+        """
+        reading = _Reading(self, request, start, buffer, size, current())
+        try:
+            await in_thread(reading.run, interrupt=reading.interrupt)
+        finally:
+            reading.settle()
+
+    async def send(self, request: SignedRequest, body: Sequence[Buffer], *, publishes: bool) -> Answer:
+        """Sends a request with a body, from the memory of its buffers.
+
+        Args:
+            request: Signed for this body.
+            body: Its buffers.
+            publishes: Whether the store publishes an object when it has the whole request. A cancel then waits, at most
+                10 seconds, for the answer to a request that was sent whole. Before that, and for all other requests,
+                it resets the connection: the store gets an incomplete request and drops it.
 
         Returns:
-            False where that did not work, for whatever reason. ``buffer`` may have been written to then.
+            The answer, of any status but those that mean "later".
+
+        Raises:
+            ConnectionError: as :meth:`read_into`, and so the others.
+            UnmovableError: there is a proxy, TLS failed, a redirect was answered, or no HTTP.
         """
-        if not buffer:
-            return True
-        if time.monotonic() < self._resumes:
-            return False
+        sending = _Sending(self, request, body, publishes, current())
         try:
-            request = _Request(self, await self._get(path, stat), start, buffer, stat.size)
-            await in_thread(request.run, interrupt=request.interrupt)
-        except Exception as error:  # noqa: BLE001 - a signer raises anything; what is wrong the plane's client will say
-            self._failures += 1
-            if self._failures >= _FAILURES:
-                self._resumes = time.monotonic() + _PAUSE
-            self._signed.clear()
-            _logger.debug("%s is not read directly: %s", stat.url, error)
-            return False
-        self._failures = 0
-        return True
+            return await in_thread(sending.run, interrupt=sending.interrupt)
+        finally:
+            sending.settle()
 
-    async def _get(self, path: str, stat: ObjectStat) -> SignedGet:
-        version = path, stat.etag
-        now = time.monotonic()
-        get, since = self._signed.get(version, (None, 0.0))
-        if get is None or now - since >= _FRESH:
-            sign = self._sign()
-            assert sign is not None  # noqa: S101 - it is the backend's that is reading
-            get = await sign(path, stat)
-            self._signed[version] = get, now
-            while len(self._signed) > _SIGNED:
-                with suppress(KeyError):  # another loop's task was faster
-                    self._signed.popitem(last=False)
-        return get
-
-    def take(self, scheme: str, host: str) -> _Connection:
+    def take(self, url: SplitResult) -> _Connection:
         """An idle connection, or else a new one."""
+        if self._process != os.getpid():  # forked: the parent goes on using these
+            self._process = os.getpid()
+            _close_all(self._idle)  # here; the parent's stay open
+        now = time.monotonic()
         with suppress(IndexError):
-            while True:
+            for _ in range(len(self._idle)):
                 connection = self._idle.pop()
-                if (connection.scheme, connection.host) == (scheme, host) and connection.idle < _IDLE:
+                if now - connection.rested >= _IDLE:
+                    connection.close()
+                elif (connection.scheme, connection.host) == (url.scheme, url.netloc):
                     return connection
-                connection.close()
-        return _Connection(scheme, host, self._tls if scheme == "https" else None)
+                else:
+                    self._idle.appendleft(connection)
+        return _Connection(url.scheme, url.netloc, self._tls if url.scheme == "https" else None)
 
     def give_back(self, connection: _Connection) -> None:
+        """Keeps a connection for the next request."""
+        connection.rested = time.monotonic()
+        connection.used = True
         self._idle.append(connection)
         with suppress(IndexError):
-            while self._idle[0].idle >= _IDLE:
+            while len(self._idle) > _MOST_IDLE or time.monotonic() - self._idle[0].rested >= _IDLE:
                 self._idle.popleft().close()
 
     @cached_property
@@ -149,115 +216,441 @@ class _Connection:
 
     def __init__(self, scheme: str, host: str, tls: ssl.SSLContext | None) -> None:
         if {scheme, "all"} & urllib.request.getproxies().keys() and not urllib.request.proxy_bypass(host):
-            raise ConnectionError("there is a proxy")
+            raise UnmovableError("there is a proxy")
         self.scheme, self.host = scheme, host
         self.used = False
-        self._since = 0.0
+        self.rested = 0.0
+        self.sock: socket.socket | None = None
+        self.http = http.client.HTTPSConnection(host, context=tls) if tls else http.client.HTTPConnection(host)
         self._tls = tls
-        self._sock: socket.socket | None = None
-        self._http = http.client.HTTPSConnection(host, context=tls) if tls else http.client.HTTPConnection(host)
-
-    @property
-    def idle(self) -> float:
-        """Seconds since its last use."""
-        return time.monotonic() - self._since
+        self._interrupted = False
 
     def open(self) -> None:
         """Connects; not as http.client does, which keeps its socket to itself until the TLS handshake is done."""
-        if self._http.sock is not None:
+        if self.sock is not None:
             return
-        self._sock = socket.create_connection((self._http.host, self._http.port), _CONNECT)
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock = self._connect()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tls is not None:
-            tls = self._tls.wrap_socket(self._sock, server_hostname=self._http.host, do_handshake_on_connect=False)
-            self._sock = tls
-            tls.do_handshake()
-        self._sock.settimeout(_SILENCE)
-        self._http.sock = self._sock
-
-    def get(self, target: str, headers: dict[str, str]) -> http.client.HTTPResponse:
-        self._http.request("GET", target, headers=headers)
-        return self._http.getresponse()
-
-    def rest(self) -> None:
-        self.used = True
-        self._since = time.monotonic()
+            sock = self._shake_hands(self._tls, sock)
+        _wait_a_tick_at_most(sock)
+        self.http.sock = sock
 
     def interrupt(self) -> None:
-        """Ends what another thread is doing with it."""
-        if self._sock is not None:
-            with suppress(OSError):  # not connected any more
-                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # TLS's own would go on in clear text
+        """Ends what another thread is doing with it; what was not sent yet is thrown away."""
+        self._interrupted = True
+        if self.sock is not None:
+            with suppress(OSError):  # closed already
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            with suppress(OSError):  # not connected yet, or not any more
+                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # TLS's own would go on in clear text
 
     def close(self) -> None:
-        self._http.close()
-        if self._sock is not None:
-            self._sock.close()
+        self.http.close()
+        if self.sock is not None:
+            self.sock.close()
+
+    def _connect(self) -> socket.socket:
+        failure: OSError | None = None
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            self.http.host, self.http.port, type=socket.SOCK_STREAM
+        ):
+            sock = socket.socket(family, kind, protocol)
+            self._use(sock)  # before it connects, so that it can be ended
+            try:
+                sock.settimeout(_CONNECT)
+                sock.connect(address)
+            except OSError as error:
+                sock.close()
+                failure = error
+            else:
+                return sock
+        raise failure or ConnectionError(f"{self.host} has no address")
+
+    def _shake_hands(self, tls: ssl.SSLContext, sock: socket.socket) -> socket.socket:
+        wrapped = tls.wrap_socket(sock, server_hostname=self.http.host, do_handshake_on_connect=False)
+        self._use(wrapped)
+        try:
+            wrapped.do_handshake()
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError) as error:
+            raise ConnectionResetError(f"closed in the TLS handshake: {error}") from error
+        except ssl.SSLError as error:
+            raise UnmovableError(f"TLS: {error}") from error
+        return wrapped
+
+    def _use(self, sock: socket.socket) -> None:
+        self.sock = sock
+        if self._interrupted:
+            sock.close()
+            raise InterruptedError
 
 
-class _Request:
+class _Exchange:
+    """One request and its answer, on a connection of the transport."""
+
+    def __init__(self, transport: Transport, request: SignedRequest, transfer: Transfer) -> None:
+        self._transport = transport
+        self._request = request
+        self._url = urlsplit(request.url)
+        self._transfer = transfer
+        self._connection: _Connection | None = None
+        self._using = threading.Lock()  # held to end a connection: not one that is another request's already
+        self._interrupted = False
+        self._answered = False
+        self._moved_at = 0.0  # when bytes last moved, on the clock time.monotonic
+        self._began_at: float | None = None  # when the answer's first byte came
+        self._received = 0  # bytes of the answer
+
+    @property
+    def _target(self) -> str:
+        return f"{self._url.path or '/'}?{self._url.query}" if self._url.query else self._url.path or "/"
+
+    def interrupt(self) -> float:
+        """Makes :meth:`_run` raise soon; returns how many seconds to wait for that."""
+        with self._using:
+            self._interrupted = True
+            if self._connection is not None:
+                self._connection.interrupt()
+        return _INTERRUPT_PATIENCE
+
+    def receive(self, sock: socket.socket, buffer: memoryview) -> int:
+        """Receives some bytes of the answer.
+
+        Raises:
+            TimeoutError: nothing moves any more, or too slowly.
+        """
+        while True:
+            if self._interrupted and not self._awaited:
+                raise InterruptedError
+            try:
+                count = sock.recv_into(buffer, 0, self._flags(sock, buffer))
+            except (TimeoutError, BlockingIOError):
+                self._waited("no answer")
+                continue
+            self._moved_at = now = time.monotonic()
+            if self._began_at is None:
+                self._began_at = now
+            self._received += count
+            if not self._answered and self._received > _LARGEST_ANSWER:
+                raise http.client.HTTPException("the head of the answer has no end")
+            if self._received < _SLOWEST * (now - self._began_at - _GRACE):
+                raise TimeoutError(f"the answer comes slower than {_SLOWEST} bytes a second")
+            return count
+
+    @staticmethod
+    def _flags(sock: socket.socket, buffer: memoryview) -> int:
+        whole = len(buffer) >= _WHOLE_READS and not isinstance(sock, ssl.SSLSocket) and _WAITS_IN_THE_KERNEL
+        return socket.MSG_WAITALL if whole else 0
+
+    @property
+    def _awaited(self) -> bool:
+        """Whether the answer is wanted although the request was cancelled."""
+        return False
+
+    def _run(self) -> Answer | None:
+        """Blocks the thread. An idle connection that the store has closed meanwhile is replaced by another one."""
+        while True:
+            connection = self._transport.take(self._url)
+            with self._using:
+                self._connection = connection
+            self._answered = False
+            self._began_at = None
+            self._received = 0
+            reusable = False
+            try:
+                connection.open()
+                if self._interrupted:  # before there was anything to end
+                    raise InterruptedError
+                connection.http.response_class = partial(_Response, self)  # type: ignore[assignment]
+                self._moved_at = time.monotonic()
+                answer, reusable = self._exchange(connection)
+            except (AnswerError, TimeoutError):
+                raise
+            except OSError as error:  # TLS's are among them
+                if connection.used and not self._answered and not self._interrupted:
+                    continue
+                if isinstance(error, ConnectionError):
+                    raise
+                raise ConnectionError(f"{type(error).__name__}: {error}") from error
+            except http.client.IncompleteRead as error:
+                raise ConnectionResetError(f"the answer was cut off: {error}") from error
+            except http.client.HTTPException as error:
+                raise UnmovableError(f"no HTTP: {type(error).__name__}: {str(error)[:100]}") from error
+            finally:
+                with self._using:
+                    self._connection = None
+                connection.http.response_class = http.client.HTTPResponse  # it keeps nothing of this request
+                if reusable and not self._interrupted:
+                    self._transport.give_back(connection)
+                else:
+                    connection.close()
+            return answer
+
+    def _exchange(self, connection: _Connection) -> tuple[Answer | None, bool]:
+        """Returns the answer, and whether the connection can be used again."""
+        raise NotImplementedError
+
+    def _waited(self, trouble: str) -> None:
+        """Called each 0.25 s in which nothing moved. Raises where that lasts too long."""
+        if time.monotonic() - self._moved_at > self._transport.silence:
+            raise TimeoutError(f"{trouble} for {self._transport.silence:g} s")
+
+
+class _Reading(_Exchange):
     """One range on its way into memory."""
 
-    def __init__(self, reader: DirectReader, get: SignedGet, start: int, buffer: memoryview, size: int) -> None:
-        self._reader = reader
-        self._url = urlsplit(get.url)
-        self._headers = {**get.headers, "Range": f"bytes={start}-{start + len(buffer) - 1}"}
-        self._version = get.version
+    def __init__(
+        self,
+        transport: Transport,
+        request: SignedRequest,
+        start: int,
+        buffer: memoryview,
+        size: int,
+        transfer: Transfer,
+    ) -> None:
+        super().__init__(transport, request, transfer)
+        self._headers = {**request.headers, "Range": f"bytes={start}-{start + len(buffer) - 1}"}
         self._expected = f"bytes {start}-{start + len(buffer) - 1}/{size}"
         self._buffer = buffer
-        self._connection: _Connection | None = None
-        self._interrupted = False
+        self._filled = 0
+        self._done = False
 
     def run(self) -> None:
-        """Reads; blocks the thread. Raises whatever may happen."""
-        while True:
-            self._connection = connection = self._reader.take(self._url.scheme, self._url.netloc)
-            try:
-                reusable = self._read(connection)
-            except ConnectionError:
-                connection.close()
-                if connection.used and not self._interrupted:  # the store closed it while it was idle
-                    continue
-                raise
-            except BaseException:
-                connection.close()
-                raise
-            if reusable:
-                connection.rest()
-                self._reader.give_back(connection)
-            else:
-                connection.close()
-            return
+        self._run()
+        self._done = True
 
-    def interrupt(self) -> None:
-        """Makes :meth:`run` raise soon."""
-        self._interrupted = True
-        if self._connection is not None:
-            self._connection.interrupt()
+    def settle(self) -> None:
+        """Takes back what was counted of a range that did not arrive whole."""
+        if not self._done:
+            self._transfer.moved(-self._filled)
 
-    def _read(self, connection: _Connection) -> bool:
-        """Returns whether the connection can be used again: whether the answer is read to its end."""
-        url = self._url
-        connection.open()
-        if self._interrupted:  # before there was anything to end
-            raise InterruptedError
-        with connection.get(f"{url.path}?{url.query}" if url.query else url.path, self._headers) as response:
+    def _exchange(self, connection: _Connection) -> tuple[Answer | None, bool]:
+        connection.http.request(self._request.method, self._target, headers=self._headers)
+        with connection.http.getresponse() as response:
+            self._answered = True
             self._check(response)
-            filled = 0
-            while filled < len(self._buffer):
-                if not (count := response.readinto(self._buffer[filled:])):
-                    raise ConnectionResetError(f"the body ended after {filled} of {len(self._buffer)} bytes")
-                filled += count
-            return response.length == 0 and not response.will_close
+            while self._filled < len(self._buffer):
+                count = response.readinto(self._buffer[self._filled : self._filled + MIB])
+                if not count:
+                    raise ConnectionResetError(f"the body ended after {self._filled} of {len(self._buffer)} bytes")
+                self._filled += count
+                self._transfer.moved(count)
+            return None, response.length == 0 and not response.will_close
 
     def _check(self, response: http.client.HTTPResponse) -> None:
-        """Raises OSError for an answer with anything but the bytes that were asked for."""
-        if response.status != http.HTTPStatus.PARTIAL_CONTENT:
-            raise OSError(f"status {response.status}")
+        """Raises for an answer with anything but the bytes that were asked for."""
+        if (hint := transient_answer(response.status, response.headers)) is not None:
+            raise AnswerError(f"status {response.status}", hint)
+        if response.status != HTTPStatus.PARTIAL_CONTENT:
+            raise UnmovableError(f"status {response.status} for a range")
         if response.headers["Content-Range"] != self._expected:
-            raise OSError(f"another range: {response.headers['Content-Range']}")
-        if self._version is not None and response.headers[self._version[0]] != self._version[1]:
-            raise OSError("another version")  # some stores ignore what they are asked for
+            raise UnmovableError(f"another range than {self._expected}: {response.headers['Content-Range']}")
+        version = self._request.version
+        if version is not None and response.headers[version[0]] != version[1]:
+            raise UnmovableError("another version")  # some stores ignore what they are asked for
+
+
+class _Sending(_Exchange):
+    """One body on its way to the store."""
+
+    def __init__(
+        self, transport: Transport, request: SignedRequest, body: Sequence[Buffer], publishes: bool, transfer: Transfer
+    ) -> None:
+        super().__init__(transport, request, transfer)
+        self._body = [memoryview(buffer).cast("B") for buffer in body if len(buffer)]
+        self._size = sum(map(len, self._body))
+        self._publishes = publishes
+        self._last_slice = threading.Lock()  # held to decide whether the request is sent whole, or never
+        self._whole = False
+        self._settled = False
+        self._sent = 0  # bytes, into the system's queue
+        self._arrived = 0  # bytes that the other end's TCP has acknowledged, in this attempt
+        self._acknowledged = 0  # bytes that were counted
+        self._ok = False
+        self._sock: socket.socket | None = None
+
+    def run(self) -> Answer:
+        answer = self._run()
+        assert answer is not None  # noqa: S101 - for the types
+        self._ok = answer.ok
+        return answer
+
+    def interrupt(self) -> float:
+        """Resets the connection; or lets the answer come, where the store may publish already."""
+        with self._last_slice:
+            if self._whole and self._publishes:
+                self._interrupted = True  # nothing is sent again
+                return _ANSWER_PATIENCE
+            return super().interrupt()
+
+    def settle(self) -> None:
+        """Called when nobody waits any more: counts what is not counted yet of a body that arrived, or takes it back.
+
+        An answer that a cancel has waited for in vain is waited for no more.
+        """
+        self._settled = True
+        super().interrupt()
+        arrived = self._size if self._ok else 0
+        self._transfer.moved(arrived - self._acknowledged)
+        self._acknowledged = arrived
+
+    @property
+    def _awaited(self) -> bool:
+        return self._whole and self._publishes and not self._settled
+
+    def _exchange(self, connection: _Connection) -> tuple[Answer | None, bool]:
+        connection.http.putrequest(self._request.method, self._target, skip_accept_encoding=True)
+        for name, value in self._request.headers.items():
+            if name.lower() not in {"content-length", "host"}:
+                connection.http.putheader(name, value)
+        connection.http.putheader("Content-Length", str(self._size))
+        with self._last_slice:
+            if self._interrupted:
+                raise InterruptedError
+            self._whole = not self._size
+        self._sock, self._sent, self._arrived = connection.sock, 0, 0
+        connection.http.endheaders()
+        sent_whole = self._send_body()
+        with connection.http.getresponse() as response:
+            self._answered = True
+            answer = Answer(response.status, response.headers, response.read(_LARGEST_ANSWER))
+            if (hint := transient_answer(answer.status, answer.headers)) is not None:
+                raise AnswerError(str(answer), hint)
+            if HTTPStatus.MULTIPLE_CHOICES <= answer.status < HTTPStatus.BAD_REQUEST:
+                raise UnmovableError(f"a redirect ({answer.status})", answer)
+            if answer.ok and not sent_whole:
+                raise ConnectionResetError(f"the store answered before it had all: {answer}")
+            return answer, sent_whole and response.isclosed() and not response.will_close
+
+    def _send_body(self) -> bool:
+        """Returns whether all of it was sent: a store may refuse a request before it has seen its end."""
+        longest = _TLS_SLICE if isinstance(self._sock, ssl.SSLSocket) else _SLICE
+        try:
+            for view in self._body:
+                while len(view):
+                    left = self._size - self._sent
+                    piece = view[: min(longest, left - _LAST_SLICE if left > _LAST_SLICE else left)]
+                    view = view[len(piece) :]  # noqa: PLW2901 - what is left of it
+                    if self._sent + len(piece) == self._size:
+                        with self._last_slice:
+                            if self._interrupted:
+                                raise InterruptedError
+                            self._whole = True
+                    if not self._send_piece(piece):
+                        return False
+        except (BrokenPipeError, ConnectionResetError, ssl.SSLError):
+            if self._interrupted:
+                raise
+            return False  # the answer may be there, and say why
+        except TimeoutError:
+            if not isinstance(self._sock, ssl.SSLSocket):
+                raise
+            self._moved_at += _LAST_LOOK
+            return False
+        return True
+
+    def _send_piece(self, piece: memoryview) -> bool:
+        """Returns False where the store answers instead of taking it."""
+        sock = self._sock
+        assert sock is not None  # noqa: S101 - it is open
+        while len(piece):
+            if self._settled:
+                raise InterruptedError
+            try:
+                count = sock.send(piece)
+            except (TimeoutError, BlockingIOError):
+                # What comes over TLS need not be an answer: there it is looked for when nothing else has helped.
+                if not isinstance(sock, ssl.SSLSocket) and _has_news(sock):
+                    return False
+                self._waited("the store took no bytes")
+                continue
+            self._moved_at = time.monotonic()
+            piece = piece[count:]
+            self._sent += count
+            if self._sent - self._acknowledged >= MIB:
+                self._count_acknowledged()
+        return True
+
+    def _waited(self, trouble: str) -> None:
+        if self._count_acknowledged():  # over a slow link, megabytes wait in the system's queue
+            self._moved_at = time.monotonic()
+        super()._waited(trouble)
+
+    def _count_acknowledged(self) -> bool:
+        """Counts what the other end has acknowledged; of the last MiB only with the answer.
+
+        Only Linux tells how much it has; elsewhere, whole bodies are counted.
+
+        Returns:
+            Whether that is more than before.
+        """
+        if sys.platform != "linux" or self._sock is None:
+            return False
+        (queued,) = struct.unpack("i", fcntl.ioctl(self._sock, termios.TIOCOUTQ, b"\0\0\0\0"))
+        arrived = self._sent - queued
+        if arrived <= self._arrived:
+            return False
+        self._arrived = arrived
+        news = min(arrived, self._size - MIB) - self._acknowledged
+        if news > 0:
+            self._acknowledged += news
+            self._transfer.moved(news)
+        return True
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer whose bytes come through :meth:`_Exchange.receive`."""
+
+    def __init__(self, exchange: _Exchange, sock: socket.socket, **options: Any) -> None:
+        super().__init__(_Incoming(exchange, sock), **options)  # type: ignore[arg-type]  # makefile is what it uses
+
+
+class _Incoming(io.RawIOBase):
+    """The bytes that come over a connection, for one answer."""
+
+    def __init__(self, exchange: _Exchange, sock: socket.socket) -> None:
+        self._exchange = exchange
+        self._sock = sock
+        self._open = sock.makefile("rb", buffering=0)  # http.client may close the socket before the answer is read
+
+    def close(self) -> None:
+        self._open.close()
+        super().close()
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """What http.client asks a socket for."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._exchange.receive(self._sock, memoryview(buffer))
+
+
+_WAITS_IN_THE_KERNEL = sys.platform == "linux"
+
+
+def _wait_a_tick_at_most(sock: socket.socket) -> None:
+    """Lets calls return after 0.25 s in which nothing moved.
+
+    Of a plain socket on Linux by the kernel's own limit: then a call moves megabytes, where Python's limit takes a call
+    and a look for each piece that fits the system's queue, with the interpreter's lock in between: 0.7 s more a GiB.
+    """
+    if isinstance(sock, ssl.SSLSocket) or not _WAITS_IN_THE_KERNEL:
+        sock.settimeout(_TICK)
+        return
+    limit = struct.pack("ll", int(_TICK), int(_TICK % 1 * 1e6))
+    sock.settimeout(None)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+
+def _has_news(sock: socket.socket) -> bool:
+    """Whether there is something to receive, or the connection has ended."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(0))
 
 
 def _close_all(connections: deque[_Connection]) -> None:

@@ -1,199 +1,257 @@
-"""Uploads an object in parts: concurrently, in bounded memory, in order, and all or nothing.
+"""Uploads a stream of chunks as one object: in parts, many at once, in bounded memory, all or nothing.
 
-A store says how to start an upload, put a part, finish and abort (:class:`MultipartUpload`);
-:func:`upload_parts` does the rest for all of them.
+A store says how to start an upload, put a part, finish and abort (:class:`Upload`), and what its limits are
+(:class:`UploadPlan`); :func:`upload` does the rest for all of them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
-from functools import partial
-from typing import TYPE_CHECKING, Generic, TypeVar
+from collections.abc import AsyncIterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic, TypeVar
 
 import anyio
+from isal import isal_zlib
 
+from torchferry.engine.cancellation import in_thread, run_shielded, wait_shielded
+from torchferry.engine.loops import keep_running
 from torchferry.engine.tasks import task_group
-from torchferry.storage.base import MIB, Chunk
-from torchferry.engine.cancellation import to_the_end
+from torchferry.engine.transfer import current
+from torchferry.engine.types import MIB, Buffer, Chunk, ObjectStat
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Sequence
-
-__all__ = ["DEFAULT_PART_SIZE", "MultipartUpload", "PartSizes", "part_size_for", "upload_parts"]
+__all__ = ["Body", "Limits", "Upload", "UploadPlan", "abort", "upload"]
 
 PartT = TypeVar("PartT")
-ResultT = TypeVar("ResultT")
 
-logger = logging.getLogger("torchferry.storage")
+logger = logging.getLogger("torchferry.engine")
 
-DEFAULT_PART_SIZE = 16 * MIB
-"""Bytes in a part where nothing asks for another size."""
-
-_CLEANUP_SECONDS = 30.0
-"""How long starting, finishing or aborting may go on after a cancellation."""
-
-_S3_MINIMUM = 5 * MIB
-_S3_MAXIMUM = 5 << 30
-_S3_MAX_PARTS = 10_000
+_PART_SIZE = 16 * MIB  # where nobody chose another
+_IN_FLIGHT = 16  # parts under way at once: at 90 MB/s a connection, as S3 gives, 1.4 GB/s
+_START_PATIENCE = 0.3  # seconds that a cancel waits to learn the id of an upload that is being created
+_ABORT_PATIENCE = 0.7  # seconds that a cancelled upload waits for its abort, before that goes on by itself
+_ABORT_SECONDS = 30.0  # the longest that an abort may take
+_PUBLISH_PATIENCE = 10.0  # seconds that a cancel waits for the answer to the request that publishes
 
 
-class MultipartUpload(ABC, Generic[PartT, ResultT]):
-    """One upload to one path of a store.
+class Body:
+    """The bytes of one request: chunks, in order.
 
-    A method raises the backend's errors, which go on to the caller as they are.
+    Attributes:
+        chunks: The chunks.
+        size: Their bytes together.
     """
 
-    @abstractmethod
-    async def put_whole(self, body: Sequence[Chunk]) -> ResultT:
-        """Publishes an object of at most one part in a single request, without :meth:`start`.
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self.chunks = chunks
+        self.size = sum(map(len, chunks))
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        """The chunks' memory."""
+        return [chunk.data for chunk in self.chunks]
+
+    @cached_property
+    def crc32(self) -> int:
+        """The CRC32 of all bytes: combined from those of the chunks, or computed where a chunk has none."""
+        total = 0
+        for chunk in self.chunks:
+            crc32 = isal_zlib.crc32(chunk.data) if chunk.crc32 is None else chunk.crc32
+            total = isal_zlib.crc32_combine(total, crc32, len(chunk))
+        return total
+
+    async def checksum(self) -> int:
+        """The CRC32, computed in a thread where that takes time."""
+        if all(chunk.crc32 is not None for chunk in self.chunks):
+            return self.crc32
+        return await in_thread(lambda: self.crc32)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a store allows. The defaults are S3's: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html.
+
+    Attributes:
+        smallest_part: The least bytes in a part, but for the last.
+        largest_part: The most bytes in a part.
+        most_parts: The most parts in an object.
+    """
+
+    smallest_part: int = 5 * MIB
+    largest_part: int = 5 << 30
+    most_parts: int = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class UploadPlan:
+    """How a stream is cut into parts, and how many go up at once.
+
+    Four fifths of the parts have ``part_size`` bytes. The last fifth doubles every hundredth of the parts, so that
+    whatever length was expected, 10,000 parts of at least 5 MiB hold 5 TiB.
+
+    Attributes:
+        part_size: Bytes in a part.
+        in_flight: The most parts under way at once, the one being filled among them.
+        limits: The store's.
+        memory: Bytes that writing takes beside the chunks, at its peak.
+    """
+
+    part_size: int = _PART_SIZE
+    in_flight: int = _IN_FLIGHT
+    limits: Limits = Limits()
+    memory: int = 0
+
+    @classmethod
+    def for_size(
+        cls,
+        size: int,
+        part_size: int | None = None,
+        *,
+        limits: Limits = Limits(),
+        in_flight: int = _IN_FLIGHT,
+        memory: int = 0,
+    ) -> UploadPlan:
+        """The plan for an object of about ``size`` bytes.
 
         Args:
-            body: The object's bytes, in buffers; none for an empty object.
+            size: It fits four fifths of the parts: expectations can be too low.
+            part_size: What the user chose, if anything. It counts as far as the store's limits allow.
+            limits: The store's.
+            in_flight: The most parts under way at once.
+            memory: Bytes that writing takes beside the chunks.
         """
+        needed = -(-size // _steady(limits.most_parts))
+        if needed > MIB:
+            needed = -(-needed // MIB) * MIB  # round numbers, for those who read logs
+        wanted = part_size or _PART_SIZE
+        return cls(min(max(wanted, needed, limits.smallest_part), limits.largest_part), in_flight, limits, memory)
+
+    def part_at(self, index: int) -> int:
+        """Bytes in the part at ``index``, from 0."""
+        steady = _steady(self.limits.most_parts)
+        if index < steady:
+            return self.part_size
+        # Beyond 40 doublings every size is past every limit; without a bound the shift could get huge.
+        doublings = min(40, (index - steady) // max(1, self.limits.most_parts // 100) + 1)
+        return min(self.part_size << doublings, self.limits.largest_part)
+
+
+def _steady(most_parts: int) -> int:
+    return max(1, most_parts * 4 // 5)
+
+
+class Upload(ABC, Generic[PartT]):
+    """One upload to one path of a store. Its errors are the backend's; they go on to the caller as they are.
+
+    Called in this order: :meth:`put_whole` alone; or :meth:`start`, :meth:`put_part` many times, :meth:`finish`. After
+    a failure or a cancel anywhere but in :meth:`put_whole`: :meth:`abort`.
+    """
+
+    @property
+    def staged(self) -> str:
+        """What :meth:`abort` removes, in parentheses, for messages: " (the multipart upload 2~abc)"; "" by default."""
+        return ""
+
+    @abstractmethod
+    async def put_whole(self, body: Body) -> ObjectStat:
+        """Publishes an object of at most one part with a single request."""
 
     @abstractmethod
     async def start(self) -> None:
         """Opens the upload."""
 
     @abstractmethod
-    async def put_part(self, index: int, body: Sequence[Chunk]) -> PartT:
+    async def put_part(self, index: int, body: Body) -> PartT:
         """Uploads a part; several are under way at once, in any order.
 
         Args:
             index: Its place in the object, from 0.
-            body: Its bytes, in buffers.
+            body: Its bytes.
         """
 
     @abstractmethod
-    async def finish(self, parts: Sequence[PartT]) -> ResultT:
+    async def finish(self, parts: Sequence[PartT]) -> ObjectStat:
         """Publishes the object: what :meth:`put_part` returned, in the object's order."""
 
     @abstractmethod
     async def abort(self) -> None:
-        """Removes everything staged. Called after a failure or cancel, even one in :meth:`start` or :meth:`finish`."""
+        """Removes everything staged; also where :meth:`start` or :meth:`finish` was cut off without an answer."""
 
 
-class PartSizes:
-    """How large each part is: all alike, growing only when a stream turns out far longer than it was said to be.
-
-    Four fifths of the parts have the size chosen for the stream's expected length. The last fifth doubles every
-    hundredth of the parts, so that whatever was expected, 10,000 parts of at least 5 MiB hold 5 TiB.
-
-    Args:
-        size: Bytes in a part, of most parts.
-        maximum: The store's limit for one part, in bytes.
-        max_parts: The store's limit for the number of parts.
-    """
-
-    def __init__(self, size: int, *, maximum: int = _S3_MAXIMUM, max_parts: int = _S3_MAX_PARTS) -> None:
-        self._size = size
-        self._maximum = maximum
-        self._steady = _steady_parts(max_parts)
-        self._step = max(1, max_parts // 100)
-
-    def __getitem__(self, index: int) -> int:
-        """Bytes in the part at ``index``, from 0."""
-        if index < self._steady:
-            return self._size
-        # Beyond 40 doublings every size is past every maximum; without a bound the shift could get huge.
-        doublings = min(40, (index - self._steady) // self._step + 1)
-        return min(self._size << doublings, self._maximum)
-
-
-def part_size_for(
-    size_hint: int,
-    wanted: int | None = None,
-    *,
-    default: int = DEFAULT_PART_SIZE,
-    minimum: int = _S3_MINIMUM,
-    maximum: int = _S3_MAXIMUM,
-    max_parts: int = _S3_MAX_PARTS,
-) -> int:
-    """How many bytes a part should have.
-
-    Args:
-        size_hint: About how many bytes the object will have. They fit four fifths of the parts: hints can be short.
-        wanted: What the user chose, if anything. It counts as far as the store's limits allow.
-        default: The size where nobody chose one.
-        minimum: The least bytes in a part, except the last. The defaults of this and the next two are S3's:
-            https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
-        maximum: The most bytes in a part.
-        max_parts: The most parts in an object.
-    """
-    needed = -(-size_hint // _steady_parts(max_parts))
-    if needed > MIB:
-        needed = -(-needed // MIB) * MIB  # round numbers, for those who read logs
-    return min(max(wanted or default, needed, minimum), maximum)
-
-
-def _steady_parts(max_parts: int) -> int:
-    return max(1, max_parts * 4 // 5)
-
-
-async def upload_parts(
-    upload: MultipartUpload[PartT, ResultT], chunks: AsyncIterable[Chunk], sizes: PartSizes, *, in_flight: int
-) -> ResultT:
+async def upload(target: Upload[PartT], chunks: AsyncIterable[Chunk], plan: UploadPlan) -> ObjectStat:
     """Cuts ``chunks`` into parts, uploads them concurrently and publishes the object.
 
     An object of at most one part goes up in a single request. A part starts as soon as its bytes and one more are
-    there; its chunks are held, without a copy, until it is up. At most ``in_flight`` parts are held, the one being
-    filled among them.
+    there; its chunks are held, without a copy, until it is up.
 
     When anything raises or the caller is cancelled, parts under way are stopped and the upload is aborted before
-    the error goes on. A cancel that comes while the object is being published waits for that, up to a limit.
+    the error goes on. A cancel that comes while the object is being published waits up to 10 seconds for the answer.
 
     Args:
-        upload: The store's side of it.
+        target: The store's side of it.
         chunks: The object's bytes; consumed to the end before it is published.
-        sizes: How large the parts are.
-        in_flight: How many parts may be held at once.
+        plan: How large the parts are, and how many go up at once.
     """
+    transfer = current()
     cutter = _Cutter(chunks)
-    first = await cutter.take(sizes[0])
+    first = await cutter.take(plan.part_at(0))
     if cutter.exhausted:
-        return await upload.put_whole(first)
+        with transfer.stage("sending"):
+            return await target.put_whole(first)
     parts: dict[int, PartT] = {}
-    slots = anyio.Semaphore(in_flight)
+    slots = anyio.Semaphore(plan.in_flight)
 
-    async def put(index: int, body: list[Chunk]) -> None:
+    async def put(index: int, body: Body) -> None:
         try:
-            parts[index] = await upload.put_part(index, body)
+            parts[index] = await target.put_part(index, body)
         finally:
             slots.release()
+        transfer.count("parts")
 
     try:
-        await to_the_end(upload.start, patience=_CLEANUP_SECONDS)
-        async with task_group() as tasks:
-            await slots.acquire()
-            tasks.start_soon(put, 0, first)
-            del first  # nothing but the task holds a part, so that its memory is free when it is up
-            index = 0
-            while not cutter.exhausted:
-                index += 1
+        with transfer.stage("sending"):
+            await run_shielded(target.start, patience=_START_PATIENCE)
+            async with task_group() as tasks:
                 await slots.acquire()
-                tasks.start_soon(put, index, await cutter.take(sizes[index]))
+                tasks.start_soon(put, 0, first)
+                del first  # nothing but the task holds a part, so that its memory is free when it is up
+                index = 0
+                while not cutter.exhausted:
+                    index += 1
+                    await slots.acquire()
+                    tasks.start_soon(put, index, await cutter.take(plan.part_at(index)))
+        transfer.tell()  # what the callback raises still keeps the object from being published
         in_order = [parts[index] for index in range(len(parts))]
-        return await to_the_end(upload.finish, in_order, patience=_CLEANUP_SECONDS)
+        with transfer.stage("publishing"):
+            return await run_shielded(target.finish, in_order, patience=_PUBLISH_PATIENCE)
     except BaseException as error:
-        await _abort(upload, error)
+        await abort(target, error)
         raise
 
 
-async def _abort(upload: MultipartUpload[PartT, ResultT], reason: BaseException) -> None:
-    """Aborts the upload; where that fails, says so with the error that is on its way."""
+async def abort(target: Upload[PartT], reason: BaseException) -> None:
+    """Aborts an upload; where that fails, a note and the log say so. After a cancel, a slow abort goes on by itself."""
+    aborting = asyncio.ensure_future(_abort_and_say(target, reason))
+    keep_running(aborting)
+    patience = _ABORT_SECONDS if isinstance(reason, Exception) else _ABORT_PATIENCE
+    await wait_shielded(asyncio.ensure_future(asyncio.wait([aborting], timeout=patience)))
+
+
+async def _abort_and_say(target: Upload[PartT], reason: BaseException) -> None:
     try:
-        await to_the_end(partial(_within, _CLEANUP_SECONDS, upload))
+        with anyio.fail_after(_ABORT_SECONDS):
+            await target.abort()
     except Exception as error:  # noqa: BLE001 - the reason for the abort matters more than any failure of it
-        message = f"What was staged could not be removed: {type(error).__name__}: {error}"
+        detail = str(error) or f"no answer for {_ABORT_SECONDS:.0f} s"
+        notes = getattr(error, "__notes__", [])
+        failed = f"What was staged{target.staged} could not be removed: {type(error).__name__}: {detail}"
+        message = " ".join([failed, *notes])
         reason.add_note(message)
         logger.warning("%s", message)
-
-
-async def _within(seconds: float, upload: MultipartUpload[PartT, ResultT]) -> None:
-    with anyio.fail_after(seconds):
-        await upload.abort()
 
 
 class _Cutter:
@@ -204,19 +262,19 @@ class _Cutter:
         self._ahead: deque[Chunk] = deque()
         self.exhausted = False
 
-    async def take(self, size: int) -> list[Chunk]:
+    async def take(self, size: int) -> Body:
         """Takes ``size`` bytes, or what is left; knows afterwards whether anything is left."""
-        body: list[Chunk] = []
+        taken: list[Chunk] = []
         while size and await self._look_ahead():
             chunk = self._ahead.popleft()
             if len(chunk) > size:
-                view = memoryview(chunk)
-                self._ahead.appendleft(view[size:])
-                chunk = view[:size]
-            body.append(chunk)
+                view = memoryview(chunk.data)
+                self._ahead.appendleft(Chunk(view[size:]))
+                chunk = Chunk(view[:size])
+            taken.append(chunk)
             size -= len(chunk)
         await self._look_ahead()
-        return body
+        return Body(taken)
 
     async def _look_ahead(self) -> bool:
         """Whether there are more bytes; reads on to find out."""

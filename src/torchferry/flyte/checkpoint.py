@@ -20,17 +20,19 @@ from flytekit.models.literals import Blob, BlobMetadata, Literal, Scalar
 from flytekit.models.types import LiteralType
 from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]  # flytekit's, without stubs
 
+from torchferry.checkpoint.annotations import options_of
+from torchferry.checkpoint.content import Loadable, content_of, loadable
+from torchferry.checkpoint.deck import deck_of
+from torchferry.checkpoint.fields import JSON_SCHEMA, register_fields
+from torchferry.checkpoint.summary import remember_summary
+from torchferry.engine.cancellation import in_thread
 from torchferry.errors import StorageUnavailableError, TorchferryError
-from torchferry.flyte import deck, hooks
-from torchferry.flyte.annotations import options_of
-from torchferry.flyte.content import check_loadable, content_of
-from torchferry.flyte.fields import JSON_SCHEMA, checkpoint_literal, register_fields
+from torchferry.flyte import hooks
+from torchferry.flyte.fields import checkpoint_literal
 from torchferry.flyte.plugin import taking_over
-from torchferry.flyte.summary import Summary, summarize
 from torchferry.flyte.transfer import download, upload
 from torchferry.flyte.values import FlytekitCheckpoint, IsDataclass, LoadedCheckpoint, PyTorchCheckpoint
 from torchferry.options import LoadOptions, SaveOptions
-from torchferry.engine.cancellation import in_thread
 
 if TYPE_CHECKING:
     from flytekit.models.literals import Binary
@@ -61,8 +63,6 @@ __all__ = [
 ]
 
 _logger = logging.getLogger("torchferry")
-
-_SUMMARY = "_torchferry_summary"
 
 
 class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # type: ignore[misc]  # flytekit has no types
@@ -128,7 +128,8 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         """Saves a checkpoint under the raw output prefix, and returns the literal that names it.
 
         ``SaveOptions`` on the annotation say how. ``LoadOptions(weights_only=False)`` on it lets values pass that
-        need the same to be loaded.
+        need the same to be loaded; without it, values that could not be loaded again are an error, but the checkpoint
+        is stored first, and the error says where.
 
         Raises:
             TypeTransformerFailedError: this is no checkpoint, or one that cannot be saved, or not to there.
@@ -141,12 +142,14 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         try:
             uri = await self._save(ctx, python_val, python_type)
         except (Exception, SystemExit) as error:  # an exit would end flytekit's event loop, and its task would hang
-            _logger.warning("%r is not saved: %s", python_val, _message(error))  # a union hides the error
+            message = _message(error).removesuffix(".")  # flytekit adds a full stop
+            _logger.warning("%r is not returned: %s.", python_val, message)  # a union hides the error
             if isinstance(error, TypeTransformerFailedError):
+                error.args = (message,)
                 raise
             if isinstance(error, StorageUnavailableError):
-                raise FlyteUploadDataException(f"The checkpoint could not be uploaded: {error}") from error
-            raise TypeTransformerFailedError(f"{python_val!r} could not be saved: {_message(error)}") from error
+                raise FlyteUploadDataException(f"The checkpoint could not be uploaded: {message}") from error
+            raise TypeTransformerFailedError(f"{python_val!r} could not be saved: {message}") from error
         return checkpoint_literal(uri)
 
     async def async_to_python_value(
@@ -168,11 +171,7 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
 
         Never raises, because flytekit would fail the task, which has done its work by then.
         """
-        try:
-            return deck.render(_summary_of(python_val))
-        except (Exception, SystemExit) as error:  # the value is the user's, and may raise anything
-            _logger.warning("A checkpoint has no summary in the Deck.", exc_info=True)
-            return deck.failure(error)
+        return deck_of(python_val)
 
     def from_binary_idl(self, binary_idl_object: Binary, expected_python_type: type[Any]) -> LoadedCheckpoint:
         """Loads the checkpoint that an attribute of a dataclass or pydantic model names (MessagePack).
@@ -196,12 +195,14 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
 
     async def _save(self, ctx: FlyteContext, checkpoint: Any, python_type: type[Any]) -> str:
         content = await in_thread(content_of, checkpoint)
-        if options_of(python_type, LoadOptions).weights_only:
-            await in_thread(check_loadable, content)
+        trusted = not options_of(python_type, LoadOptions).weights_only
+        prepared = Loadable(content) if trusted else await in_thread(loadable, content)
         loaded_from = checkpoint.uri if isinstance(checkpoint, LoadedCheckpoint) else None
-        uri = await upload(ctx, content, options_of(python_type, SaveOptions), loaded_from=loaded_from)
+        uri = await upload(ctx, prepared.content, options_of(python_type, SaveOptions), loaded_from=loaded_from)
+        if (error := prepared.error(uri)) is not None:
+            raise error
         if _shows_decks(ctx):
-            await in_thread(_remember, checkpoint, content, uri)
+            await in_thread(remember_summary, checkpoint, prepared.content, uri)
         return uri
 
     async def _load(self, ctx: FlyteContext, uri: str, expected_python_type: type[Any]) -> LoadedCheckpoint:
@@ -224,19 +225,6 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
 
 def _shows_decks(ctx: FlyteContext) -> bool:
     return bool(ctx.user_space_params is not None and ctx.user_space_params.enable_deck)
-
-
-def _remember(checkpoint: Any, content: dict[str, Any], uri: str) -> None:
-    # The Deck is made after the upload, and asking a module for its state again may gather it from all ranks again.
-    try:
-        vars(checkpoint)[_SUMMARY] = summarize(content, uri)
-    except (Exception, SystemExit):  # what is saved is saved, whatever the Deck will say
-        _logger.debug("A checkpoint has no summary.", exc_info=True)
-
-
-def _summary_of(checkpoint: Any) -> Summary:
-    summary: Summary | None = vars(checkpoint).get(_SUMMARY)
-    return summary or summarize(content_of(checkpoint), getattr(checkpoint, "uri", None))
 
 
 def _uri_of(lv: Literal) -> str:
@@ -266,7 +254,10 @@ def _message(error: BaseException) -> str:
 
 
 def _register() -> None:
-    register_fields(FlytekitCheckpoint if taking_over() else PyTorchCheckpoint)
+    kind = FlytekitCheckpoint if taking_over() else PyTorchCheckpoint
+    register_fields(kind)
+    hooks.leave_alone(kind)
+    hooks.bind_whole(LoadedCheckpoint)
     transformer = PyTorchCheckpointTransformer()
     ours = (PyTorchCheckpoint, LoadedCheckpoint)
     if not taking_over():

@@ -1,39 +1,17 @@
-"""Checkpoints as fields of dataclasses and pydantic models, which flytekit itself cannot do.
-
-Such a value travels as MessagePack, in which a checkpoint is ``{"path": <uri>}``, as a FlyteFile is. flytekit leaves
-the fields of a dataclass to mashumaro and those of a model to pydantic; both ask here. Both are synchronous, so
-a field is saved or loaded while flytekit waits.
-"""
+"""Fields of dataclasses and pydantic models in flytekit: each is saved and loaded by the transformer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 from flytekit.core.context_manager import FlyteContextManager
-from flytekit.core.type_engine import TypeEngine, TypeTransformerFailedError
+from flytekit.core.type_engine import TypeEngine
 from flytekit.models.literals import Blob, BlobMetadata, Literal, Scalar
 
+from torchferry.checkpoint.values import PyTorchCheckpoint
 from torchferry.flyte import hooks
-from torchferry.flyte.values import FlytekitCheckpoint, PyTorchCheckpoint
-from torchferry.options import LoadOptions, SaveOptions
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-__all__ = ["JSON_SCHEMA", "checkpoint_literal", "load_field", "register_fields", "save_field"]
-
-JSON_SCHEMA: dict[str, Any] = {
-    "title": "PyTorchCheckpoint",
-    "type": "object",
-    "properties": {"path": {"type": "string", "title": "Path"}},
-    "required": ["path"],
-    "additionalProperties": False,
-}
-"""A checkpoint in the schema of the dataclass or model around it."""
-
-_OPTIONS = "torchferry_options"
+__all__ = ["checkpoint_literal", "in_flytekit", "load_uri", "save_uri"]
 
 
 def checkpoint_literal(uri: str) -> Literal:
@@ -41,8 +19,8 @@ def checkpoint_literal(uri: str) -> Literal:
     return Literal(scalar=Scalar(blob=Blob(metadata=BlobMetadata(type=hooks.blob_type()), uri=uri)))
 
 
-def save_field(t: Any, checkpoint: Any) -> dict[str, str]:
-    """Saves a field of type ``t``.
+def save_uri(t: Any, checkpoint: Any) -> str:
+    """Saves a field of type ``t``, and returns its URI.
 
     Raises:
         TypeTransformerFailedError: it is no checkpoint, or cannot be saved.
@@ -50,55 +28,20 @@ def save_field(t: Any, checkpoint: Any) -> dict[str, str]:
     """
     transformer = TypeEngine.get_transformer(PyTorchCheckpoint)
     literal = transformer.to_literal(FlyteContextManager.current_context(), checkpoint, t, None)
-    return {"path": literal.scalar.blob.uri}
+    return str(literal.scalar.blob.uri)
 
 
-def load_field(t: Any, value: Any) -> Any:
+def load_uri(t: Any, uri: str) -> Any:
     """Loads a field of type ``t``.
 
     Raises:
-        TypeTransformerFailedError: ``value`` names no checkpoint, or one that cannot be loaded.
+        TypeTransformerFailedError: it cannot be loaded.
+        FlyteDownloadDataException: the store is unavailable.
     """
-    if not isinstance(value, Mapping) or not isinstance(value.get("path"), str):
-        raise TypeTransformerFailedError(f"A checkpoint's field is saved as its path; this is not: {value!r}.")
     transformer = TypeEngine.get_transformer(PyTorchCheckpoint)
-    return transformer.to_python_value(FlyteContextManager.current_context(), checkpoint_literal(value["path"]), t)
+    return transformer.to_python_value(FlyteContextManager.current_context(), checkpoint_literal(uri), t)
 
 
-def register_fields(kind: type) -> None:
-    """Tells mashumaro and pydantic how to save, load and describe a checkpoint: mashumaro for ``kind`` and below."""
-    hooks.register_field(kind, save_field, load_field, JSON_SCHEMA)
-    # pydantic finds the schema of a type in the type, and asks what annotates it for another one.
-    for options in (LoadOptions, SaveOptions):
-        options.__get_pydantic_core_schema__ = _annotated_schema  # type: ignore[union-attr]
-    PyTorchCheckpoint.__get_pydantic_core_schema__ = classmethod(_schema)
-    PyTorchCheckpoint.__get_pydantic_json_schema__ = staticmethod(_json_schema)
-
-
-def _schema(_cls: type, source: Any, _handler: Any, options: tuple[Any, ...] = ()) -> dict[str, Any]:
-    from pydantic_core import core_schema
-
-    t = Annotated[source, *options] if options else source
-    schema: Any = core_schema.no_info_plain_validator_function(
-        partial(_validate, t),
-        serialization=core_schema.plain_serializer_function_ser_schema(
-            partial(save_field, t), when_used="json-unless-none"
-        ),
-        metadata={_OPTIONS: options, "pydantic_js_functions": [_json_schema]},
-    )
-    return dict(schema)
-
-
-def _annotated_schema(self: LoadOptions | SaveOptions, source: Any, handler: Callable[[Any], Any]) -> Any:
-    inner = handler(source)
-    options = inner.get("metadata", {}).get(_OPTIONS)
-    return inner if options is None else _schema(PyTorchCheckpoint, source, handler, (*options, self))
-
-
-def _json_schema(_schema: Any, _handler: Any) -> dict[str, Any]:
-    return dict(JSON_SCHEMA)
-
-
-def _validate(t: Any, value: Any) -> Any:
-    # pydantic turns a ValueError into its own error; ours is one.
-    return value if isinstance(value, FlytekitCheckpoint) else load_field(t, value)
+def in_flytekit() -> bool:
+    """Whether the caller runs in a task or a workflow of flytekit: both put a context on the one it starts with."""
+    return bool(FlyteContextManager.size() > 1)

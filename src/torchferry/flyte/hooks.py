@@ -1,32 +1,33 @@
-"""Everything private of flytekit and mashumaro that torchferry touches, in one place.
+"""Everything private of flytekit that torchferry touches, in one place.
 
-Read in flytekit 1.15 to 1.16.31 and mashumaro 3.15 to 3.23; ``tests/flyte/test_hooks.py`` checks that each of
+Read in flytekit 1.15 to 1.16.31; ``tests/flyte/test_hooks.py`` checks that each of
 these is still what it was. This module imports no torch.
 """
 
 from __future__ import annotations
 
 import sys
-import uuid
-from functools import partial, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from flytekit.core.type_engine import DataclassTransformer, TypeEngine, TypeTransformer
 from flytekit.models.core.types import BlobType
+from flytekit.models.literals import BindingData
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from flytekit.core.context_manager import FlyteContext
     from flytekit.models.types import LiteralType
 
 __all__ = [
     "CHECKPOINT_FORMAT",
+    "bind_whole",
     "blob_type",
     "execution_metadata",
     "is_checkpoint_type",
+    "leave_alone",
     "register",
-    "register_field",
     "register_guesser",
     "rename",
 ]
@@ -79,41 +80,8 @@ def execution_metadata(ctx: FlyteContext) -> Mapping[str, str]:
     return getattr(ctx.file_access, "_execution_metadata", None) or {}
 
 
-def register_field(
-    kind: type,
-    save: Callable[[Any, Any], dict[str, str]],
-    load: Callable[[Any, Any], Any],
-    json_schema: Mapping[str, Any],
-) -> None:
-    """Teaches mashumaro, and the transformer that flytekit builds on it, fields of type ``kind``.
-
-    mashumaro's public ways all belong to the dataclass around the field, which is the user's, or leave out what
-    annotates the field.
-
-    Args:
-        kind: The type; its subclasses are meant, too.
-        save: Called with the field's type, annotations included, and its value.
-        load: The same, with what ``save`` returned.
-        json_schema: Describes what ``save`` returns.
-    """
-    from mashumaro.core.meta.types.pack import PackerRegistry
-    from mashumaro.core.meta.types.unpack import UnpackerRegistry
-    from mashumaro.jsonschema.models import JSONSchema
-    from mashumaro.jsonschema.schema import Registry as SchemaRegistry
-
-    def concerns(spec: Any) -> bool:
-        return isinstance(spec.origin_type, type) and issubclass(spec.origin_type, kind)
-
-    def call(function: Callable[[Any, Any], Any], holder: str, spec: Any) -> str | None:
-        if not concerns(spec):
-            return None
-        name = f"__torchferry_{function.__name__}_{uuid.uuid4().hex}"
-        setattr(spec.attrs, name, partial(function, spec.annotated_type or spec.type))
-        return f"{getattr(spec, holder)}.{name}({spec.expression})"
-
-    def describe(instance: Any, _ctx: Any) -> Any:
-        return JSONSchema.from_dict(dict(json_schema)) if concerns(instance) else None
-
+def leave_alone(kind: type) -> None:
+    """Makes the transformer that flytekit has for dataclasses pass on fields of type ``kind`` as they are."""
     # flytekit prepares the values of a dataclass in place, down into the fields of dataclasses inside. A checkpoint is
     # one, but has nothing to prepare: and its hyperparameters would be called types that Flyte does not support.
     prepare = DataclassTransformer._make_dataclass_serializable
@@ -132,10 +100,33 @@ def register_field(
         return val if isinstance(val, kind) else fix_ints(self, t, val)
 
     DataclassTransformer._fix_val_int = fix_others
-    # In front: it would take them for dataclasses, which they are, too.
-    PackerRegistry._registry.insert(0, partial(call, save, "self_attrs_name"))
-    UnpackerRegistry._registry.insert(0, partial(call, load, "cls_attrs_name"))
-    SchemaRegistry._registry.insert(0, describe)
+
+
+def bind_whole(kind: type) -> None:
+    """Makes a value of type ``kind`` that a ``@dynamic`` passes on one literal, where a checkpoint is expected.
+
+    What a dynamic received is a dict, too. flytekit binds dicts item by item, and so refuses them where something else
+    is expected; in the pod only, because locally it does not compile the dynamic.
+    """
+    from flytekit.core import promise
+
+    bind = promise.binding_data_from_python_std
+
+    @wraps(bind)
+    async def bind_others(
+        ctx: FlyteContext, expected_literal_type: LiteralType, t_value: Any, t_value_type: Any, nodes: list[Any]
+    ) -> Any:
+        if not isinstance(t_value, kind) or not _takes_checkpoint(expected_literal_type):
+            return await bind(ctx, expected_literal_type, t_value, t_value_type, nodes)
+        literal = await TypeEngine.async_to_literal(ctx, t_value, t_value_type or type(t_value), expected_literal_type)
+        return BindingData(scalar=literal.scalar)
+
+    promise.binding_data_from_python_std = bind_others
+
+
+def _takes_checkpoint(literal_type: LiteralType) -> bool:
+    variants = literal_type.union_type.variants if literal_type.union_type else [literal_type]
+    return any(map(is_checkpoint_type, variants))
 
 
 class _Unimported:

@@ -3,42 +3,26 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from functools import partial
 from tempfile import TemporaryDirectory
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import anyio
-from fsspec.callbacks import Callback
 from fsspec.utils import get_protocol
 
-from torchferry.errors import CheckpointCorruptError, StoragePermissionError, StorageUnavailableError
-from torchferry.flyte import hooks
-from torchferry.flyte.devices import default_map_location
-from torchferry.flyte.unchanged import is_unchanged
-from torchferry.loading import load_async
-from torchferry.saving import save_async
+from torchferry.checkpoint.transfer import load_content, save_content
+from torchferry.checkpoint.unchanged import is_unchanged
 from torchferry.engine.cancellation import in_thread
+from torchferry.errors import StoragePermissionError
+from torchferry.flyte import hooks
+from torchferry.saving import save_async
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from flytekit.core.context_manager import FlyteContext
     from fsspec import AbstractFileSystem
 
     from torchferry.options import LoadOptions, SaveOptions
 
-__all__ = ["Transfer", "download", "upload"]
-
-T = TypeVar("T")
-
-RETRY_DELAYS = (1.0, 4.0, 16.0)
-"""Seconds before each further attempt, after a store's client has given up retrying by itself.
-
-Worth it, because of what comes next: Flyte fails a task at once for an input that cannot be loaded, and for an
-output that cannot be saved it runs the whole task, training included, again.
-"""
+__all__ = ["download", "upload"]
 
 _FILE_NAME = "checkpoint.pt"
 
@@ -48,27 +32,6 @@ _ALIASES = {"s3a": "s3"}
 _ANONYMOUS = frozenset({"s3", "gs", "abfs", "abfss"})
 
 _logger = logging.getLogger("torchferry")
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """What moved: the argument of the record that the logger "torchferry" gets at level INFO for each transfer.
-
-    Attributes:
-        verb: "Saved" or "Loaded".
-        uri: The object.
-        size: Bytes that went through the network; fewer than the object has where ``keys=`` chose a part.
-        seconds: From the call to the answer, retries included.
-    """
-
-    verb: str
-    uri: str
-    size: int
-    seconds: float
-
-    def __str__(self) -> str:
-        rate = self.size / self.seconds / 1e9
-        return f"{self.verb} {self.uri}: {self.size / 1e6:.1f} MB in {self.seconds:.2f} s, {rate:.2f} GB/s."
 
 
 async def upload(
@@ -96,13 +59,8 @@ async def upload(
     uri: str = ctx.file_access.get_random_remote_path(_FILE_NAME)
     if get_protocol(uri) == "flyte":
         return await _upload_through_flyte(ctx, content, uri)
-    arguments: dict[str, Any] = {
-        "part_size": options.part_size,
-        "metadata": {**hooks.execution_metadata(ctx), **(options.metadata or {})} or None,
-        "plane": options.plane,
-        **await _store(ctx, uri, options),
-    }
-    await _move("Saved", uri, partial(save_async, content, uri, **arguments))
+    filesystem = await _store(ctx, uri, options)
+    await save_content(content, uri, options, filesystem=filesystem, metadata=hooks.execution_metadata(ctx))
     return uri
 
 
@@ -112,25 +70,16 @@ async def download(ctx: FlyteContext, uri: str, options: LoadOptions) -> Any:
     Raises:
         TorchferryError: as :func:`torchferry.load_async` does.
     """
-    map_location = default_map_location() if options.map_location is None else options.map_location
-    arguments: dict[str, Any] = {
-        "keys": options.keys,
-        "map_location": map_location,
-        "weights_only": options.weights_only,
-        "verify": options.verify,
-        "plane": options.plane,
-        **await _store(ctx, uri, options),
-    }
+    filesystem = await _store(ctx, uri, options)
     try:
-        return await _move("Loaded", uri, partial(load_async, uri, **arguments))
+        return await load_content(uri, options, filesystem=filesystem)
     except StoragePermissionError:
         # What flytekit does: public data can be read without the credentials that are wrong or missing here.
         if get_protocol(uri) not in _ANONYMOUS or options.storage_options:
             raise
         get_filesystem = partial(ctx.file_access.get_filesystem, get_protocol(uri), anonymous=True)
-        arguments["filesystem"] = await in_thread(get_filesystem)
         try:
-            return await _move("Loaded", uri, partial(load_async, uri, **arguments))
+            return await load_content(uri, options, filesystem=await in_thread(get_filesystem))
         except StoragePermissionError:
             _logger.debug("%s cannot be read anonymously either.", uri)
         raise
@@ -146,11 +95,11 @@ async def _is_stored(ctx: FlyteContext, content: dict[str, Any], uri: str) -> bo
     return await is_unchanged(content, uri, filesystem)
 
 
-async def _store(ctx: FlyteContext, uri: str, options: SaveOptions | LoadOptions) -> dict[str, Any]:
+async def _store(ctx: FlyteContext, uri: str, options: SaveOptions | LoadOptions) -> AbstractFileSystem | None:
     if options.storage_options:
-        return {"storage_options": options.storage_options}
+        return None
     # The first filesystem of a kind imports its library: not on the event loop.
-    return {"filesystem": await in_thread(_filesystem, ctx, uri)}
+    return await in_thread(_filesystem, ctx, uri)
 
 
 def _filesystem(ctx: FlyteContext, uri: str) -> AbstractFileSystem:
@@ -172,26 +121,3 @@ async def _upload_through_flyte(ctx: FlyteContext, content: dict[str, Any], uri:
         path = f"{directory}/{_FILE_NAME}"
         await save_async(content, path)
         return str(await ctx.file_access.async_put_data(path, uri))
-
-
-async def _move(verb: str, uri: str, action: Callable[..., Awaitable[T]]) -> T:
-    started = perf_counter()
-    callback, result = await _persistently(action)
-    _logger.info("%s", Transfer(verb, uri, callback.value, perf_counter() - started))
-    return result
-
-
-async def _persistently(action: Callable[..., Awaitable[T]]) -> tuple[Callback, T]:
-    for delay in RETRY_DELAYS:
-        try:
-            return await _counted(action)
-        except (StorageUnavailableError, CheckpointCorruptError) as error:
-            # Corrupt, too: bytes that were damaged on their way are good when they are read again.
-            _logger.warning("%s Trying again in %s s.", error, delay)
-        await anyio.sleep(delay)
-    return await _counted(action)
-
-
-async def _counted(action: Callable[..., Awaitable[T]]) -> tuple[Callback, T]:
-    callback = Callback()
-    return callback, await action(callback=callback)

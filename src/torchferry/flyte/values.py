@@ -1,253 +1,37 @@
-"""What a task returns, :class:`PyTorchCheckpoint`, and what the next one receives, :class:`LoadedCheckpoint`."""
+"""The value classes as flytekit knows them: a checkpoint of ours is one of flytekit's, in every check and method."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Optional, Protocol, TypeVar, Union
-
-import torch
-from dataclasses_json import DataClassJsonMixin
+from dataclasses_json import DataClassJsonMixin, dataclass_json
 from flytekit.core.type_engine import TypeTransformerFailedError
 from flytekit.extras.pytorch.checkpoint import PyTorchCheckpoint as FlytekitCheckpoint
 
-from torchferry.errors import CheckpointKeyError
-from torchferry.flyte.hyperparameters import as_dict, is_dataclass_instance, is_named_tuple, rebuild
+from torchferry.checkpoint.adapters import Adapter, register_adapter
+from torchferry.checkpoint.values import IsDataclass, LoadedCheckpoint, PyTorchCheckpoint, RestoredHyperparameters
+from torchferry.errors import CheckpointValueError
+from torchferry.flyte.fields import in_flytekit, load_uri, save_uri
 
 __all__ = [
-    "MODULE_KEY",
-    "OPTIMIZER_KEY",
+    "FlyteCheckpointValueError",
     "FlytekitCheckpoint",
     "IsDataclass",
     "LoadedCheckpoint",
     "PyTorchCheckpoint",
     "RestoredHyperparameters",
-    "check_names",
 ]
 
-T = TypeVar("T")
 
-MODULE_KEY = "module_state_dict"
-OPTIMIZER_KEY = "optimizer_state_dict"
-
-# torch.save pickles with this protocol; copies and messages between processes use newer ones.
-_TORCH_SAVE_PROTOCOL = 2
+class FlyteCheckpointValueError(CheckpointValueError, TypeTransformerFailedError):  # type: ignore[misc]  # flytekit has no types
+    """A checkpoint cannot be made of this; flytekit's own class raises the second of its bases."""
 
 
-class IsDataclass(Protocol):
-    """An instance of a class made by :func:`dataclasses.dataclass`."""
-
-    __dataclass_fields__: dict[str, Any]
-    __dataclass_params__: dict[str, Any]
-    __post_init__: Callable[..., None] | None
-
-
-@dataclass(repr=False)
-class PyTorchCheckpoint(FlytekitCheckpoint, DataClassJsonMixin):  # type: ignore[misc]  # flytekit has no types
-    """A checkpoint for a Flyte task to return.
-
-    Saved as flytekit saves it: one flat dict with ``module_state_dict``, ``optimizer_state_dict`` and each
-    hyperparameter under its own name. The task that receives it gets a :class:`LoadedCheckpoint`.
-
-    A subclass of flytekit's class, so that a checkpoint of either passes for the other.
-
-    Attributes:
-        module: The module whose ``state_dict()`` to save.
-        hyperparameters: A dict, or an instance of a NamedTuple or dataclass.
-        optimizer: The optimizer whose ``state_dict()`` to save.
-
-    Raises:
-        TypeTransformerFailedError: ``hyperparameters`` is something else, or there is nothing to save.
-    """
-
-    # Union and Optional: dataclasses_json and flytekit both read these annotations, and know the old spelling.
-    module: Optional[torch.nn.Module] = None  # noqa: UP045
-    hyperparameters: Optional[Union[dict[str, Any], NamedTuple, IsDataclass]] = None  # noqa: UP045
-    optimizer: Optional[torch.optim.Optimizer] = None  # noqa: UP045
-
-    def __post_init__(self) -> None:
-        value = self.hyperparameters
-        if not (value is None or isinstance(value, dict) or is_dataclass_instance(value) or is_named_tuple(value)):
-            raise TypeTransformerFailedError(
-                "The hyperparameters of a PyTorchCheckpoint are a dict, or an instance of a NamedTuple or a dataclass; "
-                f"given: {_describe(value)}."
-            )
-        # `is None` and not truth: a module may be empty (`len(module) == 0`), or refuse to be asked.
-        if self.module is None and self.optimizer is None and (value is None or value == {}):
-            raise TypeTransformerFailedError(
-                "A PyTorchCheckpoint needs at least one of module, hyperparameters and optimizer; "
-                f"given: module=None, hyperparameters={value!r}, optimizer=None."
-            )
-
-    def __repr__(self) -> str:
-        # flytekit takes the repr of inputs and outputs whether it shows them or not: no tensors, no user code.
-        parts = (f"{field.name}={_describe(getattr(self, field.name))}" for field in fields(PyTorchCheckpoint))
-        return f"{type(self).__name__}({', '.join(parts)})"
+def _teach() -> None:
+    # flytekit's class is an abstract base class (by DataClassJsonMixin): ours becomes a subclass, and need not inherit.
+    FlytekitCheckpoint.register(PyTorchCheckpoint)
+    # What else flytekit's class has: to_json, from_json, to_dict, from_dict, schema.
+    PyTorchCheckpoint.dataclass_json_config = DataClassJsonMixin.dataclass_json_config  # type: ignore[attr-defined]
+    dataclass_json(PyTorchCheckpoint)
+    register_adapter(Adapter(FlytekitCheckpoint, FlyteCheckpointValueError, save_uri, load_uri, in_flytekit))
 
 
-class RestoredHyperparameters(dict[str, Any]):
-    """The hyperparameters of a restored checkpoint, and which keys of the module's state did not match.
-
-    Attributes:
-        missing_keys: Keys that the module has and the checkpoint has not.
-        unexpected_keys: Keys that the checkpoint has and the module has not.
-    """
-
-    def __init__(self, hyperparameters: Mapping[str, Any], missing: Iterable[str], unexpected: Iterable[str]) -> None:
-        super().__init__(hyperparameters)
-        self.missing_keys = list(missing)
-        self.unexpected_keys = list(unexpected)
-
-
-class LoadedCheckpoint(dict[str, Any], PyTorchCheckpoint):
-    """A checkpoint as a task receives it: the dict that was saved, and a ``PyTorchCheckpoint`` that can be returned.
-
-    Everything that worked on flytekit's plain dict works on it. ``torch.save`` of one writes a plain
-    (ordered) dict, which loads anywhere, ``weights_only=True`` included.
-
-    Attributes:
-        uri: Where it was loaded from; None for one that was made here.
-    """
-
-    # A dict's equality and a dataclass's fields: __eq__ comes from dict, which is first.
-    __hash__ = None  # type: ignore[assignment]
-
-    uri: str | None
-
-    def __init__(self, content: Mapping[str, Any] | None = None, *, uri: str | None = None) -> None:
-        dict.__init__(self, content or {})
-        self.uri = uri
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in {"module", "optimizer"}:
-            raise AttributeError(
-                f"A LoadedCheckpoint holds the state of the {name}, which this would not change: set "
-                f"checkpoint[{name + '_state_dict'!r}], or return a new PyTorchCheckpoint."
-            )
-        super().__setattr__(name, value)
-
-    @property
-    def module_state_dict(self) -> dict[str, Any]:
-        """The module's state.
-
-        Raises:
-            CheckpointKeyError: there is none, or ``LoadOptions(keys=...)`` left it behind.
-        """
-        return self._part(MODULE_KEY)
-
-    @property
-    def optimizer_state_dict(self) -> dict[str, Any]:
-        """The optimizer's state.
-
-        Raises:
-            CheckpointKeyError: there is none, or ``LoadOptions(keys=...)`` left it behind.
-        """
-        return self._part(OPTIMIZER_KEY)
-
-    @property
-    def hyperparameters(self) -> dict[str, Any]:
-        """Everything but the two states, in a new dict. Setting it replaces them.
-
-        Raises:
-            TypeTransformerFailedError: set with the name of one of the states.
-        """
-        return {key: value for key, value in self.items() if key not in {MODULE_KEY, OPTIMIZER_KEY}}
-
-    @hyperparameters.setter
-    def hyperparameters(self, value: dict[str, Any] | NamedTuple | IsDataclass | None) -> None:
-        hyperparameters = as_dict(value)
-        check_names(hyperparameters)
-        for key in self.hyperparameters.keys() - hyperparameters.keys():
-            del self[key]
-        self.update(hyperparameters)
-
-    def hyperparameters_as(self, cls: type[T]) -> T:
-        """The hyperparameters as a dataclass or NamedTuple, nested dataclasses rebuilt too.
-
-        Raises:
-            TypeError: ``cls`` is neither, or its fields and the hyperparameters do not match; the message names them.
-        """
-        return rebuild(cls, self.hyperparameters)
-
-    def restore(
-        self,
-        module: torch.nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        strict: bool = True,
-    ) -> RestoredHyperparameters:
-        """Fills existing objects with what was saved.
-
-        The module is filled before the optimizer. Build the optimizer on the module's parameters first, as torch wants.
-
-        Args:
-            module: Gets ``module_state_dict``.
-            optimizer: Gets ``optimizer_state_dict``.
-            strict: Whether keys of the module that do not match are an error. The optimizer's always are.
-
-        Returns:
-            The hyperparameters; its ``missing_keys`` and ``unexpected_keys`` are what ``load_state_dict`` reported.
-
-        Raises:
-            CheckpointKeyError: the checkpoint lacks a state that was asked for.
-            RuntimeError: ``strict``, and keys or shapes do not match; raised by torch, which lists them.
-        """
-        # Both before the first is filled: nothing is half restored because a key is missing.
-        module_state = None if module is None else self._part(MODULE_KEY)
-        optimizer_state = None if optimizer is None else self._part(OPTIMIZER_KEY)
-        missing: list[str] = []
-        unexpected: list[str] = []
-        if module is not None and module_state is not None:
-            missing, unexpected = module.load_state_dict(module_state, strict=strict)
-        if optimizer is not None and optimizer_state is not None:
-            optimizer.load_state_dict(optimizer_state)
-        return RestoredHyperparameters(self.hyperparameters, missing, unexpected)
-
-    def _part(self, key: str) -> dict[str, Any]:
-        try:
-            part: dict[str, Any] = self[key]
-        except KeyError:
-            raise CheckpointKeyError(
-                f"{self!r} has no {key}: it was saved without, or LoadOptions(keys=...) did not ask for it."
-            ) from None
-        return part
-
-    def copy(self) -> LoadedCheckpoint:
-        """A shallow copy."""
-        return LoadedCheckpoint(self, uri=self.uri)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if protocol <= _TORCH_SAVE_PROTOCOL:
-            # Of the two, weights_only=True knows how to build the ordered one.
-            return OrderedDict, (), None, None, iter(self.items())
-        return LoadedCheckpoint, (dict(self),), {"uri": self.uri}
-
-    def __repr__(self) -> str:
-        states = [key for key in (MODULE_KEY, OPTIMIZER_KEY) if key in self]
-        return f"LoadedCheckpoint({', '.join([repr(self.uri), *states, _describe(self.hyperparameters)])})"
-
-
-def check_names(hyperparameters: Mapping[str, Any]) -> None:
-    """Refuses hyperparameters with the name of one of the states.
-
-    Raises:
-        TypeTransformerFailedError: names it.
-    """
-    for reserved in (MODULE_KEY, OPTIMIZER_KEY):
-        if reserved in hyperparameters:
-            raise TypeTransformerFailedError(
-                f"A hyperparameter cannot be named {reserved!r}: the checkpoint keeps the state itself there. "
-                "Rename it; of a checkpoint that was loaded, pass on its .hyperparameters."
-            )
-
-
-def _describe(value: object) -> str:
-    if value is None:
-        return "None"
-    if isinstance(value, Mapping):
-        names = ", ".join(map(str, value))
-    elif is_named_tuple(value) or is_dataclass_instance(value):
-        names = ", ".join(getattr(value, "_fields", None) or (field.name for field in fields(value)))  # type: ignore[arg-type]
-    else:
-        return repr(value) if isinstance(value, str | int | float) else type(value).__qualname__
-    return f"{type(value).__name__}({names})"
+_teach()

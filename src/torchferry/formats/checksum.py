@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import struct
 import threading
+from array import array
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 from isal import isal_zlib
 
+from torchferry.errors import CheckpointCorruptError
 from torchferry.formats.archive import (
     CENTRAL_HEADER,
     CENTRAL_SIGNATURE,
@@ -21,14 +23,15 @@ from torchferry.formats.archive import (
     LOCAL_HEADER,
     LOCAL_HEADER_SIZE,
     LOCAL_SIGNATURE,
+    Records,
 )
-from torchferry.errors import CheckpointCorruptError
+from torchferry.formats.printable import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
 
+    from torchferry.engine.types import Buffer
     from torchferry.formats.archive import Record
-    from torchferry.storage.base import Chunk
 
 __all__ = ["Checksums", "Crc32Filler"]
 
@@ -54,7 +57,7 @@ class Crc32Filler:
     """
 
     def __init__(self) -> None:
-        self.fill: Callable[[Chunk], Chunk] = self._on_header
+        self.fill: Callable[[Buffer], Buffer] = self._on_header
         self._is_empty = False  # what its header says of the record
         self._extra_size = 0  # bytes of the extra field still to come
         self._is_serialization_id = False
@@ -62,17 +65,22 @@ class Crc32Filler:
         self._crc32s: list[int] = []  # of the records
         self._hash = 0  # of the CRC32s
 
-    def add(self, data: Chunk) -> None:
-        """Takes some of a record's bytes, which are stored as they are; instead of :meth:`fill`, as often as needed."""
+    def add(self, data: Buffer, crc32: int) -> None:
+        """Takes some of a record's bytes, which are stored as they are; instead of :meth:`fill`, as often as needed.
+
+        Args:
+            data: The bytes.
+            crc32: Their CRC32.
+        """
         if self.fill == self._on_bytes:
             if data[:4] == DESCRIPTOR_SIGNATURE:
                 self._hash_descriptor(data)
         elif self.fill != self._on_descriptor:
             raise _unknown_layout("a record's bytes")
-        self._crc32 = isal_zlib.crc32(data, self._crc32)
+        self._crc32 = isal_zlib.crc32_combine(self._crc32, crc32, len(data))
         self.fill = self._on_descriptor
 
-    def _on_header(self, data: Chunk) -> Chunk:
+    def _on_header(self, data: Buffer) -> Buffer:
         if len(data) != LOCAL_HEADER_SIZE:
             return self._on_directory(data)
         signature, _, flags, _, _, _, _, _, _, _, self._extra_size = LOCAL_HEADER.unpack(data)
@@ -83,12 +91,12 @@ class Crc32Filler:
         self.fill = self._on_name
         return data
 
-    def _on_name(self, data: Chunk) -> Chunk:
+    def _on_name(self, data: Buffer) -> Buffer:
         self._is_serialization_id = data[-len(_SERIALIZATION_ID) :] == _SERIALIZATION_ID
         self.fill = self._on_extra
         return data
 
-    def _on_extra(self, data: Chunk) -> Chunk:
+    def _on_extra(self, data: Buffer) -> Buffer:
         self._extra_size -= len(data)
         if self._extra_size <= 0:
             if self._is_empty:
@@ -97,14 +105,14 @@ class Crc32Filler:
                 self.fill = self._on_bytes
         return data
 
-    def _on_bytes(self, data: Chunk) -> Chunk:
+    def _on_bytes(self, data: Buffer) -> Buffer:
         if self._is_serialization_id:
             hash_of_names = bytes(data[:20])
             data = hash_of_names + b"%020d" % self._hash
-        self.add(data)
+        self.add(data, isal_zlib.crc32(data))
         return data
 
-    def _on_descriptor(self, data: Chunk) -> Chunk:
+    def _on_descriptor(self, data: Buffer) -> Buffer:
         if data[:4] != DESCRIPTOR_SIGNATURE:
             raise _unknown_layout("a record's descriptor")
         filled = bytearray(data)
@@ -113,7 +121,7 @@ class Crc32Filler:
         self._finish_record()
         return filled
 
-    def _hash_descriptor(self, data: Chunk) -> None:
+    def _hash_descriptor(self, data: Buffer) -> None:
         if len(data) < _CRC32_IN_DESCRIPTOR + _CRC32.size:
             return  # torch looks at no shorter write either
         (crc32,) = _CRC32.unpack_from(data, _CRC32_IN_DESCRIPTOR)
@@ -123,7 +131,7 @@ class Crc32Filler:
         self._crc32s.append(self._crc32)
         self.fill = self._on_header
 
-    def _on_directory(self, data: Chunk) -> Chunk:
+    def _on_directory(self, data: Buffer) -> Buffer:
         filled = bytearray(data)
         at = 0
         for crc32 in self._crc32s:
@@ -137,7 +145,7 @@ class Crc32Filler:
         self.fill = self._on_end
         return filled
 
-    def _on_end(self, data: Chunk) -> Chunk:
+    def _on_end(self, data: Buffer) -> Buffer:
         return data
 
 
@@ -145,39 +153,56 @@ def _unknown_layout(what: str) -> RuntimeError:
     return RuntimeError(f"This torch.save writes {what} otherwise than any that torchferry knows: please report it.")
 
 
+def _checked(records: Sequence[Record]) -> tuple[array[int], array[int]]:
+    order = sorted(range(len(records)), key=lambda index: records[index].offset)
+    checked = array("q", (index for index in order if records[index].crc32 is not None and records[index].size))
+    return checked, array("q", (records[index].end for index in checked))
+
+
 class Checksums:
     """The CRC32s of some records of one object, checked as their bytes arrive.
 
-    Every byte is to be added once, in pieces of any size and any order, from any thread. Records that carry no CRC32
-    are left out.
+    Add every byte once, in pieces of any size and any order, from any thread. Records without a CRC32 are left out.
+
+    Args:
+        records: May be a million: their numbers are kept in columns, 20 bytes a record.
+        url: For messages.
     """
 
-    def __init__(self, records: Iterable[Record], url: str) -> None:
+    def __init__(self, records: Sequence[Record], url: str) -> None:
         self._url = url
-        self._records = sorted((r for r in records if r.crc32 is not None and r.size), key=lambda record: record.offset)
-        self._ends = [record.end for record in self._records]
+        self._records = records
+        # Indices of those with a CRC32, in the order of the file, and where they end.
+        self._checked, self._ends = records.checked() if isinstance(records, Records) else _checked(records)
         self._pieces: dict[int, list[tuple[int, int, int]]] = {}  # by record: (offset, length, CRC32) of its pieces
         self._added: dict[int, int] = {}  # by record: bytes of its pieces
-        self._unchecked = len(self._records)
+        self._unchecked = len(self._checked)
         self._lock = threading.Lock()
 
-    def add(self, start: int, buffer: Chunk) -> None:
+    def add(self, start: int, buffer: Buffer) -> int:
         """Takes the bytes that the object has at ``start``, and checks each record that they complete.
 
         Computes; call it in a worker thread for more than some MiB.
+
+        Returns:
+            The CRC32 of the buffer.
 
         Raises:
             CheckpointCorruptError: a record does not match its CRC32.
         """
         view = memoryview(buffer).cast("B")
         stop = start + len(view)
-        whole = 0
-        for number in range(bisect_right(self._ends, start), len(self._records)):
-            record = self._records[number]
+        whole = total = 0
+        done = start
+        for number in range(bisect_right(self._ends, start), len(self._checked)):
+            record = self._records[self._checked[number]]
             if record.offset >= stop:
                 break
             first, last = max(record.offset, start), min(record.end, stop)
             crc32 = isal_zlib.crc32(view[first - start : last - start])
+            total = isal_zlib.crc32(view[done - start : first - start], total)  # between the records
+            total = isal_zlib.crc32_combine(total, crc32, last - first)
+            done = last
             if last - first == record.size:
                 self._check(record, crc32)
                 whole += 1
@@ -185,6 +210,7 @@ class Checksums:
                 self._add_piece(number, first, last - first, crc32)
         with self._lock:
             self._unchecked -= whole
+        return isal_zlib.crc32(view[done - start :], total)
 
     def finish(self) -> None:
         """To be called when all is added.
@@ -196,7 +222,7 @@ class Checksums:
             raise CheckpointCorruptError(f"{self._url}: {self._unchecked} records could not be checked.")
 
     def _add_piece(self, number: int, offset: int, length: int, crc32: int) -> None:
-        record = self._records[number]
+        record = self._records[self._checked[number]]
         with self._lock:
             pieces = self._pieces.setdefault(number, [])
             pieces.append((offset, length, crc32))
@@ -213,7 +239,7 @@ class Checksums:
     def _check(self, record: Record, crc32: int) -> None:
         if crc32 != record.crc32:
             raise CheckpointCorruptError(
-                f"{self._url} is damaged: record {record.name} ({record.size} bytes at {record.offset}) has the CRC32 "
-                f"{crc32:08x}, not {record.crc32:08x} as when it was saved. Another copy may be whole; "
+                f"{self._url} is damaged: record {printable(record.name)} ({record.size} bytes at {record.offset}) has "
+                f"the CRC32 {crc32:08x}, not {record.crc32:08x} as when it was saved. Another copy may be whole; "
                 "verify=False loads this one as it is."
             )

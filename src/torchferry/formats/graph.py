@@ -1,9 +1,12 @@
 """What a checkpoint's pickle (data.pkl) refers to: its keys, tensors and storages, without running any of it.
 
-Every global that the pickle names is replaced by a stand-in, which records what it is called with. So nothing of the
-checkpoint's code runs, whatever it is, nothing needs to be installed, and all its storages are found, also those inside
-sparse, quantized and other tensors. The layout of the calls is part of torch's file format: see the ``_rebuild_*``
-functions in ``torch/_utils.py`` and ``persistent_id`` in ``torch/serialization.py``.
+Every global that the pickle names is replaced by a stand-in, which records what it is called with. So no code of the
+checkpoint runs, nothing needs to be installed, and all its storages are found, also those inside sparse, quantized and
+other tensors. The layout of the calls is part of torch's file format: see the ``_rebuild_*`` functions in
+``torch/_utils.py`` and ``persistent_id`` in ``torch/serialization.py``.
+
+The pickle may be hostile. Its opcodes are scanned first (:mod:`torchferry.formats.opcodes`), and every value that is
+used here is checked to be what torch writes.
 """
 
 from __future__ import annotations
@@ -11,17 +14,35 @@ from __future__ import annotations
 import io
 import math
 import pickle
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # as torch imports them
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from types import GeneratorType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 
 from torchferry.errors import CheckpointCorruptError
+from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
+from torchferry.formats.printable import printable
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Iterator
 
-__all__ = ["Graph", "StorageRef", "TensorInfo", "read_graph"]
+__all__ = ["Graph", "StorageRef", "TensorInfo", "check_legacy", "read_graph"]
+
+_INT64_MAX = (1 << 63) - 1
+_MOST_GLOBALS = 10_000  # distinct ones in a pickle: the class that stands for one takes 1.2 kB
+_LEGACY_PICKLES = 5  # a magic number, a version, facts about the machine, the object, and the keys of its storages
+_LONGEST_KEY = 1 << 18  # characters of the key of a tensor
+_WIDE = 1000  # values in a container whose children are not listed at once
+_LISTED = (8 << 20, 8)  # bytes of memory that the list of tensors may take, and so many for each byte of the pickle
+_INFO_COST = 250  # bytes of a TensorInfo
+_MOST_DIMENSIONS = 1000  # of a tensor; most of torch stops at 64
+_WIDEST = 4  # bytes of a character, in text that is not ASCII
+_HASHED = (1 << 20, 16)  # values that calls may hash, and so many for each byte of the pickle
+_ENCODINGS = {"latin1", "latin-1", "utf-8", "utf8", "ascii"}  # others take quadratic time (punycode)
 
 _STORAGE_DTYPES = {
     "BFloat16Storage": torch.bfloat16,
@@ -94,16 +115,19 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
-    """A reference to a storage: its key, dtype and number of elements."""
+    """A reference to a storage.
+
+    Attributes:
+        key: Its name in the pickle.
+        dtype: Of its elements.
+        numel: Their number.
+        record: The record that holds it.
+    """
 
     key: str
     dtype: torch.dtype
     numel: int
-
-    @property
-    def record(self) -> str:
-        """The record that holds it."""
-        return f"data/{self.key}"
+    record: str
 
     @property
     def nbytes(self) -> int:
@@ -111,6 +135,7 @@ class StorageRef:
         return self.numel * self.dtype.itemsize
 
 
+_NO_ATTRIBUTES: dict[str, Any] = {}
 _NOTHING: list[Any] = []  # most stand-ins hold no items, and there may be 100,000 of them
 
 
@@ -154,34 +179,86 @@ class _StandIn:
         self.items += items
 
 
+class _CheckedStandIn(_StandIn):
+    """Stands for what could take long, or much memory, with some arguments; remembers itself in ``calls``."""
+
+    __slots__ = ()
+
+    calls: list[_StandIn]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls, *args, **kwargs)
+        self.calls.append(self)
+        return self
+
+
 class _OrderedDict(dict[Any, Any]):
-    """Stands for an OrderedDict; keeps order as every dict does. May have attributes, as a state dict has."""
+    """Stands for an OrderedDict; keeps order as every dict does.
+
+    Attributes:
+        attributes: Those that it was given, as a state dict has ``_metadata``.
+    """
 
     path = _DICT
+    hashed: _Hashed
+    attributes: dict[str, Any] = _NO_ATTRIBUTES
+
+    def __init__(self, pairs: Any = ()) -> None:
+        self.hashed.count(pairs)  # Python 2 pickled its items as an argument
+        super().__init__(pairs)
+
+    def __setstate__(self, state: Any) -> None:
+        self.attributes = {**self.attributes, **state}
+
+
+_CONTAINERS = (dict, list, tuple, set, frozenset, _StandIn)
+_WALKED = (*_CONTAINERS, StorageRef)
 
 
 class _Reader(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, encoding="utf-8", errors="surrogateescape")
+    def __init__(self, pickled: bytes) -> None:
+        super().__init__(io.BytesIO(pickled), encoding="utf-8", errors="surrogateescape")
         self.standins: dict[str, type] = {}
         self.storages: dict[str, StorageRef] = {}
+        self._calls: list[_StandIn] = []  # that must be checked
+        self._hashed = _Hashed(_HASHED[0] + _HASHED[1] * len(pickled))
+
+    def read(self) -> Any:
+        """Reads the object.
+
+        Raises:
+            Exception: whatever the unpickler raises, for a pickle that is none; and what the stand-ins do.
+        """
+        root = self.load()
+        for call in self._calls:
+            _check_call(call.path, call.args, self._hashed)
+        return root
 
     def find_class(self, module: str, name: str) -> type:
+        # Names of Python 2 are those of Python 3 to weights_only=True, whatever the protocol.
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         path = f"{module}.{name}"
         if path not in self.standins:
+            if len(self.standins) >= _MOST_GLOBALS:
+                raise ValueError(f"it names more than {_MOST_GLOBALS} classes and functions")
             # A class of its own for each pickle: a pickle can set attributes of classes.
-            base = _OrderedDict if path == _DICT else _StandIn
-            self.standins[path] = type(name, (base,), {"path": path, "__slots__": ()})
+            base = _OrderedDict if path == _DICT else _CheckedStandIn if _is_checked(path) else _StandIn
+            namespace = {"path": path, "calls": self._calls, "hashed": self._hashed, "__slots__": ()}
+            self.standins[path] = type("StandIn", (base,), namespace)
         return self.standins[path]
 
     def persistent_load(self, pid: Any) -> StorageRef:
         kind, storage_type, key, _, numel = pid[:5]
+        if kind != "storage" or type(key) is not str or type(numel) is not int or not 0 <= numel <= _INT64_MAX:
+            raise ValueError("a persistent id in it names no storage")
+        storage = self.storages.get(key)
         dtype = _STORAGE_DTYPES[storage_type.path.rpartition(".")[2]]
-        if kind != "storage" or not isinstance(key, str) or not isinstance(numel, int):
-            raise ValueError(f"{pid} is no storage")
-        storage = StorageRef(key, dtype, numel)
-        if self.storages.setdefault(key, storage).nbytes != storage.nbytes:
-            raise ValueError(f"storage {key} has two sizes")
+        if storage is None:
+            storage = self.storages[key] = StorageRef(key, dtype, numel, f"data/{key}")
+        elif storage.nbytes != numel * dtype.itemsize:
+            raise ValueError("a storage in it has two sizes")
+        elif storage.dtype != dtype:
+            storage = StorageRef(key, dtype, numel, storage.record)
         return storage
 
 
@@ -194,12 +271,14 @@ class Graph:
         root: The object.
         storages: The storages that it refers to, by key, in the order in which they occur in the pickle.
         globals: The globals that the pickle names, as "module.name".
+        nbytes: Bytes of the pickle.
     """
 
     url: str
     root: Any
     storages: dict[str, StorageRef]
     globals: frozenset[str]
+    nbytes: int
 
     @property
     def is_transparent(self) -> bool:
@@ -210,8 +289,13 @@ class Graph:
         return all(_is_transparent(name) for name in self.globals)
 
     def storages_of(self, value: Any) -> dict[str, StorageRef]:
-        """The storages that a part of the object refers to, by key."""
-        return {leaf.key: leaf for _, leaf in _walk("", value, into_tensors=True) if isinstance(leaf, StorageRef)}
+        """The storages that a part of the object refers to, by key.
+
+        Raises:
+            CheckpointCorruptError: the object is not made as torch makes it.
+        """
+        with self._damage_told():
+            return {leaf.key: leaf for _, leaf in _walk(value, into_tensors=True) if isinstance(leaf, StorageRef)}
 
     def tensors(self) -> Iterator[TensorInfo]:
         """The tensors of the object, in the order of the pickle.
@@ -219,27 +303,59 @@ class Graph:
         A container that occurs several times is listed where it comes first.
 
         Raises:
-            CheckpointCorruptError: a tensor is not made as torch makes it.
+            CheckpointCorruptError: a tensor is not made as torch makes it, or the list takes more than 8 MiB and
+                8 bytes for each of the pickle, as it may if keys are nested deep or tensors shared very often.
         """
-        for key, leaf in _walk("", self.root, into_tensors=False):
-            try:
-                yield _tensor_info(key, leaf)
-            except (AttributeError, IndexError, TypeError) as error:
-                raise CheckpointCorruptError(f"{self.url}: the tensor {key} in data.pkl is none: {error}") from error
+        room = _LISTED[0] + _LISTED[1] * self.nbytes
+        with self._damage_told():
+            for path, leaf in _walk(self.root, into_tensors=False):
+                room -= _INFO_COST + (path.nbytes if path else 0)
+                if room < 0:
+                    raise ValueError("the list of its tensors would take more memory than its length allows")
+                yield _tensor_info(path.key() if path else "", leaf)
+
+    @contextmanager
+    def _damage_told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # what stand-ins in odd places raise is anything
+            raise CheckpointCorruptError(f"{self.url}: data.pkl is none that torch writes: {_cause(error)}.") from error
 
 
-def read_graph(pickled: bytes | bytearray | memoryview, url: str) -> Graph:
+def read_graph(pickled: bytes, url: str) -> Graph:
     """Reads a checkpoint's pickle; nothing in it is run.
 
     Raises:
-        CheckpointCorruptError: it is none, or none that torch would write.
+        CheckpointCorruptError: it is none, or it would take too much time or memory (:func:`scan_pickle`).
+        UnusualPickleError: it does what torch's own pickles do not, so that this cannot tell what it refers to.
     """
-    reader = _Reader(io.BytesIO(pickled))
+    scan_pickle(pickled, url)
+    reader = _Reader(pickled)
     try:
-        root = reader.load()
+        root = reader.read()
     except Exception as error:  # what damaged pickles raise is anything
-        raise CheckpointCorruptError(f"{url}: data.pkl cannot be read: {type(error).__name__}: {error}") from error
-    return Graph(url, root, reader.storages, frozenset(reader.standins))
+        raise UnusualPickleError(f"{url}: data.pkl cannot be read: {_cause(error)}.") from error
+    return Graph(url, root, reader.storages, frozenset(reader.standins), len(pickled))
+
+
+def check_legacy(data: mmap.mmap, url: str, *, weights_only: bool) -> None:
+    """Checks the pickles of a checkpoint in the legacy format; nothing in them is run.
+
+    Raises:
+        CheckpointCorruptError: they are damaged, would take too much time or memory, or refer to storages that the
+            file is too short for.
+    """
+    stops = [0]
+    for _ in range(_LEGACY_PICKLES):
+        stops.append(scan_pickle(data, url, stops[-1]))
+    if weights_only:
+        graph = read_graph(data[stops[3] : stops[4]], url)
+        if sum(storage.nbytes for storage in graph.storages.values()) > len(data):
+            raise CheckpointCorruptError(f"{url} is damaged: it refers to storages that are longer than the file.")
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {printable(str(error))}"
 
 
 def _is_transparent(name: str) -> bool:
@@ -247,34 +363,139 @@ def _is_transparent(name: str) -> bool:
     return (
         name in _TRANSPARENT
         or (module in {"torch", "torch.storage"} and attribute in _STORAGE_DTYPES)
-        or (module == "torch" and isinstance(getattr(torch, attribute, None), torch.dtype))
+        or (module == "torch" and isinstance(vars(torch).get(attribute), torch.dtype))
     )
 
 
-def _walk(key: str, root: Any, *, into_tensors: bool) -> Iterator[tuple[str, Any]]:
+# What weights_only=True allows to be called, and could take much time or memory.
+_SETS = {f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset")}
+_BYTEARRAYS = {"builtins.bytearray", "__builtin__.bytearray"}
+_ENCODE = "_codecs.encode"
+_COUNTER = "collections.Counter"
+_FROM_CPU = "torch._utils._rebuild_device_tensor_from_cpu_tensor"
+
+
+def _is_checked(path: str) -> bool:
+    return path in _SETS | _BYTEARRAYS | _SUBCLASSES | {_ENCODE, _COUNTER, _FROM_CPU} or _is_tensor_class(path)
+
+
+def _is_tensor_class(path: str) -> bool:
+    module, _, name = path.rpartition(".")
+    return module.partition(".")[0] == "torch" and name.endswith(("Tensor", "Storage"))
+
+
+class _Hashed:
+    """Counts values, those in tuples and lists each time that they occur, as far as some limit."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+
+    def count(self, value: Any) -> None:
+        """Counts the values in this one.
+
+        Raises:
+            ValueError: there is no room for so many.
+        """
+        stack = [value]
+        while stack:
+            value = stack.pop()
+            if isinstance(value, list | tuple | frozenset):
+                self._room -= len(value)
+                if self._room < 0:
+                    raise ValueError("an argument in it stands for too many values")
+                stack += value
+
+
+def _check_call(path: str, args: Any, hashed: _Hashed) -> None:
+    """Raises a ValueError if a call would take much more time or memory than its arguments do."""
+    if path in _SETS or path == _COUNTER:
+        hashed.count(args)
+    elif path in _BYTEARRAYS or path == _ENCODE:
+        # Not of a number, which would be a size.
+        if not all(isinstance(arg, str | bytes | _StandIn) for arg in args) or (
+            len(args) > 1 and args[1] not in _ENCODINGS
+        ):
+            raise ValueError(f"{path} is called as torch.save does not call it")
+    elif path in _SUBCLASSES:
+        function, _, given, *_ = args
+        if not isinstance(function, type) or not issubclass(function, _StandIn | _OrderedDict):
+            raise ValueError(f"{path} gets no function")
+        if issubclass(function, _StandIn):
+            _check_call(function.path, given, hashed)
+    elif path == _FROM_CPU:
+        if _tensor_info("", args[0]).nbytes > args[0].args[0].nbytes:
+            raise ValueError(f"{path} gets a tensor that repeats its values")
+    elif _is_tensor_class(path) and not all(isinstance(arg, _StandIn | StorageRef) for arg in args):
+        raise ValueError(f"{path} is called, which would make a tensor of any size")
+
+
+class _Path(NamedTuple):
+    """Where a value is: the last part of its key, and the path before. The parts are joined for tensors only."""
+
+    before: _Path | None
+    name: str
+    length: int  # of the whole key, in characters
+    is_ascii: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the whole key takes at most."""
+        return self.length if self.is_ascii else _WIDEST * self.length
+
+    def key(self) -> str:
+        """The whole key."""
+        names: list[str] = []
+        path: _Path | None = self
+        while path is not None:
+            names.append(path.name)
+            path = path.before
+        names.reverse()
+        return ".".join(names)
+
+
+def _longer(before: _Path | None, name: str) -> _Path | None:
+    if not name:
+        return before
+    if before is None:
+        return _Path(None, name, len(name), name.isascii())
+    if before.length > _LONGEST_KEY:
+        raise ValueError("values in it are nested too deep")
+    return _Path(before, name, before.length + 1 + len(name), before.is_ascii and name.isascii())
+
+
+def _walk(root: Any, *, into_tensors: bool) -> Iterator[tuple[_Path | None, Any]]:
     """Yields the tensors (or the storages in them) of an object with their keys, depth first, without recursion."""
-    stack = [(key, root)]
+    stack: list[tuple[_Path | None, Any]] = [(None, root)]
     seen: set[int] = set()
     while stack:
-        key, value = stack.pop()
-        if isinstance(value, StorageRef) or (not into_tensors and _is_tensor(value)):
-            yield key, value
-            continue
-        if not isinstance(value, dict | list | tuple | set | frozenset | _StandIn) or id(value) in seen:
-            continue
-        seen.add(id(value))
-        children = list(_children(value))
-        children.reverse()
-        stack += [(f"{key}.{name}" if key and name else key or name, child) for name, child in children]
+        path, value = stack.pop()
+        if isinstance(value, GeneratorType):  # the children of a wide container: one after the other
+            child = next(value, None)
+            if child is not None:
+                stack += ((path, value), child)
+        elif isinstance(value, StorageRef) or (not into_tensors and _is_tensor(value)):
+            yield path, value
+        elif isinstance(value, _CONTAINERS) and id(value) not in seen:
+            seen.add(id(value))
+            children = _walked(path, value)
+            if (len(value.args) + len(value.items) if isinstance(value, _StandIn) else len(value)) > _WIDE:
+                stack.append((path, children))
+            else:
+                stack += reversed(list(children))
+
+
+def _walked(path: _Path | None, value: Any) -> Iterator[tuple[_Path | None, Any]]:
+    return ((_longer(path, name), child) for name, child in _children(value) if isinstance(child, _WALKED))
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
-        for key, item in value.items():
-            yield str(key) if isinstance(key, str | int | float | bool | bytes) else type(key).__name__, item
-        for key in value:
+        for key, item in dict.items(value):
+            yield _name(key), item
+        for key in dict.keys(value):
             yield "", key
-        yield from getattr(value, "__dict__", {}).items()
+        if isinstance(value, _OrderedDict):
+            yield from value.attributes.items()
     elif isinstance(value, list | tuple | set | frozenset):
         for number, item in enumerate(value):
             yield str(number), item
@@ -288,7 +509,11 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
         for number, item in enumerate(value.args):
             yield "" if wrapper else str(number), item
         for number, item in enumerate(value.items):
-            yield (str(item[0]), item[1]) if isinstance(item, tuple) and len(item) == 2 else (str(number), item)  # noqa: PLR2004 - key and value
+            yield (_name(item[0]), item[1]) if isinstance(item, tuple) and len(item) == 2 else (str(number), item)  # noqa: PLR2004 - key and value
+
+
+def _name(key: Any) -> str:
+    return str(key) if isinstance(key, str | int | float | bool | bytes) else type(key).__name__
 
 
 def _layout(value: Any) -> str:
@@ -313,15 +538,25 @@ def _tensor_info(key: str, tensor: _StandIn | StorageRef) -> TensorInfo:
         dtype, shape, record = storage.dtype, _shape(tensor.args[2]), storage.record
         if tensor.path == "torch._utils._rebuild_tensor_v3":
             dtype = _dtype(tensor.args[6])
-    return TensorInfo(key, dtype, shape, math.prod(shape) * dtype.itemsize, record)
+    return TensorInfo(key, dtype, shape, _nbytes(shape, dtype), record)
+
+
+def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    if len(shape) > _MOST_DIMENSIONS or (nbytes := math.prod(shape) * dtype.itemsize) > _INT64_MAX:
+        raise ValueError("a tensor is too large")
+    return nbytes
 
 
 def _dtype(standin: Any) -> torch.dtype:
-    dtype = getattr(torch, standin.__name__)
+    name = standin.path.rpartition(".")[2]
+    dtype = vars(torch).get(name)  # getattr would import what torch imports late
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{standin.__name__} is no dtype")
+        raise TypeError(f"{name} is no dtype")
     return dtype
 
 
 def _shape(size: Any) -> tuple[int, ...]:
-    return tuple(size.args[0]) if isinstance(size, _StandIn) else tuple(size)
+    sizes = size.args[0] if isinstance(size, _StandIn) else size
+    if not isinstance(sizes, tuple | list) or not all(type(n) is int and 0 <= n <= _INT64_MAX for n in sizes):
+        raise TypeError("the shape of a tensor is none")
+    return tuple(sizes)

@@ -1,53 +1,46 @@
 """The memory that a stored checkpoint is read into, and that its tensors then lie in.
 
-The mirror is as long as the object. What is needed of the object is written to the same offsets, from many threads at
-once; the rest stays untouched, and takes no memory. Then torch unpickles it, and every tensor is a view of it: nothing
-is copied again.
+A load buffer is as long as the object. What the load needs of the object is written to the same offsets, from many
+threads at once. The rest is never written, and takes no memory. Then torch unpickles the buffer, and every tensor is a
+view of it: nothing is copied again.
 
-It is ordinary private memory, in huge pages where the system has them: filling those takes a sixth of the time that
-filling small ones takes, or a file in memory (Linux 6.18, ``benchmarks/``).
+The memory is private and anonymous, in huge pages where the system has them. Filling huge pages takes a sixth of the
+time of filling small pages or a file in memory (Linux 6.18, ``benchmarks/``).
 """
 
 from __future__ import annotations
 
-import inspect
 import mmap
-import pickle
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import _weights_only_unpickler, serialization
 
 from torchferry.engine.memory import copy_bytes
+from torchferry.formats.graph import check_legacy
+from torchferry.formats.torch_hooks import LOADS_IN_PLACE, load_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from torchferry.engine.types import Buffer
     from torchferry.formats.archive import Archive
-    from torchferry.storage.base import Chunk
 
-__all__ = ["Mirror"]
+__all__ = ["LoadBuffer"]
 
 _HUGE_PAGE = 2 << 20  # bytes, on x86 and on arm64 with small pages of 4 KiB
 _MAP_NORESERVE = 0x4000  # Linux, on all architectures that torch runs on; Python has a name for it since 3.13
 
-# torch.load maps a file and hands the mapping to this function. Ours is no file, so it is called directly: it is the
-# same from torch 2.7 to 2.14. Where it is not what it was, torch.load reads the mirror as a file object, and copies.
-_PARAMETERS = set(inspect.signature(serialization._load).parameters)  # noqa: SLF001
-_LOADS_FROM_STORAGE = {"zip_file", "map_location", "pickle_module", "overall_storage"} <= _PARAMETERS
-_TAKES_WEIGHTS_ONLY = "weights_only" in _PARAMETERS  # from torch 2.14: it then checks the indices of sparse tensors
 
-
-class Mirror:
+class LoadBuffer:
     """``size`` bytes of memory with the bytes of an object.
 
-    The memory is freed when the mirror and all tensors in it are gone.
+    The memory is freed when the buffer and all tensors that are views of it are gone.
 
     Args:
         size: Of the object, in bytes.
-        sparse: Whether little of it may be needed: then the object may be larger than the machine's memory.
+        sparse: Whether only a part may be needed. Then the object may be larger than the machine's memory.
 
     Raises:
         OSError: there is no memory for all of it, and all of it is needed.
@@ -63,9 +56,9 @@ class Mirror:
         self._memory = mmap.mmap(-1, size, flags=flags)
 
     def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Prepares for ranges to be filled: with huge pages, where they are large enough for some.
+        """Asks for huge pages for those of the ranges, soon to be filled, that have at least 2 MiB.
 
-        Only there: a huge page takes 2 MiB, however little is written to it, such as a local header.
+        Not for all: a huge page takes 2 MiB of memory, even if only a local header of 30 bytes is written to it.
         """
         if not hasattr(mmap, "MADV_HUGEPAGE"):
             return
@@ -78,35 +71,39 @@ class Mirror:
     def view(self, start: int, stop: int) -> memoryview:
         """The memory for the bytes ``start`` to ``stop`` of the object: to be written to, from any thread."""
         if not 0 <= start <= stop <= len(self._memory):
-            raise ValueError(f"The bytes {start} to {stop} are not within the {len(self._memory)} of the mirror.")
+            raise ValueError(f"The bytes {start} to {stop} are not within the {len(self._memory)} of the load buffer.")
         return memoryview(self._memory)[start:stop]
 
-    def write(self, offset: int, buffer: Chunk) -> None:
+    def write(self, offset: int, buffer: Buffer) -> None:
         """Writes the bytes that the object has at ``offset``. May be called in many threads at once."""
         copy_bytes(self.view(offset, offset + len(buffer)), buffer)
 
     def write_headers(self, archive: Archive) -> None:
-        """Writes a local header for each record of the archive over what may be there, damaged or not read at all.
+        """Writes a new local header for each record of the archive; call it after everything else is written.
 
-        torch learns from them where a record's data starts. To be called after everything is written.
+        torch reads there where a record's data starts. Those of the object may be damaged, or were not read.
         """
         for offset, header in archive.local_headers():
             self._memory[offset : offset + len(header)] = header
 
     def load(self, *, map_location: Any, weights_only: bool) -> Any:
-        """What ``torch.load`` makes of an archive in the mirror; its tensors lie in the mirror."""
-        if not _LOADS_FROM_STORAGE:
+        """What ``torch.load`` makes of an archive in the buffer; its tensors are views of the buffer.
+
+        Where this torch has no function for that, they are copies.
+        """
+        if not LOADS_IN_PLACE:
             return self.load_copy(map_location=map_location, weights_only=weights_only)
-        storage = torch.frombuffer(self._memory, dtype=torch.uint8).untyped_storage()  # keeps the memory
-        self._memory.seek(0)
-        unpickler = _weights_only_unpickler if weights_only else pickle
-        options = {"weights_only": weights_only} if _TAKES_WEIGHTS_ONLY else {}
-        with serialization._open_zipfile_reader(self._memory) as reader:  # type: ignore[arg-type]  # noqa: SLF001
-            return serialization._load(  # type: ignore[no-untyped-call]  # noqa: SLF001
-                reader, map_location, unpickler, overall_storage=storage, encoding="utf-8", **options
-            )
+        return load_in_place(self._memory, map_location=map_location, weights_only=weights_only)
+
+    def check_legacy(self, url: str, *, weights_only: bool) -> None:
+        """Checks a checkpoint in the legacy format before torch sees it (:func:`.graph.check_legacy`).
+
+        Raises:
+            CheckpointCorruptError: it is damaged, or would take too much time or memory.
+        """
+        check_legacy(self._memory, url, weights_only=weights_only)
 
     def load_copy(self, *, map_location: Any, weights_only: bool) -> Any:
-        """``torch.load`` of the mirror as of a file, in any format; the tensors are copies."""
+        """``torch.load`` of the buffer as a file object, in any format; the tensors are copies."""
         self._memory.seek(0)
         return torch.load(self._memory, map_location=map_location, weights_only=weights_only)  # type: ignore[arg-type]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import reprlib
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torchferry.errors import (
     CheckpointKeyError,
     UnsafeCheckpointError,
 )
+from torchferry.formats.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -24,9 +26,13 @@ if TYPE_CHECKING:
     from torchferry.formats.archive import Archive, Record
     from torchferry.formats.graph import Graph
 
-__all__ = ["Selection", "check_graph", "check_keys", "select_keys", "unsafe_message"]
+__all__ = ["Selection", "check_graph", "check_keys", "everything", "is_meta", "select", "unsafe_message"]
 
 _SHOWN_KEYS = 50  # in the message about one that is not there
+_SHOWN_GLOBALS = 20
+_SHORT = reprlib.Repr()  # of a key, which may be a tuple of many others
+_SHORT.maxlevel = 2
+_SHORT.maxstring = _SHORT.maxother = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,7 @@ def check_graph(graph: Graph, archive: Archive, *, weights_only: bool) -> None:
         record = archive.get(storage.record)
         if record is None or record.size != storage.nbytes:
             found = "is missing" if record is None else f"has {record.size} bytes, not {storage.nbytes}"
-            raise CheckpointCorruptError(f"{archive.url} is damaged: record {storage.record} {found}.")
+            raise CheckpointCorruptError(f"{archive.url} is damaged: record {printable(storage.record)} {found}.")
     if weights_only and (unsafe := _unsafe_globals(graph)):
         raise UnsafeCheckpointError(unsafe_message(archive.url, unsafe))
 
@@ -71,34 +77,61 @@ def check_keys(checkpoint: Any, keys: Sequence[str], url: str) -> None:
     if not isinstance(checkpoint, dict):
         raise CheckpointFormatError(f"{url} holds no dict, so it has no keys to choose from: load it without keys=.")
     if missing := [key for key in keys if key not in checkpoint]:
-        those = ", ".join(map(repr, islice(checkpoint, _SHOWN_KEYS)))
+        those = ", ".join(map(_SHORT.repr, islice(checkpoint, _SHOWN_KEYS)))
         more = f" and {len(checkpoint) - _SHOWN_KEYS} more" if len(checkpoint) > _SHOWN_KEYS else ""
         raise CheckpointKeyError(f"{url} has no key {', '.join(map(repr, missing))}; its keys are {those}{more}.")
 
 
-def select_keys(graph: Graph, archive: Archive, keys: Sequence[str], map_location: Any) -> Selection | None:
-    """What the values of some top-level keys need; None where that cannot be told, so that everything is needed.
+def select(graph: Graph, archive: Archive, keys: Sequence[str] | None, map_location: Any) -> Selection:
+    """What a load needs: of some top-level keys, or of everything.
+
+    With ``map_location="meta"`` no storage is needed. With ``keys``, the storages that their values refer to, if that
+    can be told; otherwise all.
 
     Raises:
-        CheckpointFormatError: the checkpoint is no dict.
+        CheckpointFormatError: there are keys, and the checkpoint is no dict.
         CheckpointKeyError: it lacks a key.
     """
-    if graph.is_transparent or isinstance(graph.root, dict):
+    if keys is not None and (graph.is_transparent or isinstance(graph.root, dict)):
         check_keys(graph.root, keys, archive.url)
-    if not graph.is_transparent:  # its root may be a dict of some kind, such as a Counter
-        return None
+    if is_meta(map_location):
+        return _selection(archive, set(), map_location)
+    if keys is None or not graph.is_transparent:  # then its root may be a dict of some kind, such as a Counter
+        return everything(archive, map_location)
     needed = {storage.record for key in keys for storage in graph.storages_of(graph.root[key]).values()}
-    records = [record for record in archive.records if record.name in needed or not record.name.startswith("data/")]
+    selection = _selection(archive, needed, map_location)
     first = next((archive.get(storage.record) for storage in graph.storages.values() if storage.nbytes), None)
-    if first is not None:
-        offsets = {record.offset for record in records}
-        map_location = _restore_only(offsets, first.offset, map_location)
+    if first is None:
+        return selection
+    offsets = {record.offset for record in selection.records}
+    return replace(selection, map_location=_restore_only(offsets, first.offset, map_location))
+
+
+def everything(archive: Archive, map_location: Any) -> Selection:
+    """All of an archive."""
+    return Selection([(0, archive.start)], archive.records, map_location)
+
+
+def _selection(archive: Archive, needed: Collection[str], map_location: Any) -> Selection:
+    """These records, and all that hold no storage."""
+    names = ((index, archive.records.name(index)) for index in range(len(archive.records)))
+    records = [archive.records[index] for index, name in names if name in needed or not name.startswith("data/")]
     return Selection([(record.offset, record.end) for record in records], records, map_location)
+
+
+def is_meta(map_location: Any) -> bool:
+    """Whether a ``map_location`` is the meta device, whose tensors have no values; by the same rule as in torch."""
+    return isinstance(map_location, str | torch.device) and torch.device(map_location).type == "meta"
 
 
 def unsafe_message(url: str, unsafe: Collection[str]) -> str:
     """Says which globals ``weights_only=True`` does not allow, and how to allow them."""
-    names = ", ".join(sorted(unsafe))
+    names = ", ".join(map(printable, sorted(unsafe)[:_SHOWN_GLOBALS]))
+    if len(unsafe) > _SHOWN_GLOBALS:
+        return (
+            f"{url} needs {names} and {len(unsafe) - _SHOWN_GLOBALS} others, which weights_only=True does not allow. "
+            "weights_only=False runs any code that the checkpoint contains: only if you trust whoever wrote it."
+        )
     return (
         f"{url} needs {names}, which weights_only=True does not allow. If you trust whoever wrote it, allow these with "
         f"torch.serialization.add_safe_globals([{names}]), or load with weights_only=False, which runs any code that "
@@ -110,6 +143,10 @@ def _unsafe_globals(graph: Graph) -> list[str]:
     """Those of the pickle's globals that torch does not allow, as the caller has set it up."""
     if graph.is_transparent:
         return []
+    # No class or function has such a name, and it could not be written to the file below.
+    odd = [name for name in graph.globals if not name.isprintable() or " " in name]
+    if odd:
+        return odd
     # torch answers this for a file only: here is the least file that names the same globals.
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:

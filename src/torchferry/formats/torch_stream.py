@@ -5,7 +5,7 @@
 
 * a large CPU storage, whole and in one view of its own memory: handed on as it is, nothing is copied;
 * a large storage from another device, as a view of a temporary that torch frees after ``write`` returns,
-* and everything small (pickle, zip headers, small storages): both are copied, into blocks that are reused.
+* and everything small (pickle, zip headers, small storages): both are copied, into blocks of the memory ledger.
 """
 
 from __future__ import annotations
@@ -19,74 +19,72 @@ from bisect import bisect_right, insort
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 import torch
 from anyio import from_thread, to_thread
+from isal import isal_zlib
 
-from torchferry.engine.memory import PROCESS_BUDGET, Blocks, address_of
+from torchferry.engine.cancellation import stops_as_errors
+from torchferry.engine.memory import BLOCK_SIZE, CPU_SAVES, EVERYTHING_ELSE, Claim, Ledger, address_of
 from torchferry.engine.tasks import task_group
+from torchferry.engine.transfer import current
+from torchferry.engine.types import MIB, Chunk
+from torchferry.engine.writer import UploadPlan
 from torchferry.formats.archive import DESCRIPTOR_SIGNATURE
 from torchferry.formats.checksum import Crc32Filler
-from torchferry.storage.base import MIB, Chunk
-from torchferry.engine.cancellation import without_stops
-from torchferry.engine.writer import part_size_for
 
-if TYPE_CHECKING:
-    from fsspec.callbacks import Callback
-
-__all__ = ["CheckpointStream"]
+__all__ = ["TorchStream"]
 
 _ZERO_COPY_FROM = MIB  # a smaller view is cheaper to copy than to hand over on its own
 _PIECE = 8 * MIB  # a large view is handed over in pieces: stores bound what is under way by counting what they get
-_SMALL_PART = 5 * MIB  # where most is copied, so that the window holds some of them: 5 MiB is the least that S3 takes
+_SMALL_PART = 5 * MIB  # where most is copied: more parts are under way in the same memory; 5 MiB is S3's least
+_DEVICE_SHARE = 8  # from a device, a part is at most this share of the ledger, so that several are under way
 _QUEUE = 4  # chunks between torch.save and the store
 _FILLED = ("2.13.", "2.14.")  # the versions of torch whose CRC32s Crc32Filler fills in
 _RECORD_OVERHEAD = 256  # bytes of zip headers, padding and directory for a record, at most (64-byte alignment)
 
 
-class CheckpointStream(AsyncIterator["Chunk"]):
+class TorchStream(AsyncIterator["Chunk"]):
     """The chunks of one ``torch.save``: made in a thread, taken on an event loop, while :meth:`running`.
 
-    It ends when all of them are taken, never because pickling or the callback raises a StopAsyncIteration.
+    It ends when all of them are taken, never because pickling raises a StopAsyncIteration.
 
     Args:
         obj: Anything that ``torch.save`` takes.
-        write_cost: How many bytes of memory the consumer will need, given the size of the stream in bytes.
-        part_size: Bytes in a part of the consumer's, where the user chose.
-        callback: Told the size, and of bytes as they are taken.
+        plan_for: The store's upload plan for a size in bytes and a part size, or None for the store's own.
+        part_size: Bytes in a part, where the user chose.
 
     Attributes:
         size_hint: About how many bytes the chunks are together; known while running.
-        part_size: Bytes in a part of the consumer's, which may hold back that much; None for its own default.
+        plan: The store's plan for that; known while running. No chunk crosses the end of a part.
     """
 
     def __init__(
         self,
         obj: Any,
         *,
-        write_cost: Callable[[int], int] = lambda _size: 0,
+        plan_for: Callable[[int, int | None], UploadPlan] = UploadPlan.for_size,
         part_size: int | None = None,
-        callback: Callback | None = None,
     ) -> None:
         self.size_hint = 0
+        self.plan = UploadPlan()
         self._obj = obj
-        self._write_cost = write_cost
-        self.part_size = part_size
-        self._callback = callback
+        self._plan_for = plan_for
+        self._part_size = part_size
+        self._transfer = current()
         self._send, self._receive = anyio.create_memory_object_stream[Chunk](_QUEUE)
         self._storages = _Storages()
-        self._blocks = Blocks()
+        self._claims: list[Claim] = []
+        self._waits_for: Ledger = CPU_SAVES
         self._begun = anyio.Event()
-        self._reserved = 0
-        self._taken = 0
         self._closed = False
         self._failure: Exception | None = None
 
     @asynccontextmanager
-    async def running(self) -> AsyncGenerator[CheckpointStream]:
-        """Enters once the object is pickled and the process's memory budget has room for the stream.
+    async def running(self) -> AsyncGenerator[TorchStream]:
+        """Enters once the object is pickled and the memory ledger has room for the stream.
 
         On leaving, the thread has ended: by itself, or, where not all chunks were taken, with an error at its
         next write.
@@ -98,7 +96,8 @@ class CheckpointStream(AsyncIterator["Chunk"]):
             async with task_group() as tasks:
                 tasks.start_soon(self._produce)
                 try:
-                    await self._begun.wait()
+                    with self._transfer.stage("pickling"):
+                        await self._begun.wait()
                     yield self
                 finally:
                     self._close()
@@ -110,27 +109,22 @@ class CheckpointStream(AsyncIterator["Chunk"]):
             # Classes made by torch.save refer to this one in cycles: what is large must not wait for the collector.
             self._obj = None
             self._storages.clear()
-            self._blocks.clear()
-            PROCESS_BUDGET.give(self._reserved)
+            for claim in self._claims:
+                claim.close()
 
     async def __anext__(self) -> Chunk:
+        self._transfer.tell()
         try:
-            chunk = await self._receive.receive()
+            return await self._receive.receive()
         except anyio.EndOfStream:
             if self._failure is not None:
                 raise self._failure from self._failure.__cause__  # else the EndOfStream would be its context
-            if self._callback is not None:
-                without_stops(self._callback.set_size, self._taken)  # no longer a hint
             raise StopAsyncIteration from None
-        self._taken += len(chunk)
-        if self._callback is not None:
-            without_stops(self._callback.relative_update, len(chunk))
-        return chunk
 
     async def _produce(self) -> None:
         try:
-            # A limiter of its own: streams that wait for the budget must not keep threads from those they wait for.
-            await to_thread.run_sync(without_stops, self._torch_save, limiter=anyio.CapacityLimiter(1))
+            # A limiter of its own: streams that wait for memory must not keep threads from those they wait for.
+            await to_thread.run_sync(stops_as_errors, self._torch_save, limiter=anyio.CapacityLimiter(1))
         except Exception as error:  # noqa: BLE001  # it goes on from __anext__, so that the consumer cleans up
             if not self._closed:
                 self._failure = error
@@ -144,33 +138,51 @@ class CheckpointStream(AsyncIterator["Chunk"]):
 
     def _torch_save(self) -> None:
         filler = Crc32Filler() if torch.serialization.get_crc32_options() and _can_fill() else None
-        writer = _Writer(self._storages, self._blocks, self._emit, filler)
+        writer = _Writer(self._storages, self._emit, filler)
 
         def on_opened() -> None:
             if filler is not None:  # torch.save has read the option; what the object itself may save has its CRC32s
                 torch.serialization.set_crc32_options(compute_crc32=True)
 
-        recorder = _recording_pickle(on_opened, self._storages.add, self._begin)
+        def on_pickled(pickle_size: int) -> None:
+            writer.begin(self._begin(pickle_size), self.plan)
+
+        recorder = _recording_pickle(on_opened, self._storages.add, on_pickled)
         if filler is not None:
             torch.serialization.set_crc32_options(compute_crc32=False)  # in this context, which is the thread's own
-        torch.save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush is what it uses
+        try:
+            torch.save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
+        finally:
+            writer.close()
 
-    def _begin(self, pickle_size: int) -> None:
-        """Called when the object is pickled and nothing is written: reserves memory, and lets the consumer begin."""
+    def _begin(self, pickle_size: int) -> Claim:
+        """Called when the object is pickled and nothing is written: claims memory, and lets the consumer begin."""
         copied = pickle_size + self._storages.copied_bytes + _RECORD_OVERHEAD * (len(self._storages) + 8)
         self.size_hint = copied + self._storages.lent_bytes
-        # A store holds up to a part back before it sends any of it: with twice that there is always room to go on.
-        window = 2 * part_size_for(self.size_hint, self.part_size)
-        if self.part_size is None and self._storages.copied_bytes > self._storages.lent_bytes:
-            self.part_size = _SMALL_PART
-        cost = min(copied, window) + self._write_cost(self.size_hint)
-        self._reserved = PROCESS_BUDGET.take(cost, abandoned=lambda: self._closed)
-        # Never less than that: where more is copied than expected, the stream must not stall. What comes from a device
-        # takes more, to go up over many connections; from the CPU, only storages below 1 MiB are copied.
-        self._blocks.allow(window, borrows=self._storages.on_device)
-        if self._callback is not None:
-            self._callback.set_size(self.size_hint)
+        self._waits_for = ledger = EVERYTHING_ELSE if self._storages.on_device else CPU_SAVES
+        part_size = self._part_size
+        if self._storages.on_device:
+            part_size = min(self.plan_size(part_size), ledger.limit // _DEVICE_SHARE)
+        elif part_size is None and self._storages.copied_bytes > self._storages.lent_bytes:
+            part_size = _SMALL_PART
+        self.plan = self._plan_for(self.size_hint, part_size)
+        # A store holds up to a part back before it sends any of it: with one block more there is always room to go on.
+        claim = self._claim(ledger, min(copied, self.plan.part_size + BLOCK_SIZE))
+        if self.plan.memory:
+            self._claim(ledger, min(self.plan.memory, self.size_hint))
         from_thread.run_sync(self._begun.set)
+        return claim
+
+    def plan_size(self, part_size: int | None) -> int:
+        """The part size that the store would take."""
+        return self._plan_for(self.size_hint, part_size).part_size
+
+    def _claim(self, ledger: Ledger, need: int) -> Claim:
+        claim = ledger.claim(need, abandoned=lambda: self._closed)
+        self._claims.append(claim)
+        if self._closed:  # meanwhile: nobody else gives it back
+            claim.close()
+        return claim
 
     def _emit(self, chunk: Chunk) -> None:
         from_thread.run(self._send.send, chunk)
@@ -178,34 +190,38 @@ class CheckpointStream(AsyncIterator["Chunk"]):
     def _close(self) -> None:
         self._closed = True
         self._receive.close()
-        self._blocks.abandon()
-        PROCESS_BUDGET.wake()
+        for claim in self._claims:
+            claim.abandon()
+        self._waits_for.wake()
 
 
 class _Writer:
     """The file object that ``torch.save`` writes into; where it leaves the CRC32s out, ``filler`` fills them in."""
 
-    def __init__(
-        self, storages: _Storages, blocks: Blocks, emit: Callable[[Chunk], None], filler: Crc32Filler | None
-    ) -> None:
+    def __init__(self, storages: _Storages, emit: Callable[[Chunk], None], filler: Crc32Filler | None) -> None:
         self._storages = storages
-        self._blocks = blocks
-        self._emit = emit
+        self._send = emit
         self._filler = filler
+        self._claim: Claim | None = None
+        self._plan = UploadPlan()
+        self._part = 0  # the number of the part that is being filled
+        self._left = 0  # bytes until its end
         self._block = memoryview(b"")
         self._emitted = 0
         self._filled = 0
+
+    def begin(self, claim: Claim, plan: UploadPlan) -> None:
+        """Called before the first write: the memory for copies, and where parts end."""
+        self._claim = claim
+        self._plan = plan
+        self._left = plan.part_at(0)
 
     def write(self, data: memoryview) -> int:
         """Takes what torch writes; ``data`` is torch's again when this returns."""
         size = len(data)
         if size >= _ZERO_COPY_FROM and (lent := self._storages.lend(data)) is not None:
             self._emit_copies()
-            for start in range(0, size, _PIECE):
-                piece = lent[start : start + _PIECE]
-                if self._filler is not None:
-                    self._filler.add(piece)
-                self._emit(piece)
+            self._emit(lent, self._filler)
             return size
         filled = data if self._filler is None else self._filler.fill(data)
         if self._filled + size <= len(self._block):  # the fast way for the many small writes
@@ -218,14 +234,21 @@ class _Writer:
     def flush(self) -> None:
         """Called by torch at the end, when everything is written."""
         self._emit_copies()
+
+    def close(self) -> None:
+        """Lets go of the block, and takes no other: torch may keep this object, and end its archive later."""
+        self._claim = None
         self._block = memoryview(b"")
+        self._emitted = self._filled = 0
 
     def _copy(self, data: memoryview) -> None:
+        if self._claim is None:  # torch.save failed: torch ends an archive that nobody will see
+            return
         while len(data):
             if self._filled == len(self._block):
                 self._emit_copies()
                 self._block = memoryview(b"")  # let go of before waiting for the next: it may be the one
-                self._block = self._blocks.take()
+                self._block = self._claim.take()
                 self._emitted = self._filled = 0
             count = min(len(data), len(self._block) - self._filled)
             self._block[self._filled : self._filled + count] = data[:count]
@@ -235,8 +258,22 @@ class _Writer:
     def _emit_copies(self) -> None:
         """Emits what was copied and not emitted yet; what is left of the block is for the next copies."""
         if self._emitted < self._filled:
-            self._emit(self._block[self._emitted : self._filled].toreadonly())
+            self._emit(self._block[self._emitted : self._filled].toreadonly(), None)
             self._emitted = self._filled
+
+    def _emit(self, view: memoryview, filler: Crc32Filler | None) -> None:
+        """Emits bytes in chunks that end where parts end; ``filler`` is told of the bytes of a record."""
+        while len(view):
+            piece = view[: min(len(view), self._left, _PIECE)]
+            crc32 = isal_zlib.crc32(piece)
+            if filler is not None:
+                filler.add(piece, crc32)
+            self._send(Chunk(piece, crc32))
+            view = view[len(piece) :]
+            self._left -= len(piece)
+            if not self._left:
+                self._part += 1
+                self._left = self._plan.part_at(self._part)
 
 
 class _Storages:

@@ -1,6 +1,19 @@
 """Storage: the backend protocol, the registry that finds backends, and the built-in ones."""
 
-from torchferry.storage.base import MIB, Backend, Chunk, ObjectStat, Plane
+from torchferry.engine.types import MIB, Buffer, Chunk, ObjectStat
+from torchferry.engine.writer import Limits, UploadPlan
+from torchferry.storage.base import Backend, Leftover, ListedObject
 from torchferry.storage.registry import open_backend
 
-__all__ = ["MIB", "Backend", "Chunk", "ObjectStat", "Plane", "open_backend"]
+__all__ = [
+    "MIB",
+    "Backend",
+    "Buffer",
+    "Chunk",
+    "Leftover",
+    "Limits",
+    "ListedObject",
+    "ObjectStat",
+    "UploadPlan",
+    "open_backend",
+]

@@ -1,61 +1,76 @@
 """The storage protocol: what torchferry asks of an object store.
 
-A backend turns an fsspec filesystem, which is how users configure storage, into four verbs on
-whole objects. It knows nothing of checkpoints. Backends import only this package and
-:mod:`torchferry.errors`.
+A backend turns an fsspec filesystem, which is how users configure storage, into a few verbs on whole objects. It knows
+nothing of checkpoints. What a backend needs is in :mod:`torchferry.storage`, :mod:`torchferry.engine.types`,
+:mod:`torchferry.engine.writer` and :mod:`torchferry.errors`; one that speaks HTTP finds the rest in
+:mod:`torchferry.storage.http`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
+from collections.abc import AsyncIterable, AsyncIterator, Collection, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, ClassVar
 
-from torchferry.engine.memory import copy_bytes
-from torchferry.errors import StorageError
 from torchferry.engine.cancellation import in_thread
+from torchferry.engine.memory import copy_bytes
+from torchferry.engine.transfer import current
+from torchferry.engine.types import MIB, Buffer, Chunk, ObjectStat
+from torchferry.engine.writer import UploadPlan
+from torchferry.errors import StorageError
 
 if TYPE_CHECKING:
     import asyncio
 
     from fsspec import AbstractFileSystem
 
-    from torchferry.engine.transport import DirectReader
+__all__ = ["Backend", "Leftover", "ListedObject"]
 
-__all__ = ["MIB", "Backend", "Chunk", "ObjectStat", "Plane"]
-
-MIB = 1 << 20
 _COPIED = 4 * MIB  # at a time
-
-Plane: TypeAlias = Literal["auto", "fsspec", "obstore"]
-"""Which client moves the bytes: the fsspec filesystem itself, obstore, or the best one that honours every setting."""
-
-Chunk: TypeAlias = "bytes | bytearray | memoryview"
-"""A contiguous buffer of bytes. Whoever holds it keeps its memory alive; nobody writes to it."""
 
 
 @dataclass(frozen=True, slots=True)
-class ObjectStat:
-    """One version of one object.
+class ListedObject:
+    """An object in a listing.
 
     Attributes:
-        url: The object's full URL.
-        size: Its length in bytes.
-        etag: Names this version: an ETag (S3, Azure), a generation (GCS), or what the filesystem has in
-            its place. None where a store has nothing of the kind: its reads cannot be pinned.
-        metadata: User metadata stored with the object. ``write`` returns what it was given, or what a backend made of
-            that for a store that is particular about names; ``stat`` what the store holds.
+        path: As the backend's verbs take it.
+        url: Its full URL.
+        size: In bytes.
+        etag: Its version, as in :class:`~torchferry.engine.types.ObjectStat`; None where a listing does not tell.
+        modified: When it was written, with a time zone; None where a listing does not tell.
     """
 
+    path: str
     url: str
     size: int
     etag: str | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict, compare=False)
+    modified: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """What a writer that was killed left behind.
+
+    Attributes:
+        path: What was being written, or the temporary object itself.
+        url: The same as a URL.
+        kind: "multipart upload", "uncommitted blocks" or "temporary file".
+        id: Tells it from others of the same path: an upload's id; "" where there is only one.
+        modified: When it was begun or last changed, with a time zone; None where the store does not tell.
+    """
+
+    path: str
+    url: str
+    kind: str
+    id: str = ""
+    modified: datetime | None = None
 
 
 class Backend(ABC):
-    """Four verbs on the objects of one store, through one plane.
+    """Verbs on the objects of one store.
 
     ``path`` is a path as the filesystem's ``_strip_protocol`` gives it (``bucket/key`` for clouds).
 
@@ -64,37 +79,41 @@ class Backend(ABC):
 
     * :class:`~torchferry.errors.CheckpointNotFoundError`: no such object, bucket or container.
     * :class:`~torchferry.errors.StoragePermissionError`: bad or missing credentials, or not allowed.
-    * :class:`~torchferry.errors.StorageUnavailableError`: still failing after the client's retries.
+    * :class:`~torchferry.errors.StorageUnavailableError`: still failing when the retry policy gave up.
     """
 
-    plane: ClassVar[str]
-    """Which client moves the bytes: "fsspec", "obstore" or "local". For logs and messages."""
-
-    direct: DirectReader | None = None
-    """Reads ranges without a copy, where the store's client can sign the requests for it; None (the default) if not."""
-
     range_size: ClassVar[int] = 8 * MIB
-    """How many bytes one ``read`` should ask for, for the best throughput of many at once."""
+    """How many bytes one read should ask for, for the best throughput of many at once."""
 
     range_concurrency: ClassVar[int] = 24
     """How many reads should be under way at once."""
 
+    further_options: ClassVar[Collection[str] | None] = None
+    """Storage options that :meth:`filesystem_class` takes beside those that its signature names; None: any."""
+
+    options_elsewhere: ClassVar[Mapping[str, str]] = {}
+    """What other libraries call an option, and what to write here: ``{"aws_access_key_id": "key"}``."""
+
+    @classmethod
+    def filesystem_class(cls) -> type[AbstractFileSystem] | None:
+        """The class of filesystem for URLs of this backend's protocols, whatever is registered for them in fsspec.
+
+        A filesystem of another class that is given as ``filesystem=`` is used as any fsspec filesystem is. None (the
+        default): whatever is registered.
+        """
+        return None
+
     @classmethod
     @abstractmethod
-    def from_filesystem(cls, fs: AbstractFileSystem, plane: Plane) -> Backend:
+    def from_filesystem(cls, fs: AbstractFileSystem) -> Backend:
         """Makes a backend that talks to the store that ``fs`` is configured for.
 
         This is what an entry point of the group ``torchferry.storage_backends`` names the class for: the
-        entry point's name is the URL protocol. It may return a backend of another class, one for each plane.
+        entry point's name is the URL protocol. May take a second; called in a worker thread.
 
         Raises:
-            UnsupportedOptionError: ``plane`` is forced, and ``fs`` has settings that it cannot honour.
+            StorageError: the store's configuration cannot be used.
         """
-
-    def can_hold(self, path: str) -> bool:
-        """Whether this plane reaches the name as it is; True by default. Where not, "auto" takes the fsspec plane."""
-        del path
-        return True
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -105,20 +124,19 @@ class Backend(ABC):
     def url(self, path: str) -> str:
         """The full URL of ``path``."""
 
-    def write_cost(self, size: int, part_size: int | None) -> int:
-        """How many bytes of memory ``write`` takes at its peak beyond the chunks it is handed.
+    def upload_plan(self, size: int, part_size: int | None = None) -> UploadPlan:
+        """How to cut an object of about ``size`` bytes into parts; ``part_size`` is the user's choice, if any.
 
-        A save reserves this much of the process's budget before it calls ``write``. None (0) by default: a
-        backend that sends chunks as they are.
+        The one place where a store's limits stand.
         """
-        return 0
+        return UploadPlan.for_size(size, part_size)
 
     @abstractmethod
     async def stat(self, path: str) -> ObjectStat:
         """Looks an object up."""
 
     @abstractmethod
-    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
+    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Buffer:
         """Reads the bytes ``start`` to ``stop`` (exclusive) of the version that ``stat`` names.
 
         Returns exactly ``stop - start`` bytes, of exactly that version.
@@ -130,19 +148,18 @@ class Backend(ABC):
     async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
         """Fills ``buffer`` with the bytes from ``start`` of the version that ``stat`` names.
 
-        Directly, where that works; else it copies what ``read`` returns.
+        By default it copies what ``read`` returns, 4 MiB at a time.
 
         Raises:
             CheckpointChangedError: the object is not that version any more.
         """
-        if self.direct is not None and await self.direct.read_into(path, start, buffer, stat):
-            return
         for at in range(0, len(buffer), _COPIED):
             piece = buffer[at : at + _COPIED]
             data = await self.read(path, start + at, start + at + len(piece), stat)
             if len(data) != len(piece):
                 raise StorageError(f"{stat.url}: the store sent {len(data)} bytes where {len(piece)} were asked for.")
             await in_thread(copy_bytes, piece, data)
+            current().moved(len(piece))
 
     @abstractmethod
     async def write(
@@ -150,26 +167,44 @@ class Backend(ABC):
         path: str,
         chunks: AsyncIterable[Chunk],
         *,
-        size_hint: int,
-        part_size: int | None = None,
+        plan: UploadPlan,
         metadata: Mapping[str, str] | None = None,
     ) -> ObjectStat:
         """Publishes the chunks as one object, atomically: all of it at the end, or nothing.
 
         What was at ``path`` before stays readable until then. When ``chunks`` raises, the store fails, or the
-        caller is cancelled, everything staged is removed (parts, blocks, components, temporary files)
-        before the error goes on.
+        caller is cancelled, everything staged is removed (parts, blocks, temporary files) before the error goes on.
+        A cancel takes a second at most, and the object does not appear afterwards; only when the request that publishes
+        was sent already, its answer is awaited, for 10 seconds at most.
 
         Args:
             path: Where to.
             chunks: Consumed once, in order, and to its end before anything is published. Chunks of any
                 size, empty ones too. Their memory is bounded and may be needed for the next ones: no reference is
                 kept to a chunk that has been sent, and none to more than one part's that have not begun to be.
-            size_hint: About how many bytes will come; parts are made large enough for it.
-            part_size: Bytes in a part, where the user chose; the store's minimum and maximum still hold.
+            plan: What :meth:`upload_plan` returned; parts of other sizes are allowed.
             metadata: User metadata to store with the object, where the store can.
         """
 
     @abstractmethod
     async def delete(self, path: str) -> None:
         """Deletes an object. One that is not there is no error."""
+
+    @abstractmethod
+    def list(self, prefix: str) -> AsyncIterator[ListedObject]:
+        """Lists the objects whose path begins with ``prefix``, a page at a time, in no particular order.
+
+        A missing bucket, container or directory raises :class:`~torchferry.errors.CheckpointNotFoundError`; an empty
+        one, or no such objects, gives nothing.
+        """
+
+    @abstractmethod
+    def leftovers(self, prefix: str) -> AsyncIterator[Leftover]:
+        """Lists what writers to paths that begin with ``prefix`` have staged and not published.
+
+        That may be a writer that was killed, or one that is under way: :attr:`Leftover.modified` tells its age.
+        """
+
+    @abstractmethod
+    async def discard(self, leftover: Leftover) -> bool:
+        """Removes what :meth:`leftovers` found; returns False where the store has no safe way to."""

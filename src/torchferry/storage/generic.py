@@ -1,35 +1,38 @@
-"""Any fsspec filesystem: memory, sftp, hdfs, ... written under a temporary name and moved into place."""
+"""Any fsspec filesystem (memory, sftp, hdfs, ...): a file is written under a temporary name and moved into place."""
 
 from __future__ import annotations
 
 import errno
 import logging
+import re
 import secrets
 import threading
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from datetime import UTC, datetime
 from functools import partial
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from torchferry.engine.cancellation import clean_up, in_thread
 from torchferry.engine.loops import run_on
+from torchferry.engine.transfer import current
+from torchferry.engine.types import MIB, Buffer, Chunk, ObjectStat
+from torchferry.engine.writer import UploadPlan
 from torchferry.errors import (
     CheckpointChangedError,
     CheckpointNotFoundError,
     StorageError,
-    StoragePermissionError,
-    StorageUnavailableError,
-    UnsupportedOptionError,
+    mask,
 )
-from torchferry.storage.base import MIB, Backend, Chunk, ObjectStat, Plane
-from torchferry.engine.cancellation import clean_up, in_thread
-from torchferry.storage.translation import by_status
+from torchferry.storage.base import Backend, Leftover, ListedObject
+from torchferry.storage.translate import describe, generic_error, translated
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterable, Callable
 
 __all__ = ["GenericBackend"]
 
@@ -37,8 +40,9 @@ logger = logging.getLogger("torchferry.storage")
 
 T = TypeVar("T")
 
+_TEMPORARY = re.compile(r"(^|/)\.torchferry-[0-9a-f]{16}\.tmp$")
+_TIME_FIELDS = ("mtime", "LastModified", "last_modified", "modified", "created")
 _BLOCK_SIZE = 8 * MIB
-_MISSING = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
 
 _VERSION_FIELDS = (
     # What filesystems put into info() that changes with an object; fsspec has no common name for it.
@@ -51,30 +55,22 @@ _VERSION_FIELDS = (
 class GenericBackend(Backend):
     """Files behind an fsspec filesystem that has no backend of its own.
 
-    Published by the filesystem's own move, or where it has none by its server-side copy: that is as atomic as the
-    store makes it. fsspec's other way, ``open(..., autocommit=False)``, is not used: many filesystems ignore it
-    and publish at once (memory, arrow), or have a ``discard`` that discards nothing (the base class).
+    A file is published by the filesystem's own move, or where it has none, by its copy on the server. That is as
+    atomic as the store makes it. ``open(..., autocommit=False)`` of fsspec is not used: memory, arrow and others ignore
+    it and publish at once, and the ``discard`` of fsspec's base class discards nothing.
 
     A version is what the filesystem tells in ``info``: an etag, a modification time. Where it tells nothing, only
-    the size is checked while reading. User metadata is not stored.
+    the size is checked while reading. User metadata is not stored. What failed is not repeated, but by the filesystem
+    itself.
     """
-
-    plane = "fsspec"
 
     def __init__(self, fs: AbstractFileSystem) -> None:
         self._fs = _usable_in_threads(fs)
         self._turns = _turns_of(self._fs)
 
     @classmethod
-    def from_filesystem(cls, fs: AbstractFileSystem, plane: Plane) -> Backend:
-        """A backend for any filesystem, on the fsspec plane.
-
-        Raises:
-            UnsupportedOptionError: ``plane`` is "obstore".
-        """
-        if plane == "obstore":
-            protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
-            raise UnsupportedOptionError(f"The obstore plane does not reach {protocol}:// URLs: use plane='auto'.")
+    def from_filesystem(cls, fs: AbstractFileSystem) -> GenericBackend:
+        """A backend for any filesystem."""
         return cls(fs)
 
     def url(self, path: str) -> str:
@@ -82,22 +78,21 @@ class GenericBackend(Backend):
         url: str = self._fs.unstrip_protocol(path)
         return url
 
-    def write_cost(self, size: int, part_size: int | None) -> int:
-        """The block that an fsspec file gathers before it sends it, and its copy."""
-        del size, part_size
-        return 2 * _BLOCK_SIZE
+    def upload_plan(self, size: int, part_size: int | None = None) -> UploadPlan:
+        """There are no parts; writing takes the block that an fsspec file collects before it sends it, and a copy."""
+        return UploadPlan.for_size(size, part_size, memory=2 * _BLOCK_SIZE)
 
     async def stat(self, path: str) -> ObjectStat:
         """Looks a file up, past the filesystem's listings cache."""
         return await self._stat(path, "look up")
 
-    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Chunk:
+    async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Buffer:
         """Reads a range, and then asks for the file's version again."""
         data: bytes = b""
         if stop > start:
-            with _translated(self.url(path), "read"):
+            with translated(generic_error, self.url(path), "read"):
                 data = await self._ask("cat_file", path, start=start, end=stop)
-        # Afterwards: a file replaced before or during the read shows now, whichever it was.
+        # Asked after the read: by now a file that was replaced before or during it has another version.
         now = await self._stat(path, "read")
         if (now.etag, now.size) != (stat.etag, stat.size):
             raise CheckpointChangedError(f"{self.url(path)} was replaced while it was being read.")
@@ -112,22 +107,22 @@ class GenericBackend(Backend):
         path: str,
         chunks: AsyncIterable[Chunk],
         *,
-        size_hint: int,
-        part_size: int | None = None,
+        plan: UploadPlan,
         metadata: Mapping[str, str] | None = None,
     ) -> ObjectStat:
         """Writes a hidden file in the same directory and moves it; missing directories are made."""
-        del size_hint, part_size
+        del plan
         staged = _StagedFile(self._fs, path)
         try:
-            with _translated(self.url(path), "write"):
+            with translated(generic_error, self.url(path), "write"):
                 await self._in_turn(staged.create)
             size = 0
             async for chunk in chunks:
-                with _translated(self.url(path), "write"):
-                    await self._in_turn(staged.append, chunk)
+                with translated(generic_error, self.url(path), "write"):
+                    await self._in_turn(staged.append, chunk.data)
                 size += len(chunk)
-            with _translated(self.url(path), "write"):
+                current().moved(len(chunk))
+            with translated(generic_error, self.url(path), "write"):
                 await self._in_turn(staged.publish)
         except BaseException:
             await clean_up(partial(self._take_turn, staged.discard))
@@ -137,8 +132,74 @@ class GenericBackend(Backend):
 
     async def delete(self, path: str) -> None:
         """Deletes a file."""
-        with suppress(CheckpointNotFoundError), _translated(self.url(path), "delete"):
+        with suppress(CheckpointNotFoundError), translated(generic_error, self.url(path), "delete"):
             await self._in_turn(self._fs.rm_file, path)
+
+    async def list(self, prefix: str) -> AsyncIterator[ListedObject]:
+        """Lists files below the directory that ``prefix`` lies in, one directory after the other.
+
+        Says nothing of versions: filesystems tell less of a file in a listing than by itself.
+        """
+        async for path, info in self._walk(prefix):
+            if path.startswith(prefix) and not _TEMPORARY.search(path):
+                size = info.get("size")
+                if size is None:  # some listings do not tell: fsspec's http
+                    size = (await self._stat(path, "list")).size
+                yield ListedObject(path, self.url(path), int(size), modified=_modified(info))
+
+    async def leftovers(self, prefix: str) -> AsyncIterator[Leftover]:
+        """Lists temporary files where a writer to a path that begins with ``prefix`` puts them.
+
+        Their names do not tell what was being written: that may be another file of the same directory.
+        """
+        top: str = self._fs._parent(f"{prefix}x")
+        async for path, info in self._walk(prefix):
+            parent: str = self._fs._parent(path)
+            if _TEMPORARY.search(path) and (parent == top or f"{parent}/".startswith(prefix)):
+                yield Leftover(path, self.url(path), "temporary file", modified=_modified(info))
+
+    async def discard(self, leftover: Leftover) -> bool:
+        """Deletes a temporary file."""
+        await self.delete(leftover.path)
+        return True
+
+    async def _walk(self, prefix: str) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        """The files below the directory that ``prefix`` lies in.
+
+        Not by fsspec's ``find`` or ``walk``: they leave out what they cannot list, and follow links.
+        """
+        top: str = self._fs._parent(f"{prefix}x")
+        self._fs.invalidate_cache()
+        waiting, seen = [top], {top}
+        while waiting:
+            directory = waiting.pop()
+            try:
+                infos = await self._list_directory(directory)
+            except CheckpointNotFoundError:
+                if directory == top:
+                    raise
+                continue  # deleted meanwhile
+            for info in infos:
+                path: str = info["name"]
+                if info.get("type") != "directory":
+                    yield path, info
+                elif path.rstrip("/") not in seen:  # some list a directory in itself
+                    seen.add(path.rstrip("/"))
+                    waiting.append(path.rstrip("/"))
+
+    async def _list_directory(self, directory: str) -> Sequence[dict[str, Any]]:
+        """What is in a directory; of links those to files."""
+        found = []
+        with translated(generic_error, self.url(directory), "list"):
+            for info in await self._ask("ls", directory, detail=True):
+                if info.get("type", "file") in {"file", "directory"}:
+                    found.append(info)
+                    continue
+                with suppress(FileNotFoundError):
+                    target: dict[str, Any] = await self._ask("info", info["name"])
+                    if target.get("type") == "file":
+                        found.append(target)
+        return found
 
     async def _in_turn(self, func: Callable[..., T], /, *args: object) -> T:
         return await in_thread(self._take_turn, func, *args)
@@ -148,22 +209,36 @@ class GenericBackend(Backend):
             return func(*args)
 
     async def _stat(self, path: str, verb: str) -> ObjectStat:
-        with _translated(self.url(path), verb):
+        with translated(generic_error, self.url(path), verb):
             self._fs.invalidate_cache(self._fs._parent(path))
             info: dict[str, Any] = await self._ask("info", path)
         if info.get("type") == "directory":
             raise StorageError(errno.EISDIR, f"{self.url(path)} is a directory.")
         if info.get("size") is None:
             raise StorageError(f"Cannot {verb} {self.url(path)}: the store does not tell its size.")
-        version = [f"{field}={info[field]}" for field in _VERSION_FIELDS if info.get(field) is not None]
-        etag = ";".join([*version, f"size={info['size']}"]) if version else None
-        return ObjectStat(self.url(path), int(info["size"]), etag)
+        return ObjectStat(self.url(path), int(info["size"]), _version(info))
 
     async def _ask(self, method: str, /, *args: object, **kwargs: object) -> Any:
         """Calls a method that changes nothing: where the filesystem has coroutines, that, for a cancel to end it."""
         if isinstance(self._fs, AsyncFileSystem):
             return await run_on(self._fs.loop, getattr(self._fs, f"_{method}"), *args, **kwargs)
         return await self._in_turn(partial(getattr(self._fs, method), *args, **kwargs))
+
+
+def _version(info: Mapping[str, Any]) -> str | None:
+    version = [f"{field}={info[field]}" for field in _VERSION_FIELDS if info.get(field) is not None]
+    return ";".join([*version, f"size={info['size']}"]) if version else None
+
+
+def _modified(info: Mapping[str, Any]) -> datetime | None:
+    for field in _TIME_FIELDS:
+        value = info.get(field)
+        if isinstance(value, datetime):
+            return value if value.tzinfo else value.replace(tzinfo=UTC)
+        if isinstance(value, int | float):
+            with suppress(ValueError, OverflowError, OSError):  # no seconds since 1970
+                return datetime.fromtimestamp(value, UTC)
+    return None
 
 
 class _StagedFile:
@@ -186,8 +261,8 @@ class _StagedFile:
                 self._fs.makedirs(self._parent, exist_ok=True)
         self._file = self._fs.open(self._temporary, "wb", block_size=_BLOCK_SIZE)
 
-    def append(self, chunk: Chunk) -> None:
-        view = memoryview(chunk)
+    def append(self, data: Buffer) -> None:
+        view = memoryview(data)
         while view:
             piece = bytes(view[:_BLOCK_SIZE])  # fsspec promises no more than that files take bytes
             written = self._file.write(piece)
@@ -202,34 +277,37 @@ class _StagedFile:
             self._fs.cp_file(self._temporary, self._path)
             self._fs.rm_file(self._temporary)
         self._fs.invalidate_cache(self._parent)
-        # Some say nothing of a move that they refused, as where there is a file of that name (webhdfs).
+        # webhdfs refuses to move a file to the name of another one, and raises nothing.
         with suppress(FileNotFoundError):
             self._fs.info(self._temporary)
             raise FileExistsError(
                 errno.EEXIST,
-                "this filesystem does not move a file to where there is one. What is there has not changed: delete it "
-                "first, or save under a new name",
+                "this filesystem does not replace a file by a move. The file has not changed: delete it first, or save "
+                "under a new name",
                 self._path,
             )
         self._file = None
 
     def discard(self) -> None:
-        """Removes what is there, which may be nothing; the error that is on its way says what went wrong."""
+        """Removes the temporary file, if there is one. Raises nothing: the caller has an error to raise."""
         if self._file is not None:
             with suppress(Exception):
                 self._file.close()
             try:
                 with suppress(FileNotFoundError):
                     self._fs.rm_file(self._temporary)
-            except Exception as error:  # noqa: BLE001 - the error that is on its way matters more
-                logger.warning("A temporary file is left behind at %s: %s", self._temporary, _describe(error))
+            except Exception as error:  # noqa: BLE001 - the error that stopped the write matters more
+                logger.warning(
+                    "A temporary file is left behind at %s: %s", mask(self._temporary), mask(describe(error))
+                )
             self._file = None
 
 
 def _turns_of(fs: AbstractFileSystem) -> AbstractContextManager[Any]:
-    """Who uses ``fs`` holds this; not where several threads may at once.
+    """What a thread holds while it uses ``fs``: a lock, or nothing where several threads may use it at once.
 
-    fsspec promises that of asynchronous filesystems only. Of others, tar and ftp mix up what two threads read.
+    fsspec promises that for asynchronous filesystems only. Two threads that read through one tar or ftp filesystem get
+    each other's bytes.
     """
     if isinstance(fs, AsyncFileSystem | MemoryFileSystem):
         return nullcontext()
@@ -242,35 +320,3 @@ def _usable_in_threads(fs: AbstractFileSystem) -> AbstractFileSystem:
     if isinstance(fs, AsyncFileSystem) and fs.asynchronous:
         return type(fs)(*fs.storage_args, **{**fs.storage_options, "asynchronous": False, "loop": None})
     return fs
-
-
-@contextmanager
-def _translated(url: str, verb: str) -> Iterator[None]:
-    """Turns what filesystems raise into torchferry's errors."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except FileNotFoundError as error:
-        cause = error.__cause__  # fsspec's http says so of a server that refused, failed or was not there, too
-        status = getattr(cause, "status", 0)
-        if isinstance(cause, Exception) and type(cause).__module__.startswith("aiohttp.") and status not in _MISSING:
-            raise by_status(f"Cannot {verb} {url}", _describe(cause), status, unanswered=not status) from error
-        raise CheckpointNotFoundError(errno.ENOENT, f"Cannot {verb} {url}: there is no such file.") from error
-    except NotImplementedError as error:
-        raise StoragePermissionError(
-            errno.EROFS, f"Cannot {verb} {url}: this filesystem is read-only, or cannot move files into place."
-        ) from error
-    except (ConnectionError, TimeoutError) as error:
-        raise StorageUnavailableError(f"Cannot {verb} {url}: {_describe(error)}") from error
-    except OSError as error:
-        message = f"Cannot {verb} {url}: {_describe(error)}"
-        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            raise StoragePermissionError(error.errno or errno.EACCES, message) from error
-        raise StorageError(error.errno or errno.EIO, message) from error
-    except Exception as error:  # a filesystem may raise whatever its client does
-        raise StorageError(f"Cannot {verb} {url}: {_describe(error)}") from error
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -27,17 +27,18 @@ import pytest
 
 from torchferry.engine.collector import collector_paused
 from torchferry.engine.loops import run_on
+from torchferry.engine.types import MIB, Chunk, ObjectStat
 from torchferry.errors import (
     CheckpointChangedError,
     CheckpointNotFoundError,
     StorageError,
     StoragePermissionError,
 )
-from torchferry.storage.base import MIB, Backend, Chunk, ObjectStat
+from torchferry.storage.base import Backend, Leftover, ListedObject
 from torchferry.testing.peak import peak_of_save
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
 
 __all__ = ["BackendConformance", "CloudConformance", "StoreUnderTest"]
 
@@ -92,10 +93,10 @@ class StoreUnderTest(ABC):
         """Whether there is an object."""
 
     @abstractmethod
-    def leftovers(self) -> list[str]:
+    def leftovers(self) -> Sequence[str]:
         """What is staged and not published: uploads, parts, components, temporary files."""
 
-    def staged(self) -> list[str]:
+    def staged(self) -> Sequence[str]:
         """What an upload under way shows; more than :meth:`leftovers` where the store itself removes some of it."""
         return self.leftovers()
 
@@ -115,8 +116,7 @@ class StoreUnderTest(ABC):
             self.backend.write,
             path,
             chunks,
-            size_hint=size_hint,
-            part_size=part_size,
+            plan=self.backend.upload_plan(size_hint, part_size),
             metadata=metadata,
         )
 
@@ -130,6 +130,18 @@ class StoreUnderTest(ABC):
         buffer = bytearray(stop - start)
         await run_on(self.backend.loop, self.backend.read_into, path, start, memoryview(buffer), stat)
         return bytes(buffer)
+
+    async def list(self, prefix: str) -> Sequence[ListedObject]:
+        async def collect() -> Sequence[ListedObject]:
+            return [found async for found in self.backend.list(prefix)]
+
+        return await run_on(self.backend.loop, collect)
+
+    async def backend_leftovers(self, prefix: str) -> Sequence[Leftover]:
+        async def collect() -> Sequence[Leftover]:
+            return [found async for found in self.backend.leftovers(prefix)]
+
+        return await run_on(self.backend.loop, collect)
 
     async def delete(self, path: str) -> None:
         await run_on(self.backend.loop, self.backend.delete, path)
@@ -150,7 +162,7 @@ async def stream(data: bytes, piece: int, *, then: Callable[[], Any] | None = No
     """``data`` in chunks of ``piece`` bytes, as views of its memory; at the end calls ``then``."""
     view = memoryview(data)
     for start in range(0, len(data), piece):
-        yield view[start : start + piece]
+        yield Chunk(view[start : start + piece])
     if then is not None:
         then()
 
@@ -167,6 +179,13 @@ async def cancel_at_the_end(store: StoreUnderTest, path: str, data: bytes, under
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def nothing_is_left(store: StoreUnderTest) -> None:
+    """Waits until nothing is staged: a cancel waits for an abort for 0.7 s, then it goes on by itself."""
+    with anyio.fail_after(60):
+        while await anyio.to_thread.run_sync(store.leftovers):
+            pass
 
 
 def _raise_source_error() -> None:
@@ -214,16 +233,16 @@ class BackendConformance(ABC):
         path, data = store.path("checkpoint.pt"), _random_bytes(4 * PART + 3)
 
         async def chunks() -> AsyncIterator[Chunk]:
-            yield b""
-            yield data[:1]
-            yield bytearray(data[1:3])
-            yield memoryview(b"")
+            yield Chunk(b"")
+            yield Chunk(data[:1])
+            yield Chunk(bytearray(data[1:3]))
+            yield Chunk(memoryview(b""))
             for start in range(3, 1003):
-                yield data[start : start + 1]
-            yield memoryview(data)[1003 : 3 * PART + 5]
-            yield b""
-            yield data[3 * PART + 5 :]
-            yield b""
+                yield Chunk(data[start : start + 1])
+            yield Chunk(memoryview(data)[1003 : 3 * PART + 5])
+            yield Chunk(b"")
+            yield Chunk(data[3 * PART + 5 :])
+            yield Chunk(b"")
 
         await store.write(path, chunks(), size_hint=len(data))
         assert store.raw_read(path) == data
@@ -232,8 +251,8 @@ class BackendConformance(ABC):
         path = store.path("checkpoint.pt")
 
         async def chunks() -> AsyncIterator[Chunk]:
-            yield b""
-            yield b""
+            yield Chunk(b"")
+            yield Chunk(b"")
 
         assert (await store.write(path, chunks())).size == 0
         assert store.raw_read(path) == b""
@@ -317,7 +336,7 @@ class BackendConformance(ABC):
         with pytest.raises(asyncio.CancelledError):
             await task
         assert (store.raw_read(path) if store.raw_exists(path) else None) == old
-        assert store.leftovers() == []
+        await nothing_is_left(store)
 
     @pytest.mark.parametrize("ending", ["failure", "cancel"])
     @pytest.mark.parametrize("old", [None, b"old"], ids=["new", "overwrite"])
@@ -347,25 +366,30 @@ class BackendConformance(ABC):
         with pytest.raises((SourceError, asyncio.CancelledError)):
             await task
         assert (store.raw_read(path) if store.raw_exists(path) else None) == old
-        assert store.leftovers() == []
+        await nothing_is_left(store)
 
     @pytest.mark.parametrize("size", [10, 2 * PART + 1], ids=["small", "parts"])
-    async def test_cancel_at_any_step_leaves_the_old_object_or_the_new_one(
+    async def test_cancel_leaves_the_old_object_until_the_request_that_publishes_is_sent(
         self, store: StoreUnderTest, size: int
     ) -> None:
-        path, data = store.path("checkpoint.pt"), _random_bytes(size)
-        store.raw_write(path, b"old")
+        path, before = store.path("checkpoint.pt"), b"old"
+        store.raw_write(path, before)
         steps = 1
         cancelled = True
         while cancelled:
-            task = asyncio.create_task(store.write(path, stream(data, MIB), size_hint=size))
+            data = steps.to_bytes(8, "big") + _random_bytes(size)
+            all_taken = threading.Event()
+            task = asyncio.create_task(store.write(path, stream(data, MIB, then=all_taken.set), size_hint=size))
             for _ in range(steps):
                 await asyncio.sleep(0)
             task.cancel()
             await asyncio.wait([task])
             cancelled = task.cancelled()
-            assert store.raw_read(path) in {b"old", data}
-            assert store.leftovers() == []
+            after = store.raw_read(path)
+            assert after == before or (all_taken.is_set() and after == data)
+            await nothing_is_left(store)
+            assert store.raw_read(path) == after
+            before = after
             steps = steps * 3 // 2 + 1
         assert store.raw_read(path) == data
 
@@ -380,12 +404,12 @@ class BackendConformance(ABC):
 
         async def write() -> bool:
             with anyio.CancelScope() as scope:
-                await store.backend.write(path, chunks(scope), size_hint=20 * PART, part_size=PART)
+                await store.backend.write(path, chunks(scope), plan=store.backend.upload_plan(20 * PART, PART))
             return scope.cancelled_caught
 
         assert await run_on(store.backend.loop, write)
         assert not store.raw_exists(path)
-        assert store.leftovers() == []
+        await nothing_is_left(store)
 
     async def test_concurrent_writers_leave_one_whole_winner(self, store: StoreUnderTest) -> None:
         path = store.path("checkpoint.pt")
@@ -490,6 +514,43 @@ class BackendConformance(ABC):
     async def test_deleting_what_is_not_there_is_no_error(self, store: StoreUnderTest) -> None:
         await store.delete(store.path("missing.pt"))
 
+    # --- what is there
+
+    async def test_list_finds_all_objects_below_a_prefix(self, store: StoreUnderTest) -> None:
+        paths = [store.path(f"run/step-{number:03}.pt") for number in range(12)]
+        for number, path in enumerate(paths):
+            store.raw_write(path, bytes(number + 1))
+        store.raw_write(store.path("other/step-000.pt"), b"x")
+        found = await store.list(paths[0].removesuffix("step-000.pt"))
+        assert {each.path: each.size for each in found} == {path: n + 1 for n, path in enumerate(paths)}
+        assert all(each.url == store.backend.url(each.path) for each in found)
+        assert [each.path for each in await store.list(paths[3])] == [paths[3]]
+        assert await store.list(paths[0].removesuffix("step-000.pt") + "nothing-like-this") == []
+
+    async def test_leftovers_shows_what_a_write_under_way_has_staged(self, store: StoreUnderTest) -> None:
+        path = store.path("run/checkpoint.pt")
+        prefix = path.removesuffix("checkpoint.pt")
+        loop, staged = asyncio.get_running_loop(), asyncio.Event()
+
+        async def chunks() -> AsyncIterator[Chunk]:
+            async for chunk in stream(_random_bytes(3 * PART + 7), MIB):
+                yield chunk
+            with anyio.fail_after(60):
+                while not await anyio.to_thread.run_sync(store.staged):
+                    pass
+            loop.call_soon_threadsafe(staged.set)
+            await anyio.sleep_forever()
+
+        task = asyncio.create_task(store.write(path, chunks(), size_hint=20 * PART))
+        await staged.wait()
+        found = await store.backend_leftovers(prefix)
+        task.cancel()
+        await asyncio.wait([task])
+        assert found
+        assert await store.list(prefix) == []
+        await nothing_is_left(store)
+        assert await store.backend_leftovers(prefix) == []
+
     # --- being a good neighbour
 
     async def test_event_loop_is_not_blocked(self, store: StoreUnderTest) -> None:
@@ -509,7 +570,7 @@ class BackendConformance(ABC):
                     longest, before = max(longest, now - before), now
 
             watching = asyncio.create_task(watch())
-            written = await store.backend.write(path, stream(data, 8 * MIB), size_hint=len(data))
+            written = await store.backend.write(path, stream(data, 8 * MIB), plan=store.backend.upload_plan(len(data)))
             await store.backend.read(path, 0, 8 * MIB, written)
             done = True
             await watching
@@ -526,9 +587,12 @@ class BackendConformance(ABC):
         url = store.backend.url(store.path("checkpoint.pt"))
         assert peak_of_save(512 * MIB, url, **store.options) <= 96 * MIB
 
-    def test_write_cost_is_a_number_of_bytes(self, store: StoreUnderTest) -> None:
-        for size, part_size in ((0, None), (1 << 40, None), (1 << 30, 64 * MIB)):
-            assert store.backend.write_cost(size, part_size) >= 0
+    def test_upload_plan_has_room_for_the_size(self, store: StoreUnderTest) -> None:
+        for size, part_size in ((0, None), (1 << 40, None), (1 << 30, 64 * MIB), (5 << 40, 1)):
+            plan = store.backend.upload_plan(size, part_size)
+            assert plan.part_size * plan.limits.most_parts * 4 // 5 >= min(size, 4 << 40)
+            assert plan.limits.smallest_part <= plan.part_size <= plan.limits.largest_part
+            assert plan.memory >= 0
 
 
 class CloudConformance(BackendConformance):
@@ -574,8 +638,9 @@ class CloudConformance(BackendConformance):
         found = await store.stat(path)
         loop = unauthorized.loop
         for size in (1, 2 * PART):
+            plan = unauthorized.upload_plan(size, PART)
             with pytest.raises(StoragePermissionError):
-                await run_on(loop, unauthorized.write, path, stream(_random_bytes(size), MIB), size_hint=size)
+                await run_on(loop, unauthorized.write, path, stream(_random_bytes(size), MIB), plan=plan)
         with pytest.raises(StoragePermissionError):
             await run_on(loop, unauthorized.stat, path)
         with pytest.raises(StoragePermissionError):

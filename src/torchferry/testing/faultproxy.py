@@ -429,15 +429,15 @@ class _Connection:
             yield from _chunks(source)
             return
         promised = fields.get("content-length")
-        to_the_end = promised is None and source is self._from_store
-        left = len(self._buffer) if to_the_end else int(promised or 0)
+        run_shielded = promised is None and source is self._from_store
+        left = len(self._buffer) if run_shielded else int(promised or 0)
         while left:
             count = source.readinto1(self._buffer[: min(left, len(self._buffer))])  # type: ignore[attr-defined]
             if not count:
-                if to_the_end:
+                if run_shielded:
                     return
                 raise EOFError
-            if not to_the_end:
+            if not run_shielded:
                 left -= count
             piece = self._buffer[:count]
             yield piece, piece

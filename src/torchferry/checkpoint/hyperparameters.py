@@ -1,0 +1,162 @@
+"""Hyperparameters: dataclasses and NamedTuples become the dicts that are saved, and are rebuilt from them.
+
+So is what :mod:`torchferry.checkpoint.plain` made plain: members of enums, paths, dates, numpy's scalars.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from datetime import date, datetime, time
+from enum import Enum
+from pathlib import PurePath
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+__all__ = ["as_dict", "is_dataclass_instance", "is_named_tuple", "rebuild"]
+
+T = TypeVar("T")
+
+
+def is_dataclass_instance(value: object) -> bool:
+    """Whether ``value`` is an instance, and not the class, of a dataclass."""
+    return is_dataclass(value) and not isinstance(value, type)
+
+
+def is_named_tuple(value: object) -> bool:
+    """Whether ``value`` is an instance of a NamedTuple."""
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def as_dict(hyperparameters: Any) -> dict[str, Any]:
+    """Hyperparameters in whatever form, as a new dict by name."""
+    if hyperparameters is None:
+        return {}
+    if is_named_tuple(hyperparameters):
+        return dict(hyperparameters._asdict())
+    if is_dataclass_instance(hyperparameters):
+        return {field.name: _plain(getattr(hyperparameters, field.name)) for field in fields(hyperparameters)}
+    return dict(hyperparameters)
+
+
+def _plain(value: Any) -> Any:
+    """``dataclasses.asdict`` without its deep copies, which double tensors and fail on those that require grad."""
+    if is_dataclass_instance(value):
+        return as_dict(value)
+    if type(value) in {list, tuple}:
+        return type(value)(map(_plain, value))
+    if type(value) is dict:
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    return value
+
+
+def rebuild(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Makes a ``cls`` from the values of its fields.
+
+    The types of the fields say what becomes of their values, in lists, tuples, sets and dicts too: dataclasses and
+    NamedTuples are rebuilt, and so are members of enums, paths, dates and numpy's scalars.
+
+    Raises:
+        TypeError: ``cls`` is neither a dataclass nor a NamedTuple, or ``values`` lacks a field without a default or
+            has one that ``cls`` does not know, or one that is no member of its field's enum, or an annotation names
+            what is not there at run time.
+    """
+    if is_dataclass(cls):
+        known = {field.name: field.init for field in fields(cls)}
+    elif names := getattr(cls, "_fields", None):
+        known = dict.fromkeys(names, True)
+    else:
+        raise TypeError(f"Hyperparameters can be had as a dataclass or a NamedTuple, not as {cls!r}.")
+    try:
+        hints = get_type_hints(cls)
+    except NameError as error:
+        raise TypeError(
+            f"The types of {cls.__qualname__}'s fields cannot be told: {error}. Import what they name at run time, not "
+            "under TYPE_CHECKING, and define it in a module."
+        ) from error
+    given = {name: _convert(hints.get(name, Any), value) for name, value in values.items()}
+    arguments = {name: value for name, value in given.items() if known.get(name, True)}
+    try:
+        inspect.signature(cls).bind(**arguments)
+    except TypeError as error:
+        raise TypeError(
+            f"The hyperparameters ({', '.join(values) or 'none'}) do not fit {cls.__qualname__}"
+            f"({', '.join(known)}): {error}."
+        ) from error
+    result = cls(**arguments)
+    for name in given.keys() - arguments.keys():  # fields that __init__ does not take
+        object.__setattr__(result, name, given[name])
+    return result
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    converted = value
+    if origin is Annotated:
+        converted = _convert(arguments[0], value)
+    elif origin in {Union, UnionType}:
+        converted = _convert_first(arguments, value)
+    elif isinstance(hint, type) and origin is None:
+        converted = _convert_to(hint, value)
+    elif type(value) in {list, set} and arguments:
+        converted = type(value)(_convert(arguments[0], item) for item in value)
+    elif type(value) is tuple and arguments:
+        hints = arguments if len(arguments) == len(value) and Ellipsis not in arguments else arguments[:1] * len(value)
+        converted = tuple(_convert(item_hint, item) for item_hint, item in zip(hints, value, strict=True))
+    elif type(value) is dict and arguments:
+        key_hint, item_hint = arguments[0], arguments[-1]
+        converted = {_convert(key_hint, key): _convert(item_hint, item) for key, item in value.items()}
+    return converted
+
+
+def _convert_to(cls: Any, value: Any) -> Any:
+    converted = value
+    if cls in type(value).__mro__:  # isinstance() refuses Any and protocols
+        pass
+    elif isinstance(value, Mapping) and (is_dataclass(cls) or hasattr(cls, "_fields")):
+        converted = rebuild(cls, value)
+    elif issubclass(cls, Enum):
+        converted = _member(cls, value)
+    elif isinstance(value, str) and issubclass(cls, PurePath):
+        converted = cls(value)
+    elif isinstance(value, str) and cls in {date, datetime, time}:
+        converted = _from_text(cls, value)
+    elif (numpy := sys.modules.get("numpy")) and issubclass(cls, numpy.generic):
+        with suppress(TypeError):  # np.floating and other kinds of numbers have no values of their own
+            converted = cls(value)
+    return converted
+
+
+def _member(cls: type[Enum], value: Any) -> Enum:
+    for member in cls:
+        with suppress(TypeError):
+            # The value of the member was made plain, too, where it was a path or a dataclass.
+            if member.value == value or _convert(type(member.value), value) == member.value:
+                return member
+    try:
+        return cls(value)  # several flags
+    except ValueError as error:
+        raise TypeError(f"{value!r} is no value of the enum {cls.__qualname__}.") from error
+
+
+def _from_text(cls: Any, value: str) -> Any:
+    try:
+        return cls.fromisoformat(value)
+    except ValueError as error:
+        raise TypeError(f"{value!r} is no {cls.__qualname__} in ISO format.") from error
+
+
+def _convert_first(hints: tuple[Any, ...], value: Any) -> Any:
+    if type(value) in hints:  # str | Path: what was saved as a text may have been one
+        return value
+    for hint in hints:
+        try:
+            converted = _convert(hint, value)
+        except TypeError:
+            continue  # a dataclass with other fields: the next one may fit
+        if converted is not value:
+            return converted
+    return value

@@ -1,0 +1,86 @@
+"""Saves and loads a checkpoint as the options on its annotation say."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from torchferry.checkpoint.devices import default_map_location
+from torchferry.errors import CheckpointCorruptError
+from torchferry.loading import load_async
+from torchferry.saving import save_async
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fsspec import AbstractFileSystem
+
+    from torchferry.options import LoadOptions, SaveOptions
+
+__all__ = ["load_content", "save_content"]
+
+_logger = logging.getLogger("torchferry")
+
+
+async def save_content(
+    content: dict[str, Any],
+    uri: str,
+    options: SaveOptions,
+    *,
+    filesystem: AbstractFileSystem | None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Saves ``content`` at ``uri``.
+
+    Args:
+        content: What to save.
+        uri: Where.
+        options: How.
+        filesystem: Reaches the store; not used where ``options`` have ``storage_options``.
+        metadata: Goes to the object, too; ``options`` win.
+
+    Raises:
+        TorchferryError: as :func:`torchferry.save_async` does.
+    """
+    arguments: dict[str, Any] = {
+        "part_size": options.part_size,
+        "give_up_after": options.give_up_after,
+        "metadata": {**(metadata or {}), **(options.metadata or {})} or None,
+        **_store(options, filesystem),
+    }
+    await save_async(content, uri, **arguments)
+
+
+async def load_content(uri: str, options: LoadOptions, *, filesystem: AbstractFileSystem | None) -> Any:
+    """Loads what is saved at ``uri``. Without a ``map_location`` it goes to this process's rank's device.
+
+    Args:
+        uri: What to load.
+        options: How.
+        filesystem: Reaches the store; not used where ``options`` have ``storage_options``.
+
+    Raises:
+        TorchferryError: as :func:`torchferry.load_async` does.
+    """
+    map_location = default_map_location() if options.map_location is None else options.map_location
+    arguments: dict[str, Any] = {
+        "keys": options.keys,
+        "map_location": map_location,
+        "weights_only": options.weights_only,
+        "verify": options.verify,
+        "give_up_after": options.give_up_after,
+        **_store(options, filesystem),
+    }
+    try:
+        return await load_async(uri, **arguments)
+    except CheckpointCorruptError as error:
+        # Flyte fails a task at once for an input that cannot be loaded. Bytes that were damaged on their way are good
+        # when they are read again; all other failures the engine has repeated already.
+        _logger.warning("%s Reading it again.", error)
+    return await load_async(uri, **arguments)
+
+
+def _store(options: SaveOptions | LoadOptions, filesystem: AbstractFileSystem | None) -> dict[str, Any]:
+    if options.storage_options:
+        return {"storage_options": options.storage_options}
+    return {"filesystem": filesystem}

@@ -1,0 +1,312 @@
+"""One save, load, copy or verify: its progress, its patience, and the report of it.
+
+The public functions open a :class:`Transfer`; everything below finds it with :func:`current`, through a context
+variable, which tasks and worker threads inherit. What moves bytes says so to it, and asks nothing of it but how
+patient to be.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from time import monotonic, perf_counter
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from torchferry.engine.cancellation import stops_as_errors
+from torchferry.engine.tasks import task_group
+
+if TYPE_CHECKING:
+    from fsspec.callbacks import Callback
+
+__all__ = ["GIVE_UP_AFTER", "Transfer", "TransferReport", "current"]
+
+GIVE_UP_AFTER = 120.0
+"""Seconds without progress after which requests are not repeated any more, where the user chose no other."""
+
+_TICK = 0.1  # seconds between two calls of the user's callback
+
+logger = logging.getLogger("torchferry")
+
+
+@dataclass(frozen=True, slots=True)
+class TransferReport:
+    """What a save, load, copy or verify did. Logged in one line at INFO by the logger "torchferry".
+
+    Attributes:
+        verb: "save", "load", "copy" or "verify".
+        url: The object; of a copy, the target.
+        nbytes: Bytes of the object that were moved, each counted once.
+        seconds: From the call to its return.
+        stages: Seconds in each stage, by name. Stages overlap: sending goes on while the object is pickled.
+        parts: Parts that were uploaded; 0 for an object that went up in one request, and for loads.
+        requests: HTTP requests by the engine and by the filesystem's client, those that failed among them.
+        retries: Requests that were repeated after a failure.
+        client_bytes: Bytes that did not go through the engine's sockets but through the filesystem's own client.
+        client_reasons: Why they did: the reasons, each once.
+        peak_memory: The most bytes of host memory that were held at once, beside the tensors.
+    """
+
+    verb: str
+    url: str
+    nbytes: int
+    seconds: float
+    stages: Mapping[str, float] = field(default_factory=dict)
+    parts: int = 0
+    requests: int = 0
+    retries: int = 0
+    client_bytes: int = 0
+    client_reasons: tuple[str, ...] = ()
+    peak_memory: int = 0
+
+    @property
+    def bytes_per_second(self) -> float:
+        """The throughput of the whole call, in bytes a second."""
+        return self.nbytes / self.seconds if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stages.items())
+        notes = [f"{self.parts} parts"] if self.parts else []
+        notes.append(f"{self.requests} requests")
+        if self.retries:
+            notes.append(f"{self.retries} retries")
+        if self.client_bytes:
+            notes.append(
+                f"{self.client_bytes / 1e6:.1f} MB by the filesystem's client ({'; '.join(self.client_reasons)})"
+            )
+        return (
+            f"{self.verb} {self.url}: {self.nbytes / 1e6:.1f} MB in {self.seconds:.2f} s "
+            f"({self.bytes_per_second / 1e9:.2f} GB/s); {', '.join(notes)}" + (f"; {stages}" if stages else "")
+        )
+
+
+class Transfer:
+    """A save, load, copy or verify that is under way. Its counters may be changed in any thread.
+
+    Args:
+        verb: "save", "load", "copy" or "verify".
+        url: What it is about, for the report.
+        callback: Told the size, and of bytes as they are moved, every 0.1 s, on the event loop.
+        give_up_after: Seconds without progress after which requests are not repeated any more.
+
+    Attributes:
+        give_up_after: As above.
+        last_progress: When the last bytes moved, on the clock ``time.monotonic``.
+    """
+
+    def __init__(
+        self, verb: str = "", url: str = "", *, callback: Callback | None = None, give_up_after: float | None = None
+    ) -> None:
+        self.give_up_after = GIVE_UP_AFTER if give_up_after is None else give_up_after
+        self.last_progress = monotonic()
+        self._verb = verb
+        self._url = url
+        self._callback = callback
+        self._begun = perf_counter()
+        self._lock = threading.Lock()
+        self._stages: dict[str, float] = {}
+        self._counts = {"parts": 0, "requests": 0, "retries": 0, "client_bytes": 0}
+        self._reasons: dict[str, None] = {}
+        self._size = 0
+        self._moved = 0
+        self._most_moved = 0
+        self._told = 0
+        self._memory = 0
+        self._peak_memory = 0
+
+    # --- what moves bytes says
+
+    def moved(self, nbytes: int) -> None:
+        """Counts bytes that have arrived, or that the store has acknowledged; negative ones are taken back."""
+        with self._lock:
+            self._moved += nbytes
+            progress = self._moved > self._most_moved
+            self._most_moved = max(self._moved, self._most_moved)
+        if progress:
+            self.progressed()
+
+    def progressed(self) -> None:
+        """Notes that bytes moved that no earlier attempt had moved: a part that fails each time is no progress."""
+        self.last_progress = monotonic()
+
+    def moved_at_least(self, nbytes: int) -> None:
+        """Counts what a backend that counts nothing has moved: there are so many bytes now."""
+        with self._lock:
+            self._moved = max(self._moved, nbytes)
+
+    def count(self, name: str, number: int = 1) -> None:
+        """Adds to one of the report's numbers: "parts", "requests" or "retries"."""
+        with self._lock:
+            self._counts[name] += number
+
+    def through_client(self, nbytes: int, reason: str) -> None:
+        """Notes that bytes go through the filesystem's client, and why."""
+        with self._lock:
+            self._counts["client_bytes"] += nbytes
+            self._reasons[reason] = None
+
+    def holds(self, nbytes: int) -> None:
+        """Notes that more memory is held (or less, where negative), in bytes."""
+        with self._lock:
+            self._memory += nbytes
+            self._peak_memory = max(self._peak_memory, self._memory)
+
+    @contextmanager
+    def reading_side(self) -> Generator[None]:
+        """For the reads of a copy: in here, bytes that arrive are not counted; the target's are."""
+        token = _current.set(_ReadingSide(self))
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Counts the time in it to a stage."""
+        return self._stage(name)
+
+    @contextmanager
+    def _stage(self, name: str) -> Generator[None]:
+        begun = perf_counter()
+        try:
+            yield
+        finally:
+            seconds = perf_counter() - begun
+            with self._lock:
+                self._stages[name] = self._stages.get(name, 0.0) + seconds
+
+    # --- the user's callback
+
+    def set_size(self, nbytes: int) -> None:
+        """Tells the callback how many bytes there will be."""
+        self._size = nbytes
+        if self._callback is not None:
+            stops_as_errors(self._callback.set_size, nbytes)
+
+    def tell(self, *, complete: bool = False) -> None:
+        """Tells the callback of the bytes that moved since the last time; of the last byte only when ``complete``.
+
+        What was taken back is not told: the callback hears of more bytes when there are more than before.
+        """
+        if self._callback is None:
+            return
+        with self._lock:
+            moved = self._moved if complete else min(self._moved, self._size - 1)
+            news = max(0, moved - self._told)
+            self._told += news
+        if news:
+            stops_as_errors(self._callback.relative_update, news)
+
+    @asynccontextmanager
+    async def telling(self) -> AsyncGenerator[None]:
+        """Tells the callback every 0.1 s while in here, and at the end. What it raises cancels the body and goes on."""
+        if self._callback is None:
+            yield
+            return
+        async with task_group() as tasks:
+            tasks.start_soon(self._tick)
+            yield
+            tasks.cancel_scope.cancel()
+        self.tell(complete=True)
+
+    async def _tick(self) -> None:
+        while True:
+            await anyio.sleep(_TICK)
+            self.tell()
+
+    # --- the report
+
+    def report(self) -> TransferReport:
+        """The report, as of now."""
+        with self._lock:
+            return TransferReport(
+                self._verb,
+                self._url,
+                nbytes=self._moved,
+                seconds=perf_counter() - self._begun,
+                stages=dict(self._stages),
+                client_reasons=tuple(self._reasons),
+                peak_memory=self._peak_memory,
+                **self._counts,
+            )
+
+    @contextmanager
+    def running(self, deliver: Callable[[TransferReport], object] | None) -> Generator[Transfer]:
+        """Makes this the current transfer; at the end logs the report, and hands it to ``deliver``."""
+        token = _current.set(self)
+        try:
+            with _span(self._verb, self._url) as span:
+                try:
+                    yield self
+                finally:
+                    report = self.report()
+                    if span is not None:
+                        span.set_attributes(_attributes(report))
+        finally:
+            _current.reset(token)
+        logger.info("%s", report)
+        if deliver is not None:
+            deliver(report)
+
+
+class _ReadingSide(Transfer):
+    """Counts to another transfer all but the bytes that move."""
+
+    def __init__(self, whole: Transfer) -> None:
+        super().__init__(give_up_after=whole.give_up_after)
+        self._whole = whole
+
+    def progressed(self) -> None:
+        super().progressed()
+        self._whole.progressed()
+
+    def count(self, name: str, number: int = 1) -> None:
+        self._whole.count(name, number)
+
+    def through_client(self, nbytes: int, reason: str) -> None:
+        self._whole.through_client(nbytes, reason)
+
+    def holds(self, nbytes: int) -> None:
+        self._whole.holds(nbytes)
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        return self._whole.stage(name)
+
+
+_current: ContextVar[Transfer | None] = ContextVar("torchferry_transfer", default=None)
+
+
+def current() -> Transfer:
+    """The transfer that the caller is part of; where there is none, one that nobody looks at."""
+    return _current.get() or Transfer()
+
+
+@cache
+def _tracer() -> Any:
+    try:
+        from opentelemetry import trace
+    except ImportError:
+        return None
+    return trace.get_tracer("torchferry")
+
+
+def _span(verb: str, url: str) -> AbstractContextManager[Any]:
+    """An OpenTelemetry span, where opentelemetry-api is installed."""
+    tracer = _tracer()
+    if tracer is None:
+        return nullcontext()
+    span: AbstractContextManager[Any] = tracer.start_as_current_span(
+        f"torchferry.{verb}", attributes={"torchferry.url": url}
+    )
+    return span
+
+
+def _attributes(report: TransferReport) -> dict[str, Any]:
+    numbers = ("nbytes", "seconds", "parts", "requests", "retries", "client_bytes", "peak_memory")
+    stages = {f"torchferry.stage.{name}": seconds for name, seconds in report.stages.items()}
+    return {**{f"torchferry.{name}": getattr(report, name) for name in numbers}, **stages}

@@ -1,0 +1,316 @@
+"""Damages real checkpoints of every format, and tells what becomes of them.
+
+``python -m torchferry.testing.fuzz 20000`` prints that as JSON. Each mutant is loaded, inspected and verified. That
+gives the right object or one of torchferry's errors; everything else is counted as what it is. All runs in this
+process: if a mutant ends it, its number is the last one on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import io
+import itertools
+import json
+import random
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.serialization import config
+
+import torchferry
+
+__all__ = ["UNWANTED", "Mutant", "Originals", "mutants", "run"]
+
+UNWANTED = ("wrong", "other error", "long", "memory")
+"""What no mutant may be, in the report of :func:`run`."""
+
+_SLOW = 2.0  # seconds of CPU time; a mutant takes less
+_MEMORY = 64 << 20  # bytes beyond its own; a mutant takes less
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """A damaged checkpoint.
+
+    Attributes:
+        number: Of it, for this seed.
+        kind: Its format, and what was done to it.
+        data: Its bytes.
+        original: The object that was saved; None where the mutant may be another one that is as good.
+        options: For ``torchferry.load``.
+    """
+
+    number: int
+    kind: str
+    data: bytes
+    original: Any
+    options: dict[str, Any]
+
+
+class Originals:
+    """Small checkpoints of every format: names, objects and bytes."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[str, Any, bytes, bool]] = []  # with whether weights_only=True loads it
+        with warnings.catch_warnings(action="ignore"):  # deprecated kinds of tensors, but in files
+            self._make()
+
+    def __iter__(self) -> Iterator[tuple[str, Any, bytes, bool]]:
+        return iter(self._made)
+
+    def _make(self) -> None:
+        model = torch.nn.Linear(3, 4)
+        optimizer = torch.optim.Adam(model.parameters())
+        model(torch.ones(3)).sum().backward()
+        optimizer.step()
+        state = {"m": model.state_dict(), "o": optimizer.state_dict(), "lr": 0.1, "none": torch.empty(0)}
+        kinds = {
+            "m": {
+                "quantized": torch.quantize_per_tensor(torch.arange(5.0), 0.5, 1, torch.quint8),
+                "sparse": torch.eye(3).to_sparse(),
+                "csr": torch.eye(3).to_sparse_csr(),
+                "meta": torch.empty(3, 4, device="meta"),
+                "parameter": torch.nn.Parameter(torch.ones(2)),
+                "storage": torch.arange(4, dtype=torch.uint8).untyped_storage(),
+                "values": [(1, "a", b"b", {2, 3}, 1j, None, True, torch.float32, torch.Size([1, 2])), bytearray(b"c")],
+                "counter": collections.Counter("abca"),
+                ("tuple", 1): torch.ones(2, dtype=torch.bfloat16).t(),
+            }
+        }
+        plain = _saved(state)
+        self._add("zip", state, plain)
+        self._add("kinds", kinds, _saved(kinds))
+        self._add("protocol 4", state, _saved(state, pickle_protocol=4), weights_only=False)
+        self._add("legacy", state, _saved(state, _use_new_zipfile_serialization=False))
+        self._add("other tool", state, _repacked(plain))
+        config.save.storage_alignment = 128
+        self._add("alignment 128", state, _saved(state))
+        config.save.storage_alignment = 64
+        torch.serialization.set_crc32_options(False)
+        self._add("without CRC32s", state, _saved(state))
+        torch.serialization.set_crc32_options(True)
+        file = io.BytesIO()
+        torch.jit.save(torch.jit.script(model), file)
+        self._add("TorchScript", None, file.getvalue(), weights_only=False)
+
+    def _add(self, name: str, obj: Any, data: bytes, *, weights_only: bool = True) -> None:
+        if obj is not None:
+            obj = torch.load(io.BytesIO(data), weights_only=weights_only)
+        self._made.append((name, obj, data, weights_only))
+
+
+def mutants(seed: int = 0, originals: Originals | None = None) -> Iterator[Mutant]:
+    """Mutants of all originals in turn, without end; the same for the same seed."""
+    generator = random.Random(seed)  # noqa: S311 - no secret
+    all_originals = list(originals or Originals())
+    for number in itertools.count():
+        name, obj, data, weights_only = all_originals[number % len(all_originals)]
+        change = generator.choice(_CHANGES)
+        options: dict[str, Any] = {"weights_only": weights_only, "verify": generator.random() < 0.5}
+        if obj is not None and generator.random() < 0.3:
+            options["keys"] = ("m",)
+        if generator.random() < 0.1 and name != "kinds":
+            options["map_location"] = "meta"
+        mutant = change(generator, data)
+        is_same = options["verify"] and change is not _with_other_pickle and name not in {"legacy", "without CRC32s"}
+        known = None if not is_same or "map_location" in options or obj is None else obj
+        yield Mutant(number, f"{name}, {change.__name__.strip('_').replace('_', ' ')}", mutant, known, options)
+
+
+def run(count: int, seed: int = 0, start: int = 0) -> dict[str, Any]:
+    """Tries so many mutants.
+
+    Returns:
+        How many were ``tried``, ``right`` and a ``clear error``, or raised an error of the classes that they name
+        (``own error``, with ``weights_only=False`` alone); and which were ``wrong``, raised an ``other error``, took
+        ``long`` or much ``memory``.
+    """
+    report: dict[str, Any] = {"tried": 0, "right": 0, "clear error": 0, "own error": 0}
+    report |= {kind: [] for kind in UNWANTED}
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings(action="ignore"):
+        path = Path(directory, "x.pt")
+        for mutant in itertools.islice(mutants(seed), start, start + count):
+            print(mutant.number, file=sys.stderr, flush=True)  # noqa: T201 - for who finds the process dead
+            path.write_bytes(mutant.data)
+            before, peak = time.process_time(), _reset_peak()
+            outcome = _outcome(mutant, str(path))
+            report["tried"] += 1
+            if isinstance(report[outcome[0]], int):
+                report[outcome[0]] += 1
+            else:
+                report[outcome[0]].append((mutant.number, mutant.kind, outcome[1]))
+            if time.process_time() - before > _SLOW:
+                report["long"].append((mutant.number, mutant.kind, time.process_time() - before))
+            if (taken := _peak() - peak) > _MEMORY + len(mutant.data):
+                report["memory"].append((mutant.number, mutant.kind, taken))
+    return report
+
+
+def _outcome(mutant: Mutant, path: str) -> tuple[str, str]:
+    acts: list[Callable[[], Any]] = [
+        lambda: torchferry.load(path, **mutant.options),
+        lambda: torchferry.inspect(path) and None,
+        lambda: torchferry.verify(path) and None,
+    ]
+    outcome = "clear error"
+    for act in acts:
+        try:
+            loaded = act()
+        except torchferry.TorchferryError:
+            continue
+        except (ImportError, AttributeError, TypeError) as error:
+            if mutant.options["weights_only"] or act is not acts[0]:
+                return "other error", f"{type(error).__name__}: {error}"[:200]
+            outcome = "own error"
+        except Exception as error:  # noqa: BLE001 - that is what is looked for
+            return "other error", f"{type(error).__name__}: {error}"[:200]
+        if act is not acts[0] or outcome == "own error":
+            continue
+        expected = mutant.original
+        if expected is not None and "keys" in mutant.options:
+            expected = {"m": expected["m"]}
+        if expected is not None and _saved(loaded) != _saved(expected):
+            return "wrong", ""
+        outcome = "right"
+    return outcome, ""
+
+
+def _reset_peak() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) << 10
+
+
+def _saved(obj: Any, **options: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(obj, file, **options)
+    return file.getvalue()
+
+
+def _repacked(data: bytes) -> bytes:
+    """The same records as another zip tool writes them."""
+    source, file = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in source.namelist():
+            archive.writestr(zipfile.ZipInfo(name), source.read(name))
+    return file.getvalue()
+
+
+# Ways to damage a file
+
+
+def _flipped(generator: random.Random, data: bytes) -> bytes:
+    changed = bytearray(data)
+    changed[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+    return bytes(changed)
+
+
+def _overwritten(generator: random.Random, data: bytes) -> bytes:
+    changed = bytearray(data)
+    for _ in range(generator.randint(1, 4)):
+        at = generator.randrange(len(data) - 8)
+        changed[at : at + 8] = generator.choice([bytes(8), b"\xff" * 8, generator.randbytes(8)])
+    return bytes(changed)
+
+
+def _overwritten_directory(generator: random.Random, data: bytes) -> bytes:
+    changed = bytearray(data)
+    start = max(data.find(b"PK\1\2"), 0)
+    for _ in range(generator.randint(1, 3)):
+        at = generator.randrange(start, len(data) - 4)
+        size = generator.choice((1, 2, 4))
+        number = generator.choice((0, 1, 64, 1 << 8, (1 << 8 * size) - 1, generator.randrange(1 << 8 * size)))
+        changed[at : at + size] = (number % (1 << 8 * size)).to_bytes(size, "little")
+    return bytes(changed)
+
+
+def _cut(generator: random.Random, data: bytes) -> bytes:
+    return data[: generator.randrange(len(data))]
+
+
+def _without_a_piece(generator: random.Random, data: bytes) -> bytes:
+    at = generator.randrange(len(data))
+    return data[:at] + data[at + generator.choice((1, 8, 64, 512)) :]
+
+
+def _with_a_piece_more(generator: random.Random, data: bytes) -> bytes:
+    at, size = generator.randrange(len(data)), generator.choice((1, 8, 64, 512))
+    return data[:at] + generator.choice((bytes(size), data[at : at + size])) + data[at:]
+
+
+def _with_other_pickle(generator: random.Random, data: bytes) -> bytes:
+    """Its pickle changed, with the CRC32 of that: a file that is whole, but that torch would not write."""
+    if not data.startswith(b"PK"):
+        return _overwritten(generator, data)
+    source, file = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(file)  # noqa: SLF001 - there is no other writer of such files
+    for info in source.infolist():
+        del info.CRC  # so that it is not checked: there may be none
+        record, content = info.filename.partition("/")[2], source.read(info)
+        if record in {"version", ".data/serialization_id"}:  # the writer adds its own
+            continue
+        if record == "data.pkl":
+            content = _changed_pickle(generator, content)
+        writer.write_record(record, content, len(content))
+    writer.write_end_of_file()
+    return file.getvalue()
+
+
+def _changed_pickle(generator: random.Random, pickled: bytes) -> bytes:
+    changed = bytearray(pickled)
+    for _ in range(generator.randint(1, 3)):
+        at = generator.randrange(2, len(changed) - 1)
+        way = generator.randrange(4)
+        if way == 0:
+            changed[at] = generator.choice(_OPCODES)
+        elif way == 1:
+            changed[at : at + generator.choice((1, 2, 5))] = b""
+        elif way == 2:
+            changed[at:at] = generator.choice(_PIECES)
+        else:
+            changed[at] = generator.randrange(256)
+    return bytes(changed)
+
+
+_OPCODES = b"(.012FIJKLMNPQRSTUVXabcdeghijloptqrsu})]GBC" + bytes(range(0x80, 0x99))
+_PIECES = (
+    b"r\xff\xff\xff\x07", b"2", b"0", b"2\x86", b"\x85", b"]", b"}", b"J\xff\xff\xff\xff",
+    b"\x8a\x09\xff\xff\xff\xff\xff\xff\xff\xff\x00",
+    b"X\x04\x00\x00\x00\xed\xa0\x80a", b"(", b"t", b"N", b"K\x05", b"G\x7f\xf8\0\0\0\0\0\0", b"cbuiltins\nbytearray\n",
+    b"c__builtin__\nset\n", b"R", b"h\x00", b"h\x05", b"ctorch\nFloatTensor\n", b"X\x03\0\0\0abc",
+)  # fmt: skip
+_CHANGES = (
+    _flipped, _overwritten, _overwritten_directory, _cut, _without_a_piece, _with_a_piece_more,
+    _with_other_pickle, _with_other_pickle,
+)  # fmt: skip
+
+
+def main() -> None:
+    """Prints the report of a run as JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("count", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=int, default=0)
+    arguments = parser.parse_args()
+    print(json.dumps(run(arguments.count, arguments.seed, arguments.start), indent=1))  # noqa: T201 - the result
+
+
+if __name__ == "__main__":
+    main()

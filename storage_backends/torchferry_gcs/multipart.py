@@ -1,0 +1,201 @@
+"""A multipart upload of the XML API: https://cloud.google.com/storage/docs/multipart-uploads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from email.utils import parsedate_to_datetime
+from functools import partial
+from http import HTTPStatus
+from time import monotonic
+from xml.sax.saxutils import escape
+
+from torchferry.engine.cancellation import in_thread
+from torchferry.engine.transport import Answer, SignedRequest
+from torchferry.engine.types import ObjectStat
+from torchferry.engine.writer import Body
+from torchferry.errors import CheckpointNotFoundError, StorageError, StorageUnavailableError
+from torchferry.storage.body import RequestBody, whole_or_not_at_all
+from torchferry_gcs.checksum import combine, crc32c, encoded
+from torchferry_gcs.client import Reply, text_of
+from torchferry_gcs.errors import GcsAnswerError, is_missing, is_not_xml, may_have_arrived
+from torchferry_gcs.target import Target, Written
+
+__all__ = ["MultipartUpload", "Part"]
+
+_XML = {"Content-Type": "application/xml"}
+_ABORTS = 3  # a part that was on its way when the upload was aborted can arrive later: it is aborted again
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part that is up.
+
+    Attributes:
+        number: Its number, from 1.
+        etag: What the store calls it.
+        size: In bytes.
+        crc32c: The checksum of its bytes.
+    """
+
+    number: int
+    etag: str
+    size: int
+    crc32c: int
+
+
+class MultipartUpload:
+    """Parts that become one object; each is checked by the store, and the whole at the end."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._backend = target.backend
+        self._client = target.backend.client
+        self._upload_id: str | None = None
+        self._started = 0.0  # when the creation was first asked for
+        self._lost_creations = 0  # creations without an answer: the store may have opened an upload for each
+        self._parts_cut_off = False
+
+    async def start(self) -> bool:
+        """Opens the upload. Returns False where the server does not speak the XML API."""
+        self._started = self._started or monotonic()
+        try:
+            reply = await self._backend.call("write", self._target.path, self._initiate)
+        except StorageError as error:
+            if is_not_xml(error.__cause__):
+                return False
+            raise
+        result = reply.xml("InitiateMultipartUploadResult")
+        if result is None:
+            return False
+        self._upload_id = text_of(result, "UploadId")
+        if self._lost_creations:
+            await self._abort_lost_creations()
+        return True
+
+    async def put_part(self, index: int, body: Body) -> Part:
+        """Uploads a part."""
+        checksum = await in_thread(crc32c, body.buffers)
+        url = self._url(partNumber=str(index + 1), uploadId=self._upload_id or "")
+        fields = {"x-goog-hash": f"crc32c={encoded(checksum)}"}
+
+        async def sign(checked: bool) -> SignedRequest:
+            return SignedRequest("PUT", url, {**await self._client.headers(url), **fields})
+
+        async def through_client() -> str:
+            request = RequestBody(body.buffers)
+            call = partial(self._client.call, "PUT", url, headers=fields, body=request)
+            return (await whole_or_not_at_all(request, call)).headers.get("ETag", "")
+
+        def accept(answer: Answer) -> str:
+            return answer.headers.get("ETag", "")
+
+        try:
+            etag = await self._backend.send(
+                self._target.path,
+                body,
+                sign=sign,
+                accept=accept,
+                through_client=through_client,
+                unchanged=lambda: crc32c(body.buffers) == checksum,
+            )
+        except BaseException:
+            self._parts_cut_off = True
+            raise
+        return Part(index + 1, etag, body.size, checksum)
+
+    async def finish(self, parts: Sequence[Part]) -> ObjectStat:
+        """Publishes the object."""
+        size = sum(part.size for part in parts)
+        whole = 0
+        for part in parts:
+            whole = combine(whole, part.crc32c, part.size)
+        document = "".join(
+            f"<Part><PartNumber>{part.number}</PartNumber><ETag>{escape(part.etag)}</ETag></Part>" for part in parts
+        )
+        body = f"<CompleteMultipartUpload>{document}</CompleteMultipartUpload>".encode()
+
+        async def complete() -> Written:
+            try:
+                reply = await self._client.call(
+                    "POST", self._url(uploadId=self._upload_id or ""), headers=_XML, body=body
+                )
+            except Exception as error:
+                # Completed, perhaps, and only the reply was lost: then a repeated request finds no such upload.
+                if is_missing(error) and (there := await self._target.if_there(size, whole)) is not None:
+                    return there
+                raise
+            if reply.xml("CompleteMultipartUploadResult") is None:
+                raise GcsAnswerError(HTTPStatus.INTERNAL_SERVER_ERROR, reply.headers, reply.body)
+            return Written.from_headers(reply.headers)
+
+        try:
+            written = await self._backend.call("write", self._target.path, complete)
+        except StorageUnavailableError:
+            there = await self._backend.call("look up", self._target.path, partial(self._target.if_there, size, whole))
+            if there is None:
+                raise
+            written = there
+        return await self._target.published(size, whole, written)
+
+    async def abort(self) -> None:
+        """Removes the parts; finds the upload where its creation was cut off without an answer."""
+        if self._upload_id is None:
+            if self._lost_creations:
+                await self._abort_lost_creations()
+            return
+        try:
+            for _ in range(_ABORTS):
+                await self._abort_upload(self._upload_id)
+                if not self._parts_cut_off or not await self._has_parts(self._upload_id):
+                    return
+        except StorageError as error:
+            error.add_note(f"The multipart upload {self._upload_id} of {self._backend.url(self._target.path)} stays.")
+            raise
+
+    async def _initiate(self) -> Reply:
+        try:
+            return await self._client.call("POST", self._url(uploads=""), headers=self._target.fields)
+        except BaseException as error:
+            self._lost_creations += may_have_arrived(error)
+            raise
+
+    async def _abort_upload(self, upload_id: str) -> None:
+        await self._backend.abort_upload(f"{self._target.bucket}/{self._target.key}", upload_id)
+
+    async def _has_parts(self, upload_id: str) -> bool:
+        request = partial(self._client.call, "GET", self._url(uploadId=upload_id))
+        try:
+            reply = await self._backend.call("clean up", self._target.path, request)
+        except (CheckpointNotFoundError, StorageUnavailableError):  # there is no such upload
+            return False
+        found = reply.xml("ListPartsResult")
+        return found is not None and found.find("{*}Part") is not None
+
+    async def _abort_lost_creations(self) -> None:
+        """Aborts the uploads that were opened for creations without an answer.
+
+        GCS tells the key and the time of an upload, and not who opened it: only as many as creations were lost, opened
+        since, without parts, are ours. Where there are more, somebody else is writing to this key: all stay.
+        """
+        target = self._target
+        since: datetime | None = None
+        found: list[str] = []
+        async for date, upload in self._backend.uploads(target.path, target.bucket, target.key):
+            since = since or parsedate_to_datetime(date) - timedelta(seconds=monotonic() - self._started + 1)
+            upload_id = text_of(upload, "UploadId")
+            started = datetime.fromisoformat(text_of(upload, "Initiated"))
+            if text_of(upload, "Key") == target.key and upload_id != self._upload_id and started >= since:
+                found.append(upload_id)
+        lost = [upload_id for upload_id in found if not await self._has_parts(upload_id)]
+        if len(lost) > self._lost_creations:
+            raise StorageError(
+                f"Cannot clean up {self._backend.url(target.path)}: {len(lost)} uploads could be the "
+                f"{self._lost_creations} whose creation was not answered."
+            )
+        for upload_id in lost:
+            await self._abort_upload(upload_id)
+
+    def _url(self, **parameters: str) -> str:
+        return self._client.xml_url(self._target.bucket, self._target.key, **parameters)

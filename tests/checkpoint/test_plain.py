@@ -1,0 +1,316 @@
+"""Small objects among hyperparameters become plain values where that loses nothing, and come back."""
+
+from __future__ import annotations
+
+import enum
+import io
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from datetime import UTC, date, datetime, time, timedelta, timezone
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, NamedTuple
+from zoneinfo import ZoneInfo
+
+import pytest
+import torch
+
+from torchferry.checkpoint import LoadedCheckpoint, PyTorchCheckpoint
+from torchferry.checkpoint.content import content_of, loadable
+from torchferry.errors import CheckpointValueError
+
+
+class Color(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+    HIGH = 2
+
+
+class Kind(enum.StrEnum):
+    ADAM = "adam"
+
+
+class Bits(enum.Flag):
+    A = 1
+    B = 2
+
+
+class Where(enum.Enum):
+    HERE = Path("/here")
+
+
+class Shape(NamedTuple):
+    width: int
+    name: str = "x"
+
+
+@dataclass(frozen=True)
+class Inner:
+    color: Color
+    shape: Shape
+
+
+def accepted(content: dict[str, Any]) -> dict[str, Any]:
+    """What of the content is saved; raises where not all of it would be loaded again."""
+    prepared = loadable(content)
+    if (error := prepared.error("file:///x")) is not None:
+        raise error
+    return prepared.content
+
+
+def stored(hyperparameters: Any) -> dict[str, Any]:
+    """What is loaded again, with weights_only=True, after torch.save."""
+    file = io.BytesIO()
+    torch.save(accepted(content_of(PyTorchCheckpoint(hyperparameters=hyperparameters))), file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+WHEN = datetime(2026, 5, 4, 3, 2, 1, 7, tzinfo=timezone(timedelta(hours=2)))
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (Color.RED, "red"),
+        (Level.HIGH, 2),
+        (Kind.ADAM, "adam"),
+        (Bits.A | Bits.B, 3),
+        (Where.HERE, "/here"),
+        (Path("/a/b"), "/a/b"),
+        (PurePosixPath("a"), "a"),
+        (WHEN, "2026-05-04T03:02:01.000007+02:00"),
+        (datetime(2026, 1, 1, tzinfo=UTC), "2026-01-01T00:00:00+00:00"),
+        (date(2026, 1, 2), "2026-01-02"),
+        (time(1, 2), "01:02:00"),
+        (Shape(3), {"width": 3, "name": "x"}),
+        (Inner(Color.BLUE, Shape(4)), {"color": "blue", "shape": {"width": 4, "name": "x"}}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_small_object_becomes_a_plain_value_anywhere(value: Any, plain: Any) -> None:
+    given = {"a": value, "nested": [1, (value, {"k": [value]})], "ordered": OrderedDict(x=value)}
+    loaded = stored(given)
+    assert loaded == {"a": plain, "nested": [1, (plain, {"k": [plain]})], "ordered": OrderedDict(x=plain)}
+    assert type(loaded["ordered"]) is OrderedDict
+    assert type(loaded["a"]) is type(plain)
+    assert given["nested"][1][0] is value  # the user's own containers stay as they are
+
+
+@dataclass
+class Everything:
+    color: Color
+    level: Level
+    kind: Kind
+    bits: Bits
+    where: Where
+    path: Path
+    when: datetime
+    day: date
+    clock: time
+    shape: Shape
+    inner: Inner
+    maybe: Color | None
+    text: str | Path
+    noted: Annotated[Path | None, "note"]
+    many: list[Path]
+    pair: tuple[Color, ...]
+    chosen: set[Color]
+    named: dict[Color, Shape]
+    derived: Color = field(default=Color.RED, init=False)
+
+
+def test_a_dataclass_comes_back_whole() -> None:
+    everything = Everything(
+        Color.RED, Level.LOW, Kind.ADAM, Bits.A | Bits.B, Where.HERE, Path("/p"), WHEN, date(2026, 1, 2), time(1, 2),
+        Shape(3), Inner(Color.BLUE, Shape(4)), Color.BLUE, "text", Path("n"), [Path("a"), Path("b")],
+        (Color.RED, Color.BLUE), {Color.RED}, {Color.RED: Shape(5)},
+    )  # fmt: skip
+    everything.derived = Color.BLUE
+    rebuilt = LoadedCheckpoint(stored(everything)).hyperparameters_as(Everything)
+    assert rebuilt == everything
+    assert [type(getattr(rebuilt, f.name)) for f in fields(rebuilt)] == [
+        type(getattr(everything, f.name)) for f in fields(everything)
+    ]
+
+
+def test_a_value_that_its_enum_or_date_does_not_have_is_a_type_error() -> None:
+    @dataclass
+    class Config:
+        color: Color = Color.RED
+        when: date | None = None
+
+    Config.__annotations__ = {"color": Color, "when": date}
+    with pytest.raises(TypeError, match="'green' is no value of the enum Color"):
+        LoadedCheckpoint({"color": "green"}).hyperparameters_as(Config)
+    with pytest.raises(TypeError, match="'soon' is no date in ISO format"):
+        LoadedCheckpoint({"when": "soon"}).hyperparameters_as(Config)
+
+
+def make_numpy() -> Any:
+    return pytest.importorskip("numpy")
+
+
+@pytest.mark.parametrize(
+    ("make", "plain"),
+    [
+        (lambda np: np.mean([1.0, 2.0]), 1.5),
+        (lambda np: np.float32(0.1), 0.10000000149011612),
+        (lambda np: np.float16(0.5), 0.5),
+        (lambda np: np.int64(3), 3),
+        (lambda np: np.uint8(3), 3),
+        (lambda np: np.bool_(True), True),
+        (lambda np: np.complex64(1j), 1j),
+        (lambda np: np.str_("x"), "x"),
+        (lambda np: np.bytes_(b"x"), b"x"),
+    ],
+)
+def test_a_numpy_scalar_becomes_pythons_and_comes_back(make: Callable[[Any], Any], plain: Any) -> None:
+    value = make(make_numpy())
+
+    @dataclass
+    class Config:
+        value: Any
+
+    loaded = stored({"value": value, "history": [value] * 3})
+    assert loaded == {"value": plain, "history": [plain] * 3}
+    assert type(loaded["value"]) is type(plain)
+    Config.__annotations__ = {"value": type(value)}
+    rebuilt = LoadedCheckpoint({"value": loaded["value"]}).hyperparameters_as(Config)
+    assert rebuilt.value == value
+    assert type(rebuilt.value) is type(value)
+
+
+def test_a_numpy_scalar_in_the_optimizers_options_becomes_a_number() -> None:
+    np = make_numpy()
+    linear = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=np.float64(0.5))
+    content = content_of(PyTorchCheckpoint(module=linear, optimizer=optimizer))
+    converted = accepted(content)
+    assert list(converted) == list(content)
+    assert converted["module_state_dict"] is content["module_state_dict"]
+    lr = converted["optimizer_state_dict"]["param_groups"][0]["lr"]
+    assert (type(lr), lr) == (float, 0.5)
+    assert type(optimizer.param_groups[0]["lr"]) is np.float64
+
+
+@pytest.mark.parametrize("kind", ["longdouble", "datetime64"])
+def test_a_numpy_scalar_that_python_has_no_number_for_is_refused(kind: str) -> None:
+    np = make_numpy()
+    value = np.longdouble(1) if kind == "longdouble" else np.datetime64("2026-01-01")
+    with pytest.raises(CheckpointValueError, match=f"Hyperparameter 'x' is a numpy.{kind}"):
+        stored({"x": value})
+
+
+class Extended(Path("/").__class__):  # type: ignore[misc]
+    """A path that may know more than its text."""
+
+
+@dataclass
+class Cached:
+    """A dataclass with more than its fields."""
+
+    a: int
+
+    def __post_init__(self) -> None:
+        self.more = object()
+
+
+@dataclass(eq=False)
+class Network(torch.nn.Module):
+    """A dataclass whose parameters are not among its fields."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(self.size, self.size)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        datetime(2026, 1, 1, tzinfo=ZoneInfo("Europe/Berlin")),
+        datetime(2026, 10, 25, 2, 30, fold=1),  # noqa: DTZ001 - such a one is meant
+        Extended("/x"),
+        Cached(1),
+        Network.__new__(Network),
+        object(),
+    ],
+    ids=["time zone", "fold", "path of another class", "dataclass with more", "module", "object"],
+)
+def test_what_a_plain_value_would_not_say_is_refused(value: Any) -> None:
+    if isinstance(value, Network):
+        torch.nn.Module.__init__(value)
+        value.size = 1
+        value.linear = torch.nn.Linear(1, 1)
+    with pytest.raises(CheckpointValueError, match=r"Hyperparameter 'a'\[0\] is a "):
+        stored({"a": [value]})
+
+
+def test_keys_become_plain_unless_an_item_would_be_lost() -> None:
+    assert stored({"by": {Color.RED: 1, Path("x"): 2}}) == {"by": {"red": 1, "x": 2}}
+    for clash in ({Color.RED: 1, "red": 2}, {"red": 2, Color.RED: 1}, {Color.RED: 1, Path("red"): 2}, {Shape(1): 1}):
+        with pytest.raises(CheckpointValueError, match="a key of Hyperparameter 'by'"):
+            stored({"by": clash})
+    for elements in ({Color.RED, "red"}, {Shape(1)}):
+        with pytest.raises(CheckpointValueError, match="Hyperparameter 'by'"):
+            stored({"by": elements})
+
+
+def test_the_names_of_hyperparameters_become_plain_too() -> None:
+    assert stored({Color.RED: 1}) == {"red": 1}
+    with pytest.raises(CheckpointValueError, match=r"The name of Hyperparameter .* is a .*Shape"):
+        stored({Shape(1): 1})
+
+
+def test_a_hyperparameters_name_cannot_become_that_of_a_state() -> None:
+    class Name(enum.Enum):
+        STATE = "module_state_dict"
+
+    linear = torch.nn.Linear(1, 1)
+    with pytest.raises(CheckpointValueError, match="cannot be named 'module_state_dict'"):
+        accepted(content_of(PyTorchCheckpoint(linear, {Name.STATE: 1})))
+
+
+def test_what_is_one_object_stays_one() -> None:
+    shared = [Color.RED, torch.ones(2)]
+    loop: list[Any] = [Color.RED]
+    loop.append((loop,))
+    loaded = stored({"a": shared, "b": shared, "loop": loop})
+    assert loaded["a"] is loaded["b"]
+    assert loaded["loop"][1][0] is loaded["loop"]
+    assert loaded["loop"][0] == "red"
+
+
+def test_a_dataclass_that_contains_itself_is_refused() -> None:
+    @dataclass
+    class Node:
+        parent: Any = None
+
+    node = Node()
+    node.parent = [node]
+    with pytest.raises(CheckpointValueError, match=r"Hyperparameter 'node'\['parent'\]\[0\] is a .*Node"):
+        stored({"node": node})
+
+
+def test_what_add_safe_globals_allows_stays_as_it_is() -> None:
+    given = {"color": Color.RED, "shape": Shape(1), "inner": [Inner(Color.RED, Shape(1))]}
+    with torch.serialization.safe_globals([Color, Shape, Inner]):
+        assert stored(given) == given
+
+
+def test_tensors_in_them_are_not_copied() -> None:
+    weights = torch.ones(2)
+    converted = accepted({"cfg": {"shape": Shape(1), "weights": weights}})
+    assert converted["cfg"]["weights"] is weights
+
+
+def test_content_without_such_objects_is_the_same_object() -> None:
+    content = {"a": [1, {"b": torch.ones(1)}], "module_state_dict": OrderedDict(w=torch.ones(1))}
+    assert loadable(content).content is content
