@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.contenders import CONTENDERS
-from benchmarks.contenders.ferry import OTHER, OTHER_CHECKOUT
+from benchmarks.contenders.ferry import environment_of
 from benchmarks.endpoint import Store, disk, disk_name, nginx, seaweedfs
 from benchmarks.suites import FILE
 from benchmarks.works import GIB
@@ -135,27 +135,20 @@ def _measure(store: Store, case: Case, name: str) -> dict[str, Any]:
     saving = case.verb == "save"
     prefix = f"save/{name.replace(' ', '-')}" if saving else f"load/{CONTENDERS[case.verb, name].format}"
     order = {"verb": case.verb, "contender": name, "work": case.work, "size": case.size, "prefix": prefix}
-    checkout = OTHER_CHECKOUT if name.endswith(OTHER) else None
-    result = _in_process(store, checkout, action="measure", replaces=case.replaces, **order)
+    result = _in_process(store, action="measure", replaces=case.replaces, **order)
     if saving:
         store.remove(prefix)
     return result
 
 
-def _in_process(store: Store, checkout: str | None = None, /, **order: Any) -> dict[str, Any]:
-    """Has worker.py carry out an order; returns its answer, or an error where it gave none.
-
-    With the torchferry of ``checkout``, where that is given.
-    """
+def _in_process(store: Store, **order: Any) -> dict[str, Any]:
+    """Has worker.py carry out an order; returns its answer, or an error where it gave none."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(_CLOUD_SETTINGS)}
-    if checkout is not None:
-        paths = [str(Path(checkout).resolve() / part) for part in ("src", "storage_backends")]
-        inherited["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [inherited.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory(prefix="benchmark-") as directory:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", json.dumps(order | {"store": store.as_json()})],
             cwd=_ROOT,
-            env=inherited | store.environment() | {"TMPDIR": directory},
+            env=inherited | store.environment() | environment_of(order.get("contender", "")) | {"TMPDIR": directory},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

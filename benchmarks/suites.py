@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from benchmarks.contenders import CONTENDERS, ferry
+from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders.ferry import OTHER, OTHER_CHECKOUT
 from benchmarks.contenders.floors import SOCKETS
 from benchmarks.works import GIB, MIB, SMALL_TENSOR
 
 VERBS = ("save", "load")
 FERRY = "torchferry"
-OTHER = (f"{FERRY}{ferry.OTHER}",) if ferry.OTHER_CHECKOUT else ()
+OTHERS = (OTHER,) if OTHER_CHECKOUT else ()
 FERRY_MODULE = "torchferry (module only)"
 FLYTEKIT = "flytekit"
 TO_FILE = {"save": "torch.save to a local file", "load": "torch.load of a local file"}
@@ -76,28 +77,28 @@ def _adam() -> Iterator[Case]:
 def _small() -> Iterator[Case]:
     """100,000 tensors of 4 KiB, against a local file."""
     for verb in VERBS:
-        yield Case("small", verb, "small", 100_000 * SMALL_TENSOR, (FERRY, *OTHER, FLYTEKIT, TO_FILE[verb]))
+        yield Case("small", verb, "small", 100_000 * SMALL_TENSOR, (FERRY, *OTHERS, FLYTEKIT, TO_FILE[verb]))
 
 
 def _tiny() -> Iterator[Case]:
     """16 MiB."""
     for verb in VERBS:
         peers = (FLYTEKIT, "fsspec.open", OBSTORE[verb], "s3torchconnector", BOTO3[verb])
-        yield Case("tiny", verb, "flat", 16 * MIB, (FERRY, *OTHER, *peers))
+        yield Case("tiny", verb, "flat", 16 * MIB, (FERRY, *OTHERS, *peers))
 
 
 def _growth() -> Iterator[Case]:
     """64 MiB to 8 GiB: do time and memory grow with the size, and no faster?"""
     for verb in VERBS:
         for size in (64 * MIB, 256 * MIB, GIB, 2 * GIB, 4 * GIB, 8 * GIB):
-            yield Case("growth", verb, "flat", size, (FERRY, *OTHER))
+            yield Case("growth", verb, "flat", size, (FERRY, *OTHERS))
 
 
 def _shaped() -> Iterator[Case]:
     """1 GiB over a link like that to S3: 30 ms to each answer, 90 MB/s over each connection."""
     for verb in VERBS:
         peers = (FLYTEKIT, OBSTORE[verb], "s3torchconnector")
-        yield Case("shaped", verb, "flat", GIB, (FERRY, *OTHER, *peers, *sockets(1, *SOCKETS[-1:])), shaped=True)
+        yield Case("shaped", verb, "flat", GIB, (FERRY, *OTHERS, *peers, *sockets(1, *SOCKETS[-1:])), shaped=True)
 
 
 def _https() -> Iterator[Case]:
@@ -115,7 +116,7 @@ def _disk() -> Iterator[Case]:
 
 
 def _on_disk(verb: str) -> tuple[str, ...]:
-    other = (f"{FERRY_FILE[verb]}{ferry.OTHER}",) if ferry.OTHER_CHECKOUT else ()
+    other = (f"{FERRY_FILE[verb]}, other checkout",) if OTHER_CHECKOUT else ()
     return (FERRY_FILE[verb], *other, TORCH_FILE[verb])
 
 

@@ -1,507 +1,317 @@
+"""S3: what holds of any store, what a user can configure in s3fs, and what stores answer."""
+
 from __future__ import annotations
 
 import asyncio
 import base64
 import contextlib
-import dataclasses
+import inspect
 import json
-import socket
+import logging
 import subprocess
 import sys
 import textwrap
 import uuid
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+import torch
+import trustme
 from aiobotocore.session import AioSession
 from botocore.exceptions import ClientError
 from s3fs import S3FileSystem
 
 import torchferry
-import torchferry_s3
+from torchferry import TransferReport
 from torchferry.engine.loops import run_on
-from torchferry.errors import (
-    CheckpointChangedError,
-    StorageError,
-    StoragePermissionError,
-    StorageUnavailableError,
-    UnsupportedOptionError,
-)
-from torchferry.storage import bridge
-from torchferry.storage.base import MIB, Backend, ObjectStat, Plane
+from torchferry.engine.types import MIB, Chunk, ObjectStat
+from torchferry.errors import CheckpointChangedError, StorageError, StoragePermissionError
+from torchferry.storage.base import Backend
 from torchferry.storage.registry import open_backend
-from torchferry.testing import CloudConformance, StoreUnderTest
-from torchferry.testing.conformance import READS, Reads, cancel_at_the_end, stream
-from torchferry.testing.faultproxy import Fault
-from torchferry.testing.servers import storage_options_for
+from torchferry.testing import CloudConformance
+from torchferry.testing.conformance import READS, Reads, stream
+from torchferry.testing.faultproxy import FaultProxy
+from torchferry.testing.s3 import S3Store
+from torchferry.testing.servers import S3Server, seaweedfs, storage_options_for
+from torchferry_s3 import S3Backend
+from torchferry_s3.upload import _etag_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from conftest import FaultyS3
 
-    from torchferry.testing.servers import S3Server
-
+PART = 5 * MIB
 DATA = bytes(range(256)) * (12 * 4096)  # 12 MiB: three parts of 5 MiB
-PLANES: tuple[Plane, ...] = ("fsspec", "obstore")
-
-
-class S3Store(StoreUnderTest):
-    keeps_metadata = True
-
-    def __init__(self, client: Any, url: str, storage_options: dict[str, Any], plane: Plane) -> None:
-        self.options = {"storage_options": storage_options, "plane": plane}
-        self.backend, self._prefix = open_backend(url, **self.options)
-        self._client = client
-
-    def path(self, name: str) -> str:
-        return f"{self._prefix}/{name}"
-
-    def raw_write(self, path: str, data: bytes) -> None:
-        self._client.put_object(**self._address(path), Body=data)
-
-    def raw_read(self, path: str) -> bytes:
-        data: bytes = self._client.get_object(**self._address(path))["Body"].read()
-        return data
-
-    def raw_exists(self, path: str) -> bool:
-        bucket, _, key = path.partition("/")
-        found = self._client.list_objects_v2(Bucket=bucket, Prefix=key)
-        return any(entry["Key"] == key for entry in found.get("Contents", []))
-
-    def leftovers(self) -> list[str]:
-        bucket, _, prefix = self._prefix.partition("/")
-        uploads = self._client.list_multipart_uploads(Bucket=bucket, Prefix=prefix)
-        return [upload["Key"] for upload in uploads.get("Uploads", [])]
-
-    def _address(self, path: str) -> dict[str, str]:
-        bucket, _, key = path.partition("/")
-        return {"Bucket": bucket, "Key": key}
+SIGNED = "X-Amz-Signature="  # in the targets of what the engine sends
 
 
 class S3Conformance(CloudConformance):
-    plane: Plane
-
-    @pytest.fixture
-    def store(self, s3_client: Any, s3_url: str, s3_storage_options: dict[str, Any]) -> S3Store:
-        return S3Store(s3_client, s3_url, s3_storage_options, self.plane)
-
     @pytest.fixture
     def path_in_missing_container(self) -> str:
         return "ferry-nowhere/checkpoint.pt"
 
     @pytest.fixture
-    def unauthorized(self, s3_url: str, s3_storage_options: dict[str, Any]) -> Backend:
-        options = s3_storage_options | {"secret": "wrong"}
-        return open_backend(s3_url, storage_options=options, plane=self.plane)[0]
+    def unauthorized(self, s3_url: str, store: S3Store) -> Backend:
+        assert store.options is not None
+        options = store.options["storage_options"] | {"secret": "wrong"}
+        return open_backend(s3_url, storage_options=options)[0]
 
 
-class TestS3ThroughS3fs(S3Conformance):
-    plane = "fsspec"
+class TestS3(S3Conformance):
+    @pytest.fixture
+    def store(self, s3_client: Any, s3_url: str, s3_storage_options: dict[str, Any]) -> S3Store:
+        return S3Store(s3_client, s3_url, s3_storage_options)
 
 
-class TestS3ThroughObstore(S3Conformance):
-    plane = "obstore"
+@pytest.fixture(scope="module")
+def authority_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, tuple[Path, Path]]:
+    """The certificate of an authority, and the files of a certificate that it issued and its key."""
+    directory = tmp_path_factory.mktemp("certificates")
+    authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
+    issued = authority.issue_cert("127.0.0.1", key_type=trustme.KeyType.ECDSA)
+    certificate, key = directory / "server.pem", directory / "server.key"
+    issued.cert_chain_pems[0].write_to_path(certificate)
+    issued.private_key_pem.write_to_path(key)
+    authority.cert_pem.write_to_path(directory / "ca.pem")
+    return str(directory / "ca.pem"), (certificate, key)
 
 
-# --- faults: what networks and stores do, through a proxy
+@pytest.fixture(scope="module")
+def open_server(authority_file: tuple[str, tuple[Path, Path]]) -> Iterator[S3Server]:
+    """A store that speaks https, and asks nobody for a signature."""
+    with seaweedfs(anonymous=True, certificate=authority_file[1]) as server:
+        yield server
 
 
-@pytest.fixture(params=PLANES)
-def plane(request: pytest.FixtureRequest) -> Plane:
-    chosen: Plane = request.param
-    return chosen
+@pytest.fixture(scope="module")
+def open_client(open_server: S3Server) -> Iterator[Any]:
+    import botocore.session
+
+    client = botocore.session.get_session().create_client(
+        "s3",
+        endpoint_url=open_server.endpoint,
+        region_name=open_server.region,
+        aws_access_key_id=open_server.key,
+        aws_secret_access_key=open_server.secret,
+    )
+    client.create_bucket(Bucket="ferry-open")
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def https_options(
+    open_server: S3Server, open_client: Any, authority_file: tuple[str, tuple[Path, Path]]
+) -> dict[str, Any]:
+    """What s3fs takes to reach the bucket "ferry-open" by https."""
+    assert open_client
+    options = storage_options_for(open_server.https_endpoint, open_server.key, open_server.secret, open_server.region)
+    options["client_kwargs"]["verify"] = authority_file[0]
+    return options
+
+
+@pytest.fixture
+def open_url() -> str:
+    return f"s3://ferry-open/{uuid.uuid4().hex}"
+
+
+class TestS3OverHttps(S3Conformance):
+    @pytest.fixture
+    def store(self, open_client: Any, open_url: str, https_options: dict[str, Any]) -> S3Store:
+        return S3Store(open_client, open_url, https_options)
 
 
 @pytest.fixture
 def through(
-    plane: Plane, s3_client: Any, s3_url: str, faulty_s3: Callable[..., FaultyS3]
-) -> Callable[..., tuple[S3Store, FaultyS3]]:
-    """Makes the store as seen through a proxy with these faults."""
+    s3_client: Any, s3_url: str, faulty_s3: Callable[..., FaultyS3]
+) -> Callable[..., tuple[S3Store, FaultProxy]]:
+    """Makes the store as seen through a proxy that logs requests."""
 
-    def make(*faults: Fault, **options: Any) -> tuple[S3Store, FaultyS3]:
-        faulty = faulty_s3(*faults)
-        return S3Store(s3_client, s3_url, faulty.storage_options | options, plane), faulty
+    def make(**options: Any) -> tuple[S3Store, FaultProxy]:
+        faulty = faulty_s3()
+        return S3Store(s3_client, s3_url, faulty.storage_options | options), faulty.proxy
 
     return make
 
 
-Through: TypeAlias = "Callable[..., tuple[S3Store, FaultyS3]]"
+async def round_trip(backend: Backend, path: str, data: bytes = DATA) -> None:
+    plan = backend.upload_plan(len(data), PART)
+    written = await run_on(backend.loop, backend.write, path, stream(data, MIB), plan=plan)
+    assert await run_on(backend.loop, backend.read, path, 0, len(data), written) == data
+    await run_on(backend.loop, backend.delete, path)
 
-SURVIVABLE_WRITES = {
-    "upload not started at once": Fault(method="POST", target=r"\?uploads", status=503),
-    "parts refused": Fault(method="PUT", target="partNumber=", status=503, times=3),
-    "part answered with an internal error": Fault(
-        method="PUT", target="partNumber=2", status=500, code="InternalError"
-    ),
-    "part reset in the middle": Fault(method="PUT", target="partNumber=2", reset_upload_after=MIB),
-    "part stored but the reply lost": Fault(method="PUT", target="partNumber=3", lose_reply=True),
-    "completion refused": Fault(method="POST", target="uploadId=", status=503),
-    "completion done but the reply lost": Fault(method="POST", target="uploadId=", lose_reply=True),
+
+# --- which way the bytes go
+
+
+async def test_all_bodies_go_through_the_engine_signed_with_version_4(through: Any) -> None:
+    store, proxy = through()
+    path = store.path("checkpoint.pt")
+    written = await store.write(path, stream(DATA, MIB))
+    await store.read(path, 0, 100, written)
+    await store.write(path, stream(b"small", 5))
+    bodies = [r for r in proxy.log if r.method == "PUT" or (r.method == "GET" and "checkpoint" in r.target)]
+    assert len(bodies) == 5
+    assert all("X-Amz-Algorithm=AWS4-HMAC-SHA256" in request.target for request in bodies)
+    fs = store.backend._fs
+    url = await run_on(fs.loop, fs._url, path)  # the URLs of the client's other users stay as they are
+    assert "AWSAccessKeyId=" in url
+
+
+async def test_only_the_bytes_asked_for_travel(through: Any) -> None:
+    store, proxy = through()
+    path = store.path("checkpoint.pt")
+    store.raw_write(path, DATA)
+    found = await store.stat(path)
+    await store.read(path, 0, 100, found)
+    assert [request.method for request in proxy.log if "checkpoint" in request.target] == ["HEAD", "GET"]
+
+
+class Special(S3FileSystem):
+    """A subclass may do anything."""
+
+
+CLIENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "session": ({"session": AioSession()}, "the filesystem has a session of the user's"),
+    "client certificate": ({"config_kwargs": {"client_cert": "/cert.pem"}}, "there is a client certificate"),
+    "checksum": ({"s3_additional_kwargs": {"ChecksumAlgorithm": "SHA256"}}, "s3_additional_kwargs choose a checksum"),
+    "certificates in a directory": ({"client_kwargs": {"verify": "/etc/ssl/certs"}}, "are not one file"),
 }
 
 
-@pytest.mark.parametrize("fault", SURVIVABLE_WRITES)
-async def test_upload_survives(through: Through, fault: str) -> None:
-    store, faulty = through(_fresh(SURVIVABLE_WRITES[fault]))
-    path = store.path("checkpoint.pt")
-    written = await store.write(path, stream(DATA, MIB), metadata={"step": "1"})
-    assert store.raw_read(path) == DATA
-    assert await store.stat(path) == written
-    assert any(request.fault for request in faulty.proxy.log)
-    assert store.leftovers() == []
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Fault(method="PUT", status=503),
-        Fault(method="PUT", reset_upload_after=100_000),
-        Fault(method="PUT", lose_reply=True),
-    ],
-    ids=["refused", "reset", "reply lost"],
-)
-async def test_small_upload_survives(through: Through, fault: Fault) -> None:
-    store, faulty = through(_fresh(fault))
-    path = store.path("checkpoint.pt")
-    await store.write(path, stream(DATA[:MIB], 4096))
-    assert store.raw_read(path) == DATA[:MIB]
-    assert faulty.proxy.log[0].fault
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Fault(method="GET", status=503),
-        Fault(method="GET", status=500, code="InternalError"),
-        Fault(method="GET", reset_download_after=MIB),
-        Fault(method="GET", reset_download_after=0),
-        Fault(method="GET", truncate_after=MIB),
-        Fault(method="GET", truncate_after=0),
-        Fault(method="GET", lose_reply=True),
-        Fault(method="GET", truncate_after=MIB, times=3),
-    ],
-    ids=[
-        *("refused", "internal error", "reset", "reset at once", "truncated", "truncated at once", "reply lost"),
-        "truncated three times",
-    ],
-)
-@READS
-async def test_download_survives_with_the_right_bytes(through: Through, reads: Reads, fault: Fault) -> None:
-    store, faulty = through(_fresh(fault))
-    path = store.path("checkpoint.pt")
-    store.raw_write(path, DATA)
-    found = await store.stat(path)
-    assert await getattr(store, reads)(path, 5, 3 * MIB, found) == DATA[5 : 3 * MIB]
-    assert len(faulty.proxy.requests("GET")) > 1
-
-
-@READS
-async def test_download_that_is_always_cut_is_an_error_and_never_data(through: Through, reads: Reads) -> None:
-    retries = {"config_kwargs": {"retries": {"max_attempts": 2}}}
-    store, _ = through(Fault(method="GET", truncate_after=1000, times=None), **retries)
-    path = store.path("checkpoint.pt")
-    store.raw_write(path, DATA)
-    found = await store.stat(path)
-    with pytest.raises(StorageError, match=r"checkpoint\.pt"):
-        await getattr(store, reads)(path, 0, 3 * MIB, found)
-
-
-async def test_part_that_is_never_taken_is_unavailable_and_leaves_nothing(through: Through) -> None:
-    retries = {"config_kwargs": {"retries": {"max_attempts": 1}}}
-    store, _ = through(Fault(method="PUT", target="partNumber=2", status=503, times=None), **retries)
-    path = store.path("checkpoint.pt")
-    store.raw_write(path, b"old")
-    with pytest.raises(StorageUnavailableError, match=r"checkpoint\.pt"):
-        await store.write(path, stream(DATA, MIB))
-    assert store.raw_read(path) == b"old"
-    assert store.leftovers() == []
-
-
-async def test_completion_that_is_refused_leaves_nothing(through: Through) -> None:
-    store, _ = through(Fault(method="POST", target="uploadId=", status=400, code="InvalidRequest", times=None))
-    path = store.path("checkpoint.pt")
-    with pytest.raises(StorageError, match=r"checkpoint\.pt"):
-        await store.write(path, stream(DATA, MIB))
-    assert not store.raw_exists(path)
-    assert store.leftovers() == []
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Fault(method="POST", target="uploadId=", reset_upload_after=0, times=None),
-        Fault(method="POST", target="uploadId=", status=404, code="NoSuchUpload", times=None),
-    ],
-    ids=["reset", "no such upload"],
-)
-async def test_completion_that_never_came_about_is_an_error_where_the_last_checkpoint_has_the_same_size(
-    through: Through, s3_client: Any, s3_url: str, s3_storage_options: dict[str, Any], plane: Plane, fault: Fault
+@pytest.mark.parametrize("setting", CLIENTS)
+async def test_what_only_the_client_can_honour_goes_through_it_and_the_engine_says_why(
+    s3_storage_options: dict[str, Any], setting: str
 ) -> None:
-    retries = {"config_kwargs": {"retries": {"max_attempts": 1}}}
-    store, _ = through(_fresh(fault), **retries)
-    path, old = store.path("checkpoint.pt"), DATA[::-1]
-    await S3Store(s3_client, s3_url, s3_storage_options, plane).write(path, stream(old, MIB))
-    with pytest.raises(StorageError, match=r"checkpoint\.pt"):
-        await store.write(path, stream(DATA, MIB))
-    assert store.raw_read(path) == old
-    assert store.leftovers() == []
+    options, reason = CLIENTS[setting]
+    options = s3_storage_options | options
+    options["client_kwargs"] = s3_storage_options["client_kwargs"] | options["client_kwargs"]
+    backend, _ = open_backend("s3://bucket/key", storage_options=options)
+    assert isinstance(backend, S3Backend)
+    engine = await run_on(backend.loop, backend.engine)
+    assert reason in engine.why_client(1)
 
 
-NO_SUCH_UPLOAD = Fault(method="POST", target="uploadId=", status=404, code="NoSuchUpload", times=None)
-
-
-async def test_upload_that_somebody_aborted_is_unavailable_because_saving_again_helps(through: Through) -> None:
-    store, _ = through(_fresh(NO_SUCH_UPLOAD))
-    path = store.path("checkpoint.pt")
-    with pytest.raises(StorageUnavailableError, match=r"checkpoint\.pt: the upload is gone.*saving again is safe"):
-        await store.write(path, stream(DATA, MIB))
-    assert not store.raw_exists(path)
-    assert store.leftovers() == []
-
-
-async def test_upload_that_the_store_forgot_when_it_was_complete_is_unavailable(
-    s3_client: Any, s3_url: str, faulty_s3: Callable[..., FaultyS3]
-) -> None:
-    """On the obstore plane, which does not know the ETag that tells; the fsspec plane finds the object complete."""
-    faulty = faulty_s3(Fault(method="POST", target="uploadId=", lose_reply=True), _fresh(NO_SUCH_UPLOAD))
-    store = S3Store(s3_client, s3_url, faulty.storage_options, "obstore")
-    path = store.path("checkpoint.pt")
-    with pytest.raises(StorageUnavailableError, match="may or may not be complete"):
-        await store.write(path, stream(DATA, MIB))
-    assert store.raw_read(path) == DATA
-
-
-def test_parts_without_md5_digests_do_not_tell_the_etag_of_the_object() -> None:
-    md5 = {"ETag": '"d41d8cd98f00b204e9800998ecf8427e"'}
-    assert torchferry_s3._etag_of([md5, md5]) == "5873dd45edd01f09c1ef2e7819369e8e-2"
-    for other in ('"d41d8cd98f00b204e9800998ecf8427e-3"', '"0x8DC"', '"ünïcode"'):
-        assert torchferry_s3._etag_of([md5, {"ETag": other}]) is None
-
-
-async def test_server_that_is_not_there_is_unavailable(plane: Plane, s3_url: str) -> None:
-    with _unused_port() as port:
-        options = {
-            "key": "key",
-            "secret": "secret",
-            "endpoint_url": f"http://127.0.0.1:{port}",
-            "client_kwargs": {"region_name": "us-east-1"},
-            "config_kwargs": {"retries": {"max_attempts": 1}},
-        }
-        store = S3Store(None, s3_url, options, plane)
-        with pytest.raises(StorageUnavailableError, match=s3_url):
-            await store.stat(store.path("checkpoint.pt"))
-        with pytest.raises(StorageUnavailableError, match=s3_url):
-            await store.write(store.path("checkpoint.pt"), stream(DATA, MIB))
-
-
-async def test_server_that_falls_silent_is_asked_again(s3_client: Any, s3_url: str, faulty_s3: Any) -> None:
-    """On the fsspec plane, after the read timeout that the user set; obstore has a limit of minutes for a request."""
-    faulty = faulty_s3(
-        Fault(method="PUT", target="partNumber=2", hang=True), Fault(method="GET", target="checkpoint", hang=True)
-    )
-    options = faulty.storage_options | {"config_kwargs": {"read_timeout": 1}}
-    store = S3Store(s3_client, s3_url, options, "auto")
-    assert store.backend.plane == "fsspec"
-    path = store.path("checkpoint.pt")
-    written = await store.write(path, stream(DATA, MIB))
-    assert await store.read(path, 0, len(DATA), written) == DATA
-    assert len(faulty.proxy.requests("PUT", "partNumber=2")) == 2
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits for a moment only until obstore has aborted an upload."""
-    monkeypatch.setattr("torchferry.storage.obstore._ABORT_SECONDS", 2.0)
-
-
-HANGING_PART = Fault(method="PUT", target="partNumber=2", hang=True, times=None)
-
-
-@pytest.mark.usefixtures("impatient")
-async def test_cancel_while_a_part_hangs_leaves_nothing(
-    through: Through, s3_client: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    store, faulty = through(_fresh(HANGING_PART))
-    path = store.path("checkpoint.pt")
-    other = store._address(f"{path}.other")
-    s3_client.create_multipart_upload(**other)
-    await cancel_at_the_end(store, path, DATA, partial(faulty.proxy.wait_for, "PUT", "partNumber=2"))
-    assert not store.raw_exists(path)
-    assert store.leftovers() == [other["Key"]]
-    assert caplog.text == ""
-
-
-@pytest.mark.usefixtures("impatient")
-async def test_cancel_while_a_part_hangs_leaves_all_uploads_where_it_cannot_tell_and_says_so(
-    s3_client: Any, s3_url: str, faulty_s3: Callable[..., FaultyS3], caplog: pytest.LogCaptureFixture
-) -> None:
-    """On the obstore plane; the fsspec plane knows the id of its upload."""
-    faulty = faulty_s3(_fresh(HANGING_PART))
-    store = S3Store(s3_client, s3_url, faulty.storage_options, "obstore")
-    path = store.path("checkpoint.pt")
-
-    def open_another() -> None:
-        faulty.proxy.wait_for("PUT", "partNumber=2")
-        s3_client.create_multipart_upload(**store._address(path))
-
-    await cancel_at_the_end(store, path, DATA, open_another)
-    assert len(store.leftovers()) == 2
-    assert f"s3://{path}: 2 could be the one" in caplog.text
-
-
-async def test_only_the_upload_that_was_opened_meanwhile_is_aborted(
-    s3_client: Any, s3_url: str, s3_storage_options: dict[str, Any]
-) -> None:
-    store = S3Store(s3_client, s3_url, s3_storage_options, "fsspec")
-    backend, path = store.backend, store.path("checkpoint.pt")
-    assert isinstance(backend, torchferry_s3.S3Backend)
-    s3_client.create_multipart_upload(**store._address(path))
-    with pytest.raises(StorageError, match="0 could be the one"):
-        await run_on(backend.loop, backend.abort_upload, path, age=-60)
-    assert len(store.leftovers()) == 1
-    await run_on(backend.loop, backend.abort_upload, path, age=60)
-    assert store.leftovers() == []
-
-
-@pytest.mark.parametrize("plane", PLANES)
-async def test_cancel_that_comes_again_and_again_leaves_nothing(
-    s3_client: Any, s3_url: str, faulty_s3: Any, plane: Plane
-) -> None:
-    faulty = faulty_s3()
-    store = S3Store(s3_client, s3_url, faulty.storage_options, plane)
-
-    async def unending() -> AsyncIterator[bytes]:
-        yield DATA * 3
-        await asyncio.Event().wait()
-
-    task = asyncio.create_task(store.write(store.path("checkpoint.pt"), unending()))
-    await asyncio.to_thread(faulty.proxy.wait_for, "PUT", "partNumber=1")
-    for _ in range(3):
-        task.cancel()
-        await asyncio.sleep(0)
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert store.leftovers() == []
-
-
-def test_forked_child_of_a_process_that_used_obstore_still_loads(
+def test_the_report_says_how_many_bytes_went_through_the_client_and_why(
     s3_url: str, s3_storage_options: dict[str, Any]
 ) -> None:
-    program = """
-        import os, sys, torchferry
-        url, options = sys.argv[1], eval(sys.argv[2])
-        torchferry.save({"a": 1}, url, storage_options=options, plane="obstore")
-        if child := os.fork():
-            sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        assert torchferry.load(url, storage_options=options) == {"a": 1}
-        os._exit(0)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program), f"{s3_url}/x", repr(s3_storage_options)]
-    subprocess.run(command, check=True, timeout=60)
+    reports: list[TransferReport] = []
+    tensors = [torch.ones(2 * MIB) for _ in range(3)]
+    for filesystem in (S3FileSystem(**s3_storage_options), Special(**s3_storage_options)):
+        url = f"{s3_url}/x.pt"
+        stat = torchferry.save(tensors, url, filesystem=filesystem, part_size=PART, report=reports.append)
+        torchferry.load(url, filesystem=filesystem, report=reports.append)
+    through_engine, through_client = reports[:2], reports[2:]
+    assert [(r.verb, r.nbytes, r.client_bytes, r.client_reasons) for r in through_engine] == [
+        ("save", stat.size, 0, ()),
+        ("load", through_engine[1].nbytes, 0, ()),
+    ]
+    assert [r.parts for r in reports] == [5, 0, 5, 0]
+    for report in through_client:
+        assert report.client_bytes == report.nbytes > 0
+        assert report.client_reasons == ("Special is a subclass of S3FileSystem",)
+        assert "by the filesystem's client (Special is a subclass of S3FileSystem)" in str(report)
 
 
-async def test_path_without_a_key_is_refused_and_makes_no_bucket(
-    s3_client: Any, s3_storage_options: dict[str, Any]
-) -> None:
-    name = f"ferry-{uuid.uuid4().hex[:12]}"
-    for plane in PLANES:
-        backend, path = open_backend(f"s3://{name}", storage_options=s3_storage_options, plane=plane)
-        with pytest.raises(StorageError, match=f"s3://{name}"):
-            await run_on(backend.loop, backend.write, path, stream(b"x", 1), size_hint=1)
-    assert name not in [bucket["Name"] for bucket in s3_client.list_buckets()["Buckets"]]
+async def test_a_proxy_gets_everything(s3_server: S3Server, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    reports: list[TransferReport] = []
+    with FaultProxy(s3_server.port) as proxy:
+        for how in ("environment", "settings"):
+            options = s3_server.storage_options | {"skip_instance_cache": True}
+            if how == "environment":
+                monkeypatch.setenv("http_proxy", proxy.endpoint)
+            else:
+                monkeypatch.delenv("http_proxy")
+                options["config_kwargs"] = {"proxies": {"http": proxy.endpoint}}
+            before = len(proxy.log)
+            url = f"{s3_url}/{how}.pt"
+            await torchferry.save_async([torch.ones(MIB)], url, storage_options=options, report=reports.append)
+            await torchferry.load_async(url, storage_options=options, report=reports.append)
+            assert all(request.target.startswith("http://") for request in proxy.log[before:])
+    assert all(report.client_bytes == report.nbytes for report in reports)
+    assert {reason for report in reports for reason in report.client_reasons} <= {
+        "there is a proxy",
+        "the engine rests after odd answers",
+    }
 
 
-@pytest.mark.parametrize("key", ["a//b", "/a", "a/../b", "a/./b", "a\nb"])
-async def test_key_that_obstore_would_change_is_refused_with_the_way_out(
-    s3_url: str, s3_storage_options: dict[str, Any], key: str
-) -> None:
-    with pytest.raises(UnsupportedOptionError, match="plane='fsspec'"):
-        backend, path = open_backend(f"{s3_url}/{key}", storage_options=s3_storage_options, plane="obstore")
-        await backend.write(path, stream(b"x", 1), size_hint=1)
+# --- settings
 
 
-@pytest.mark.parametrize("key", ["a//b", "a\nb"])
-async def test_key_that_obstore_would_change_goes_through_the_fsspec_plane(
-    s3_url: str, s3_storage_options: dict[str, Any], key: str
-) -> None:
-    url = f"{s3_url}/{uuid.uuid4().hex}/{key}"
-    await torchferry.save_async({"a": 1}, url, storage_options=s3_storage_options)
-    assert await torchferry.load_async(url, storage_options=s3_storage_options) == {"a": 1}
+ADDITIONAL = {
+    "ACL": "bucket-owner-full-control",
+    "StorageClass": "STANDARD_IA",
+    "Tagging": "team=ferry",
+    "Metadata": {"owner": "me"},
+}
 
 
-@pytest.mark.parametrize(
-    "bucket", ["arn:aws:s3:us-east-1:123456789012:accesspoint/checkpoints", "checkpoints--use1-az4--x-s3"]
-)
-def test_access_points_and_directory_buckets_go_through_the_fsspec_plane(
-    s3_storage_options: dict[str, Any], bucket: str
-) -> None:
-    fs = S3FileSystem(**s3_storage_options)  # older versions of fsspec do not take an ARN in a URL without one
-    backend, path = open_backend(f"s3://{bucket}/a/b.pt", filesystem=fs)
-    assert (backend.plane, path) == ("fsspec", f"{bucket}/a/b.pt")
+async def test_additional_arguments_of_the_filesystem_arrive_with_what_the_engine_sends(through: Any) -> None:
+    store, proxy = through(s3_additional_kwargs=ADDITIONAL, requester_pays=True)
+    path = store.path("checkpoint.pt")
+    for size in (1000, len(DATA)):
+        await store.write(path, stream(DATA[:size], MIB), metadata={"step": "1"})
+    put = next(r for r in proxy.requests("PUT", "checkpoint") if "partNumber" not in r.target)
+    create = next(r for r in proxy.requests("POST") if "uploads" in r.target)
+    for request in (put, create):
+        assert request.headers["x-amz-acl"] == "bucket-owner-full-control"
+        assert request.headers["x-amz-storage-class"] == "STANDARD_IA"
+        assert request.headers["x-amz-tagging"] == "team=ferry"
+        assert request.headers["x-amz-meta-owner"] == "me"
+        assert request.headers["x-amz-meta-step"] == "1"
+    assert SIGNED in put.target
+    found = await store.stat(path)
+    await store.read(path, 0, 5, found)
+    assert found.metadata == {"owner": "me", "step": "1"}
+    objects = [r for r in proxy.log if "checkpoint" in r.target]
+    assert {r.method for r in objects} == {"PUT", "POST", "GET", "HEAD"}
+    assert all(r.headers["x-amz-request-payer"] == "requester" for r in objects)
 
 
-@contextlib.asynccontextmanager
-async def _store_that_answers(answer: str, etag: str, plane: Plane, **options: Any) -> AsyncIterator[S3Store]:
-    """A store that gives every request one answer: the status line's end, more header fields, and the body."""
-    status, _, rest = answer.partition("\r\n")
-    fields = f'ETag: "{etag}"\r\nLast-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\nConnection: close\r\n'
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(f"HTTP/1.1 {status}\r\n{fields}{rest}".encode())
-        await writer.drain()
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    options = storage_options_for(endpoint, "key", "secret") | options
-    async with server:
-        yield await asyncio.to_thread(S3Store, None, "s3://bucket/x", options, plane)
+async def test_encryption_with_a_customers_key(s3_client: Any, through: Any) -> None:
+    key = {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": "k" * 32}
+    store, proxy = through(s3_additional_kwargs=key)
+    path = store.path("checkpoint.pt")
+    written = await store.write(path, stream(DATA, MIB))
+    assert await store.read(path, 5, MIB, written) == DATA[5:MIB]
+    with pytest.raises(ClientError):
+        s3_client.get_object(**store.address(path))
+    parts_and_reads = proxy.requests("PUT") + proxy.requests("GET", "checkpoint")
+    assert len(parts_and_reads) == 4
+    for request in parts_and_reads:
+        assert SIGNED in request.target
+        assert request.headers["x-amz-server-side-encryption-customer-key"] == base64.b64encode(b"k" * 32).decode()
 
 
-@pytest.mark.parametrize("plane", PLANES)
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "206 OK\r\nContent-Range: bytes 0-3/8\r\nContent-Length: 4\r\n\r\nwron",
-        "206 OK\r\nContent-Range: bytes 4-7/8\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nlonge\r\n0\r\n\r\n",
-        "200 OK\r\nContent-Length: 4\r\n\r\nwron",
-    ],
-    ids=["another range", "longer", "no range"],
-)
-async def test_store_that_sends_other_bytes_is_not_believed(plane: Plane, answer: str) -> None:
-    retries = {"config_kwargs": {"retries": {"max_attempts": 1}}}
-    async with _store_that_answers(answer, "x", plane, **retries) as store:
-        with pytest.raises(StorageError):
-            await store.read("bucket/x", 4, 8, ObjectStat("s3://bucket/x", 8, '"x"'))
+async def test_anonymous_requests_carry_no_signature(open_server: S3Server, open_client: Any, open_url: str) -> None:
+    assert open_client
+    with FaultProxy(open_server.port) as proxy:
+        options = storage_options_for(proxy.endpoint, open_server.key, open_server.secret) | {"anon": True}
+        store = S3Store(open_client, open_url, options)
+        path = store.path("checkpoint.pt")
+        written = await store.write(path, stream(DATA, MIB))
+        assert await store.read(path, 0, len(DATA), written) == DATA
+        assert store.raw_read(path) == DATA
+        assert len(proxy.requests("PUT", "partNumber")) == 3
+        assert not any(request.secrets for request in proxy.log)
 
 
-@pytest.mark.parametrize("name", ["Content-Type", "contenttype", "cache-control", "StorageClass", "a b"])
-async def test_metadata_that_obstore_would_not_keep_is_refused_before_anything_is_sent(
-    s3_client: Any, s3_url: str, faulty_s3: Callable[..., FaultyS3], name: str
-) -> None:
-    faulty = faulty_s3()
-    store = S3Store(s3_client, s3_url, faulty.storage_options, "obstore")
-    with pytest.raises(UnsupportedOptionError, match=name):
-        await store.write(store.path("checkpoint.pt"), stream(DATA, MIB), metadata={name: "x"})
-    assert faulty.proxy.log == []
-
-
-@READS
-@pytest.mark.parametrize("plane", PLANES)
-async def test_store_that_ignores_conditions_does_not_mix_versions(plane: Plane, reads: Reads) -> None:
-    answer = "206 OK\r\nContent-Range: bytes 0-3/4\r\nContent-Length: 4\r\n\r\ndata"
-    async with _store_that_answers(answer, "new", plane) as store:
-        read = partial(getattr(store, reads), "bucket/x", 0, 4)
-        assert await read(ObjectStat("", 4, '"new"')) == b"data"
-        with pytest.raises(CheckpointChangedError, match="s3://bucket/x was replaced"):
-            await read(ObjectStat("", 4, '"old"'))
+async def test_anonymous_is_refused_by_a_private_bucket(s3_url: str, s3_storage_options: dict[str, Any]) -> None:
+    store = S3Store(None, s3_url, s3_storage_options | {"anon": True})
+    with pytest.raises(StoragePermissionError):
+        await store.stat(store.path("x.pt"))
+    for size in (1, len(DATA)):
+        with pytest.raises(StoragePermissionError):
+            await store.write(store.path("x.pt"), stream(DATA[:size], MIB))
 
 
 @pytest.mark.parametrize(
@@ -513,272 +323,112 @@ async def test_store_that_ignores_conditions_does_not_mix_versions(plane: Plane,
     ],
     ids=["by default", "only when required", "another algorithm"],
 )
-async def test_parts_carry_the_checksum_that_botocore_is_configured_for(
-    s3_client: Any, s3_url: str, faulty_s3: Any, options: dict[str, Any], algorithms: set[str]
+@pytest.mark.parametrize("way", ["engine", "client"])
+async def test_bodies_carry_the_checksum_that_the_filesystem_is_configured_for(
+    s3_client: Any, s3_url: str, faulty_s3: Any, options: dict[str, Any], algorithms: set[str], way: str
 ) -> None:
-    """On the fsspec plane, over http."""
-    store = S3Store(s3_client, s3_url, faulty_s3().storage_options | options, "fsspec")
-    backend = store.backend
-    assert isinstance(backend, torchferry_s3.S3Backend)
-    sent: list[tuple[bytes, dict[str, Any]]] = []
-
-    def note(request: Any, **_: Any) -> None:
-        sent.append((b"".join(request.body._views), dict(request.headers.items())))
-
-    async def listen() -> None:
-        client = await backend._fs.set_session()
-        for operation in ("UploadPart", "PutObject"):
-            client.meta.events.register(f"before-send.s3.{operation}", note)
-
-    await run_on(backend.loop, listen)
-    await store.write(store.path("large.pt"), stream(DATA, MIB))
-    await store.write(store.path("small.pt"), stream(DATA[:1000], 100))
-    assert len(sent) == 4
-    for body, headers in sent:
+    faulty = faulty_s3()
+    kind = Special if way == "client" else S3FileSystem
+    fs = kind(**faulty.storage_options, **options)
+    backend, path = open_backend(f"{s3_url}/x.pt", filesystem=fs)
+    for size in (1000, len(DATA)):
+        plan = backend.upload_plan(size, PART)
+        await run_on(backend.loop, backend.write, path, stream(DATA[:size], MIB), plan=plan)
+    bodies = faulty.proxy.requests("PUT")
+    pieces = [DATA[:1000], *(DATA[at : at + PART] for at in range(0, len(DATA), PART))]
+    assert len(bodies) == 4
+    found = []
+    for request in bodies:
         prefix = "x-amz-checksum-"
-        checksums = {name.lower().removeprefix(prefix): v for name, v in headers.items() if prefix in name.lower()}
+        checksums = {name.removeprefix(prefix): v for name, v in request.headers.items() if prefix in name}
         assert set(checksums) == algorithms
-        if "crc32" in algorithms:
-            assert checksums["crc32"] == base64.b64encode(zlib.crc32(body).to_bytes(4, "big"))
+        found += [checksums["crc32"]] if "crc32" in algorithms else []
+    if found:
+        assert sorted(found) == sorted(base64.b64encode(zlib.crc32(p).to_bytes(4, "big")).decode() for p in pieces)
+        whole = s3_client.head_object(**S3Store.address(path), ChecksumMode="ENABLED")
+        assert whole["ChecksumCRC32"] == base64.b64encode(zlib.crc32(DATA).to_bytes(4, "big")).decode()
 
 
-async def test_only_the_bytes_asked_for_travel(through: Through) -> None:
-    store, faulty = through()
-    path = store.path("checkpoint.pt")
-    store.raw_write(path, DATA)
-    found = await store.stat(path)
-    await store.read(path, 0, 100, found)
-    assert [request.method for request in faulty.proxy.log if "checkpoint" in request.target] == ["HEAD", "GET"]
+def test_max_concurrency_of_the_filesystem_holds(s3_storage_options: dict[str, Any]) -> None:
+    for options, in_flight in (({}, 16), ({"max_concurrency": 3}, 3)):
+        backend, _ = open_backend("s3://bucket/key", storage_options=s3_storage_options | options)
+        assert backend.upload_plan(1 << 30).in_flight == in_flight
 
 
-def _fresh(fault: Fault) -> Fault:
-    """A fault counts what it does: each test needs its own."""
-    return dataclasses.replace(fault)
+async def test_read_timeout_of_the_filesystem_holds(s3_storage_options: dict[str, Any]) -> None:
+    for options, silence in (({}, 30.0), ({"config_kwargs": {"read_timeout": 7}}, 7)):
+        backend, _ = open_backend("s3://bucket/key", storage_options=s3_storage_options | options)
+        assert isinstance(backend, S3Backend)
+        engine = await run_on(backend.loop, backend.engine)
+        assert engine.transport is not None
+        assert engine.transport.silence == silence
 
 
-@contextlib.contextmanager
-def _unused_port() -> Iterator[int]:
-    """A port that is bound and not listened on, so that nobody else gets it."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        yield sock.getsockname()[1]
-
-
-# --- settings: what a user configured for s3fs holds on either plane
-
-
-def config_of(backend: Backend) -> dict[str, Any]:
-    """The settings that a store of this backend is made with."""
-    made = backend._open_store.__self__  # type: ignore[attr-defined]
-    return {**made._config, "client": made._client_options, "retry": made._retry}
-
-
-TRANSLATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "requester pays": ({"requester_pays": True}, {"request_payer": True}),
-    "anonymous": ({"anon": True, "key": None, "secret": None}, {"skip_signature": True}),
-    "sse-s3": (
-        {"s3_additional_kwargs": {"ServerSideEncryption": "AES256"}},
-        {"server_side_encryption": "AES256"},
-    ),
-    "sse-kms": (
-        {"s3_additional_kwargs": {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "key", "BucketKeyEnabled": True}},
-        {"server_side_encryption": "aws:kms", "sse_kms_key_id": "key", "sse_bucket_key_enabled": True},
-    ),
-    "sse-c": (
-        {"s3_additional_kwargs": {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": b"k" * 32}},
-        {"server_side_encryption": "sse-c", "sse_customer_key_base64": base64.b64encode(b"k" * 32).decode()},
-    ),
-    "signed payloads": (
-        {"config_kwargs": {"s3": {"payload_signing_enabled": True}}},
-        {"unsigned_payload": False},
-    ),
-    "retries": (
-        {"config_kwargs": {"retries": {"max_attempts": 3}}},
-        {"retry": {"max_retries": 3, "retry_timeout": timedelta(minutes=3)}},
-    ),
-    "timeouts": (
-        {"config_kwargs": {"connect_timeout": 7, "read_timeout": 1200}},
-        {"client": {"connect_timeout": timedelta(seconds=7), "timeout": timedelta(seconds=1200)}},
-    ),
-    "certificates not checked": (
-        {"client_kwargs": {"region_name": "us-east-1", "verify": False}},
-        {"client": {"allow_invalid_certificates": True}},
-    ),
-    "proxy": (
-        {"config_kwargs": {"proxies": {"http": "http://127.0.0.1:1", "https": "http://127.0.0.1:1"}}},
-        {"client": {"proxy_url": "http://127.0.0.1:1"}},
-    ),
-    "listings and blocks, which are about other calls": (
-        {"use_listings_cache": False, "default_block_size": MIB, "default_cache_type": "none"},
-        {},
-    ),
-}
-
-
-@pytest.mark.parametrize("setting", TRANSLATED)
-def test_setting_reaches_obstore(s3_storage_options: dict[str, Any], setting: str) -> None:
-    options, expected = TRANSLATED[setting]
-    backend, _ = open_backend("s3://bucket/key", storage_options=s3_storage_options | options)
-    assert backend.plane == "obstore"
-    config = config_of(backend)
-    for name, value in expected.items():
-        assert config[name] == ({**config[name], **value} if name == "client" else value)
-
-
-def test_settings_of_the_aws_cli_are_no_matter(
-    s3_storage_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_certificate_that_verify_names_is_trusted_by_the_engine(
+    https_options: dict[str, Any], open_url: str
 ) -> None:
-    (tmp_path / "config").write_text(
-        "[profile tuned]\ns3 =\n  max_concurrent_requests = 20\n  multipart_threshold = 64MB\n"
-        "  signature_version = s3v4\n"
+    reports: list[TransferReport] = []
+    await torchferry.save_async(
+        [torch.ones(4 * MIB)], f"{open_url}/x.pt", storage_options=https_options, report=reports.append
     )
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    options = s3_storage_options | {"profile": "tuned", "skip_instance_cache": True}
-    backend, _ = open_backend("s3://bucket/key", storage_options=options)
-    assert backend.plane == "obstore"
+    await torchferry.load_async(f"{open_url}/x.pt", storage_options=https_options, report=reports.append)
+    assert [report.client_bytes for report in reports] == [0, 0]
 
 
-@pytest.mark.parametrize("how", ["credential_process = /missing/program", "web identity"])
-async def test_credentials_from_a_missing_file_are_no_missing_checkpoint(
-    plane: Plane, how: str, s3_server: S3Server, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["verify is False", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"])
+async def test_other_ways_to_say_whom_to_trust_hold(
+    https_options: dict[str, Any], open_url: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who starts anew where there is no checkpoint would lose what is there."""
-    if how == "web identity":
-        how = "role_arn = arn:aws:iam::123456789012:role/r\nweb_identity_token_file = /missing/token"
-    (tmp_path / "config").write_text(
-        f"[profile ferry]\nregion = us-east-1\nendpoint_url = {s3_server.endpoint}\n{how}\n"
+    settings = https_options["client_kwargs"]
+    authority = settings.pop("verify")
+    if how == "verify is False":
+        settings["verify"] = False
+    else:
+        monkeypatch.setenv(how, authority)
+    reports: list[TransferReport] = []
+    options = https_options | {"skip_instance_cache": True}
+    await torchferry.save_async(
+        [torch.ones(4 * MIB)], f"{open_url}/x.pt", storage_options=options, report=reports.append
     )
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    with pytest.raises(StoragePermissionError, match="no usable credentials"):
-        options = {"profile": "ferry", "skip_instance_cache": True}
-        backend, path = open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane)
-        await run_on(backend.loop, backend.stat, path)
-    if plane == "fsspec":
-        with pytest.raises(StoragePermissionError, match="no usable credentials"):
-            await run_on(backend.loop, backend.delete, path)
+    assert [report.client_bytes for report in reports] == [0]
 
 
-NOT_TRANSLATED: dict[str, tuple[dict[str, Any], str]] = {
-    "canned acl": ({"s3_additional_kwargs": {"ACL": "bucket-owner-full-control"}}, "ACL"),
-    "storage class": ({"s3_additional_kwargs": {"StorageClass": "STANDARD_IA"}}, "StorageClass"),
-    "versions": ({"version_aware": True}, "version_aware"),
-    "no If-Match": ({"local_expiry_check": True}, "local_expiry_check"),
-    "few connections at once": ({"max_concurrency": 2}, "max_concurrency"),
-    "session": ({"session": AioSession()}, "session"),
-    "old signature": ({"config_kwargs": {"signature_version": "s3"}}, "signature version"),
-    "accelerate": ({"config_kwargs": {"s3": {"use_accelerate_endpoint": True}}}, "use_accelerate_endpoint"),
-    "fips": ({"config_kwargs": {"use_fips_endpoint": True}}, "use_fips_endpoint"),
-    "client certificate": ({"config_kwargs": {"client_cert": "/cert.pem"}}, "client_cert"),
-    "adaptive retries": ({"config_kwargs": {"retries": {"mode": "adaptive"}}}, "adaptive"),
-    "no proxy": ({"config_kwargs": {"proxies": {}}}, "proxies"),
-    "proxy for https alone": ({"config_kwargs": {"proxies": {"https": "http://127.0.0.1:1"}}}, "proxies"),
-    "impatience": ({"config_kwargs": {"read_timeout": 2}}, "read_timeout"),
-    "checksums asked for": ({"config_kwargs": {"request_checksum_calculation": "when_supported"}}, "checksum"),
-    "what does not exist yet": ({"client_kwargs": {"api_version": "2006-03-01"}}, "api_version"),
-}
-
-
-@pytest.mark.parametrize("setting", NOT_TRANSLATED)
-def test_setting_that_obstore_cannot_honour_falls_back_with_one_log_line(
-    s3_storage_options: dict[str, Any], setting: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    options, named = NOT_TRANSLATED[setting]
-    options = s3_storage_options | options
-    bridge._log_once.cache_clear()
-    for _ in range(2):
-        backend, _ = open_backend("s3://bucket/key", storage_options=options)
-        assert backend.plane == "fsspec"
-    assert [record.name for record in caplog.records] == ["torchferry.storage"]
-    assert named in caplog.text
-    with pytest.raises(UnsupportedOptionError, match=named):
-        open_backend("s3://bucket/key", storage_options=options, plane="obstore")
-
-
-def test_subclass_of_s3fs_may_do_anything_and_falls_back(s3_storage_options: dict[str, Any]) -> None:
-    class Special(S3FileSystem):
-        pass
-
-    backend, _ = open_backend("s3://bucket/key", filesystem=Special(**s3_storage_options))
-    assert backend.plane == "fsspec"
-
-
-@pytest.mark.parametrize(
-    ("url", "asked", "region", "expected"),
-    [
-        ("http://127.0.0.1:9000/bucket/key?X=1", "us-east-1", "us-east-1", ("http://127.0.0.1:9000", False)),
-        ("https://host/prefix/bucket/key", "r", "r", ("https://host/prefix", False)),
-        ("https://bucket.host/key", "r", "r", ("https://bucket.host", True)),
-        (
-            *("https://bucket.s3.eu-west-1.amazonaws.com/key", "eu-west-1", "eu-west-1"),
-            ("https://bucket.s3.eu-west-1.amazonaws.com", True),
-        ),
-        (
-            *("https://bucket.s3.us-east-1.amazonaws.com/key", "us-east-1", "eu-west-1"),
-            ("https://bucket.s3.eu-west-1.amazonaws.com", True),
-        ),
-        (
-            *("https://bucket.s3.amazonaws.com/key", "us-east-1", "eu-west-1"),
-            ("https://bucket.s3.eu-west-1.amazonaws.com", True),
-        ),
-        (
-            *("https://s3.us-east-1.amazonaws.com/dotted.bucket/key", "us-east-1", "us-west-2"),
-            ("https://s3.us-west-2.amazonaws.com", False),
-        ),
-    ],
-)
-def test_address_is_botocores_own(url: str, asked: str, region: str, expected: tuple[str, bool]) -> None:
-    bucket = "dotted.bucket" if "dotted" in url else "bucket"
-    assert torchferry_s3._address(url, bucket, asked, region) == (*expected, region)
-
-
-async def test_virtual_hosted_addresses_come_from_the_filesystem(s3_storage_options: dict[str, Any]) -> None:
-    options = s3_storage_options | {
-        "endpoint_url": "http://storage.example:9000",
-        "client_kwargs": {"region_name": "moon-1"},
-        "config_kwargs": {"s3": {"addressing_style": "virtual"}},
-    }
-    made = torchferry_s3._Bridge(S3FileSystem(**options))
-    address = await run_on(made.fs.loop, made._resolve, "bucket")
-    assert address == ("http://bucket.storage.example:9000", True, "moon-1")
-
-
-async def round_trip(backend: Backend, path: str) -> None:
-    written = await run_on(backend.loop, backend.write, path, stream(DATA, MIB), size_hint=len(DATA))
-    assert await run_on(backend.loop, backend.read, path, 0, len(DATA), written) == DATA
-    await run_on(backend.loop, backend.delete, path)
+async def test_a_certificate_of_nobody_known_is_refused_at_once(https_options: dict[str, Any], open_url: str) -> None:
+    del https_options["client_kwargs"]["verify"]
+    store = S3Store(None, open_url, https_options)
+    with anyio.fail_after(30):
+        with pytest.raises(StorageError, match="certificate verify failed"):
+            await store.stat(store.path("x.pt"))
+        for size in (1, len(DATA)):
+            with pytest.raises(StorageError, match="certificate verify failed"):
+                await store.write(store.path("x.pt"), stream(DATA[:size], MIB))
 
 
 @pytest.mark.parametrize("protocol", ["s3", "s3a"])
-async def test_both_protocols_work(
-    plane: Plane, protocol: str, s3_url: str, s3_storage_options: dict[str, Any]
-) -> None:
+async def test_both_protocols_work(protocol: str, s3_url: str, s3_storage_options: dict[str, Any]) -> None:
     url = s3_url.replace("s3://", f"{protocol}://")
-    await round_trip(*open_backend(f"{url}/x.pt", storage_options=s3_storage_options, plane=plane))
+    await round_trip(*open_backend(f"{url}/x.pt", storage_options=s3_storage_options))
 
 
 async def test_endpoint_and_keys_from_the_environment(
-    plane: Plane, s3_url: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+    s3_url: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret)
     monkeypatch.setenv("AWS_DEFAULT_REGION", s3_server.region)
-    options = {"skip_instance_cache": True}
-    await round_trip(*open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane))
+    await round_trip(*open_backend(f"{s3_url}/x.pt", storage_options={"skip_instance_cache": True}))
 
 
 async def test_explicit_settings_go_before_the_environment(
-    plane: Plane, s3_url: str, s3_storage_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    s3_url: str, s3_storage_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """obstore reads the environment by itself, where a variable could replace or mix with what was given."""
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_BUCKET"):
         monkeypatch.setenv(name, "wrong")
-    for name in ("AWS_SKIP_SIGNATURE", "AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "AWS_S3_EXPRESS", "AWS_REQUEST_PAYER"):
-        monkeypatch.setenv(name, "true")
     options = s3_storage_options | {"skip_instance_cache": True}
-    await round_trip(*open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane))
+    await round_trip(*open_backend(f"{s3_url}/x.pt", storage_options=options))
 
 
 @pytest.fixture
@@ -803,99 +453,122 @@ def renewals(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return lambda: len(calls.read_text().splitlines())
 
 
-async def test_credentials_that_expire_are_asked_for_again(
-    plane: Plane, s3_url: str, renewals: Callable[[], int]
-) -> None:
+async def test_credentials_that_expire_are_asked_for_again(s3_url: str, renewals: Callable[[], int]) -> None:
     options = {"profile": "ferry", "skip_instance_cache": True}
-    backend, path = open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane)
+    backend, path = open_backend(f"{s3_url}/x.pt", storage_options=options)
     await round_trip(backend, path)
     before = renewals()
     with anyio.fail_after(60):  # the client may keep them for as long as they are good, which is not long
         while renewals() == before:
-            await round_trip(backend, path)
+            await round_trip(backend, path, b"small")
 
 
-async def test_credentials_are_renewed_in_the_middle_of_an_upload(
-    plane: Plane, s3_url: str, renewals: Callable[[], int]
-) -> None:
-    """Obstore asks for them in threads of its own then, where no event loop runs."""
+async def test_credentials_are_renewed_in_the_middle_of_an_upload(s3_url: str, renewals: Callable[[], int]) -> None:
     options = {"profile": "ferry", "skip_instance_cache": True}
-    backend, path = open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane)
+    backend, path = open_backend(f"{s3_url}/x.pt", storage_options=options)
     size = 0
 
-    async def chunks() -> AsyncIterator[bytes]:
+    async def chunks() -> AsyncIterator[Chunk]:
         nonlocal size
         while renewals() < 6:
             size += MIB
-            yield bytes(MIB)
+            yield Chunk(bytes(MIB))
 
-    written = await run_on(backend.loop, backend.write, path, chunks(), size_hint=0, part_size=5 * MIB)
+    written = await run_on(backend.loop, backend.write, path, chunks(), plan=backend.upload_plan(0, PART))
     assert written.size == size
 
 
-def test_profile_that_does_not_exist_is_a_permission_error() -> None:
+@pytest.mark.parametrize("how", ["credential_process = /missing/program", "web identity"])
+async def test_credentials_from_a_missing_file_are_no_missing_checkpoint(
+    how: str, s3_server: S3Server, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who starts anew where there is no checkpoint would lose what is there."""
+    if how == "web identity":
+        how = "role_arn = arn:aws:iam::123456789012:role/r\nweb_identity_token_file = /missing/token"
+    (tmp_path / "config").write_text(
+        f"[profile ferry]\nregion = us-east-1\nendpoint_url = {s3_server.endpoint}\n{how}\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    store = S3Store(None, s3_url, {"profile": "ferry", "skip_instance_cache": True})
+    path = store.path("x.pt")
+    with pytest.raises(StoragePermissionError, match="no usable credentials"):
+        await store.stat(path)
+    with pytest.raises(StoragePermissionError, match="no usable credentials"):
+        await store.delete(path)
+    with pytest.raises(StoragePermissionError, match="no usable credentials"):
+        await store.read(path, 0, 5, ObjectStat("", 5, '"x"'))
+    for size in (1, len(DATA)):
+        with pytest.raises(StoragePermissionError, match="no usable credentials"):
+            await store.write(path, stream(DATA[:size], MIB))
+
+
+async def test_profile_that_does_not_exist_is_a_permission_error() -> None:
+    options = {"profile": "nobody", "skip_instance_cache": True}
     with pytest.raises(StoragePermissionError, match="nobody"):
-        open_backend("s3://bucket/key", storage_options={"profile": "nobody", "skip_instance_cache": True})
+        await torchferry.load_async("s3://bucket/key", storage_options=options)
 
 
-async def test_no_credentials_is_a_permission_error(plane: Plane, s3_url: str, s3_server: S3Server) -> None:
+async def test_no_credentials_is_a_permission_error(s3_url: str, s3_server: S3Server) -> None:
     options = {
         "endpoint_url": s3_server.endpoint,
         "client_kwargs": {"region_name": "us-east-1"},
         "skip_instance_cache": True,
     }
-    backend, path = open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane)
+    store = S3Store(None, s3_url, options)
     with pytest.raises(StoragePermissionError, match="credentials"):
-        await run_on(backend.loop, backend.stat, path)
+        await store.stat(store.path("x.pt"))
 
 
-async def test_anonymous_is_refused_by_a_private_bucket(
-    plane: Plane, s3_url: str, s3_storage_options: dict[str, Any]
-) -> None:
-    options = s3_storage_options | {"anon": True}
-    backend, path = open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane)
-    with pytest.raises(StoragePermissionError):
-        await run_on(backend.loop, backend.stat, path)
-    with pytest.raises(StoragePermissionError):
-        await run_on(backend.loop, backend.write, path, stream(DATA, MIB), size_hint=len(DATA))
-
-
-async def test_filesystem_made_for_its_users_loop_works(
-    plane: Plane, s3_url: str, s3_storage_options: dict[str, Any]
-) -> None:
+async def test_filesystem_made_for_its_users_loop_works(s3_url: str, s3_storage_options: dict[str, Any]) -> None:
     fs = S3FileSystem(
         **s3_storage_options, asynchronous=True, loop=asyncio.get_running_loop(), skip_instance_cache=True
     )
-    backend, path = open_backend(f"{s3_url}/x.pt", filesystem=fs, plane=plane)
-    await round_trip(backend, path)
-    if fs._s3 is not None:
-        await fs._s3.close()
+    await round_trip(*open_backend(f"{s3_url}/x.pt", filesystem=fs))
+    await fs._s3.close()
 
 
-async def test_listings_of_the_filesystem_see_what_was_saved(
-    plane: Plane, s3_url: str, s3_storage_options: dict[str, Any]
-) -> None:
+async def test_listings_of_the_filesystem_see_what_was_saved(s3_url: str, s3_storage_options: dict[str, Any]) -> None:
     fs = S3FileSystem(**s3_storage_options)
     await asyncio.to_thread(fs.pipe, f"{s3_url}/first", b"1")
     assert len(await asyncio.to_thread(fs.ls, s3_url)) == 1
-    backend, path = open_backend(f"{s3_url}/second", filesystem=fs, plane=plane)
-    await run_on(backend.loop, backend.write, path, stream(b"12345", 5), size_hint=5)
+    backend, path = open_backend(f"{s3_url}/second", filesystem=fs)
+    await run_on(backend.loop, backend.write, path, stream(b"12345", 5), plan=backend.upload_plan(5))
     assert len(await asyncio.to_thread(fs.ls, s3_url)) == 2
     await run_on(backend.loop, backend.delete, path)
     assert len(await asyncio.to_thread(fs.ls, s3_url)) == 1
 
 
-async def test_encryption_with_a_customers_key(
-    plane: Plane, s3_url: str, s3_client: Any, s3_storage_options: dict[str, Any]
+# --- names and versions
+
+
+async def test_path_without_a_key_is_refused_and_makes_no_bucket(
+    s3_client: Any, s3_storage_options: dict[str, Any]
 ) -> None:
-    key = {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": "k" * 32}
-    options = s3_storage_options | {"s3_additional_kwargs": key}
-    backend, path = open_backend(f"{s3_url}/x.pt", storage_options=options, plane=plane)
-    written = await run_on(backend.loop, backend.write, path, stream(DATA, MIB), size_hint=len(DATA))
-    assert await run_on(backend.loop, backend.read, path, 5, MIB, written) == DATA[5:MIB]
-    bucket, _, name = path.partition("/")
-    with pytest.raises(ClientError):
-        s3_client.get_object(Bucket=bucket, Key=name)
+    name = f"ferry-{uuid.uuid4().hex[:12]}"
+    backend, path = open_backend(f"s3://{name}", storage_options=s3_storage_options)
+    with pytest.raises(StorageError, match=f"s3://{name}"):
+        await run_on(backend.loop, backend.write, path, stream(b"x", 1), plan=backend.upload_plan(1))
+    assert name not in [bucket["Name"] for bucket in s3_client.list_buckets()["Buckets"]]
+
+
+@pytest.mark.parametrize("key", ["a//b", "a\nb"])
+async def test_odd_keys_are_taken_literally(s3_url: str, s3_storage_options: dict[str, Any], key: str) -> None:
+    url = f"{s3_url}/{uuid.uuid4().hex}/{key}"
+    for tensors in ([torch.ones(1)], [torch.ones(MIB)] * 6):
+        await torchferry.save_async({"a": tensors}, url, storage_options=s3_storage_options, part_size=PART)
+        loaded = await torchferry.load_async(url, storage_options=s3_storage_options)
+        assert len(loaded["a"]) == len(tensors)
+
+
+@pytest.mark.parametrize(
+    "bucket", ["arn:aws:s3:us-east-1:123456789012:accesspoint/checkpoints", "checkpoints--use1-az4--x-s3"]
+)
+def test_access_points_and_directory_buckets_are_buckets(s3_storage_options: dict[str, Any], bucket: str) -> None:
+    fs = S3FileSystem(**s3_storage_options)  # older versions of fsspec do not take an ARN in a URL without one
+    backend, path = open_backend(f"s3://{bucket}/a/b.pt", filesystem=fs)
+    assert isinstance(backend, S3Backend)
+    assert path == f"{bucket}/a/b.pt"
+    assert backend.address(path) == {"Bucket": bucket, "Key": "a/b.pt"}
 
 
 async def test_version_in_the_url_is_the_one_that_is_read(s3_client: Any, s3_server: S3Server) -> None:
@@ -908,3 +581,153 @@ async def test_version_in_the_url_is_the_one_that_is_read(s3_client: Any, s3_ser
     backend, path = open_backend(f"s3://{bucket}/x.pt?versionId={first['VersionId']}", storage_options=options)
     found = await run_on(backend.loop, backend.stat, path)
     assert await run_on(backend.loop, backend.read, path, 0, 5, found) == b"first"
+
+
+@pytest.mark.skipif(
+    "local_expiry_check" not in inspect.signature(S3FileSystem.__init__).parameters,
+    reason="this s3fs has no such option",
+)
+async def test_the_version_is_looked_at_where_the_store_is_not_asked_for_it(through: Any) -> None:
+    store, proxy = through(local_expiry_check=True)
+    path = store.path("checkpoint.pt")
+    store.raw_write(path, DATA)
+    stat = await store.stat(path)
+    assert await store.read(path, 0, 10, stat) == DATA[:10]
+    store.raw_write(path, DATA[::-1])
+    with pytest.raises(CheckpointChangedError):
+        await store.read(path, 0, 10, stat)
+    assert not any("if-match" in request.headers for request in proxy.log)
+
+
+async def test_a_thousand_objects_and_one_are_listed(
+    s3_client: Any, s3_url: str, s3_storage_options: dict[str, Any]
+) -> None:
+    store = S3Store(s3_client, s3_url, s3_storage_options)
+    paths = [store.path(f"step-{number}.pt") for number in range(1001)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(partial(store.raw_write, data=b""), paths))
+    assert sorted(found.path for found in await store.list(store.path(""))) == sorted(paths)
+
+
+# --- what stores answer
+
+
+@contextlib.asynccontextmanager
+async def store_that_answers(answer: str, etag: str, **options: Any) -> AsyncIterator[S3Store]:
+    """A store that gives every request one answer: the status line's end, more header fields, and the body."""
+    status, _, rest = answer.partition("\r\n")
+    fields = f'ETag: "{etag}"\r\nLast-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\nConnection: close\r\n'
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 {status}\r\n{fields}{rest}".encode())
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    options = storage_options_for(endpoint, "key", "secret") | options
+    async with server:
+        yield await asyncio.to_thread(S3Store, None, "s3://bucket/x", options)
+
+
+@READS
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "206 OK\r\nContent-Range: bytes 0-3/8\r\nContent-Length: 4\r\n\r\nwron",
+        "206 OK\r\nContent-Range: bytes 4-7/8\r\nContent-Length: 5\r\n\r\nlonge",
+        "200 OK\r\nContent-Length: 4\r\n\r\nwron",
+        "200 OK\r\nContent-Length: 8\r\n\r\nwronwron",
+        "200 OK\r\nContent-Range: bytes 4-7/8\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nlonge\r\n0\r\n\r\n",
+    ],
+    ids=["another range", "longer", "no range", "whole", "chunked"],
+)
+async def test_store_that_sends_other_bytes_is_not_believed(answer: str, reads: Reads) -> None:
+    async with store_that_answers(answer, "x") as store:
+        with pytest.raises(StorageError, match="s3://bucket/x"):
+            read = await getattr(store, reads)("bucket/x", 4, 8, ObjectStat("s3://bucket/x", 8, '"x"'))
+            assert read == b"long"  # who sends more than it was asked for, may have sent that first
+            raise StorageError("s3://bucket/x")
+
+
+@READS
+async def test_store_that_ignores_conditions_does_not_mix_versions(reads: Reads) -> None:
+    answer = "206 OK\r\nContent-Range: bytes 0-3/4\r\nContent-Length: 4\r\n\r\ndata"
+    async with store_that_answers(answer, "new") as store:
+        read = partial(getattr(store, reads), "bucket/x", 0, 4)
+        assert await read(ObjectStat("", 4, '"new"')) == b"data"
+        with pytest.raises(CheckpointChangedError, match="s3://bucket/x was replaced"):
+            await read(ObjectStat("", 4, '"old"'))
+
+
+def test_parts_without_md5_digests_do_not_tell_the_etag_of_the_object() -> None:
+    md5 = {"ETag": '"d41d8cd98f00b204e9800998ecf8427e"'}
+    assert _etag_of([md5, md5]) == "5873dd45edd01f09c1ef2e7819369e8e-2"
+    for other in ('"d41d8cd98f00b204e9800998ecf8427e-3"', '"0x8DC"', '"ünïcode"'):
+        assert _etag_of([md5, {"ETag": other}]) is None
+
+
+# --- the process
+
+
+def test_forked_child_of_a_process_that_has_saved_and_loaded_does_both(
+    s3_url: str, s3_storage_options: dict[str, Any]
+) -> None:
+    program = """
+        import os, sys, torch, torchferry
+        url, options = sys.argv[1], eval(sys.argv[2])
+        data = {"a": torch.ones(3 << 20)}
+        torchferry.save(data, url, storage_options=options)
+        torchferry.load(url, storage_options=options)
+        if child := os.fork():
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            torchferry.load(url, storage_options=options)
+            sys.exit(status)
+        assert torchferry.load(url, storage_options=options)["a"].sum() == 3 << 20
+        torchferry.save(data, url + ".child", storage_options=options)
+        os._exit(0)
+    """
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program), f"{s3_url}/x", repr(s3_storage_options)]
+    subprocess.run(command, check=True, timeout=100)
+
+
+def test_a_new_filesystem_for_each_call_leaves_no_descriptor_and_no_filesystem(
+    s3_url: str, s3_storage_options: dict[str, Any]
+) -> None:
+    program = """
+        import gc, os, sys, weakref, torch, torchferry
+        from s3fs import S3FileSystem
+        url, options = sys.argv[1], eval(sys.argv[2])
+        data = {"a": torch.ones(3 << 20)}
+        made = []
+
+        def work(count):
+            for _ in range(count):
+                fs = S3FileSystem(**options, skip_instance_cache=True)
+                made.append(weakref.ref(fs))
+                torchferry.save(data, url, filesystem=fs)
+                torchferry.load(url, filesystem=fs)
+                del fs
+            gc.collect()
+            return len(os.listdir("/proc/self/fd"))
+
+        before = work(3)
+        after = work(15)
+        assert after <= before + 3, (before, after)
+        assert sum(ref() is not None for ref in made) <= 1
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), f"{s3_url}/x", repr(s3_storage_options)]
+    subprocess.run(command, check=True, timeout=200)
+
+
+async def test_no_signature_and_no_token_is_logged(through: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "torchferry")
+    store, proxy = through(token="session-token")
+    with pytest.raises(StorageError):
+        await store.write(store.path("x.pt"), stream(DATA, MIB))
+    with pytest.raises(StorageError):
+        await store.read(store.path("x.pt"), 0, 5, ObjectStat("", 5, '"x"'))
+    assert proxy.log
+    assert "session-token" not in caplog.text
+    assert SIGNED not in caplog.text

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import Load, Save, Task, loader, saver
-from benchmarks.contenders.ferry import OTHER, OTHER_CHECKOUT
+from benchmarks.contenders.ferry import OTHER_CHECKOUT
 
 
 @saver("torchferry to a file", remote=False)
@@ -47,8 +47,8 @@ def torch_load(task: Task) -> Load:
 
 
 if OTHER_CHECKOUT:
-    saver(f"torchferry to a file{OTHER}", remote=False)(ferry_save)
-    loader(f"torchferry from a file{OTHER}", remote=False)(ferry_load)
+    saver("torchferry to a file, other checkout", remote=False)(ferry_save)
+    loader("torchferry from a file, other checkout", remote=False)(ferry_load)
 
 
 def _fsync(path: Path) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import Load, Save, Task, loader, saver
 
 MODULE = ("module_state_dict",)
+OTHER = "torchferry, other checkout"
 OTHER_CHECKOUT = os.environ.get("BENCH_OTHER_CHECKOUT")
-OTHER = ", other checkout"
-"""Ends the name of a contender whose process is started with ``OTHER_CHECKOUT`` on its path."""
 
 
 def _save(task: Task) -> Save:
@@ -34,9 +34,16 @@ def _load(task: Task, keys: tuple[str, ...] | None = None) -> Load:
     return load
 
 
+def environment_of(contender: str) -> dict[str, str]:
+    """What the process of a measurement needs: another checkout comes first in its path."""
+    if OTHER_CHECKOUT is None or not contender.endswith("other checkout"):
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(str(Path(OTHER_CHECKOUT) / part) for part in ("src", "storage_backends"))}
+
+
 saver("torchferry")(_save)
 loader("torchferry")(_load)
 loader("torchferry (module only)", keys=MODULE)(partial(_load, keys=MODULE))
 if OTHER_CHECKOUT:
-    saver(f"torchferry{OTHER}")(_save)
-    loader(f"torchferry{OTHER}")(_load)
+    saver(OTHER)(_save)
+    loader(OTHER)(_load)

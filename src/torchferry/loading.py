@@ -283,7 +283,7 @@ async def _fetch(
     sink: Callable[[int, Buffer], object],
     load_buffer: LoadBuffer | None = None,
 ) -> None:
-    """Hands the bytes of the extents to ``sink``, and all that is there already; by then they are in ``load_buffer``."""
+    """Hands the bytes of the extents, and all that is there already, to ``load_buffer`` and then to ``sink``."""
     transfer = current()
     plan = source.plan if load_buffer is None else source.plan_into_memory
     ranges = await in_thread(plan, extents)

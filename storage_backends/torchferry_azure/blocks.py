@@ -14,7 +14,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, TypeVar
 
 from azure.core import MatchConditions
-from azure.core.exceptions import HttpResponseError
+from azure.core.exceptions import AzureError, HttpResponseError
 from azure.storage.blob import BlobBlock
 
 from torchferry.errors import CheckpointNotFoundError, StorageError, StorageUnavailableError
@@ -63,6 +63,7 @@ class UncommittedBlocks:
         self._path = path
         self._client = backend.client
         self._blob: BlobClient = backend.client.blob(path)
+        self._why_never: str | None = None  # why no blocks of this blob can be discarded; None where nobody has asked
 
     async def list(self) -> Sequence[BlobBlock]:
         """The blocks; none where there is no such blob."""
@@ -71,6 +72,14 @@ class UncommittedBlocks:
         except CheckpointNotFoundError:
             return []
         return uncommitted
+
+    async def seen(self) -> bool:
+        """Whether there are some, with one attempt; False where there is no answer."""
+        try:
+            _, uncommitted = await self._client.call(self._blob.get_block_list, "uncommitted")
+        except AzureError:
+            return False
+        return bool(uncommitted)
 
     async def discard(self, mine: Callable[[Sequence[BlobBlock]], bool]) -> str:
         """Discards them, where the blob does not exist; returns why some stay, or "" where none do.
@@ -88,15 +97,21 @@ class UncommittedBlocks:
                 and all stay.
         """
         blocks = await self.list()
+        if blocks and self._why_never is None:
+            self._why_never = await self._ask_why_never()
+            blocks = await self.list()  # once more, because that took a while
         if not blocks:
             return ""
         if not mine(blocks):
             return "another upload to this blob is under way"
+        return self._why_never or await self._commit_nothing_and_delete()
+
+    async def _ask_why_never(self) -> str:
         if not await self._may_delete():
             return "the credentials may not delete blobs"
         if await self._immutable():
             return "the container's policy keeps blobs from being deleted"
-        return await self._commit_nothing_and_delete()
+        return ""
 
     async def _may_delete(self) -> bool:
         """Whether the credentials may delete the blob, which does not exist: asked with an ETag that no blob has."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
+import logging
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -15,6 +17,7 @@ from azure.storage.blob import BlobBlock
 from isal import isal_zlib
 
 from torchferry.engine.cancellation import in_thread, run_shielded
+from torchferry.engine.loops import keep_running
 from torchferry.engine.transport import Answer, SignedRequest
 from torchferry.engine.types import MIB, ObjectStat
 from torchferry.engine.writer import Body, Upload, abort
@@ -29,10 +32,13 @@ if TYPE_CHECKING:
 
 __all__ = ["AzureUpload"]
 
+logger = logging.getLogger("torchferry.storage")
+
 _SLICE = 256 << 10  # bytes that are hashed at a time: they are in the processor's cache for the second checksum
 _LARGEST_COPY = MIB  # bytes of a blob that the client sends in one request: it takes nothing but a copy
 _PUBLISH_PATIENCE = 10.0  # seconds that a cancel waits for the answer to a request that publishes
-_LATE_BLOCK = 0.1  # seconds after which a block that was sent whole, but not answered yet, is there
+_LATE_BLOCK = 0.1  # seconds after which a block that was sent whole, but not answered yet, is there, mostly
+_LATER_BLOCKS = (0.4, 1.5)  # seconds between the next looks, for which nobody waits
 
 
 class AzureUpload(Upload[str]):
@@ -90,12 +96,24 @@ class AzureUpload(Upload[str]):
         if not self._staged:
             return
         blocks = UncommittedBlocks(self._backend, self._path)
-        stay = await blocks.discard(self._all_mine)
-        if self._cut_off and not stay:
+        await self._discard(blocks)
+        if self._cut_off:
             await anyio.sleep(_LATE_BLOCK)
-            stay = await blocks.discard(self._all_mine)
-        if stay:
+            await self._discard(blocks)
+            keep_running(asyncio.ensure_future(self._discard_later(blocks)))
+
+    async def _discard(self, blocks: UncommittedBlocks) -> None:
+        if stay := await blocks.discard(self._all_mine):
             raise StorageError(f"Uncommitted blocks of {self._backend.url(self._path)} stay: {stay}.")
+
+    async def _discard_later(self, blocks: UncommittedBlocks) -> None:
+        for seconds in _LATER_BLOCKS:
+            await anyio.sleep(seconds)
+            if await blocks.seen():
+                try:
+                    await self._discard(blocks)
+                except StorageError as error:
+                    logger.warning("%s", error)
 
     def _all_mine(self, blocks: Sequence[BlobBlock]) -> bool:
         return all(block.id in self._staged for block in blocks)

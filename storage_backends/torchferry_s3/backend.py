@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
@@ -43,6 +43,26 @@ class S3Backend(HttpBackend):
     """
 
     damaged_codes: ClassVar[frozenset[str]] = errors.DAMAGED
+    further_options: ClassVar[Collection[str] | None] = (
+        "session_vars",
+        "event_hooks",
+        "include_builtin_handlers",
+        "profile",
+    )
+    options_elsewhere: ClassVar[Mapping[str, str]] = {
+        "access_key": "key",
+        "access_key_id": "key",
+        "aws_access_key_id": "key",
+        "aws_secret_access_key": "secret",
+        "aws_session_token": "token",
+        "endpoint": "endpoint_url",
+        "region": "client_kwargs={'region_name': ...}",
+        "region_name": "client_kwargs={'region_name': ...}",
+        "secret_access_key": "secret",
+        "secret_key": "secret",
+        "session_token": "token",
+        "verify": "client_kwargs={'verify': ...}",
+    }
 
     def __init__(self, fs: S3FileSystem) -> None:
         super().__init__()

@@ -7,8 +7,10 @@ to them (:mod:`torchferry.flyte.values`, :mod:`torchferry.checkpoint.fields`).
 from __future__ import annotations
 
 import reprlib
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Optional, Protocol, TypeVar, Union
 
@@ -26,6 +28,7 @@ __all__ = [
     "LoadedCheckpoint",
     "PyTorchCheckpoint",
     "RestoredHyperparameters",
+    "StateOf",
     "check_names",
 ]
 
@@ -46,12 +49,32 @@ class IsDataclass(Protocol):
     __post_init__: Callable[..., None] | None
 
 
+@dataclass(frozen=True, slots=True)
+class StateOf:
+    """The state of a module or an optimizer: what a checkpoint that comes from another process has in its place.
+
+    Attributes:
+        kind: The name of the class that it is the state of.
+        state: Its ``state_dict()``.
+    """
+
+    kind: str
+    state: Any
+
+    def state_dict(self) -> Any:
+        """The state."""
+        return self.state
+
+
 @dataclass(repr=False)
 class PyTorchCheckpoint:
     """A checkpoint for a Flyte task to return.
 
     Saved as flytekit saves it: one flat dict with ``module_state_dict``, ``optimizer_state_dict`` and each
     hyperparameter under its own name. The task that receives it gets a :class:`LoadedCheckpoint`.
+
+    Pickled, it becomes the states of the two: rank 0 of a distributed training can return one of a
+    ``DistributedDataParallel``.
 
     Attributes:
         module: The module whose ``state_dict()`` to save.
@@ -81,6 +104,22 @@ class PyTorchCheckpoint:
                 "A PyTorchCheckpoint needs at least one of module, hyperparameters and optimizer; "
                 f"given: module=None, hyperparameters={value!r}, optimizer=None."
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A live module may need the process group of its ranks, or be of a class that the other process cannot import:
+        # what goes there are the states, which is what is saved anyway.
+        owners = {name: _state_only(name, getattr(self, name)) for name in ("module", "optimizer")}
+        return {**vars(self), **owners}
+
+    def __copy__(self) -> PyTorchCheckpoint:
+        made = type(self).__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PyTorchCheckpoint:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        vars(made).update(deepcopy(vars(self), memo))
+        return made
 
     def __repr__(self) -> str:
         # flytekit takes the repr of inputs and outputs whether it shows them or not: no tensors, no user code.
@@ -222,6 +261,14 @@ class LoadedCheckpoint(dict[str, Any], PyTorchCheckpoint):
         """A shallow copy."""
         return LoadedCheckpoint(self, uri=self.uri)
 
+    def __copy__(self) -> LoadedCheckpoint:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoadedCheckpoint:
+        made = memo[id(self)] = LoadedCheckpoint(uri=self.uri)
+        made.update(deepcopy(dict(self), memo))
+        return made
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         if protocol <= _TORCH_SAVE_PROTOCOL:
             # Of the two, weights_only=True knows how to build the ordered one.
@@ -248,6 +295,36 @@ def _some(keys: Iterable[str]) -> str:
     return reprlib.repr(list(keys))[1:-1]
 
 
+def _state_only(name: str, owner: Any) -> Any:
+    state_dict = getattr(owner, "state_dict", None)
+    if isinstance(owner, StateOf) or not callable(state_dict):
+        return owner
+    state = state_dict()
+    sharded = _sharded(state)
+    if sharded is not None:
+        raise refusal(
+            f"The state of the {name} ({type(owner).__qualname__}) is sharded over ranks ({sharded} is a DTensor), and "
+            "this rank has a part of it only. On every rank, gather it with torch.distributed.checkpoint.state_dict."
+            "get_state_dict(module, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)); "
+            f"return LoadedCheckpoint({{{MODULE_KEY!r}: ..., {OPTIMIZER_KEY!r}: ...}}) of what rank 0 gets."
+        )
+    return StateOf(type(owner).__qualname__, state)
+
+
+def _sharded(state: Any, path: str = "") -> str | None:
+    """The path of the first tensor that is distributed over ranks."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # what is a DTensor has imported it
+    if distributed is None:
+        return None
+    if isinstance(state, distributed.DTensor):
+        return repr(path)
+    items = state.items() if isinstance(state, Mapping) else enumerate(state) if isinstance(state, list | tuple) else ()
+    for key, value in items:
+        if found := _sharded(value, f"{path}.{key}" if path else str(key)):
+            return found
+    return None
+
+
 def check_names(hyperparameters: Mapping[str, Any]) -> None:
     """Refuses hyperparameters with the name of one of the states.
 
@@ -265,6 +342,8 @@ def check_names(hyperparameters: Mapping[str, Any]) -> None:
 def _describe(value: object) -> str:
     if value is None:
         return "None"
+    if isinstance(value, StateOf):
+        return f"state of {value.kind}"
     if isinstance(value, Mapping):
         names = ", ".join(map(str, value))
     elif is_named_tuple(value) or is_dataclass_instance(value):

@@ -48,7 +48,9 @@ _SLOWEST = 1_000  # bytes a second: an answer that comes slower than this has fa
 _GRACE = 60.0  # seconds after its first byte
 _IDLE = 10.0  # seconds after which a connection is not used again: stores close them soon, and not all of them say so
 _MOST_IDLE = 32  # connections kept for the next request
-_SLICE = 256 << 10  # bytes given to the system at once
+_SLICE = 2 * MIB  # bytes given to the system at once
+_LAST_SLICE = 64 << 10  # so that a cancel seldom comes when the request may be complete
+_WHOLE_READS = 64 << 10  # a read of so many bytes waits for all of them
 _INTERRUPT_PATIENCE = 0.5  # seconds that a cancel waits for the thread: a name look-up cannot be ended
 _ANSWER_PATIENCE = 10.0  # seconds that a cancel waits for the answer to a request that publishes and was sent whole
 _LARGEST_ANSWER = MIB  # bytes; answers to uploads are short
@@ -113,7 +115,7 @@ class Answer:
         return HTTPStatus.OK <= self.status < HTTPStatus.MULTIPLE_CHOICES
 
     def __str__(self) -> str:
-        detail = self.body[:300].decode("utf-8", "replace").strip()
+        detail = " ".join(self.body[:300].decode("utf-8", "replace").split())
         return f"status {self.status}" + (f": {detail}" if detail else "")
 
 
@@ -230,7 +232,7 @@ class _Connection:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tls is not None:
             sock = self._shake_hands(self._tls, sock)
-        sock.settimeout(_TICK)
+        _wait_a_tick_at_most(sock)
         self.http.sock = sock
 
     def interrupt(self) -> None:
@@ -320,8 +322,8 @@ class _Exchange:
             if self._interrupted and not self._awaited:
                 raise InterruptedError
             try:
-                count = sock.recv_into(buffer)
-            except TimeoutError:
+                count = sock.recv_into(buffer, 0, self._flags(sock, buffer))
+            except (TimeoutError, BlockingIOError):
                 self._waited("no answer")
                 continue
             self._moved_at = now = time.monotonic()
@@ -333,6 +335,11 @@ class _Exchange:
             if self._received < _SLOWEST * (now - self._began_at - _GRACE):
                 raise TimeoutError(f"the answer comes slower than {_SLOWEST} bytes a second")
             return count
+
+    @staticmethod
+    def _flags(sock: socket.socket, buffer: memoryview) -> int:
+        whole = len(buffer) >= _WHOLE_READS and not isinstance(sock, ssl.SSLSocket) and _WAITS_IN_THE_KERNEL
+        return socket.MSG_WAITALL if whole else 0
 
     @property
     def _awaited(self) -> bool:
@@ -518,8 +525,10 @@ class _Sending(_Exchange):
         """Returns whether all of it was sent: a store may refuse a request before it has seen its end."""
         try:
             for view in self._body:
-                for start in range(0, len(view), _SLICE):
-                    piece = view[start : start + _SLICE]
+                while len(view):
+                    left = self._size - self._sent
+                    piece = view[: min(_SLICE, left - _LAST_SLICE if left > _LAST_SLICE else left)]
+                    view = view[len(piece) :]  # noqa: PLW2901 - what is left of it
                     if self._sent + len(piece) == self._size:
                         with self._last_slice:
                             if self._interrupted:
@@ -547,7 +556,7 @@ class _Sending(_Exchange):
                 raise InterruptedError
             try:
                 count = sock.send(piece)
-            except TimeoutError:
+            except (TimeoutError, BlockingIOError):
                 # What comes over TLS need not be an answer: there it is looked for when nothing else has helped.
                 if not isinstance(sock, ssl.SSLSocket) and _has_news(sock):
                     return False
@@ -615,6 +624,24 @@ class _Incoming(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         return self._exchange.receive(self._sock, memoryview(buffer))
+
+
+_WAITS_IN_THE_KERNEL = sys.platform == "linux"
+
+
+def _wait_a_tick_at_most(sock: socket.socket) -> None:
+    """Lets calls return after 0.25 s in which nothing moved.
+
+    Of a plain socket on Linux by the kernel's own limit: then a call moves megabytes, where Python's limit takes a call
+    and a look for each piece that fits the system's queue, with the interpreter's lock in between: 0.7 s more a GiB.
+    """
+    if isinstance(sock, ssl.SSLSocket) or not _WAITS_IN_THE_KERNEL:
+        sock.settimeout(_TICK)
+        return
+    limit = struct.pack("ll", int(_TICK), int(_TICK % 1 * 1e6))
+    sock.settimeout(None)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
 def _has_news(sock: socket.socket) -> bool:

@@ -9,7 +9,7 @@ nothing of checkpoints. What a backend needs is in :mod:`torchferry.storage`, :m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, ClassVar
@@ -87,6 +87,12 @@ class Backend(ABC):
 
     range_concurrency: ClassVar[int] = 24
     """How many reads should be under way at once."""
+
+    further_options: ClassVar[Collection[str] | None] = None
+    """Storage options that :meth:`filesystem_class` takes beside those that its signature names; None: any."""
+
+    options_elsewhere: ClassVar[Mapping[str, str]] = {}
+    """What other libraries call an option, and what to write here: ``{"aws_access_key_id": "key"}``."""
 
     @classmethod
     def filesystem_class(cls) -> type[AbstractFileSystem] | None:

@@ -8,10 +8,9 @@ import re
 import secrets
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fsspec import AbstractFileSystem
@@ -27,17 +26,13 @@ from torchferry.errors import (
     CheckpointChangedError,
     CheckpointNotFoundError,
     StorageError,
-    StoragePermissionError,
-    StorageUnavailableError,
-    TorchferryError,
     mask,
-    masked,
 )
 from torchferry.storage.base import Backend, Leftover, ListedObject
-from torchferry.storage.translate import by_status
+from torchferry.storage.translate import describe, generic_error, translated
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Callable, Iterator
+    from collections.abc import AsyncIterable, Callable
 
 __all__ = ["GenericBackend"]
 
@@ -48,7 +43,6 @@ T = TypeVar("T")
 _TEMPORARY = re.compile(r"(^|/)\.torchferry-[0-9a-f]{16}\.tmp$")
 _TIME_FIELDS = ("mtime", "LastModified", "last_modified", "modified", "created")
 _BLOCK_SIZE = 8 * MIB
-_MISSING = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
 
 _VERSION_FIELDS = (
     # What filesystems put into info() that changes with an object; fsspec has no common name for it.
@@ -96,7 +90,7 @@ class GenericBackend(Backend):
         """Reads a range, and then asks for the file's version again."""
         data: bytes = b""
         if stop > start:
-            with _translated(self.url(path), "read"):
+            with translated(generic_error, self.url(path), "read"):
                 data = await self._ask("cat_file", path, start=start, end=stop)
         # Asked after the read: by now a file that was replaced before or during it has another version.
         now = await self._stat(path, "read")
@@ -120,15 +114,15 @@ class GenericBackend(Backend):
         del plan
         staged = _StagedFile(self._fs, path)
         try:
-            with _translated(self.url(path), "write"):
+            with translated(generic_error, self.url(path), "write"):
                 await self._in_turn(staged.create)
             size = 0
             async for chunk in chunks:
-                with _translated(self.url(path), "write"):
+                with translated(generic_error, self.url(path), "write"):
                     await self._in_turn(staged.append, chunk.data)
                 size += len(chunk)
                 current().moved(len(chunk))
-            with _translated(self.url(path), "write"):
+            with translated(generic_error, self.url(path), "write"):
                 await self._in_turn(staged.publish)
         except BaseException:
             await clean_up(partial(self._take_turn, staged.discard))
@@ -138,7 +132,7 @@ class GenericBackend(Backend):
 
     async def delete(self, path: str) -> None:
         """Deletes a file."""
-        with suppress(CheckpointNotFoundError), _translated(self.url(path), "delete"):
+        with suppress(CheckpointNotFoundError), translated(generic_error, self.url(path), "delete"):
             await self._in_turn(self._fs.rm_file, path)
 
     async def list(self, prefix: str) -> AsyncIterator[ListedObject]:
@@ -196,7 +190,7 @@ class GenericBackend(Backend):
     async def _list_directory(self, directory: str) -> Sequence[dict[str, Any]]:
         """What is in a directory; of links those to files."""
         found = []
-        with _translated(self.url(directory), "list"):
+        with translated(generic_error, self.url(directory), "list"):
             for info in await self._ask("ls", directory, detail=True):
                 if info.get("type", "file") in {"file", "directory"}:
                     found.append(info)
@@ -215,7 +209,7 @@ class GenericBackend(Backend):
             return func(*args)
 
     async def _stat(self, path: str, verb: str) -> ObjectStat:
-        with _translated(self.url(path), verb):
+        with translated(generic_error, self.url(path), verb):
             self._fs.invalidate_cache(self._fs._parent(path))
             info: dict[str, Any] = await self._ask("info", path)
         if info.get("type") == "directory":
@@ -304,7 +298,7 @@ class _StagedFile:
                     self._fs.rm_file(self._temporary)
             except Exception as error:  # noqa: BLE001 - the error that stopped the write matters more
                 logger.warning(
-                    "A temporary file is left behind at %s: %s", mask(self._temporary), mask(_describe(error))
+                    "A temporary file is left behind at %s: %s", mask(self._temporary), mask(describe(error))
                 )
             self._file = None
 
@@ -326,38 +320,3 @@ def _usable_in_threads(fs: AbstractFileSystem) -> AbstractFileSystem:
     if isinstance(fs, AsyncFileSystem) and fs.asynchronous:
         return type(fs)(*fs.storage_args, **{**fs.storage_options, "asynchronous": False, "loop": None})
     return fs
-
-
-@contextmanager
-def _translated(url: str, verb: str) -> Iterator[None]:
-    """Turns what filesystems raise into torchferry's errors."""
-    try:
-        yield
-    except TorchferryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a filesystem may raise whatever its client does
-        raise _translate(f"Cannot {verb} {url}", error) from masked(error)
-
-
-def _translate(what: str, error: Exception) -> StorageError:
-    if isinstance(error, FileNotFoundError):
-        cause = error.__cause__  # fsspec's http says so of a server that refused, failed or was not there, too
-        status = getattr(cause, "status", 0)
-        if not isinstance(cause, Exception) or not type(cause).__module__.startswith("aiohttp.") or status in _MISSING:
-            return CheckpointNotFoundError(errno.ENOENT, f"{what}: there is no such file.")
-        return by_status(what, _describe(cause), status, unanswered=not status)
-    if isinstance(error, NotImplementedError):
-        return StoragePermissionError(
-            errno.EROFS, f"{what}: this filesystem is read-only, or cannot move files into place."
-        )
-    message = f"{what}: {_describe(error)}"
-    if not isinstance(error, OSError):
-        return StorageError(message)
-    if isinstance(error, ConnectionError | TimeoutError):
-        return StorageUnavailableError(message)
-    refused = isinstance(error, PermissionError) or error.errno == errno.EROFS
-    return (StoragePermissionError if refused else StorageError)(error.errno or errno.EIO, message)
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -49,6 +49,7 @@ __all__ = ["LocalBackend"]
 
 logger = logging.getLogger("torchferry.storage")
 
+_ENCODED = re.compile("%(?=[0-9A-Fa-f]{2})")
 _TEMPORARY = re.compile(r"(^|/)\.torchferry-([0-9a-f]+-[0-9a-f]+-[0-9]+-)?[0-9a-f]{16}\.tmp$")
 _FLUSHED = 32 * MIB  # when so many bytes are new, and no flush is under way, the next one begins
 _ALLOCATED = 256 * MIB  # room that is asked for at once
@@ -71,8 +72,8 @@ class LocalBackend(Backend):
         return cls()
 
     def url(self, path: str) -> str:
-        """The ``file://`` URL of ``path``."""
-        return f"file://{path}"
+        """The ``file://`` URL of ``path``; a ``%`` that would be decoded is written as ``%25``."""
+        return f"file://{_ENCODED.sub('%25', path)}"
 
     async def stat(self, path: str) -> ObjectStat:
         """Looks a file up; a directory or device is not a checkpoint and raises a StorageError."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote_to_bytes
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
 from fsspec.core import url_to_fs
+from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.registry import registry
 from fsspec.utils import get_protocol
 
 from torchferry.engine.cancellation import ThreadPool
@@ -19,10 +24,13 @@ from torchferry.errors import (
     CheckpointNotFoundError,
     StorageError,
     StoragePermissionError,
+    TorchferryError,
     UnsupportedOptionError,
     UnsupportedURLError,
+    masked,
 )
 from torchferry.storage.base import Backend
+from torchferry.storage.options import option_names, require_known, unknown_option
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -31,8 +39,9 @@ __all__ = ["ENTRY_POINT_GROUP", "open_backend"]
 
 ENTRY_POINT_GROUP = "torchferry.storage_backends"
 
-_PROTOCOLS = frozenset(fsspec.available_protocols()) - {"file", "local", "data"}
+_LOCAL = frozenset({"file", "local"})
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def open_backend(
@@ -48,64 +57,97 @@ def open_backend(
     May import the store's library and so take a second: call it in a worker thread.
 
     Args:
-        url: Any fsspec URL, or a local path.
+        url: Any fsspec URL, or a local path. A ``os.PathLike`` is a local path, also with ``::`` in it, and so is a
+            string with ``::`` and no protocol around it.
         storage_options: Arguments for the fsspec filesystem.
-        filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
+        filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``. In a child forked from the
+            process that made it, another one with the same arguments is used.
 
     Raises:
-        UnsupportedURLError: fsspec knows no such protocol, or the URL is a directory's.
+        UnsupportedURLError: fsspec knows no such protocol, the URL is a directory's, or it is neither one URL nor a
+            chain of them (``zip://x.pt::s3://bucket/x.zip``).
         BackendNotInstalledError: the protocol's library is not installed.
         UnsupportedOptionError: the options contradict each other, or the filesystem does not know one.
-        StorageError: what a chained URL (``zip://x::file.zip``) starts from cannot be opened.
+        StorageError: what a chained URL starts from cannot be opened.
     """
-    url = os.fspath(url)
-    if url.endswith("/"):
-        raise UnsupportedURLError(f"{url} names a directory: add the name of a file, such as {url}checkpoint.pt")
+    text = os.fspath(url)
+    if text.endswith("/"):
+        raise UnsupportedURLError(f"{text} names a directory: add the name of a file, such as {text}checkpoint.pt")
     if filesystem is None:
-        filesystem, path = _filesystem_for(url, storage_options or {})
+        is_path = isinstance(url, os.PathLike) and not _URL.match(text)
+        filesystem, path = _filesystem_for(text, storage_options or {}, is_path=is_path)
     elif storage_options:
-        raise UnsupportedOptionError(f"{url}: pass storage_options or a filesystem, not both.")
+        raise UnsupportedOptionError(f"{text}: pass storage_options or a filesystem, not both.")
     else:
-        path = _path_in(filesystem, url)
+        path = _path_in(filesystem, text)
     while isinstance(filesystem, DirFileSystem):  # a directory of a store is reached as the store is
         filesystem, path = filesystem.fs, filesystem._join(path)
-    return _backend_class(filesystem).from_filesystem(filesystem), path
+    return _backend_for(_of_this_process(filesystem)), path
 
 
-def _filesystem_for(url: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
+def _backend_for(fs: AbstractFileSystem) -> Backend:
+    if isinstance(fs, CachingFileSystem):
+        from torchferry.storage.cached import CachedBackend
+
+        return CachedBackend(_backend_for(fs.fs), fs)
+    return _backend_class(fs).from_filesystem(fs)
+
+
+def _of_this_process(fs: AbstractFileSystem) -> AbstractFileSystem:
+    """``fs``; in a forked child, where asynchronous filesystems of the parent do not work, one like it."""
+    if isinstance(fs, CachingFileSystem):
+        cached = _of_this_process(fs.fs)
+        if cached is fs.fs:
+            return fs
+        return type(fs)(**{**fs.storage_options, "fs": cached, "target_protocol": None, "target_options": None})
+    if isinstance(fs, AsyncFileSystem) and fs._pid != os.getpid():
+        return type(fs)(*fs.storage_args, **{**fs.storage_options, "loop": None})
+    return fs
+
+
+def _filesystem_for(
+    url: str, storage_options: Mapping[str, Any], *, is_path: bool = False
+) -> tuple[AbstractFileSystem, str]:
     protocol, colon, rest = url.partition(":")
-    if colon and protocol in _PROTOCOLS and not rest.startswith(("//", ":")):  # to fsspec, a local path
+    mistyped = colon and protocol in _protocols() - _LOCAL - {"data"} and not rest.startswith(("//", ":"))
+    if mistyped:  # to fsspec, a local path
         raise UnsupportedURLError(f"{url} is no URL: use {protocol}://{rest.lstrip('/')}")
     try:
-        return _make(url, storage_options)
-    except ImportError as error:
+        return _make(url, storage_options, is_path=is_path)
+    except TorchferryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a client may raise anything, as when it connects
+        raise _translate(url, protocol, error) from masked(error)
+
+
+def _translate(url: str, protocol: str, error: Exception) -> TorchferryError:
+    if isinstance(error, ImportError):
         extra = _EXTRAS.get(protocol)
         hint = f"pip install 'torchferry[{extra}]'" if extra else f"install what fsspec needs for {protocol}://"
-        raise BackendNotInstalledError(f"{url}: {error}. To use {protocol}:// URLs, {hint}.") from error
-    except FileNotFoundError as error:
-        raise CheckpointNotFoundError(error.errno, f"{url}: {error}") from error
-    except OSError as error:
-        raise StorageError(error.errno, f"{url}: {error}") from error
-    except TypeError as error:  # a setting that the filesystem needs, or does not know
-        raise UnsupportedOptionError(f"{url}: {error}") from error
-    except ValueError as error:
-        if protocol in fsspec.available_protocols():
-            raise UnsupportedOptionError(f"{url}: {error}") from error
-        raise UnsupportedURLError(
+        return BackendNotInstalledError(f"{url}: {error}. To use {protocol}:// URLs, {hint}.")
+    if isinstance(error, OSError):
+        kind = CheckpointNotFoundError if isinstance(error, FileNotFoundError) else StorageError
+        return kind(error.errno, f"{url}: {error}")
+    if isinstance(error, TypeError | ValueError) and protocol not in _protocols():
+        return UnsupportedURLError(
             f"{url}: no filesystem is known for the protocol {protocol!r}. "
             "fsspec.available_protocols() lists those that are."
-        ) from error
-    except Exception as error:  # a client may raise anything, as when it connects
-        about_credentials = type(error).__module__.startswith("google.auth.")
-        kind = StoragePermissionError if about_credentials else StorageError
-        raise kind(f"Cannot open {url}: {type(error).__name__}: {error}") from error
+        )
+    if isinstance(error, TypeError | ValueError):  # an option that the filesystem needs, or does not know
+        return UnsupportedOptionError(f"{url}: {unknown_option(error, _class_of(protocol)) or error}")
+    about_credentials = type(error).__module__.startswith("google.auth.")
+    fault = StoragePermissionError if about_credentials else StorageError
+    return fault(f"Cannot open {url}: {type(error).__name__}: {error}")
 
 
-def _make(url: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
+def _make(url: str, storage_options: Mapping[str, Any], *, is_path: bool) -> tuple[AbstractFileSystem, str]:
+    if is_path or ("::" in url and not any(map(_protocol_in, url.split("::")))):
+        kind: type[AbstractFileSystem] = fsspec.get_filesystem_class("file")
+        return kind(**storage_options), kind._strip_protocol(url)
     protocol = get_protocol(url)
-    make = partial(_make_here, url, protocol, storage_options)
-    if protocol in {"file", "local"}:
-        return make()
+    if protocol in _LOCAL and "::" not in url:
+        return _make_one(url, protocol, storage_options)
+    make = partial(_make_any, url, protocol, storage_options)
     try:
         made = _opener(protocol).executor.submit(make)
     except RuntimeError:  # the interpreter is about to end, and waits for the thread that this is in
@@ -113,13 +155,100 @@ def _make(url: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSys
     return made.result()
 
 
-def _make_here(url: str, protocol: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
-    entry = _entry_points().get(protocol)
-    kind = entry.load().filesystem_class() if entry and "::" not in url else None
-    if kind is None:
-        made: tuple[AbstractFileSystem, str] = url_to_fs(url, **storage_options)
-        return made
-    return kind(**{**kind._get_kwargs_from_urls(url), **storage_options}), kind._strip_protocol(url)
+def _make_any(url: str, protocol: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
+    if not _is_chain(url):
+        return _make_one(url, protocol, storage_options)
+    made: tuple[AbstractFileSystem, str] = url_to_fs(_decoded_at_the_end(url), **storage_options)
+    return made
+
+
+def _make_one(url: str, protocol: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
+    """The filesystem of one URL, and the path in it; ``::`` in it is nothing special."""
+    kind = _class_of(protocol)
+    options = {**kind._get_kwargs_from_urls(url), **storage_options}
+    if protocol in _entry_points():
+        require_known(url, kind, _backend_of(protocol), options)
+    return kind(**options), _path_of(kind, url)
+
+
+def _class_of(protocol: str) -> type[AbstractFileSystem]:
+    """The class that is used for a protocol's URLs: a backend's own choice, or else what fsspec has registered."""
+    chosen = _backend_of(protocol).filesystem_class() if protocol in _entry_points() else None
+    kind: type[AbstractFileSystem] = chosen or fsspec.get_filesystem_class(protocol)
+    return kind
+
+
+def _path_of(fs: AbstractFileSystem | type[AbstractFileSystem], url: str) -> str:
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+    path: str = fs._strip_protocol(_decoded(url) if "file" in protocols else url)
+    return path
+
+
+def _path_in(fs: AbstractFileSystem, url: str) -> str:
+    path = _path_of(fs, url)
+    # fsspec strips the protocol of the class. obstore's FsspecStore has one for each instance.
+    if isinstance(fs.protocol, str) and fs.protocol != type(fs).protocol:
+        path = path.removeprefix(f"{fs.protocol}://")
+    if "://" in url and path != url and path.endswith(url):  # the local filesystem takes s3:// for a directory
+        raise UnsupportedOptionError(f"{url} is not a URL of the filesystem that was given, {type(fs).__name__}.")
+    return path
+
+
+# --- what "::" and "%20" mean
+
+
+def _is_chain(url: str) -> bool:
+    """Whether a URL with a protocol somewhere is a chain of URLs (``zip://x.pt::s3://bucket/x.zip``), or only one.
+
+    A chain is one of filesystems that lie on others; only the last may be a store of its own, or a local path. The
+    path of one URL may contain ``::``.
+
+    Raises:
+        UnsupportedURLError: it is neither.
+    """
+    if "::" not in url:
+        return False
+    *layers, last = url.split("::")
+    protocols = [_protocol_in(layer) for layer in layers]
+    if all(protocol is not None and _lies_on_another(protocol) for protocol in protocols):
+        return True
+    first = _URL.match(url)
+    if first is not None and not _lies_on_another(first.group(1)) and not any([*protocols[1:], _protocol_in(last)]):
+        return False
+    raise UnsupportedURLError(
+        f"{url} is neither one URL nor a chain of them: before each '::' of a chain stands a filesystem that lies on "
+        "another, such as zip://x.pt or simplecache. A local path with '::' in it can be given as a pathlib.Path."
+    )
+
+
+def _protocol_in(segment: str) -> str | None:
+    """The protocol that a segment of a URL begins with, or that it is."""
+    if segment in _protocols():
+        return segment
+    found = _URL.match(segment)
+    return found.group(1) if found else None
+
+
+def _lies_on_another(protocol: str) -> bool:
+    """Whether a filesystem takes another one to lie on, which fsspec hands it as these arguments."""
+    kind: type[AbstractFileSystem] = fsspec.get_filesystem_class(protocol)
+    return not {"fo", "fs", "target_protocol"}.isdisjoint(option_names(kind))
+
+
+def _decoded(url: str) -> str:
+    """The path of a ``file://`` URL, as ``pathlib.Path.as_uri`` makes them; anything else as it is."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in _LOCAL:
+        return url
+    return os.fsdecode(unquote_to_bytes(os.fsencode(rest)))
+
+
+def _decoded_at_the_end(chain: str) -> str:
+    layers, _, last = chain.rpartition("::")
+    return f"{layers}::{_decoded(last)}"
+
+
+# --- what there is
 
 
 @cache
@@ -131,18 +260,11 @@ def _opener(protocol: str) -> ThreadPool:
     return ThreadPool(1, f"torchferry-opener-{protocol}")
 
 
-def _path_in(fs: AbstractFileSystem, url: str) -> str:
-    path: str = fs._strip_protocol(url)
-    if "://" in url and path != url and path.endswith(url):  # the local filesystem takes s3:// for a directory
-        raise UnsupportedOptionError(f"{url} is not a URL of the filesystem that was given, {type(fs).__name__}.")
-    return path
-
-
 def _backend_class(fs: AbstractFileSystem) -> type[Backend]:
     protocols = (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
     for protocol in protocols:
-        if entry := _entry_points().get(protocol):
-            backend_class: type[Backend] = entry.load()
+        if protocol in _entry_points():
+            backend_class = _backend_of(protocol)
             kind = backend_class.filesystem_class()
             if kind is None or isinstance(fs, kind):
                 return backend_class
@@ -155,6 +277,15 @@ def _backend_class(fs: AbstractFileSystem) -> type[Backend]:
     return GenericBackend
 
 
+def _backend_of(protocol: str) -> type[Backend]:
+    backend_class: type[Backend] = _entry_points()[protocol].load()
+    return backend_class
+
+
 @cache
 def _entry_points() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _protocols() -> frozenset[str]:
+    return frozenset({*fsspec.available_protocols(), *registry})  # what was registered as a class is only in there

