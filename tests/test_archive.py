@@ -191,8 +191,8 @@ def test_a_directory_of_a_million_records_takes_a_hundred_bytes_a_record() -> No
         directory, buffer = Directory(at, len(entries), len(names)), bytes(entries)
         del entries, names
         pickled = CENTRAL_HEADER.pack(b"PK\1\2", 20, 20, 8, 0, 0, 0, 1, 4, 4, 10, 0, 0, 0, 0, 0, 0) + b"a/data.pkl"
-        parse_directory(pickled + CENTRAL_HEADER.pack(b"PK\1\2", 20, 20, 8, 0, 0, 0, 1, 4, 4, 9, 0, 0, 0, 0, 0, 84) + b"a/version",
-            Directory(200, 111, 2), "test://x")
+        version = CENTRAL_HEADER.pack(b"PK\1\2", 20, 20, 8, 0, 0, 0, 1, 4, 4, 9, 0, 0, 0, 0, 0, 84) + b"a/version"
+        parse_directory(pickled + version, Directory(200, 111, 2), "test://x")
         status = lambda field: int(pathlib.Path("/proc/self/status").read_text().split(field)[1].split()[0]) << 10
         pathlib.Path("/proc/self/clear_refs").write_text("5")
         before = status("VmRSS:")
