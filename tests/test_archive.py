@@ -190,9 +190,9 @@ def test_a_directory_of_a_million_records_takes_a_hundred_bytes_a_record() -> No
             at = -(-(at + 34 + len(name)) // 64) * 64 + 20
         directory, buffer = Directory(at, len(entries), len(names)), bytes(entries)
         del entries, names
-        parse_directory(CENTRAL_HEADER.pack(b"PK\1\2", 20, 20, 8, 0, 0, 0, 1, 4, 4, 10, 0, 0, 0, 0, 0, 0) + b"a/data.pkl"
-            + CENTRAL_HEADER.pack(b"PK\1\2", 20, 20, 8, 0, 0, 0, 1, 4, 4, 9, 0, 0, 0, 0, 0, 84) + b"a/version",
-            Directory(200, 111, 2), "test://x")
+        pickled = CENTRAL_HEADER.pack(b"PK\1\2", 20, 20, 8, 0, 0, 0, 1, 4, 4, 10, 0, 0, 0, 0, 0, 0) + b"a/data.pkl"
+        version = CENTRAL_HEADER.pack(b"PK\1\2", 20, 20, 8, 0, 0, 0, 1, 4, 4, 9, 0, 0, 0, 0, 0, 84) + b"a/version"
+        parse_directory(pickled + version, Directory(200, 111, 2), "test://x")
         status = lambda field: int(pathlib.Path("/proc/self/status").read_text().split(field)[1].split()[0]) << 10
         pathlib.Path("/proc/self/clear_refs").write_text("5")
         before = status("VmRSS:")

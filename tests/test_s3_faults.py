@@ -214,6 +214,17 @@ async def test_silence_is_survived(through: Through) -> None:
     assert store.leftovers() == []
 
 
+async def test_a_link_so_slow_that_a_part_takes_longer_than_silence_may_is_no_failure(through: Through) -> None:
+    """Megabytes wait in the system's queue, and nothing is heard of the store meanwhile."""
+    store, _ = through(bandwidth=3e6, config_kwargs={"read_timeout": 1})
+    path = store.path("checkpoint.pt")
+    reports: list[TransferReport] = []
+    with torchferry.engine.transfer.Transfer().running(reports.append):
+        await store.write(path, stream(DATA, MIB))
+    assert store.raw_read(path) == DATA
+    assert (reports[0].retries, reports[0].client_bytes) == (0, 0)
+
+
 @READS
 async def test_download_that_is_always_cut_is_an_error_and_never_data(through: Through, reads: Reads) -> None:
     store, _ = through(Fault(method="GET", truncate_after=1000, times=None))

@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import secrets
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -22,7 +22,7 @@ import torchferry
 from torchferry.engine.loops import run_on
 from torchferry.engine.transfer import Transfer, TransferReport
 from torchferry.engine.types import MIB, Chunk, ObjectStat
-from torchferry.engine.writer import UploadPlan
+from torchferry.engine.writer import Body, UploadPlan
 from torchferry.errors import (
     ChangedWhileSavingError,
     StorageError,
@@ -40,6 +40,7 @@ from torchferry.testing.conformance import SourceError, cancel_at_the_end, strea
 from torchferry.testing.faultproxy import Fault, FaultProxy, Head
 from torchferry_azure import AzureBackend
 from torchferry_azure.blocks import new_block_id, newest
+from torchferry_azure.upload import AzureUpload
 
 Way: TypeAlias = Literal["engine", "client"]
 
@@ -120,12 +121,14 @@ def faulty(azure_server: AzureServer, azure_client: Any, azure_url: str) -> Iter
     """Makes the store as seen through a proxy with these faults."""
     with ExitStack() as stack:
 
-        def make(*faults: Fault, way: Way = "engine", **credentials: str) -> tuple[AzureStore, FaultProxy]:
+        def make(
+            *faults: Fault, way: Way = "engine", options: Mapping[str, Any] | None = None, **credentials: str
+        ) -> tuple[AzureStore, FaultProxy]:
             proxy = stack.enter_context(FaultProxy(azure_server.port, *map(dataclasses.replace, faults)))
             known = {"AccountName": azure_server.account_name, "AccountKey": azure_server.account_key}
             endpoint = f"{proxy.endpoint}/{azure_server.account_name}"
             connection = connection_string_for(endpoint, **(credentials or known))
-            return AzureStore(azure_client, azure_url, {"connection_string": connection}, way), proxy
+            return AzureStore(azure_client, azure_url, {"connection_string": connection, **(options or {})}, way), proxy
 
         yield make
 
@@ -252,6 +255,43 @@ async def test_who_loses_against_another_writer_is_told(store: AzureStore, other
     with pytest.raises(StorageError, match="another writer"):
         await store.write(path, chunks())
     assert store.raw_read(path) == other
+
+
+async def test_block_that_arrives_after_its_upload_was_aborted_is_discarded(store: AzureStore) -> None:
+    path = store.path("checkpoint.pt")
+    backend = store.backend
+    assert isinstance(backend, AzureBackend)
+    upload = AzureUpload(backend, path, {})
+    block_id = await run_on(backend.loop, upload.put_part, 0, Body([Chunk(b"12345")]))
+    upload._cut_off = True
+    await run_on(backend.loop, upload.abort)
+    assert store.staged() == []
+    store.raw_blob(path).stage_block(block_id, b"12345")
+    container, _, name = path.partition("/")
+    listing = store._client.get_container_client(container).list_blobs
+    with anyio.fail_after(60):
+        while await anyio.to_thread.run_sync(lambda: list(listing(name, include=["uncommittedblobs"]))):
+            pass
+
+
+async def test_lost_reply_while_blocks_are_discarded_leaves_no_empty_blob(faulty: Faulty) -> None:
+    store, proxy = faulty(Fault(method="PUT", target="comp=blocklist", lose_reply=True, times=2))
+    path = store.path("checkpoint.pt")
+    await interrupted_write(store, path)
+    assert proxy.requests("PUT", "comp=blocklist")
+    assert not store.raw_exists(path)
+    assert store.staged() == []
+
+
+@pytest.mark.parametrize("size", [10, len(DATA)], ids=["small", "blocks"])
+async def test_lease_on_the_blob_is_named_as_the_reason(store: AzureStore, size: int) -> None:
+    path = store.path("checkpoint.pt")
+    store.raw_write(path, b"old")
+    lease = store.raw_blob(path).acquire_lease()
+    with pytest.raises(StorageError, match="LeaseIdMissing"):
+        await store.write(path, stream(DATA[:size], MIB))
+    assert store.raw_read(path) == b"old"
+    lease.release()
 
 
 async def test_leftovers_tells_when_blocks_were_staged_and_discard_removes_them(store: AzureStore) -> None:
@@ -468,9 +508,10 @@ async def test_store_that_goes_on_refusing_is_unavailable_and_nothing_stays(faul
     assert store.staged() == []
 
 
-async def test_block_that_is_never_answered_is_sent_again(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchferry.engine.transport._SILENCE", 3.0)
-    store, proxy = faulty(Fault(method="PUT", target="comp=block&", skip=1, hang=True))
+@WAYS
+async def test_block_that_is_never_answered_is_sent_again(faulty: Faulty, way: Way) -> None:
+    fault = Fault(method="PUT", target="comp=block&", skip=1, hang=True)
+    store, proxy = faulty(fault, way=way, options={"read_timeout": 3})
     path = store.path("checkpoint.pt")
     await store.write(path, stream(DATA, MIB))
     assert store.raw_read(path) == DATA
@@ -636,12 +677,15 @@ def test_account_of_the_url_is_the_account_that_is_asked() -> None:
     assert backend.client.blob(path).url == "https://myaccount.blob.core.windows.net/container/a/b.pt"
 
 
-async def test_name_with_colons_is_taken_literally(store: AzureStore, azure_storage_options: dict[str, Any]) -> None:
-    fs = AzureBlobFileSystem(**azure_storage_options)
+@pytest.mark.parametrize("given", ["filesystem", "storage_options"])
+async def test_name_with_colons_is_taken_literally(
+    store: AzureStore, azure_storage_options: dict[str, Any], given: str
+) -> None:
+    options = {"filesystem": AzureBlobFileSystem(**azure_storage_options), "storage_options": azure_storage_options}
     path = store.path("a::b.pt")
-    await torchferry.save_async([1], f"abfs://{path}", filesystem=fs)
+    await torchferry.save_async([1], f"abfs://{path}", **{given: options[given]})
     assert store.raw_exists(path)
-    assert await torchferry.load_async(f"abfs://{path}", filesystem=fs) == [1]
+    assert await torchferry.load_async(f"abfs://{path}", **{given: options[given]}) == [1]
 
 
 async def test_version_of_a_blob_can_be_read_and_not_be_replaced(
@@ -717,12 +761,12 @@ async def test_blob_that_the_client_puts_whole_is_one_block(faulty: Faulty) -> N
     assert len(store.raw_blob(path).get_block_list("committed")[0]) == 1
 
 
-async def test_time_limit_of_the_filesystem_is_the_servers_too(faulty: Faulty, azure_url: str) -> None:
-    store, proxy = faulty()
-    fs = AzureBlobFileSystem(**(store.options or {})["storage_options"], timeout=77)
-    tensor = torch.arange(1 << 10)
-    await torchferry.save_async(tensor, f"{azure_url}/checkpoint.pt", filesystem=fs)
-    assert torch.equal(await torchferry.load_async(f"{azure_url}/checkpoint.pt", filesystem=fs), tensor)
+async def test_time_limit_of_the_filesystem_is_the_servers_too(faulty: Faulty) -> None:
+    store, proxy = faulty(options={"timeout": 77})
+    path = store.path("checkpoint.pt")
+    for size in (10, len(DATA)):
+        written = await store.write(path, stream(DATA[:size], MIB))
+        assert await store.read(path, 0, size, written) == DATA[:size]
     assert all("timeout=77" in request.target for request in proxy.log)
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import http.server
+import logging
 import socket
 import tarfile
 import threading
@@ -283,6 +284,23 @@ async def test_leftovers_of_one_name_are_those_of_its_directory_and_can_be_disca
     assert await backend.discard(found)
     assert await left(backend, f"{root}/run/a/") == []
     assert await listed(backend, f"{root}/") == [f"{root}/{name}" for name in ("run/a/x.pt", "x.pt")]
+
+
+def test_nothing_that_a_load_says_shows_a_secret(caplog: pytest.LogCaptureFixture) -> None:
+    secret, url = uuid.uuid4().hex, f"memory://{uuid.uuid4().hex}/x.pt"
+    caplog.set_level(logging.INFO)
+    torchferry.save({"a": torch.ones(3)}, f"{url}?apikey={secret}")
+    manifest = torchferry.inspect(f"{url}?apikey={secret}")
+    assert manifest.url.endswith("/x.pt?apikey=***")
+
+    def refuse(_: Any, __: str) -> Any:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError) as caught:
+        torchferry.load(f"{url}?apikey={secret}", map_location=refuse)
+    assert "apikey=***" in "".join(caught.value.__notes__)
+    assert secret not in "".join(traceback.format_exception(caught.value))
+    assert secret not in caplog.text
 
 
 async def test_no_error_of_a_filesystem_shows_a_secret() -> None:

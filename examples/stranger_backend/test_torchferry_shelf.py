@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torchferry_shelf
 from shelf_server import Shelf, Stored
 from torchferry_shelf import ShelfBackend
 
@@ -126,3 +129,12 @@ def test_misspelt_option_is_named(shelf: Shelf) -> None:
 
 def test_backend_is_found_by_its_entry_point(shelf: Shelf) -> None:
     assert isinstance(open_backend("shelf://x.pt", **options_for(shelf.endpoint))[0], ShelfBackend)
+
+
+def test_it_needs_what_is_public_only() -> None:
+    tree = ast.parse(Path(torchferry_shelf.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    ours = [(node.module or "", name.name) for node in imports for name in node.names if "torchferry" in node.module]
+    assert ours
+    for module, name in ours:
+        assert name in import_module(module).__all__, f"{module}.{name}"

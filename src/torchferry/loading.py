@@ -64,7 +64,7 @@ class Manifest:
     """What is in a checkpoint.
 
     Attributes:
-        url: Where it is.
+        url: Where it is, without the secrets of a URL.
         size: Bytes of the object.
         etag: Names the version of the object, where the store has such names.
         records: The records of the archive, in the order of the file.
@@ -241,7 +241,7 @@ async def _verify(backend: Backend, path: str) -> Manifest:
 @collector_paused()
 def _manifest(source: RangeReader, archive: Archive, pickled: bytes) -> Manifest:
     graph = read_graph(pickled, source.url)
-    return Manifest(source.url, source.stat.size, source.stat.etag, archive.records, tuple(graph.tensors()))
+    return Manifest(mask(source.url), source.stat.size, source.stat.etag, archive.records, tuple(graph.tensors()))
 
 
 async def _require_archive(source: RangeReader) -> Archive:

@@ -191,10 +191,10 @@ class AzureBackend(HttpBackend):
             return Engine(None, f"{type(self._fs).__name__} is a subclass of AzureBlobFileSystem")
         if (mode := self._fs.service_client.location_mode) != "primary":
             return Engine(None, f"the location mode is {mode}")
-        return Engine(_transport())
+        return Engine(_transport(self.client.silence))
 
 
 @cache
-def _transport() -> Transport:
+def _transport(silence: float) -> Transport:
     """The connections of all filesystems: adlfs keeps every one of its filesystems until the process ends."""
-    return Transport()
+    return Transport(silence=silence)

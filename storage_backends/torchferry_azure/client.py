@@ -45,6 +45,9 @@ class AzureClient:
     Args:
         fs: The filesystem.
         display: The URL of a path, for messages.
+
+    Attributes:
+        silence: Seconds without a byte after which a request has failed: the filesystem's ``read_timeout``, or 30.
     """
 
     def __init__(self, fs: AzureBlobFileSystem, display: Callable[[str], str]) -> None:
@@ -58,6 +61,7 @@ class AzureClient:
             "retry_total": 0,
             "permit_redirects": False,
         }
+        self.silence = float(self._options["read_timeout"])
         self._server_timeout: int | None = configured.get("timeout")
         self._token: AccessToken | None = None
         self._token_lock = anyio.Lock()  # parts that begin together need one token

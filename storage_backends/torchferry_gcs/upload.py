@@ -110,4 +110,5 @@ class GcsUpload(Upload["Part | None"]):
             publishes=True,
             unchanged=lambda: crc32c(body.buffers) == whole,
         )
+        current().moved(body.size - content.size)
         return Written.from_resource(found)

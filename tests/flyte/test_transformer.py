@@ -295,11 +295,11 @@ def test_options_are_joined(s3_context: FlyteContext, checkpoint: PyTorchCheckpo
     "t",
     [
         Annotated[PyTorchCheckpoint, LoadOptions(keys=("a",)), LoadOptions(keys=("b",))],
-        Annotated[PyTorchCheckpoint, SaveOptions(plane="obstore"), SaveOptions(plane="fsspec")],
+        Annotated[PyTorchCheckpoint, SaveOptions(give_up_after=1.0), SaveOptions(give_up_after=2.0)],
         Optional[Annotated[PyTorchCheckpoint, SaveOptions(part_size=1 << 23), SaveOptions(part_size=1 << 24)]],  # noqa: UP045 - flytekit's users write it
         list[Annotated[PyTorchCheckpoint, LoadOptions(map_location="cpu"), LoadOptions(map_location="meta")]],
     ],
-    ids=["keys", "plane", "in Optional", "in list"],
+    ids=["keys", "give up after", "in Optional", "in list"],
 )
 def test_options_that_contradict_each_other_are_an_error_when_the_type_is_declared(t: Any) -> None:
     with pytest.raises(ValueError, match="contradict each other"):

@@ -53,7 +53,7 @@ async def _saves_as(content: dict[str, Any], manifest: Manifest) -> bool:
     try:
         async with TorchStream(content).running() as stream:
             async for chunk in stream:
-                await in_thread(checksums.add, size, chunk)
+                await in_thread(checksums.add, size, chunk.data)
                 size += len(chunk)
         checksums.finish()
     except CheckpointCorruptError:

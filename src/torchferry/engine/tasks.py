@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
-from torchferry.errors import TorchferryError
+from torchferry.errors import TorchferryError, mask
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
@@ -100,5 +100,5 @@ def _choose_error(errors: list[BaseException]) -> BaseException:
     chosen = min(errors, key=rank)  # min() takes the first of equals
     for other in errors:
         if other is not chosen:
-            chosen.add_note(f"Another task failed too: {type(other).__name__}: {other}")
+            chosen.add_note(mask(f"Another task failed too: {type(other).__name__}: {other}"))
     return chosen

@@ -23,6 +23,7 @@ from torchferry.engine.loops import keep_running
 from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import current
 from torchferry.engine.types import MIB, Buffer, Chunk, ObjectStat
+from torchferry.errors import mask
 
 __all__ = ["Body", "Limits", "Upload", "UploadPlan", "abort", "upload"]
 
@@ -249,7 +250,7 @@ async def _abort_and_say(target: Upload[PartT], reason: BaseException) -> None:
         detail = str(error) or f"no answer for {_ABORT_SECONDS:.0f} s"
         notes = getattr(error, "__notes__", [])
         failed = f"What was staged{target.staged} could not be removed: {type(error).__name__}: {detail}"
-        message = " ".join([failed, *notes])
+        message = mask(" ".join([failed, *notes]))
         reason.add_note(message)
         logger.warning("%s", message)
 

@@ -26,6 +26,7 @@ from torchferry.errors import (
     NotEnoughMemoryError,
     TorchferryError,
     UnsafeCheckpointError,
+    mask,
 )
 from torchferry.formats.printable import printable
 from torchferry.formats.selection import is_meta, unsafe_message
@@ -152,7 +153,7 @@ def torch_errors(url: str, *, map_location: Any, weights_only: bool, checked: bo
         elif _is_damage(error, weights_only=weights_only, checked=checked):
             detail = printable(str(error).strip().partition("\n")[0])
             raise CheckpointCorruptError(f"{url} is damaged: {type(error).__name__}: {detail}") from error
-        error.add_note(f"This happened while loading {url}.")
+        error.add_note(mask(f"This happened while loading {url}."))
         raise
 
 

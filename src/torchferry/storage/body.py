@@ -21,9 +21,7 @@ SEND_PIECE = 512 << 10
 """Bytes handed to a connection at once; about as many wait in its buffer."""
 
 _PATIENCE = 10.0  # seconds that a cancel waits for the answer to a request that was sent whole
-_SILENCE = (
-    60.0  # seconds in which a client has taken no byte and returned no answer, after which its request has failed
-)
+_SILENCE = 60.0  # seconds without a byte taken and without an answer, after which a client's request has failed
 
 
 class RequestBody:
