@@ -19,6 +19,7 @@ import anyio
 import pytest
 import trustme
 
+from torchferry.engine import connections
 from torchferry.engine import transport as module
 from torchferry.engine.retry import AnswerError
 from torchferry.engine.transfer import Transfer
@@ -183,7 +184,7 @@ class Sends:
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks ten times as often for what has moved."""
-    monkeypatch.setattr(module, "_TICK", 0.02)
+    monkeypatch.setattr(connections, "_TICK", 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -262,20 +263,20 @@ async def test_a_tls_connection_that_was_closed_while_idle_is_replaced(
 
 
 async def test_a_connection_that_was_idle_for_long_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_IDLE", 0.0)
+    monkeypatch.setattr(connections, "_IDLE", 0.0)
     read = Reads()
     with Server(serving_ranges()) as server:
         for _ in range(3):
             await read(server.get())
         assert server.connections == 3
-    assert len(read.transport._idle) <= 1
+    assert len(read.transport.connections._idle) <= 1
 
 
 async def test_connections_are_closed_with_their_transport() -> None:
     read = Reads()
     with Server(serving_ranges()) as server:
         await read(server.get())
-        sockets = [connection.sock for connection in read.transport._idle]
+        sockets = [connection.sock for connection in read.transport.connections._idle]
         with warnings.catch_warnings():
             warnings.simplefilter("error", ResourceWarning)
             del read
@@ -290,8 +291,8 @@ async def test_a_forked_child_uses_connections_of_its_own() -> None:
         assert server.connections == 1
         if not (child := os.fork()):
             try:
-                taken = read.transport.take(module.urlsplit(server.url))
-                os._exit(0 if taken.sock is None and not read.transport._idle else 1)
+                taken = read.transport.connections.take(module.urlsplit(server.url))
+                os._exit(0 if taken.sock is None and not read.transport.connections._idle else 1)
             finally:
                 os._exit(2)
         _, status = await asyncio.to_thread(os.waitpid, child, 0)
@@ -823,7 +824,7 @@ async def test_a_cancel_ends_every_stage_of_a_read_soon_and_nothing_is_written_a
         written = bytes(buffer)
         assert await asyncio.to_thread(stage.ended.wait, 5)
         assert buffer == written
-    assert not transport._idle
+    assert not transport.connections._idle
 
 
 async def test_a_cancel_ends_a_tls_handshake_soon() -> None:

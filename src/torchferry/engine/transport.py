@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import http.client
 import io
-import os
 import selectors
 import socket
 import ssl
@@ -18,18 +17,15 @@ import struct
 import sys
 import threading
 import time
-import urllib.request
-import weakref
-from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from torchferry.engine.cancellation import in_thread
+from torchferry.engine.connections import WAITS_IN_THE_KERNEL, Connection, Connections, UnmovableError
 from torchferry.engine.retry import AnswerError, transient_answer
 from torchferry.engine.transfer import Transfer, current
 from torchferry.engine.types import MIB, Buffer
@@ -41,13 +37,9 @@ if sys.platform == "linux":
 __all__ = ["Answer", "SignedRequest", "Transport", "UnmovableError"]
 
 _SILENCE = 30.0  # seconds in which nothing moves, after which a request has failed, where the user chose no other
-_CONNECT = 10.0  # seconds for each step of a connection
-_TICK = 0.25  # seconds that a thread waits at once; in between it looks whether bytes in the system's queue have moved
 _LAST_LOOK = 1.0  # seconds to wait for the answer of a store that takes no bytes over TLS
 _SLOWEST = 1_000  # bytes a second: an answer that comes slower than this has failed,
 _GRACE = 60.0  # seconds after its first byte
-_IDLE = 10.0  # seconds after which a connection is not used again: stores close them soon, and not all of them say so
-_MOST_IDLE = 32  # connections kept for the next request
 _SLICE = 2 * MIB  # bytes given to the system at once
 _TLS_SLICE = 128 << 10  # over TLS, what is sent of a slice shows only when all of it is
 _LAST_SLICE = 64 << 10  # so that a cancel seldom comes when the request may be complete
@@ -55,19 +47,6 @@ _WHOLE_READS = 64 << 10  # a read of so many bytes waits for all of them
 _INTERRUPT_PATIENCE = 0.5  # seconds that a cancel waits for the thread: a name look-up cannot be ended
 _ANSWER_PATIENCE = 10.0  # seconds that a cancel waits for the answer to a request that publishes and was sent whole
 _LARGEST_ANSWER = MIB  # bytes; answers to uploads are short
-_RESET = struct.pack("ii", 1, 0)  # for SO_LINGER: closing resets the connection, what was not sent yet is thrown away
-
-
-class UnmovableError(Exception):
-    """The engine cannot move these bytes, and the filesystem's client may: a proxy, a redirect, an odd answer.
-
-    Attributes:
-        answer: What the store said, if anything.
-    """
-
-    def __init__(self, reason: str, answer: Answer | None = None) -> None:
-        super().__init__(reason)
-        self.answer = answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +106,15 @@ class Transport:
         verify: The file with the certificates of the authorities to trust; True for the system's; False to trust
             anyone.
         silence: Seconds in which no byte moves, after which a request has failed.
+
+    Attributes:
+        silence: As above.
+        connections: Those that are open and idle.
     """
 
     def __init__(self, *, verify: str | bool = True, silence: float = _SILENCE) -> None:
         self.silence = silence
-        self._verify = verify
-        self._idle: deque[_Connection] = deque()
-        self._process = os.getpid()
-        weakref.finalize(self, _close_all, self._idle)
+        self.connections = Connections(verify)
 
     async def read_into(self, request: SignedRequest, start: int, buffer: memoryview, size: int) -> None:
         """Fills ``buffer`` with the bytes from ``start`` of an object of ``size`` bytes.
@@ -176,114 +156,6 @@ class Transport:
         finally:
             sending.settle()
 
-    def take(self, url: SplitResult) -> _Connection:
-        """An idle connection, or else a new one."""
-        if self._process != os.getpid():  # forked: the parent goes on using these
-            self._process = os.getpid()
-            _close_all(self._idle)  # here; the parent's stay open
-        now = time.monotonic()
-        with suppress(IndexError):
-            for _ in range(len(self._idle)):
-                connection = self._idle.pop()
-                if now - connection.rested >= _IDLE:
-                    connection.close()
-                elif (connection.scheme, connection.host) == (url.scheme, url.netloc):
-                    return connection
-                else:
-                    self._idle.appendleft(connection)
-        return _Connection(url.scheme, url.netloc, self._tls if url.scheme == "https" else None)
-
-    def give_back(self, connection: _Connection) -> None:
-        """Keeps a connection for the next request."""
-        connection.rested = time.monotonic()
-        connection.used = True
-        self._idle.append(connection)
-        with suppress(IndexError):
-            while len(self._idle) > _MOST_IDLE or time.monotonic() - self._idle[0].rested >= _IDLE:
-                self._idle.popleft().close()
-
-    @cached_property
-    def _tls(self) -> ssl.SSLContext:
-        context = ssl.create_default_context(cafile=self._verify if isinstance(self._verify, str) else None)
-        if not self._verify:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        return context
-
-
-class _Connection:
-    """One connection to a store."""
-
-    def __init__(self, scheme: str, host: str, tls: ssl.SSLContext | None) -> None:
-        if {scheme, "all"} & urllib.request.getproxies().keys() and not urllib.request.proxy_bypass(host):
-            raise UnmovableError("there is a proxy")
-        self.scheme, self.host = scheme, host
-        self.used = False
-        self.rested = 0.0
-        self.sock: socket.socket | None = None
-        self.http = http.client.HTTPSConnection(host, context=tls) if tls else http.client.HTTPConnection(host)
-        self._tls = tls
-        self._interrupted = False
-
-    def open(self) -> None:
-        """Connects; not as http.client does, which keeps its socket to itself until the TLS handshake is done."""
-        if self.sock is not None:
-            return
-        sock = self._connect()
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._tls is not None:
-            sock = self._shake_hands(self._tls, sock)
-        _wait_a_tick_at_most(sock)
-        self.http.sock = sock
-
-    def interrupt(self) -> None:
-        """Ends what another thread is doing with it; what was not sent yet is thrown away."""
-        self._interrupted = True
-        if self.sock is not None:
-            with suppress(OSError):  # closed already
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-            with suppress(OSError):  # not connected yet, or not any more
-                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # TLS's own would go on in clear text
-
-    def close(self) -> None:
-        self.http.close()
-        if self.sock is not None:
-            self.sock.close()
-
-    def _connect(self) -> socket.socket:
-        failure: OSError | None = None
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            self.http.host, self.http.port, type=socket.SOCK_STREAM
-        ):
-            sock = socket.socket(family, kind, protocol)
-            self._use(sock)  # before it connects, so that it can be ended
-            try:
-                sock.settimeout(_CONNECT)
-                sock.connect(address)
-            except OSError as error:
-                sock.close()
-                failure = error
-            else:
-                return sock
-        raise failure or ConnectionError(f"{self.host} has no address")
-
-    def _shake_hands(self, tls: ssl.SSLContext, sock: socket.socket) -> socket.socket:
-        wrapped = tls.wrap_socket(sock, server_hostname=self.http.host, do_handshake_on_connect=False)
-        self._use(wrapped)
-        try:
-            wrapped.do_handshake()
-        except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError) as error:
-            raise ConnectionResetError(f"closed in the TLS handshake: {error}") from error
-        except ssl.SSLError as error:
-            raise UnmovableError(f"TLS: {error}") from error
-        return wrapped
-
-    def _use(self, sock: socket.socket) -> None:
-        self.sock = sock
-        if self._interrupted:
-            sock.close()
-            raise InterruptedError
-
 
 class _Exchange:
     """One request and its answer, on a connection of the transport."""
@@ -293,7 +165,7 @@ class _Exchange:
         self._request = request
         self._url = urlsplit(request.url)
         self._transfer = transfer
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._using = threading.Lock()  # held to end a connection: not one that is another request's already
         self._interrupted = False
         self._answered = False
@@ -339,7 +211,7 @@ class _Exchange:
 
     @staticmethod
     def _flags(sock: socket.socket, buffer: memoryview) -> int:
-        whole = len(buffer) >= _WHOLE_READS and not isinstance(sock, ssl.SSLSocket) and _WAITS_IN_THE_KERNEL
+        whole = len(buffer) >= _WHOLE_READS and not isinstance(sock, ssl.SSLSocket) and WAITS_IN_THE_KERNEL
         return socket.MSG_WAITALL if whole else 0
 
     @property
@@ -350,7 +222,7 @@ class _Exchange:
     def _run(self) -> Answer | None:
         """Blocks the thread. An idle connection that the store has closed meanwhile is replaced by another one."""
         while True:
-            connection = self._transport.take(self._url)
+            connection = self._transport.connections.take(self._url)
             with self._using:
                 self._connection = connection
             self._answered = False
@@ -381,12 +253,12 @@ class _Exchange:
                     self._connection = None
                 connection.http.response_class = http.client.HTTPResponse  # it keeps nothing of this request
                 if reusable and not self._interrupted:
-                    self._transport.give_back(connection)
+                    self._transport.connections.give_back(connection)
                 else:
                     connection.close()
             return answer
 
-    def _exchange(self, connection: _Connection) -> tuple[Answer | None, bool]:
+    def _exchange(self, connection: Connection) -> tuple[Answer | None, bool]:
         """Returns the answer, and whether the connection can be used again."""
         raise NotImplementedError
 
@@ -424,7 +296,7 @@ class _Reading(_Exchange):
         if not self._done:
             self._transfer.moved(-self._filled)
 
-    def _exchange(self, connection: _Connection) -> tuple[Answer | None, bool]:
+    def _exchange(self, connection: Connection) -> tuple[Answer | None, bool]:
         connection.http.request(self._request.method, self._target, headers=self._headers)
         with connection.http.getresponse() as response:
             self._answered = True
@@ -498,7 +370,7 @@ class _Sending(_Exchange):
     def _awaited(self) -> bool:
         return self._whole and self._publishes and not self._settled
 
-    def _exchange(self, connection: _Connection) -> tuple[Answer | None, bool]:
+    def _exchange(self, connection: Connection) -> tuple[Answer | None, bool]:
         connection.http.putrequest(self._request.method, self._target, skip_accept_encoding=True)
         for name, value in self._request.headers.items():
             if name.lower() not in {"content-length", "host"}:
@@ -517,7 +389,7 @@ class _Sending(_Exchange):
             if (hint := transient_answer(answer.status, answer.headers)) is not None:
                 raise AnswerError(str(answer), hint)
             if HTTPStatus.MULTIPLE_CHOICES <= answer.status < HTTPStatus.BAD_REQUEST:
-                raise UnmovableError(f"a redirect ({answer.status})", answer)
+                raise UnmovableError(f"a redirect ({answer.status})")
             if answer.ok and not sent_whole:
                 raise ConnectionResetError(f"the store answered before it had all: {answer}")
             return answer, sent_whole and response.isclosed() and not response.will_close
@@ -628,31 +500,8 @@ class _Incoming(io.RawIOBase):
         return self._exchange.receive(self._sock, memoryview(buffer))
 
 
-_WAITS_IN_THE_KERNEL = sys.platform == "linux"
-
-
-def _wait_a_tick_at_most(sock: socket.socket) -> None:
-    """Lets calls return after 0.25 s in which nothing moved.
-
-    Of a plain socket on Linux by the kernel's own limit: then a call moves megabytes, where Python's limit takes a call
-    and a look for each piece that fits the system's queue, with the interpreter's lock in between: 0.7 s more a GiB.
-    """
-    if isinstance(sock, ssl.SSLSocket) or not _WAITS_IN_THE_KERNEL:
-        sock.settimeout(_TICK)
-        return
-    limit = struct.pack("ll", int(_TICK), int(_TICK % 1 * 1e6))
-    sock.settimeout(None)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-
-
 def _has_news(sock: socket.socket) -> bool:
     """Whether there is something to receive, or the connection has ended."""
     with selectors.DefaultSelector() as selector:
         selector.register(sock, selectors.EVENT_READ)
         return bool(selector.select(0))
-
-
-def _close_all(connections: deque[_Connection]) -> None:
-    while connections:
-        connections.pop().close()

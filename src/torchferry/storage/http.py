@@ -268,7 +268,7 @@ class HttpBackend(Backend):
                 engine.checksums = False
                 return answer
         code = error_code(answer)
-        raise UnmovableError(f"status {answer.status}" + (f" ({code})" if code else ""), answer)
+        raise UnmovableError(f"status {answer.status}" + (f" ({code})" if code else ""))
 
     async def _signed_read(self, path: str, stat: ObjectStat) -> SignedRequest:
         version = path, stat.etag
