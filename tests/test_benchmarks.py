@@ -21,8 +21,8 @@ from benchmarks.meter import Measurement  # noqa: E402
 from torchferry.testing.servers import ServerStartError  # noqa: E402
 
 ALWAYS = {
-    "save": {"torchferry", "torchferry (fsspec plane)", "flytekit", "fsspec.open", "obstore open_writer"},
-    "load": {"torchferry", "torchferry (fsspec plane)", "flytekit", "fsspec.open", "obstore open_reader", "memcpy"},
+    "save": {"torchferry", "flytekit", "fsspec.open", "obstore open_writer"},
+    "load": {"torchferry", "flytekit", "fsspec.open", "obstore open_reader", "memcpy"},
 }
 
 
