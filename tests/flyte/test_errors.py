@@ -31,7 +31,7 @@ from torchferry.errors import (
 )
 from torchferry.flyte import PyTorchCheckpoint, PyTorchCheckpointTransformer
 from torchferry.flyte.fields import checkpoint_literal
-from torchferry.options import LoadOptions
+from torchferry.options import LoadOptions, SaveOptions
 from torchferry.testing.faultproxy import Fault
 from torchferry.testing.servers import S3Server
 
@@ -60,11 +60,6 @@ class Store:
         return await self.action(*args, **kwargs)
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "RETRY_DELAYS", (0, 0, 0))
-
-
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def fail(verb: str, *errors: TorchferryError) -> None:
@@ -76,17 +71,18 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 BUSY = StorageUnavailableError("s3://b/k: 503 SlowDown, ten times.")
 
 
-def test_an_output_that_fails_for_a_while_is_saved_in_the_end(
-    s3_context: FlyteContext, failing: Callable[..., None]
+def test_an_output_or_input_that_fails_for_a_while_goes_through_in_the_end(
+    in_context: Callable[..., FlyteContext], faulty_s3: Callable[..., Any], s3_server: S3Server, s3_url: str
 ) -> None:
-    failing("save_async", BUSY, BUSY, BUSY)
-    assert load(s3_context, save(s3_context).scalar.blob.uri)["epochs"] == 3
+    faults = [Fault(method=method, target="checkpoint.pt", status=503, times=3) for method in ("PUT", "GET")]
+    context = in_context(s3_url, data_config(faulty_s3(*faults).proxy.endpoint, s3_server))
+    assert load(context, save(context).scalar.blob.uri)["epochs"] == 3
 
 
 def test_an_output_that_keeps_failing_is_the_error_that_flyte_retries(
     s3_context: FlyteContext, failing: Callable[..., None]
 ) -> None:
-    failing("save_async", *[BUSY] * 4)
+    failing("save_async", BUSY)
     with pytest.raises(FlyteUploadDataException, match="503 SlowDown") as caught:
         save(s3_context)
     assert caught.value.__cause__ is BUSY
@@ -100,29 +96,21 @@ def test_a_task_lets_the_error_that_flyte_retries_through(
     def make() -> PyTorchCheckpoint:
         return make_checkpoint()
 
-    failing("save_async", *[BUSY] * 4)
+    failing("save_async", BUSY)
     assert s3_context
     with pytest.raises(FlyteUploadDataException, match="503 SlowDown"):
         make()
 
 
 def test_a_store_that_is_not_there_is_the_error_that_flyte_retries(
-    in_context: Callable[..., FlyteContext], s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+    in_context: Callable[..., FlyteContext], s3_server: S3Server
 ) -> None:
-    monkeypatch.setattr(transfer, "RETRY_DELAYS", ())
+    impatient = Annotated[PyTorchCheckpoint, SaveOptions(give_up_after=0.0), LoadOptions(give_up_after=0.0)]
     context = in_context("s3://bucket/raw", data_config("http://127.0.0.1:9", s3_server))
     with pytest.raises(FlyteUploadDataException, match=r"s3://bucket/raw/\w+/checkpoint.pt"):
-        save(context)
+        transformer.to_literal(context, make_checkpoint(), impatient, literal_type)
     with pytest.raises(FlyteDownloadDataException, match="s3://bucket/raw/x"):
-        load(context, "s3://bucket/raw/x")
-
-
-def test_an_input_that_fails_for_a_while_is_loaded_in_the_end(
-    s3_context: FlyteContext, failing: Callable[..., None]
-) -> None:
-    uri = save(s3_context).scalar.blob.uri
-    failing("load_async", BUSY, CheckpointCorruptError("damaged on its way"), BUSY)
-    assert load(s3_context, uri)["epochs"] == 3
+        load(context, "s3://bucket/raw/x", impatient)
 
 
 def test_an_input_that_is_damaged_on_its_way_is_read_again(
@@ -140,12 +128,12 @@ def test_an_input_that_is_damaged_on_its_way_is_read_again(
     loaded = load(proxied, uri)
     assert checkpoint.module is not None
     torch.testing.assert_close(loaded["module_state_dict"], checkpoint.module.state_dict(), rtol=0, atol=0)
-    assert "Trying again" in caplog.text
+    assert "Reading it again" in caplog.text
 
 
 def test_an_input_that_keeps_failing_says_why(s3_context: FlyteContext, failing: Callable[..., None]) -> None:
     uri = save(s3_context).scalar.blob.uri
-    failing("load_async", *[BUSY] * 4)
+    failing("load_async", BUSY)
     with pytest.raises(FlyteDownloadDataException, match="503 SlowDown") as caught:
         load(s3_context, uri)
     assert caught.value.__cause__ is BUSY
