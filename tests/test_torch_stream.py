@@ -295,6 +295,19 @@ async def test_an_error_of_torch_save_is_raised_as_it_is() -> None:
         await chunks_of([torch.zeros(3 * MIB), lambda: None])
 
 
+async def test_failed_saves_keep_no_tensors() -> None:
+    """The error's traceback holds torch's file writer, and that one ours: a cycle that the collector cannot see through."""
+    storages = []
+    for _ in range(5):
+        storage = torch.zeros(2 * MIB, dtype=torch.uint8).untyped_storage()
+        storages.append(weakref.ref(storage))
+        with pytest.raises(AttributeError, match="local object"):
+            await chunks_of([storage, lambda: None])
+        del storage
+    gc.collect()
+    assert sum(storage() is not None for storage in storages) <= 1  # torch may keep the last
+
+
 async def test_an_error_while_torch_save_writes_never_looks_like_the_end_of_the_stream() -> None:
     stream = TorchStream(torch.zeros(30 * MIB))
     stream._emit = lambda _chunk: 1 // 0  # type: ignore[method-assign, assignment]

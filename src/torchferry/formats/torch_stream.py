@@ -107,7 +107,9 @@ class TorchStream(AsyncIterator["Chunk"]):
             raise self._failure from self._failure.__cause__  # a store's client may have wrapped it
         finally:
             # Classes made by torch.save refer to this one in cycles: what is large must not wait for the collector.
+            # So must what hangs on the error: its traceback holds torch's file writer, and that one this object.
             self._obj = None
+            self._failure = None
             self._storages.clear()
             for claim in self._claims:
                 claim.close()
