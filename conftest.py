@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 pytest_plugins = ["torchferry.testing.fixtures"]
 
-_MOST_KEPT = 200 << 20  # bytes
+_MOST_KEPT = 100 << 20  # bytes
 _KEPT = pytest.StashKey[int]()
 
 

@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchferry.testing.faultproxy import Fault, FaultProxy, Head
-from torchferry.testing.servers import HOST, ServerStartError, find_executable, free_ports, run_server
+from torchferry.testing.servers import (
+    HOST,
+    LITTLE_MEMORY,
+    ServerStartError,
+    find_executable,
+    free_ports,
+    run_server,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,7 +119,7 @@ def fake_gcs_server(directory: Path | None = None) -> Iterator[GcsServer]:
         (place / "data").mkdir(exist_ok=True)
         arguments["filesystem-root"] = place / "data"
         command = [str(_fake_gcs_server_program()), *(f"-{name}={value}" for name, value in arguments.items())]
-        with run_server(command, place, port):
+        with run_server(command, place, port, environment=LITTLE_MEMORY):
             yield server
 
 
