@@ -296,7 +296,7 @@ async def test_an_error_of_torch_save_is_raised_as_it_is() -> None:
 
 
 async def test_failed_saves_keep_no_tensors() -> None:
-    """The error's traceback holds torch's file writer, and that one ours: a cycle that the collector cannot see through."""
+    """The traceback holds torch's file writer, and that one ours: a cycle that the collector cannot see through."""
     storages = []
     for _ in range(5):
         storage = torch.zeros(2 * MIB, dtype=torch.uint8).untyped_storage()
