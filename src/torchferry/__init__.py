@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchferry.cleaning import CleanReport, clean, clean_async
     from torchferry.copying import copy, copy_async
     from torchferry.engine.transfer import TransferReport
     from torchferry.engine.types import ObjectStat
@@ -40,9 +41,11 @@ if TYPE_CHECKING:
     from torchferry.loading import Manifest, inspect, inspect_async, load, load_async, verify, verify_async
     from torchferry.options import LoadOptions, SaveOptions
     from torchferry.saving import save, save_async
+    from torchferry.storage.base import Leftover
 
 _MODULES = {
     "torchferry.formats.archive": ("Record",),
+    "torchferry.cleaning": ("CleanReport", "clean", "clean_async"),
     "torchferry.copying": ("copy", "copy_async"),
     "torchferry.errors": (
         "BackendNotInstalledError",
@@ -74,6 +77,7 @@ _MODULES = {
     ),
     "torchferry.options": ("LoadOptions", "SaveOptions"),
     "torchferry.saving": ("save", "save_async"),
+    "torchferry.storage.base": ("Leftover",),
     "torchferry.engine.transfer": ("TransferReport",),
     "torchferry.engine.types": ("ObjectStat",),
 }
@@ -88,6 +92,8 @@ __all__ = [
     "CheckpointKeyError",
     "CheckpointNotFoundError",
     "CheckpointValueError",
+    "CleanReport",
+    "Leftover",
     "LoadOptions",
     "Manifest",
     "NotEnoughMemoryError",
@@ -103,6 +109,8 @@ __all__ = [
     "UnsafeCheckpointError",
     "UnsupportedOptionError",
     "UnsupportedURLError",
+    "clean",
+    "clean_async",
     "copy",
     "copy_async",
     "inspect",
