@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchferry.background import BackgroundSave, save_in_background
     from torchferry.cleaning import CleanReport, clean, clean_async
     from torchferry.copying import copy, copy_async
     from torchferry.engine.transfer import TransferReport
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         CheckpointNotFoundError,
         CheckpointValueError,
         NotEnoughMemoryError,
+        SaveUnderWayError,
         StorageError,
         StoragePermissionError,
         StorageUnavailableError,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from torchferry.storage.base import Leftover
 
 _MODULES = {
+    "torchferry.background": ("BackgroundSave", "save_in_background"),
     "torchferry.formats.archive": ("Record",),
     "torchferry.cleaning": ("CleanReport", "clean", "clean_async"),
     "torchferry.copying": ("copy", "copy_async"),
@@ -57,6 +60,7 @@ _MODULES = {
         "CheckpointNotFoundError",
         "CheckpointValueError",
         "NotEnoughMemoryError",
+        "SaveUnderWayError",
         "StorageError",
         "StoragePermissionError",
         "StorageUnavailableError",
@@ -85,6 +89,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 __all__ = [
     "BackendNotInstalledError",
+    "BackgroundSave",
     "ChangedWhileSavingError",
     "CheckpointChangedError",
     "CheckpointCorruptError",
@@ -100,6 +105,7 @@ __all__ = [
     "ObjectStat",
     "Record",
     "SaveOptions",
+    "SaveUnderWayError",
     "StorageError",
     "StoragePermissionError",
     "StorageUnavailableError",
@@ -119,6 +125,7 @@ __all__ = [
     "load_async",
     "save",
     "save_async",
+    "save_in_background",
     "verify",
     "verify_async",
 ]
