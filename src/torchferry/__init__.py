@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         CheckpointNotFoundError,
         CheckpointValueError,
         NotEnoughMemoryError,
+        RankFailedError,
         SaveUnderWayError,
         StorageError,
         StoragePermissionError,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from torchferry.formats.archive import Record
     from torchferry.formats.graph import TensorInfo
     from torchferry.loading import Manifest, inspect, inspect_async, load, load_async, verify, verify_async
+    from torchferry.manager import CheckpointManager
     from torchferry.options import LoadOptions, SaveOptions
     from torchferry.saving import save, save_async
     from torchferry.storage.base import Leftover
@@ -60,6 +62,7 @@ _MODULES = {
         "CheckpointNotFoundError",
         "CheckpointValueError",
         "NotEnoughMemoryError",
+        "RankFailedError",
         "SaveUnderWayError",
         "StorageError",
         "StoragePermissionError",
@@ -79,6 +82,7 @@ _MODULES = {
         "verify",
         "verify_async",
     ),
+    "torchferry.manager": ("CheckpointManager",),
     "torchferry.options": ("LoadOptions", "SaveOptions"),
     "torchferry.saving": ("save", "save_async"),
     "torchferry.storage.base": ("Leftover",),
@@ -95,6 +99,7 @@ __all__ = [
     "CheckpointCorruptError",
     "CheckpointFormatError",
     "CheckpointKeyError",
+    "CheckpointManager",
     "CheckpointNotFoundError",
     "CheckpointValueError",
     "CleanReport",
@@ -103,6 +108,7 @@ __all__ = [
     "Manifest",
     "NotEnoughMemoryError",
     "ObjectStat",
+    "RankFailedError",
     "Record",
     "SaveOptions",
     "SaveUnderWayError",
