@@ -131,7 +131,6 @@ def replaying_pickle(
 
     ``torch.save`` notes the storages that its ``persistent_id`` is asked about, and numbers them as they come.
     """
-
     storages = deque(pickled.storages)
     data = [pickled.data]
 

@@ -86,6 +86,8 @@ class TorchStream(AsyncIterator["Chunk"]):
         self._send, self._receive = anyio.create_memory_object_stream[Chunk](_QUEUE)
         self._store_reads_loans = store_reads_loans
         self._lent = obj.lent if isinstance(obj, Pickled) else None
+        if isinstance(obj, Pickled):
+            self._transfer.holds(obj.copied)
         self._changes = Changes(url) if self._lent is None else self._lent.changes
         self._changes.recheck = not store_checks
         self._storages = _Storages(obj)
@@ -126,6 +128,7 @@ class TorchStream(AsyncIterator["Chunk"]):
             self._storages.clear()
             self._changes.forget()
             if self._lent is not None:
+                self._transfer.holds(self._lent.copied)
                 self._lent.end()
             for claim in self._claims:
                 claim.close()
