@@ -328,7 +328,7 @@ def _seconds(func: Callable[[], Any], keep: list[Any] | None = None) -> float:
 
 
 def _memcpy_seconds(state: Any, rounds: int) -> float:
-    """A copy of the tensors into memory that is there, by torch or threads with memmove: the median of the faster one."""
+    """A copy of the tensors into memory that is there, by torch or by threads: the median of the faster one."""
     tensors = [tensor for _, tensor in works.named_tensors(state)]
     copies = [torch.empty_like(tensor) for tensor in tensors]
 

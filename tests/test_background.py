@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ from torchferry.engine.lending import Loans, lend, reading
 from torchferry.engine.memory import SNAPSHOTS
 from torchferry.engine.types import MIB
 from torchferry.formats.snapshot import Snapshots
+from torchferry.formats.torch_stream import fills_crc32s
+from torchferry.storage import local
 from torchferry.storage.body import RequestBody
 from torchferry.storage.local import LocalBackend
 from torchferry.testing.faultproxy import Fault
@@ -168,7 +171,7 @@ def test_snapshots_keep_one_piece_of_memory() -> None:
     addresses = set()
     for tensor in (small, large, small, large):
         (made,) = snapshots.copy([tensor.untyped_storage()])
-        assert bytes(made) == bytes(tensor.untyped_storage())
+        assert torch.equal(torch.empty(0, dtype=tensor.dtype).set_(made), tensor)
         addresses.add(made.data_ptr())
         size = snapshots.open(0)._memory.size if tensor is small else 0  # another, while the first is in use
         del made
@@ -426,7 +429,12 @@ def test_a_fork_in_between_is_safe(tmp_path: Path) -> None:
 
 # --- until the optimizer steps
 
+lends = pytest.mark.skipif(
+    not fills_crc32s(), reason="this torch reads storages itself: all is copied at once"
+)
 
+
+@lends
 @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
 def test_until_the_optimizer_steps_nothing_is_copied(options: dict[str, Any], tmp_path: Path) -> None:
     model = Model(**options)
@@ -438,6 +446,7 @@ def test_until_the_optimizer_steps_nothing_is_copied(options: dict[str, Any], tm
     assert (tmp_path / "x.pt").read_bytes() == expected
 
 
+@lends
 @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
 def test_before_the_step_only_what_was_not_sent_is_copied(options: dict[str, Any], target: dict[str, Any]) -> None:
     model = Model(**options)
@@ -545,6 +554,7 @@ def test_what_cannot_announce_changes_is_refused() -> None:
         torchferry.save_in_background([1], "memory://x/x.pt", until=[object()])
 
 
+@lends
 def test_a_change_that_nobody_announced_is_an_error(target: dict[str, Any]) -> None:
     model = Model()
     torchferry.save([0], **target)
@@ -558,6 +568,7 @@ def test_a_change_that_nobody_announced_is_an_error(target: dict[str, Any]) -> N
     assert torchferry.load(**target) == [0]
 
 
+@lends
 def test_a_change_that_nobody_announced_before_the_step_is_an_error(tmp_path: Path) -> None:
     model = Model()
     gate = Gate()
@@ -582,6 +593,7 @@ def test_a_change_can_be_announced_by_hand(tmp_path: Path) -> None:
     assert (tmp_path / "x.pt").read_bytes() == expected
 
 
+@lends
 def test_a_module_that_is_loaded_meanwhile_is_an_error_and_an_optimizer_is_right(tmp_path: Path) -> None:
     model, other = Model(), Model(weight_decay=1)
     expected = torch_saved(model.checkpoint)
@@ -613,6 +625,7 @@ def test_storages_that_overlap_are_copied_at_once(tmp_path: Path) -> None:
 
 def test_a_store_that_does_not_know_of_loans_gets_copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(LocalBackend, "reads_loans", False)
+    monkeypatch.setattr(local, "reading", nullcontext)
     model = Model()
     expected = torch_saved(model.checkpoint)
     save = torchferry.save_in_background(model.checkpoint, tmp_path / "x.pt", until=model.optimizer)

@@ -18,19 +18,20 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from torchferry.announcing import announcers_of
 from torchferry.engine.loops import Call, refuse_own_loop
 from torchferry.engine.memory import SNAPSHOTS, Claim
 from torchferry.errors import SaveUnderWayError, TorchferryError, mask
 from torchferry.formats.snapshot import LentStorages, Snapshots, size_of_copies
 from torchferry.formats.torch_pickle import Pickled, pickle_object
-from torchferry.formats.torch_stream import LENT_FROM
+from torchferry.formats.torch_stream import LENT_FROM, fills_crc32s
 from torchferry.saving import save_async
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 
-    import torch
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
@@ -305,7 +306,7 @@ def save_in_background(
     pickled = pickle_object(obj)
     claim = _claim(size_of_copies(pickled.storages), when_busy)
     try:
-        snapshot = _snapshot(pickled, mask(os.fspath(url)), lends=until is not None)
+        snapshot = _snapshot(pickled, mask(os.fspath(url)), lends=until is not None and _may_lend())
         del pickled
         work = _Work(mask(os.fspath(url)), claim, at_exit, snapshot.copied, snapshot.lent)
         work.listen_to(announcers)
@@ -346,6 +347,11 @@ def _snapshot(pickled: Pickled, url: str, *, lends: bool) -> Pickled:
         lent=LentStorages(list(lent.values()), pickled.tensors, snapshot, url) if lent else None,
         copied=sum(storage.nbytes() for storage in copied),
     )
+
+
+def _may_lend() -> bool:
+    """Whether torch leaves the memory of storages alone while it writes them."""
+    return fills_crc32s() or not torch.serialization.get_crc32_options()
 
 
 def _lendable(storages: Sequence[torch.UntypedStorage]) -> dict[int, torch.UntypedStorage]:

@@ -25,7 +25,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from torchferry.engine.cancellation import in_thread
-from torchferry.engine.connections import TICK, WAITS_IN_THE_KERNEL, Connection, Connections, UnmovableError
+from torchferry.engine.connections import WAITS_IN_THE_KERNEL, Connection, Connections, UnmovableError
 from torchferry.engine.lending import is_lent, reading
 from torchferry.engine.retry import AnswerError, transient_answer
 from torchferry.engine.transfer import Transfer, current
@@ -44,6 +44,7 @@ _GRACE = 60.0  # seconds after its first byte
 _SLICE = 2 * MIB  # bytes given to the system at once
 _TLS_SLICE = 128 << 10  # over TLS, what is sent of a slice shows only when all of it is
 _LAST_SLICE = 64 << 10  # so that a cancel seldom comes when the request may be complete
+_ROOM_TICK = 0.25  # seconds to wait at once for room in the system's queue
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has none; there, Python's own limit does the same
 _WHOLE_READS = 64 << 10  # a read of so many bytes waits for all of them
 _INTERRUPT_PATIENCE = 0.5  # seconds that a cancel waits for the thread: a name look-up cannot be ended
@@ -509,7 +510,7 @@ def _send(sock: socket.socket, piece: memoryview) -> int:
     if isinstance(sock, ssl.SSLSocket):
         with reading(piece) as memory:
             return sock.send(memory)
-    if not _is_ready(sock, selectors.EVENT_WRITE, TICK):
+    if not _is_ready(sock, selectors.EVENT_WRITE, _ROOM_TICK):
         raise BlockingIOError
     with reading(piece) as memory:
         return sock.send(memory, _DONT_WAIT)

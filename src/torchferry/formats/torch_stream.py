@@ -36,7 +36,7 @@ from torchferry.formats.changes import Changes
 from torchferry.formats.checksum import Crc32Filler
 from torchferry.formats.torch_pickle import Pickled, recording_pickle, replaying_pickle
 
-__all__ = ["LENT_FROM", "TorchStream"]
+__all__ = ["LENT_FROM", "TorchStream", "fills_crc32s"]
 
 LENT_FROM = MIB
 """Bytes from which on a CPU storage is sent from its own memory; a smaller one is cheaper to copy."""
@@ -174,9 +174,9 @@ class TorchStream(AsyncIterator["Chunk"]):
                 self._changes.check()
 
     def _torch_save(self) -> None:
-        filler = Crc32Filler() if torch.serialization.get_crc32_options() and _can_fill() else None
-        if self._lent is not None and (filler is None or not self._store_reads_loans):
-            self._lent.recall()  # torch reads the memory to compute CRC32s, or the store reads it
+        filler = Crc32Filler() if torch.serialization.get_crc32_options() and fills_crc32s() else None
+        if self._lent is not None and not self._store_reads_loans:
+            self._lent.recall()
         writer = _Writer(self._storages, self._emit, filler, self._changes)
         tensors: list[torch.Tensor] = []
 
@@ -329,6 +329,8 @@ class _Writer:
                 self._filler.add(memory, crc32)
             if owner.may_change:
                 self._changes.check_sent()
+        if owner.loans is not None and owner.loans.recalled:
+            return Chunk(memory, crc32)  # of the copy
         if owner.loans is not None or (owner.may_change and self._changes.recheck):
             when_back(lent, partial(self._came_back, piece, crc32, owner.loans))
         return Chunk(lent, crc32)
@@ -408,8 +410,10 @@ class _Storages:
 
 
 @cache
-def _can_fill() -> bool:
-    """Whether this torch, told to leave CRC32s out, writes what Crc32Filler knows.
+def fills_crc32s() -> bool:
+    """Whether a stream computes CRC32s itself, and torch does not read storages for them.
+
+    Whether this torch, told to leave CRC32s out, writes what Crc32Filler knows.
 
     Those of _FILLED: up to some version before, the option is one for all threads; a later one is for somebody to look
     at, and computes its own CRC32s until then. Tried on a small archive, for a torch that somebody built or patched.
