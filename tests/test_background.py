@@ -7,6 +7,7 @@ import concurrent.futures
 import copy
 import gc
 import io
+import json
 import os
 import pickle
 import signal
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -361,32 +362,30 @@ def test_an_error_that_nobody_looked_at_is_printed_at_exit(tmp_path: Path) -> No
 def test_a_second_ctrl_c_at_exit_cancels_what_the_first_let_finish(
     faulty_s3: Callable[..., FaultyS3], s3_url: str, s3_client: Any
 ) -> None:
-    s3 = faulty_s3(Fault(method="PUT", hang=True, times=None))
+    s3 = faulty_s3(Fault(method="PUT", target="partNumber=2", hang=True, times=None))
     script = """
         import sys, json, threading, torch, torchferry
-        torchferry.save_in_background([torch.ones(1 << 20)], sys.argv[1], storage_options=json.loads(sys.argv[2]))
+        options = json.loads(sys.argv[2])
+        torchferry.save_in_background([torch.ones(4 << 20)], sys.argv[1], storage_options=options, part_size=8 << 20)
         print("training", flush=True)
-        threading.Event().wait(60)
+        threading.Event().wait()
     """
-    import json
-
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script), f"{s3_url}/x.pt", json.dumps(s3.storage_options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "training\n"
-    s3.proxy.wait_for("PUT")
-    process.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1.5)  # it waits for the save
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
-    assert "KeyboardInterrupt" in err
+    command = [sys.executable, "-c", textwrap.dedent(script), f"{s3_url}/x.pt", json.dumps(s3.storage_options)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "training\n"
+        s3.proxy.wait_for("PUT", "partNumber=2")
+        process.send_signal(signal.SIGINT)
+        while process.stderr.readline() != "KeyboardInterrupt\n":
+            pass
+        while process.poll() is None:  # it waits for the save, until it is told again
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(3)
     bucket, _, prefix = s3_url.removeprefix("s3://").partition("/")
     assert not s3_client.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents")
+    assert not s3_client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -429,9 +428,7 @@ def test_a_fork_in_between_is_safe(tmp_path: Path) -> None:
 
 # --- until the optimizer steps
 
-lends = pytest.mark.skipif(
-    not fills_crc32s(), reason="this torch reads storages itself: all is copied at once"
-)
+lends = pytest.mark.skipif(not fills_crc32s(), reason="this torch reads storages itself: all is copied at once")
 
 
 @lends

@@ -198,7 +198,12 @@ class TorchStream(AsyncIterator["Chunk"]):
             torch.serialization.set_crc32_options(compute_crc32=False)  # in this context, which is the thread's own
         try:
             torch.save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
+        except RuntimeError:
+            if writer.error is not None:  # torch raises one of its own instead
+                raise writer.error from None
+            raise
         finally:
+            writer.error = None
             writer.close()
 
     def _begin(self, pickle_size: int) -> Claim:
@@ -258,6 +263,7 @@ class _Writer:
         self._block = memoryview(b"")
         self._emitted = 0
         self._filled = 0
+        self.error: Exception | None = None  # what the first write that failed raised
 
     def begin(self, claim: Claim, plan: UploadPlan) -> None:
         """Called before the first write: the memory for copies, and where parts end."""
@@ -267,6 +273,13 @@ class _Writer:
 
     def write(self, data: memoryview) -> int:
         """Takes what torch writes; ``data`` is torch's again when this returns."""
+        try:
+            return self._write(data)
+        except Exception as error:
+            self.error = self.error or error
+            raise
+
+    def _write(self, data: memoryview) -> int:
         size = len(data)
         if size >= LENT_FROM and (owner := self._storages.owner_of(data)) is not None:
             self._emit_copies()
