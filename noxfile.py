@@ -14,8 +14,9 @@ nox.options.reuse_venv = "yes"
 
 LINTED = ("src", "storage_backends", "tests", "benchmarks", "reliability", "examples", "conftest.py", "noxfile.py")
 
-# Two files of tests at a time, each worker with servers of its own. `-n 0` after `--` runs all in one process.
-SIDE_BY_SIDE = ("-n", "2", "--dist", "loadfile")
+# Three files of tests at a time, as they wait for servers half of the time; each worker has servers of its own.
+# `-n 0` after `--` runs all in one process.
+SIDE_BY_SIDE = ("-n", "3", "--dist", "loadfile")
 
 # Oldest and newest of what pyproject.toml allows. flytekit's own bounds keep the pairs of the first rows together.
 MATRIX = {
@@ -115,7 +116,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def reliability(session: nox.Session) -> None:
-    """Cancels, outages, bit flips and growth on every cloud, in one table; `nox -s reliability -- --help`."""
+    """Cancels, kills, outages, bit flips and growth on every cloud, in one table; `nox -s reliability -- --help`."""
     install(session, "s3", "gcs", "azure", "test")
     install_stores(session)
     session.run("python", "-m", "reliability", *session.posargs)

@@ -25,6 +25,7 @@ from anyio import from_thread, to_thread
 from isal import isal_zlib
 
 from torchferry.engine.cancellation import in_thread, stops_as_errors
+from torchferry.engine.channel import Channel, ChannelClosedError
 from torchferry.engine.lending import Loans, lend, reading, when_back
 from torchferry.engine.memory import BLOCK_SIZE, CPU_SAVES, EVERYTHING_ELSE, Claim, Ledger, address_of
 from torchferry.engine.tasks import task_group
@@ -43,6 +44,7 @@ LENT_FROM = MIB
 
 _PIECE = 8 * MIB  # a large view is handed over in pieces: stores bound what is under way by counting what they get
 _SMALL_PART = 5 * MIB  # where most is copied: more parts are under way in the same memory; 5 MiB is S3's least
+_COPYING_PART = 16 * MIB  # where more than that is copied, and yet less than half: two such saves fit the ledger
 _DEVICE_SHARE = 8  # from a device, a part is at most this share of the ledger, so that several are under way
 _QUEUE = 4  # chunks between torch.save and the store
 _FILLED = ("2.13.", "2.14.")  # the versions of torch whose CRC32s Crc32Filler fills in
@@ -83,7 +85,7 @@ class TorchStream(AsyncIterator["Chunk"]):
         self._plan_for = plan_for
         self._part_size = part_size
         self._transfer = current()
-        self._send, self._receive = anyio.create_memory_object_stream[Chunk](_QUEUE)
+        self._chunks: Channel[Chunk] = Channel(_QUEUE)
         self._store_reads_loans = store_reads_loans
         self._lent = obj.lent if isinstance(obj, Pickled) else None
         if isinstance(obj, Pickled):
@@ -136,10 +138,10 @@ class TorchStream(AsyncIterator["Chunk"]):
     async def __anext__(self) -> Chunk:
         self._transfer.tell()
         try:
-            return await self._receive.receive()
-        except anyio.EndOfStream:
+            return await self._chunks.take()
+        except ChannelClosedError:
             if self._failure is not None:
-                raise self._failure from self._failure.__cause__  # else the EndOfStream would be its context
+                raise self._failure from self._failure.__cause__  # else the ChannelClosedError would be its context
         await self._check_unchanged()
         raise StopAsyncIteration
 
@@ -156,7 +158,7 @@ class TorchStream(AsyncIterator["Chunk"]):
             raise
         finally:
             self._begun.set()
-            self._send.close()
+            self._chunks.end()
 
     async def _check_unchanged(self) -> None:
         """Called before anything is published: raises where a tensor was changed."""
@@ -177,7 +179,7 @@ class TorchStream(AsyncIterator["Chunk"]):
         filler = Crc32Filler() if torch.serialization.get_crc32_options() and fills_crc32s() else None
         if self._lent is not None and not self._store_reads_loans:
             self._lent.recall()
-        writer = _Writer(self._storages, self._emit, filler, self._changes)
+        writer = _Writer(self._storages, self._chunks.put, filler, self._changes)
         tensors: list[torch.Tensor] = []
 
         def on_opened() -> None:
@@ -216,6 +218,8 @@ class TorchStream(AsyncIterator["Chunk"]):
             part_size = min(self.plan_size(part_size), ledger.limit // _DEVICE_SHARE)
         elif part_size is None and self._storages.copied_bytes > self._storages.lent_bytes:
             part_size = _SMALL_PART
+        elif part_size is None and copied > _COPYING_PART:
+            part_size = _COPYING_PART
         self.plan = self._plan_for(self.size_hint, part_size)
         # A store holds up to a part back before it sends any of it: with one block more there is always room to go on.
         claim = self._claim(ledger, min(copied, self.plan.part_size + BLOCK_SIZE))
@@ -235,12 +239,9 @@ class TorchStream(AsyncIterator["Chunk"]):
             claim.close()
         return claim
 
-    def _emit(self, chunk: Chunk) -> None:
-        from_thread.run(self._send.send, chunk)
-
     def _close(self) -> None:
         self._closed = True
-        self._receive.close()
+        self._chunks.close()
         for claim in self._claims:
             claim.abandon()
         self._waits_for.wake()

@@ -96,6 +96,12 @@ class Backend(ABC):
     """Whether :meth:`write` reads chunks within :func:`torchferry.engine.lending.reading` only. If not, what may change
     during a save is copied before."""
 
+    keeps_metadata: bool = False
+    """Whether :meth:`stat` returns the metadata that :meth:`write` was given."""
+
+    has_directories: bool = False
+    """Whether names lie in directories, as files do, which must be there; else a prefix is only the start of names."""
+
     further_options: ClassVar[Collection[str] | None] = None
     """Storage options that :meth:`filesystem_class` takes beside those that its signature names; None: any."""
 

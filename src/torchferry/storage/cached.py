@@ -49,6 +49,8 @@ class CachedBackend(Backend):
         self.checks_chunks = store.checks_chunks
         self.reads_loans = store.reads_loans
         self._store = store
+        self.keeps_metadata = store.keeps_metadata
+        self.has_directories = store.has_directories
         self._fs = fs
         self._turn = _turns.setdefault(fs, threading.Lock())  # two threads would both fetch, into one file
 

@@ -66,6 +66,7 @@ class GenericBackend(Backend):
     """
 
     reads_loans = True
+    has_directories = True
 
     def __init__(self, fs: AbstractFileSystem) -> None:
         self._fs = _usable_in_threads(fs)
