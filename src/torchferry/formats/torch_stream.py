@@ -37,7 +37,7 @@ from torchferry.formats.changes import Changes
 from torchferry.formats.checksum import Crc32Filler
 from torchferry.formats.torch_pickle import Pickled, recording_pickle, replaying_pickle
 
-__all__ = ["LENT_FROM", "TorchStream"]
+__all__ = ["LENT_FROM", "TorchStream", "fills_crc32s"]
 
 LENT_FROM = MIB
 """Bytes from which on a CPU storage is sent from its own memory; a smaller one is cheaper to copy."""
@@ -88,6 +88,8 @@ class TorchStream(AsyncIterator["Chunk"]):
         self._chunks: Channel[Chunk] = Channel(_QUEUE)
         self._store_reads_loans = store_reads_loans
         self._lent = obj.lent if isinstance(obj, Pickled) else None
+        if isinstance(obj, Pickled):
+            self._transfer.holds(obj.copied)
         self._changes = Changes(url) if self._lent is None else self._lent.changes
         self._changes.recheck = not store_checks
         self._storages = _Storages(obj)
@@ -128,6 +130,7 @@ class TorchStream(AsyncIterator["Chunk"]):
             self._storages.clear()
             self._changes.forget()
             if self._lent is not None:
+                self._transfer.holds(self._lent.copied)
                 self._lent.end()
             for claim in self._claims:
                 claim.close()
@@ -173,9 +176,9 @@ class TorchStream(AsyncIterator["Chunk"]):
                 self._changes.check()
 
     def _torch_save(self) -> None:
-        filler = Crc32Filler() if torch.serialization.get_crc32_options() and _can_fill() else None
-        if self._lent is not None and (filler is None or not self._store_reads_loans):
-            self._lent.recall()  # torch reads the memory to compute CRC32s, or the store reads it
+        filler = Crc32Filler() if torch.serialization.get_crc32_options() and fills_crc32s() else None
+        if self._lent is not None and not self._store_reads_loans:
+            self._lent.recall()
         writer = _Writer(self._storages, self._chunks.put, filler, self._changes)
         tensors: list[torch.Tensor] = []
 
@@ -197,7 +200,12 @@ class TorchStream(AsyncIterator["Chunk"]):
             torch.serialization.set_crc32_options(compute_crc32=False)  # in this context, which is the thread's own
         try:
             torch.save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
+        except RuntimeError:
+            if writer.error is not None:  # torch raises one of its own instead
+                raise writer.error from None
+            raise
         finally:
+            writer.error = None
             writer.close()
 
     def _begin(self, pickle_size: int) -> Claim:
@@ -256,6 +264,7 @@ class _Writer:
         self._block = memoryview(b"")
         self._emitted = 0
         self._filled = 0
+        self.error: Exception | None = None  # what the first write that failed raised
 
     def begin(self, claim: Claim, plan: UploadPlan) -> None:
         """Called before the first write: the memory for copies, and where parts end."""
@@ -265,6 +274,13 @@ class _Writer:
 
     def write(self, data: memoryview) -> int:
         """Takes what torch writes; ``data`` is torch's again when this returns."""
+        try:
+            return self._write(data)
+        except Exception as error:
+            self.error = self.error or error
+            raise
+
+    def _write(self, data: memoryview) -> int:
         size = len(data)
         if size >= LENT_FROM and (owner := self._storages.owner_of(data)) is not None:
             self._emit_copies()
@@ -327,6 +343,8 @@ class _Writer:
                 self._filler.add(memory, crc32)
             if owner.may_change:
                 self._changes.check_sent()
+        if owner.loans is not None and owner.loans.recalled:
+            return Chunk(memory, crc32)  # of the copy
         if owner.loans is not None or (owner.may_change and self._changes.recheck):
             when_back(lent, partial(self._came_back, piece, crc32, owner.loans))
         return Chunk(lent, crc32)
@@ -406,8 +424,10 @@ class _Storages:
 
 
 @cache
-def _can_fill() -> bool:
-    """Whether this torch, told to leave CRC32s out, writes what Crc32Filler knows.
+def fills_crc32s() -> bool:
+    """Whether a stream computes CRC32s itself, and torch does not read storages for them.
+
+    Whether this torch, told to leave CRC32s out, writes what Crc32Filler knows.
 
     Those of _FILLED: up to some version before, the option is one for all threads; a later one is for somebody to look
     at, and computes its own CRC32s until then. Tried on a small archive, for a torch that somebody built or patched.
