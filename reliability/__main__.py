@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import sys
+import tempfile
+from pathlib import Path
 
-from reliability import cancels, flips, growth, kills, outages
+from reliability import cancels, flips, growth, kills, managed, outages
 from reliability.outcome import Outcome, table
 from reliability.stores import CLOUDS, Store
 from torchferry.testing.servers import ServerStartError
 
-SCENARIOS = ("cancels", "outages", "growth", "flips", "kills")
+SCENARIOS = ("cancels", "outages", "growth", "flips", "kills", "managed")
 LOCAL = "local"
 
 
@@ -45,14 +47,24 @@ def _run(scenario: str, store: Store, arguments: argparse.Namespace) -> list[Out
             return growth.run(store, count=count or 300, say=_say)
         case "kills":
             return kills.run(store, count=count, mib=mib, seed=seed, say=_say)
+        case "managed":
+            with store.proxy() as proxy:
+                place = managed.StorePlace(store, "managed")
+                return managed.run(place, store.cloud, store.options(proxy), count=count or 100, seed=seed, say=_say)
         case _:
             return flips.run(store, count=count or 5, mib=mib, seed=seed, say=_say)
 
 
 def _run_locally(arguments: argparse.Namespace) -> list[Outcome]:
-    if "kills" not in (arguments.only or SCENARIOS):
-        return []
-    return kills.run_locally(count=arguments.count or 100, mib=arguments.mib or 32, seed=arguments.seed, say=_say)
+    outcomes: list[Outcome] = []
+    count, scenarios = arguments.count or 100, arguments.only or SCENARIOS
+    if "kills" in scenarios:
+        outcomes += kills.run_locally(count=count, mib=arguments.mib or 32, seed=arguments.seed, say=_say)
+    if "managed" in scenarios:
+        with tempfile.TemporaryDirectory(prefix="managed-") as name:
+            place = managed.LocalPlace(Path(name) / "run")
+            outcomes += managed.run(place, LOCAL, {}, count=count, seed=arguments.seed, say=_say)
+    return outcomes
 
 
 def _say(text: str) -> None:
@@ -67,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--count",
         type=int,
-        help="tries: cancels (200), saves and loads (300), flips of a kind (5), kills (at every request; local: 100)",
+        help="tries: cancels (200), saves and loads (300), flips of a kind (5), kills (at every request; all others: 100)",
     )
     parser.add_argument("--seconds", type=float, default=30.0, help="length of an outage (30)")
     parser.add_argument("--mib", type=int, help="size of the checkpoint (32; 64 for outages)")

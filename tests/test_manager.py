@@ -249,7 +249,9 @@ def test_deletion_comes_after_the_new_checkpoint_and_no_save_waits_for_it(
 ) -> None:
     """The first deletion is never answered: saves go on, and what is superfluous goes after the next ones."""
     s3 = faulty_s3(Fault(method="DELETE", hang=True))
-    manager = CheckpointManager(s3_url, max_to_keep=1, background=False, storage_options=s3.storage_options)
+    manager = CheckpointManager(
+        s3_url, max_to_keep=1, background=False, give_up_after=1, storage_options=s3.storage_options
+    )
     for step in range(4):
         assert manager.save(step, state(step))
     s3.proxy.wait_for(method="DELETE")

@@ -58,8 +58,8 @@ class CheckpointManager:
     are left alone. One thread at a time may call the methods.
 
     Where ``torch.distributed`` is initialized with several ranks, each of them makes a manager, and all of them call
-    ``save``, ``restore``, ``reached_preemption`` and ``close``, in the same order: the first rank decides, saves and
-    deletes, and an error of one is raised on all. The other methods are not collective.
+    ``save``, ``restore``, ``resume``, ``reached_preemption`` and ``close``, in the same order: the first rank decides,
+    saves and deletes, and an error of one is raised on all. The other methods are not collective.
 
     Args:
         url: The directory: an fsspec URL or a local path.
@@ -151,8 +151,7 @@ class CheckpointManager:
     async def should_save_async(self, step: int) -> bool:
         """The asynchronous twin of :meth:`should_save`."""
         name_of(step)
-        reached = self._preemption is not None and self._preemption.reached
-        return (reached or step % self._interval == 0) and await self._is_later(step)
+        return self._wants(step, force=False) and await self._is_later(step)
 
     def save(
         self, step: int, obj: Any, metrics: Mapping[str, Any] | None = None, *, force: bool = False, until: Any = None
@@ -238,10 +237,11 @@ class CheckpointManager:
 
     async def latest_step_async(self) -> int | None:
         """The asynchronous twin of :meth:`latest_step`."""
-        for url in filter(None, (self.url, self._start_from)):
-            if steps := self._good(await self._list(url)):
-                return steps[-1]
-        return None
+        if steps := self._good(await self._list()):
+            return steps[-1]
+        start = await self._start()
+        steps = self._good(await self._list(start)) if start is not None else []
+        return steps[-1] if steps else None
 
     def best_step(self) -> int | None:
         """The step of the best checkpoint; None where there is none, or none that has the metric.
@@ -315,17 +315,37 @@ class CheckpointManager:
         weights_only: bool = True,
     ) -> Any:
         """The asynchronous twin of :meth:`restore`."""
-        await self.wait_until_finished_async()
-        loading: dict[str, Any] = {"keys": keys, "map_location": map_location, "weights_only": weights_only}
-        if into is not None:
-            loading["into"] = into
-        if self._ranks is None:
-            loaded, found = await self._restore(step, loading)
-        else:
-            loaded, found = await self._restore_on_all(self._ranks, step, loading)
-        self.restored_step = found.step
-        self._latest, self._knows_latest = None, False
-        return loaded
+        found = await self._restore_anywhere(
+            step, keys=keys, into=into, map_location=map_location, weights_only=weights_only
+        )
+        if found is None:
+            raise CheckpointNotFoundError(f"There is no checkpoint in {self._said()}.")
+        return found[0]
+
+    def resume(
+        self,
+        *,
+        keys: Sequence[str] | None = None,
+        into: Any = None,
+        map_location: Any = None,
+        weights_only: bool = True,
+    ) -> Any:
+        """Loads the latest checkpoint, as :meth:`restore` does; returns None where there is none yet."""
+        return run(self.resume_async, keys=keys, into=into, map_location=map_location, weights_only=weights_only)
+
+    async def resume_async(
+        self,
+        *,
+        keys: Sequence[str] | None = None,
+        into: Any = None,
+        map_location: Any = None,
+        weights_only: bool = True,
+    ) -> Any:
+        """The asynchronous twin of :meth:`resume`."""
+        found = await self._restore_anywhere(
+            None, keys=keys, into=into, map_location=map_location, weights_only=weights_only
+        )
+        return None if found is None else found[0]
 
     def delete(self, step: int) -> None:
         """Deletes the checkpoint of a step; where there is none, nothing."""
@@ -381,6 +401,16 @@ class CheckpointManager:
 
     # --- how it is done
 
+    @property
+    def _leads(self) -> bool:
+        """Whether this is the process that decides, saves and deletes."""
+        return self._ranks is None or self._ranks.rank == 0
+
+    def _wants(self, step: int, force: bool) -> bool:
+        """Whether the step may be one to save: where not, nothing need be prepared."""
+        reached = self._preemption is not None and self._preemption.reached
+        return force or reached or step % self._interval == 0
+
     def _passes(self, step: int, force: bool) -> bool:
         """Whether there is nothing to do, which every rank knows by itself; raises the error of the save before."""
         name_of(step)
@@ -411,7 +441,7 @@ class CheckpointManager:
 
     async def _warn_of_later(self, step: int) -> None:
         """Says, once, why a step that is not there is not saved."""
-        if not self._warned and step not in (await self._list()).steps:
+        if not self._warned and step != self._latest and step not in (await self._list()).steps:
             self._warned = True
             warnings.warn(
                 f"{self._said()}: step {step} is not saved, because step {self._latest} is there. To go on from an "
@@ -500,9 +530,9 @@ class CheckpointManager:
                 raise
 
     async def _delete_superfluous(self, step: int) -> None:
-        """Deletes what goes now that this step is there."""
+        """Deletes what goes now that this step is there. Of later ones, the metrics may still be on their way."""
         listing = await self._list()
-        good = self._good(listing)
+        good = [each for each in self._good(listing) if each <= step]
         if step not in good:  # somebody has deleted it: then nothing is sure
             return
         metrics = await self._metrics_of(listing, good) if self._retention.best else {}
@@ -512,8 +542,21 @@ class CheckpointManager:
             await series.delete(listing, each)
             self._metrics.pop(each, None)
 
-    async def _restore(self, step: int | None, loading: Mapping[str, Any]) -> tuple[Any, _Candidate]:
-        """Loads the first candidate that is not damaged."""
+    async def _restore_anywhere(self, step: int | None, *, into: Any, **loading: Any) -> tuple[Any, _Candidate] | None:
+        await self.wait_until_finished_async()
+        if into is not None:
+            loading["into"] = into
+        if self._ranks is None:
+            found = await self._restore(step, loading)
+        else:
+            found = await self._restore_on_all(self._ranks, step, loading)
+        if found is not None:
+            self.restored_step = found[1].step
+            self._latest, self._knows_latest = None, False
+        return found
+
+    async def _restore(self, step: int | None, loading: Mapping[str, Any]) -> tuple[Any, _Candidate] | None:
+        """Loads the first candidate that is not damaged; None where there is no candidate."""
         failures: list[tuple[_Candidate, TorchferryError]] = []
         for candidate in await self._candidates(step):
             try:
@@ -529,26 +572,30 @@ class CheckpointManager:
                 warnings.warn(f"{error} Restored {candidate} instead of {failed}.", stacklevel=2)
             return loaded, candidate
         if not failures:
-            raise CheckpointNotFoundError(f"There is no checkpoint in {self._said()}.")
+            return None
         for _, error in failures[1:]:
             failures[0][1].add_note(str(error))
         raise failures[0][1]
 
     async def _restore_on_all(
         self, ranks: Ranks, step: int | None, loading: Mapping[str, Any]
-    ) -> tuple[Any, _Candidate]:
+    ) -> tuple[Any, _Candidate] | None:
         """Loads on the first rank, and on all others what that one has found to be good."""
         loaded: Any = None
         said: Any = None
         error: Exception | None = None
         if ranks.rank == 0:
             try:
-                loaded, found = await self._restore(step, loading)
-                said = [found.url == self.url, found.step, found.name]
+                if (found := await self._restore(step, loading)) is not None:
+                    loaded, chosen = found
+                    said = [None if chosen.url == self.url else os.fspath(chosen.url), chosen.step, chosen.name]
             except Exception as failure:  # noqa: BLE001 - raised on every rank
                 error = failure
-        is_own, number, name = await in_thread(ranks.from_first, said, error)
-        candidate = _Candidate(self.url if is_own else self._start_from or self.url, number, name)
+        said = await in_thread(ranks.from_first, said, error)
+        if said is None:
+            return None
+        url, number, name = said
+        candidate = _Candidate(self.url if url is None else url, number, name)
         if ranks.rank != 0:
             try:
                 loaded = await self._load(candidate, loading)
@@ -559,7 +606,10 @@ class CheckpointManager:
 
     async def _candidates(self, step: int | None) -> list[_Candidate]:
         """What to restore, in the order of trying."""
-        for url in filter(None, (self.url, self._start_from)):
+        for find in (self._own, self._start):
+            url = await find()
+            if url is None:
+                continue
             listing = await self._list(url)
             if step is not None:
                 name_of(step)
@@ -573,6 +623,13 @@ class CheckpointManager:
             raise CheckpointNotFoundError(f"{self._said()} has no checkpoint of step {step}.")
         return []
 
+    async def _own(self) -> str | os.PathLike[str]:
+        return self.url
+
+    async def _start(self) -> str | os.PathLike[str] | None:
+        """The URL of the series to start from while this one is empty."""
+        return self._start_from
+
     async def _load(self, candidate: _Candidate, options: Mapping[str, Any]) -> Any:
         try:
             return await load_async(candidate.place, **self._store, **options)
@@ -584,8 +641,10 @@ class CheckpointManager:
         for step in steps:
             version = listing.steps[step].version
             if self._metrics.get(step, ("", {}))[0] != version:
-                self._metrics[step] = version, await series.read_metrics(listing, step)
-        return {step: self._metrics[step][1] for step in steps}
+                self._metrics.pop(step, None)
+                if metrics := await series.read_metrics(listing, step):
+                    self._metrics[step] = version, metrics
+        return {step: self._metrics[step][1] if step in self._metrics else {} for step in steps}
 
     def _good(self, listing: SeriesListing) -> list[int]:
         return [step for step, stored in listing.steps.items() if self._damaged.get(step) != stored.version]
