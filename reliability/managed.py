@@ -88,8 +88,11 @@ def run(
         log, done, kills = Path(name) / "log", 0, 0
         while kills < count:
             whole = _steps(place)
+            before = _resumes(log)
             victim = victims.start(train, place.url, options, steps, str(log), 0.02)
-            victim.join(randomly.uniform(0.05, 1.5))
+            while randomly.random() > 0.002 and victim.is_alive() and _resumes(log) == before:  # or while it resumes
+                time.sleep(0.01)
+            victim.join(randomly.uniform(0.0, 2.0))
             victim.kill()
             victim.join()
             if victim.exitcode == 0:  # it was done before: begin anew
@@ -101,7 +104,7 @@ def run(
                 log.unlink()
                 continue
             kills += 1
-            problem = _judge(log, whole, _steps(place), expected)
+            problem = _judge(log, before, whole, _steps(place), expected)
             if problem:
                 outcome.add_wrong(problem)
             else:
@@ -121,7 +124,7 @@ def run(
     return [outcome]
 
 
-def _judge(log: Path, whole_before: list[int], whole: list[int], expected: list[float]) -> str:
+def _judge(log: Path, resumes_before: int, whole_before: list[int], whole: list[int], expected: list[float]) -> str:
     """What is wrong after a kill; "" where nothing is."""
     lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
     if ["mixed"] in lines:
@@ -130,14 +133,17 @@ def _judge(log: Path, whole_before: list[int], whole: list[int], expected: list[
         if value != expected[number - 1]:
             return f"the loss of step {number} is {value}, not {expected[number - 1]}"
     resumed = [int(line[1]) for line in lines if line[0] == "resumed"]
-    last_run = lines[max((i for i, line in enumerate(lines) if line[0] == "resumed"), default=0) :]
-    was_begun = len(resumed) and (not log.exists() or last_run[0][0] == "resumed")
-    if was_begun and whole_before and resumed[-1] < max(whole_before):
+    if len(resumed) > resumes_before and resumed[-1] < max(whole_before, default=0):
         return f"resumed from {resumed[-1]}, and step {max(whole_before)} was whole"
+    last_run = lines[max((i for i, line in enumerate(lines) if line[0] == "resumed"), default=0) :]
     saved = [int(line[1]) for line in last_run if line[0] == "saved"]
     if saved and max(whole, default=0) < max(saved) - 1:
         return f"step {max(saved)} was saved, and the latest is {max(whole, default=0)}"
     return ""
+
+
+def _resumes(log: Path) -> int:
+    return log.read_text().count("resumed") if log.exists() else 0
 
 
 def _steps(place: Place) -> list[int]:
