@@ -22,6 +22,7 @@ __all__ = [
     "CheckpointValueError",
     "MaskedError",
     "NotEnoughMemoryError",
+    "RankFailedError",
     "StorageError",
     "StoragePermissionError",
     "StorageUnavailableError",
@@ -137,6 +138,10 @@ class CheckpointValueError(TorchferryError, ValueError):
 
 class NotEnoughMemoryError(TorchferryError, MemoryError):
     """This machine has no memory for a whole checkpoint; ``keys=`` loads a part of it."""
+
+
+class RankFailedError(TorchferryError, RuntimeError):
+    """A rank of a distributed save or load failed, and so all did; ``failures`` has each rank's error."""
 
 
 class UnsafeCheckpointError(TorchferryError, pickle.UnpicklingError):
