@@ -103,6 +103,13 @@ class StorageReader(DcpStorageReader):
         self._metadata: Metadata | None = None
         self._told: bytes | None = None  # the .metadata that another rank has read
 
+    @classmethod
+    def at(cls, place: Place, *, verify: bool = True, weights_only: bool = True) -> StorageReader:
+        """A reader of what is at a place; for torchferry itself."""
+        reader = cls(place.url, verify=verify, weights_only=weights_only)
+        reader._opened = place
+        return reader
+
     # --- called by DCP
 
     @classmethod
@@ -195,7 +202,18 @@ class StorageReader(DcpStorageReader):
         place = await self._place()
         transfer = Transfer("load", place.url, callback=self._callback, give_up_after=self._give_up_after)
         with transfer.running(self._report):
-            await run_on(place.backend.loop, self._read_items, place, metadata, requests, targets, contents)
+            await self.read_items_within(place, metadata, requests, targets, contents)
+
+    async def read_items_within(
+        self,
+        place: Place,
+        metadata: Metadata,
+        requests: Sequence[ReadItem],
+        targets: Sequence[torch.Tensor | None],
+        contents: dict[int, bytearray],
+    ) -> None:
+        """:meth:`read_items`, as a part of the transfer that the caller is in."""
+        await run_on(place.backend.loop, self._read_items, place, metadata, requests, targets, contents)
 
     # --- the work
 
@@ -219,7 +237,7 @@ class StorageReader(DcpStorageReader):
         infos = [_info(metadata, request.storage_index, place.url) for request in requests]
         paths = list(dict.fromkeys(info.relative_path for info in infos))
         with current().stage("opening"):
-            stats = await self._versions(place, metadata, paths)
+            stats = await self.versions(place, metadata, paths)
         numbers = {path: number for number, path in enumerate(paths)}
         files = Files(place.backend, [(place.at(path), stat) for path, stat in zip(paths, stats, strict=True)])
         wanted = [
@@ -237,7 +255,7 @@ class StorageReader(DcpStorageReader):
                 await fetch(files, plan.parts, plan.checksums, place.url)
         await in_thread(plan.finish)
 
-    async def _versions(self, place: Place, metadata: Metadata, paths: Sequence[str]) -> list[ObjectStat]:
+    async def versions(self, place: Place, metadata: Metadata, paths: Sequence[str]) -> list[ObjectStat]:
         """The version of each file: the one that was saved, or else the one that is there."""
         extras = extras_of(metadata)
         same_place = extras.url == place.url and self._verify

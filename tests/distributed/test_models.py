@@ -1,0 +1,45 @@
+"""Models saved with one number of ranks and loaded with another, by us and by the stock writer and reader."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+WAYS = (("ours", "ours"), ("ours", "stock"), ("stock", "ours"))
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        (("fsdp2", 2), [("fsdp2", 3), ("plain", 1), ("tp", 2)]),
+        (("fsdp2", 3), [("fsdp2", 4), ("fsdp1", 2)]),
+        (("fsdp1", 4), [("fsdp1", 3), ("hsdp", 4)]),
+        (("hsdp", 4), [("fsdp2", 2), ("ddp", 3)]),
+        (("tp", 2), [("tp", 4), ("fsdp2", 3)]),
+        (("ddp", 2), [("ddp", 3), ("fsdp2", 2)]),
+        (("plain", 1), [("fsdp2", 4)]),
+    ],
+    ids=lambda value: f"{value[0]}-{value[1]}" if isinstance(value, tuple) else "",
+)
+def test_a_model_and_its_optimizer_load_on_other_ranks_and_in_other_placements(
+    ranks: Any,
+    s3_url: str,
+    s3_storage_options: dict[str, Any],
+    saved: tuple[str, int],
+    loaded: list[tuple[str, int]],
+) -> None:
+    """Stock readers read what we wrote; ours reads what the stock writer wrote."""
+    place = {"url": s3_url, "options": s3_storage_options}
+    kind, world = saved
+    ranks.run("save_model", world, kind=kind, how=("ours", "stock"), **place)
+    for kind, world in loaded:
+        ranks.run("load_model", world, kind=kind, how=WAYS, **place)
+
+
+def test_stock_functions_take_our_writer_and_reader(
+    ranks: Any, s3_url: str, s3_storage_options: dict[str, Any]
+) -> None:
+    place = {"url": s3_url, "options": s3_storage_options}
+    ranks.run("save_model", 2, kind="fsdp2", how=("stock with ours",), **place)
+    ranks.run("load_model", 3, kind="fsdp2", how=(("stock with ours", "stock with ours"),), **place)
