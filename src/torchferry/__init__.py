@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchferry.background import BackgroundSave, save_in_background
     from torchferry.copying import copy, copy_async
     from torchferry.engine.transfer import TransferReport
     from torchferry.engine.types import ObjectStat
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         CheckpointValueError,
         NotEnoughMemoryError,
         RankFailedError,
+        SaveUnderWayError,
         StorageError,
         StoragePermissionError,
         StorageUnavailableError,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from torchferry.saving import save, save_async
 
 _MODULES = {
+    "torchferry.background": ("BackgroundSave", "save_in_background"),
     "torchferry.formats.archive": ("Record",),
     "torchferry.copying": ("copy", "copy_async"),
     "torchferry.errors": (
@@ -56,6 +59,7 @@ _MODULES = {
         "CheckpointValueError",
         "NotEnoughMemoryError",
         "RankFailedError",
+        "SaveUnderWayError",
         "StorageError",
         "StoragePermissionError",
         "StorageUnavailableError",
@@ -83,6 +87,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 __all__ = [
     "BackendNotInstalledError",
+    "BackgroundSave",
     "ChangedWhileSavingError",
     "CheckpointChangedError",
     "CheckpointCorruptError",
@@ -97,6 +102,7 @@ __all__ = [
     "RankFailedError",
     "Record",
     "SaveOptions",
+    "SaveUnderWayError",
     "StorageError",
     "StoragePermissionError",
     "StorageUnavailableError",
@@ -114,6 +120,7 @@ __all__ = [
     "load_async",
     "save",
     "save_async",
+    "save_in_background",
     "verify",
     "verify_async",
 ]

@@ -57,7 +57,9 @@ class Ranks:
         store = self._directory / uuid.uuid4().hex
         with ThreadPoolExecutor(world) as threads:
             return list(
-                threads.map(lambda rank: self._ask(rank, (job, rank, world, str(store), timeout, arguments)), range(world))
+                threads.map(
+                    lambda rank: self._ask(rank, (job, rank, world, str(store), timeout, arguments)), range(world)
+                )
             )
 
     def _start(self, world: int) -> None:

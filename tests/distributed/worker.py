@@ -137,9 +137,7 @@ def save_model(kind: str, url: str, options: dict[str, Any], how: tuple[str, ...
         write(state, f"{url}/{way.replace(' ', '-')}", options, way)
 
 
-def load_model(
-    kind: str, url: str, options: dict[str, Any], how: tuple[tuple[str, str], ...], world: int
-) -> list[int]:
+def load_model(kind: str, url: str, options: dict[str, Any], how: tuple[tuple[str, str], ...], world: int) -> list[int]:
     """Loads what was saved one way with a reader, into a model of another kind or on other ranks; returns bytes read."""
     model, optimizer = make(kind, world)
     moved = []

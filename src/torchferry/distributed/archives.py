@@ -14,6 +14,22 @@ from torchferry.formats.archive import LOCAL_HEADER_SIZE, find_directory, parse_
 
 __all__ = ["StoredTensor", "find_tensor"]
 
+_STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "ShortStorage": torch.int16,
+    "UntypedStorage": torch.uint8,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
@@ -106,8 +122,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module in {"torch", "torch.storage"} and name.endswith("Storage"):
-            kind = getattr(torch, name, None)
-            return getattr(kind, "dtype", torch.uint8)
+            return _STORAGES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"{module}.{name}")

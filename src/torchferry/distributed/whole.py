@@ -98,9 +98,7 @@ async def load_whole(
     """
     metadata, url = found.metadata, found.place.url
     paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
-    names = [
-        name for name in metadata.state_dict_metadata if keys is None or str(paths.get(name, (name,))[0]) in keys
-    ]
+    names = [name for name in metadata.state_dict_metadata if keys is None or str(paths.get(name, (name,))[0]) in keys]
     device = _device(map_location, url)
     tensors = await in_thread(_allocate, metadata, names, device, url)
     requests, targets = _requests(metadata, names, tensors)
@@ -142,14 +140,11 @@ def _device(map_location: Any, url: str) -> torch.device:
 def _allocate(metadata: Metadata, names: Sequence[str], device: torch.device, url: str) -> dict[str, torch.Tensor]:
     """Tensors to load into, in one piece of memory."""
     stored = {
-        name: entry
-        for name in names
-        if isinstance(entry := metadata.state_dict_metadata[name], TensorStorageMetadata)
+        name: entry for name in names if isinstance(entry := metadata.state_dict_metadata[name], TensorStorageMetadata)
     }
     if device.type == "meta":
         return {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-            for name, entry in stored.items()
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta") for name, entry in stored.items()
         }
     size, offsets = 0, {}
     for name, entry in stored.items():
@@ -236,7 +231,9 @@ async def verify_contents(found: Contents) -> None:
     paths = shards_of(found.metadata)
     stats = await reader.versions(found.place, found.metadata, paths)
     transfer = current()
-    files = [RangeReader(found.place.backend, found.place.at(path), stat) for path, stat in zip(paths, stats, strict=True)]
+    files = [
+        RangeReader(found.place.backend, found.place.at(path), stat) for path, stat in zip(paths, stats, strict=True)
+    ]
     transfer.set_size(sum(stat.size for stat in stats))
     async with transfer.telling():
         for path, file in zip(paths, files, strict=True):

@@ -33,11 +33,13 @@ from torchferry.formats.torch_stream import (
 )
 
 if TYPE_CHECKING:
-    from torchferry.engine.types import Chunk
+    from torchferry.engine.types import Buffer, Chunk
 
 __all__ = ["Item", "ItemStream", "Written", "memory_of", "pieces_of", "stand_in_for"]
 
 _ITEM_OVERHEAD = 2048  # bytes of an archive beside the tensor, about
+_KEPT = 1024  # kinds of tensors whose archives are remembered
+_SHORT = 64 << 10  # bytes: what torch writes around a tensor is shorter
 _MAP_NORESERVE = 0x4000  # Linux; Python has a name for it since 3.13
 
 
@@ -137,6 +139,8 @@ class _ItemWriter(_Writer):
         super().__init__(_Storages(), emit, None)
         self._fill = fill
         self._position = 0
+        # What torch writes for a tensor of a dtype and shape, in order, without CRC32s; None for the tensor's bytes.
+        self._writes: dict[tuple[torch.dtype, torch.Size], list[bytes | None]] = {}
         if fill:
             torch.serialization.set_crc32_options(compute_crc32=False)  # in this context, which is the thread's own
 
@@ -175,9 +179,18 @@ class _ItemWriter(_Writer):
         lent = tensor.is_cpu and tensor.is_contiguous()
         if not lent and not self._fill:  # torch reads the bytes itself, to compute their CRC32
             tensor, lent = tensor.cpu().contiguous(), True
-        stand_in = _exact(tensor) if lent else stand_in_for(tensor.shape, tensor.dtype)
-        archive = _Archive(self, stand_in, Crc32Filler() if self._fill else None, data=None if lent else tensor)
-        torch.save(stand_in, archive)  # type: ignore[arg-type]  # the same
+        kind = (tensor.dtype, tensor.shape)
+        writes = self._writes.get(kind)
+        filler = Crc32Filler() if self._fill else None
+        if writes is not None:
+            archive = _Archive(self, tensor, filler, data=None if lent else tensor)
+            archive.replay(writes)
+        else:
+            stand_in = _exact(tensor) if lent else stand_in_for(tensor.shape, tensor.dtype)
+            archive = _Archive(self, stand_in, filler, data=None if lent else tensor)
+            torch.save(stand_in, archive)  # type: ignore[arg-type]  # the same
+            if self._fill and len(self._writes) < _KEPT:
+                self._writes[kind] = archive.writes
         crc32 = archive.crc32.total if archive.data_offset is None else archive.data_crc32
         data_offset = None if archive.data_offset is None else archive.data_offset - offset
         return Written(offset, self._position - offset, data_offset, crc32)
@@ -209,22 +222,41 @@ class _Archive:
         self._data = data
         self._plain = is_plain(stand_in)
         self._stand_in = stand_in
+        self.writes: list[bytes | None] = []
 
     def write(self, data: memoryview) -> int:
         size = len(data)
         if self._is_data(data):
-            self.data_offset = self._out._position  # noqa: SLF001  # its own writer
-            crc32 = _Crc32(self._filler)
-            if self._data is None:
-                self._out.put(memory_of(self._stand_in), crc32)
-            else:
-                for piece in pieces_of(self._data, BLOCK_SIZE):
-                    self._out.copy(memory_of(piece.cpu().contiguous()), crc32)
-            self.data_crc32 = crc32.total
+            self.writes.append(None)
+            self._write_data()
             return size
+        self.writes.append(bytes(data) if size < _SHORT else None)
         view = memoryview(data if self._filler is None else self._filler.fill(data))
         self._out.copy(view, self.crc32)
         return size
+
+    def replay(self, writes: Sequence[bytes | None]) -> None:
+        """Writes what torch wrote for a tensor of the same dtype and shape, around the bytes of this one."""
+        assert self._filler is not None  # noqa: S101 - without, torch computes CRC32s
+        filled: list[Buffer] = []
+        for data in writes:
+            if data is not None:
+                filled.append(self._filler.fill(data))
+                continue
+            self._out.copy(memoryview(b"".join(filled)), self.crc32)
+            filled.clear()
+            self._write_data()
+        self._out.copy(memoryview(b"".join(filled)), self.crc32)
+
+    def _write_data(self) -> None:
+        self.data_offset = self._out._position  # noqa: SLF001  # its own writer
+        crc32 = _Crc32(self._filler)
+        if self._data is None:
+            self._out.put(memory_of(self._stand_in), crc32)
+        else:
+            for piece in pieces_of(self._data, BLOCK_SIZE):
+                self._out.copy(memory_of(piece.cpu().contiguous()), crc32)
+        self.data_crc32 = crc32.total
 
     def flush(self) -> None:
         """What is copied goes out with the next items."""
