@@ -5,8 +5,18 @@ Needs torch with ``torch.distributed``, and numpy: ``pip install 'torchferry[dcp
 
 from __future__ import annotations
 
-from torchferry.distributed.api import load, save
+from torchferry.distributed.api import AsyncSave, async_save, load, save
+from torchferry.distributed.leftovers import StaleSave, stale_saves
 from torchferry.distributed.reader import StorageReader
 from torchferry.distributed.writer import StorageWriter
 
-__all__ = ["StorageReader", "StorageWriter", "load", "save"]
+__all__ = [
+    "AsyncSave",
+    "StaleSave",
+    "StorageReader",
+    "StorageWriter",
+    "async_save",
+    "load",
+    "save",
+    "stale_saves",
+]

@@ -5,19 +5,25 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+from torch.distributed.checkpoint.stateful import Stateful
 
 from torchferry.distributed.errors import portable, ranks_as_errors
 from torchferry.distributed.planner import SafeLoadPlanner
 from torchferry.distributed.reader import StorageReader
+from torchferry.distributed.staging import Stager
 from torchferry.distributed.writer import StorageWriter
+from torchferry.engine.cancellation import ThreadPool
 from torchferry.engine.loops import run
 from torchferry.engine.transfer import TransferReport
 from torchferry.errors import mask
@@ -26,7 +32,40 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
-__all__ = ["load", "save"]
+__all__ = ["AsyncSave", "async_save", "load", "save"]
+
+_uploads = ThreadPool(1, "torchferry-sharded")  # one save after the other, in the same order on every rank
+_stager = Stager()
+_last: list[Future[Metadata]] = []
+_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class AsyncSave:
+    """A save that is under way, as ``torch.distributed.checkpoint.AsyncSaveResponse``.
+
+    Attributes:
+        url: Where to, without secrets.
+        staging_completion: Done when the state dict may be changed: when :func:`async_save` has returned.
+        upload_completion: Done when the checkpoint is there; its result is the metadata.
+    """
+
+    url: str
+    staging_completion: Future[None]
+    upload_completion: Future[Metadata]
+
+    def done(self) -> bool:
+        """Whether the save is over, in whichever way."""
+        return self.upload_completion.done()
+
+    def result(self, timeout: float | None = None) -> Metadata:
+        """Waits until the checkpoint is there, on all ranks.
+
+        Raises:
+            TimeoutError: it is still under way after ``timeout`` seconds.
+            Exception: what :func:`save` raises.
+        """
+        return self.upload_completion.result(timeout)
 
 
 def save(
@@ -109,6 +148,85 @@ def save_with(
                 writer.discard()
             raise
     return metadata
+
+
+def async_save(
+    state_dict: dict[str, Any],
+    url: str | os.PathLike[str],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    filesystem: AbstractFileSystem | None = None,
+    part_size: int | None = None,
+    overwrite: bool = True,
+    give_up_after: float | None = None,
+    callback: Callback | None = None,
+    report: Callable[[TransferReport], object] | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+) -> AsyncSave:
+    """:func:`save` that returns when ``state_dict`` may be changed: a copy of it in host memory is saved meanwhile.
+
+    The copy's memory is reused by the next save, which waits until this one is over. The ranks talk over a gloo group
+    of their own, which the first call makes: nothing gets between the collectives of the training. The interpreter
+    ends when the save has ended.
+
+    Args:
+        state_dict: As for :func:`save`, and so all others.
+        url: The same.
+        storage_options: The same.
+        filesystem: The same.
+        part_size: The same.
+        overwrite: The same.
+        give_up_after: The same.
+        callback: The same.
+        report: The same.
+        planner: The same.
+        process_group: The same.
+        no_dist: The same.
+
+    Returns:
+        The save that is under way; its result raises what :func:`save` raises.
+    """
+    writer = StorageWriter(
+        url,
+        storage_options=storage_options,
+        filesystem=filesystem,
+        part_size=part_size,
+        overwrite=overwrite,
+        give_up_after=give_up_after,
+        callback=callback,
+        report=report,
+    )
+    alone = _is_alone(no_dist)
+    group = None if alone else _group_for_saves(process_group)
+    if _last:
+        wait(_last)  # its outcome is its caller's to look at
+        _last.clear()
+    values = {
+        key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state_dict.items()
+    }
+    staged = _stager.stage(values)
+    del values
+    upload = _uploads.executor.submit(
+        save_with, writer, staged, planner=planner, process_group=group, no_dist=alone
+    )
+    del staged
+    _last.append(upload)
+    staging: Future[None] = Future()
+    staging.set_result(None)
+    return AsyncSave(writer.checkpoint_id, staging, upload)
+
+
+def _group_for_saves(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """A gloo group of the same ranks, for saves that are under way while the training uses ``group``."""
+    of = group or dist.group.WORLD
+    assert of is not None  # noqa: S101 - there is a process group
+    if of not in _groups:
+        _groups[of] = dist.new_group(
+            dist.get_process_group_ranks(of), backend="gloo", use_local_synchronization=True
+        )
+    return _groups[of]
 
 
 def load(

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from torchferry.formats.partial import require_whole
+
 __all__ = ["Pickled", "pickle_object", "recording_pickle", "replaying_pickle"]
 
 
@@ -86,6 +88,7 @@ def recording_pickle(
             torchs = cls.persistent_id
 
             def persistent_id(self: Any, obj: Any) -> Any:
+                require_whole(obj)
                 pid = torchs(self, obj)
                 if pid is not None:
                     typed = isinstance(obj, torch.TypedStorage)
