@@ -176,6 +176,15 @@ def save_and_die(url: str, options: dict[str, Any], world: int, when: str, victi
     save_tensors(url, options, world, fill=2.0)
 
 
+def save_two_at_once(url: str, options: dict[str, Any], world: int) -> None:
+    """The first half of the ranks saves one checkpoint, the second half another, to one URL."""
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = dist.get_rank() // 2
+    state = {"a": torch.full((300_000,), 1.0 + mine), "b": torch.full((400_000,), 1.0 + mine)}
+    for _ in range(3):
+        ferry.save(state, url, storage_options=options, process_group=halves[mine])
+
+
 def _die(when: str) -> None:
     from torchferry.distributed import writer
 

@@ -101,7 +101,7 @@ class StorageReader(DcpStorageReader):
         self._report = report
         self._opened: Place | None = None
         self._metadata: Metadata | None = None
-        self._told: bytes | None = None  # the .metadata that another rank has read
+        self._told: Metadata | None = None  # of the .metadata that another rank has read
 
     @classmethod
     def at(cls, place: Place, *, verify: bool = True, weights_only: bool = True) -> StorageReader:
@@ -134,10 +134,11 @@ class StorageReader(DcpStorageReader):
         """Reads ``.metadata``; with ``rank=``, that of one rank (saved with ``use_collectives=False``)."""
         del args
         rank = kwargs.get("rank")
+        if self._told is not None and rank is None:
+            return self._told
         name = METADATA if rank is None else f"__{rank}{METADATA}"
-        data = self._told if self._told is not None and rank is None else run(self.read_metadata_bytes, name)
-        url = mask(self._require_place().url_of(name)) if self._opened else self.checkpoint_id
-        return read_metadata(data, url, weights_only=self._weights_only)
+        data = run(self.read_metadata_bytes, name)
+        return read_metadata(data, mask(self._require_place().url_of(name)), weights_only=self._weights_only)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Notes where the items are."""
@@ -174,8 +175,8 @@ class StorageReader(DcpStorageReader):
     # --- for torchferry.distributed
 
     def use(self, data: bytes) -> None:
-        """Takes the ``.metadata`` that another rank has read."""
-        self._told = data
+        """Takes the ``.metadata`` that another rank has read; raises as :meth:`read_metadata`."""
+        self._told = read_metadata(data, f"{self.checkpoint_id}/{METADATA}", weights_only=self._weights_only)
 
     async def read_metadata_bytes(self, name: str = METADATA) -> bytes:
         """What is stored as ``.metadata``."""
