@@ -35,7 +35,7 @@ def test_a_part_that_is_refused_fails_the_save_on_every_rank(
     """The error names the rank, the cause and the URL; the old checkpoint stays, and nothing else."""
     ranks.run("save_tensors", 2, url=s3_url, options=s3_storage_options)
     before = keys_below(s3_client, s3_url)
-    options = faulty_s3(Fault(method="PUT", target=refused, status=403, times=None)).storage_options
+    options = faulty_s3(Fault(method="PUT", target=refused, status=403, code="AccessDenied", times=None)).storage_options
     answers = ranks.try_to("save_tensors", 2, timeout=TIMEOUT, url=s3_url, options=options, fill=2.0)
     for answer in answers:
         assert answer.kind == "StoragePermissionError"

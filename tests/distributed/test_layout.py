@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import torchferry
 import torchferry.distributed as ferry
 from torchferry.engine.types import MIB
+from torchferry.formats.item_stream import memory_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +36,6 @@ TENSORS = {
     "bfloat16": torch.randn(5).to(torch.bfloat16),
     "float8": torch.randn(5).to(torch.float8_e4m3fn),
     "complex": torch.randn(5, dtype=torch.complex64),
-    "conj": torch.randn(5, dtype=torch.complex64).conj(),
     "int": torch.arange(9),
     "parameter": torch.nn.Parameter(torch.randn(3)),
 }
@@ -96,6 +97,16 @@ def test_we_read_what_the_stock_writer_wrote(tmp_path: Path, threads: int) -> No
     check(state)
     check(torchferry.load(tmp_path / "stock"))
     assert torchferry.verify(tmp_path / "stock").size > 8 * MIB
+
+
+def test_a_lazy_conjugate_is_stored_as_what_it_is(tmp_path: Path) -> None:
+    value = torch.randn(200_000, dtype=torch.complex64)
+    ferry.save({"a": value.conj()}, tmp_path / "ours")
+    dcp.save({"a": value.conj()}, checkpoint_id=tmp_path / "stock")
+    for name in ("ours", "stock"):
+        state = {"a": torch.zeros_like(value)}
+        ferry.load(state, tmp_path / name)
+        assert torch.equal(state["a"], value.conj().resolve_conj())
 
 
 def test_tensors_of_other_dtypes_and_strides_are_filled(tmp_path: Path) -> None:
@@ -208,7 +219,11 @@ def test_an_asynchronous_save_keeps_what_was_there_when_it_began(tmp_path: Path)
     for step, save in enumerate(saves):
         save.result(60)
         loaded = torchferry.load(tmp_path / f"{step}")
-        assert (loaded["a"].unique().tolist(), loaded["b"].unique().tolist(), loaded["step"]) == ([step], [step], [step])
+        assert (loaded["a"].unique().tolist(), loaded["b"].unique().tolist(), loaded["step"]) == (
+            [step],
+            [step],
+            [step],
+        )
 
 
 def test_the_stock_async_save_uses_the_writer_as_its_stager(tmp_path: Path) -> None:
@@ -232,3 +247,56 @@ def test_scattered_tensors_and_slices_cost_their_own_bytes(tmp_path: Path, count
     assert reports[0].nbytes == len(some) * 4 * MIB
     for name, value in some.items():
         assert torch.equal(value, state[name])
+
+
+def test_a_checkpoint_becomes_one_object_as_torch_save_writes_it(tmp_path: Path) -> None:
+    ferry.save(STATE, tmp_path / "ours")
+    dcp.save(STATE, checkpoint_id=tmp_path / "stock")
+    for name in ("ours", "stock"):
+        stat = ferry.consolidate(tmp_path / name, tmp_path / f"{name}.pt")
+        check(torch.load(tmp_path / f"{name}.pt"))
+        check(torchferry.load(tmp_path / f"{name}.pt"))
+        assert torchferry.verify(tmp_path / f"{name}.pt").size == stat.size
+    (shard,) = (tmp_path / "ours").rglob("*.distcp")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    with pytest.raises(torchferry.CheckpointCorruptError, match="damaged"):
+        ferry.consolidate(tmp_path / "ours", tmp_path / "damaged.pt")
+    assert not (tmp_path / "damaged.pt").exists()
+
+
+def test_a_checkpoint_of_tensors_becomes_a_safetensors_file(tmp_path: Path) -> None:
+    tensors = {name: value.detach() for name, value in TENSORS.items()}
+    ferry.save(tensors, tmp_path / "c")
+    ferry.consolidate(tmp_path / "c", tmp_path / "c.safetensors")
+    data = (tmp_path / "c.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    for name, value in tensors.items():
+        first, last = header[name]["data_offsets"]
+        stored = value.resolve_conj().contiguous()
+        assert header[name]["shape"] == list(value.shape)
+        assert data[8 + length + first : 8 + length + last] == bytes(memory_of(stored)), name
+    ferry.save(STATE, tmp_path / "more")
+    with pytest.raises(torchferry.CheckpointValueError, match="step"):
+        ferry.consolidate(tmp_path / "more", tmp_path / "more.safetensors")
+
+
+def test_an_object_becomes_a_checkpoint_that_any_ranks_load(tmp_path: Path) -> None:
+    shared = torch.randn(500, 1000)
+    torch.save({**STATE, "tied": {"a": shared, "b": shared, "c": shared[10:20]}}, tmp_path / "one.pt")
+    ferry.save({"old": torch.ones(3)}, tmp_path / "c")
+    ferry.shard(tmp_path / "one.pt", tmp_path / "c")
+    state = {**blank(), "tied": {name: torch.zeros(500, 1000) for name in "ab"} | {"c": torch.zeros(10, 1000)}}
+    ferry.load(state, tmp_path / "c")
+    check(state)
+    assert torch.equal(state["tied"]["b"], shared)
+    assert torch.equal(state["tied"]["c"], shared[10:20])
+    again = {**blank(), "tied": {name: torch.zeros(500, 1000) for name in "ab"} | {"c": torch.zeros(10, 1000)}}
+    dcp.load(again, checkpoint_id=tmp_path / "c")
+    check(again)
+    torch.save(STATE, tmp_path / "two.pt")
+    ferry.shard(tmp_path / "two.pt", tmp_path / "d")
+    check(torchferry.load(tmp_path / "d"))
+    assert len(list((tmp_path / "c").rglob("*.distcp"))) == 1

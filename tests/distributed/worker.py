@@ -200,7 +200,7 @@ def _die(when: str) -> None:
     elif when == "before .metadata":
         writer.write_metadata = die
     elif when == "after .metadata":
-        writer.StorageWriter._remove_before = die
+        writer.remove_before = die
 
 
 def _sharded(world: int, nbytes: int, fill: float) -> dict[str, Any]:

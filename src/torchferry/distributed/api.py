@@ -203,14 +203,10 @@ def async_save(
     if _last:
         wait(_last)  # its outcome is its caller's to look at
         _last.clear()
-    values = {
-        key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state_dict.items()
-    }
+    values = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state_dict.items()}
     staged = _stager.stage(values)
     del values
-    upload = _uploads.executor.submit(
-        save_with, writer, staged, planner=planner, process_group=group, no_dist=alone
-    )
+    upload = _uploads.executor.submit(save_with, writer, staged, planner=planner, process_group=group, no_dist=alone)
     del staged
     _last.append(upload)
     staging: Future[None] = Future()
@@ -223,9 +219,7 @@ def _group_for_saves(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     of = group or dist.group.WORLD
     assert of is not None  # noqa: S101 - there is a process group
     if of not in _groups:
-        _groups[of] = dist.new_group(
-            dist.get_process_group_ranks(of), backend="gloo", use_local_synchronization=True
-        )
+        _groups[of] = dist.new_group(dist.get_process_group_ranks(of), backend="gloo", use_local_synchronization=True)
     return _groups[of]
 
 

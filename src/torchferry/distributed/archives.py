@@ -134,12 +134,16 @@ class _Unpickler(pickle.Unpickler):
         return dtype, key
 
 
-def _rebuild(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> _Tensor:
+def _rebuild(storage: Any, offset: int, size: Any, stride: Any, _grad: Any, _hooks: Any, more: Any = None) -> _Tensor:
+    if more:
+        raise pickle.UnpicklingError("a conjugate")
     dtype, key = storage
     return _Tensor(dtype, key, offset, tuple(size), tuple(stride))
 
 
 def _rebuild_with_dtype(
-    storage: Any, offset: int, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: torch.dtype, *_: Any
+    storage: Any, offset: int, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: torch.dtype, more: Any = None
 ) -> _Tensor:
+    if more:
+        raise pickle.UnpicklingError("a conjugate")
     return _Tensor(dtype, storage[1], offset, tuple(size), tuple(stride))

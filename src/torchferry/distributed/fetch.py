@@ -81,15 +81,21 @@ class Files:
 
 
 async def fetch(
-    files: Files, wanted: Iterable[tuple[int, Direct | Piece]], checksums: Sequence[Checksums | None], url: str
+    files: Files,
+    wanted: Iterable[tuple[int, Direct | Piece]],
+    checksums: Sequence[Checksums | None],
+    url: str,
+    *,
+    finish: bool = True,
 ) -> None:
     """Reads everything that is wanted.
 
     Args:
         files: Where it is.
         wanted: The number of the object, and what is wanted of it. No byte twice where it is checked.
-        checksums: Of each object: told of all bytes.
+        checksums: Of each object: told of what is wanted, and of nothing between.
         url: For messages.
+        finish: Whether all that is checked is among what is wanted.
     """
     reader = RangeReader(files, "", ObjectStat(url, files.size))
     direct: list[tuple[int, int, memoryview]] = []
@@ -116,10 +122,11 @@ async def fetch(
             checksum.add(start - files.starts[number], buffer)
 
     def spread(start: int, buffer: Buffer) -> None:
-        check(start, buffer)
         view = memoryview(buffer)
         for first, last, piece in groups[start]:
-            piece.sink(view[first - start : last - start])
+            data = view[first - start : last - start]
+            check(first, data)
+            piece.sink(data)
 
     async with task_group() as tasks:
         if direct:
@@ -128,7 +135,7 @@ async def fetch(
         if groups:
             spans = [(start, max(last for _, last, _ in group)) for start, group in groups.items()]
             tasks.start_soon(reader.stream, spans, spread)
-    for checksum in checksums:
+    for checksum in checksums if finish else ():
         if checksum is not None:
             checksum.finish()
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader as DcpStorageReader
 from torch.futures import Future
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
-__all__ = ["StorageReader"]
+__all__ = ["StorageReader", "Where", "where_stored"]
 
 _SMALL = 256 << 10  # an item of somebody else's writer that is shorter is read whole
 _LONGEST_OVERHEAD = 16 << 10  # bytes of an archive beside its tensor: with more, torch has to load it
@@ -247,7 +247,12 @@ class StorageReader(DcpStorageReader):
         ]
         _check_lengths(wanted, stats)
         with current().stage("planning"):
-            stored = await self._look_into_archives(files, stats, metadata, wanted)
+            large = [
+                (want.number, want.info, want.request.storage_index)
+                for want in wanted
+                if want.target is not None and want.info.length > _SMALL
+            ]
+            stored = await self.look_into_archives(files, stats, metadata, large)
         plan = await in_thread(_Plan, metadata, wanted, stored, contents, stats, self._verify)
         transfer = current()
         transfer.set_size(plan.nbytes)
@@ -282,30 +287,86 @@ class StorageReader(DcpStorageReader):
                     tasks.start_soon(look, path)
         return [found[path] for path in paths]
 
-    async def _look_into_archives(
-        self, files: Files, stats: Sequence[ObjectStat], metadata: Metadata, wanted: Sequence[_Wanted]
+    async def look_into_archives(
+        self,
+        files: Files,
+        stats: Sequence[ObjectStat],
+        metadata: Metadata,
+        items: Iterable[tuple[int, Any, MetadataIndex]],
     ) -> dict[tuple[int, int], StoredTensor]:
-        """Where the tensors are in items of somebody else's writer, by file and offset: both ends of each are read."""
+        """Where the tensors are in items of somebody else's writer, by file and offset: both ends of each are read.
+
+        Args:
+            files: What is read.
+            stats: The version of each.
+            metadata: The checkpoint's.
+            items: File, place and index of each tensor.
+        """
         ends: dict[tuple[int, int], tuple[int, bytearray, bytearray]] = {}
         parts: list[tuple[int, Piece]] = []
-        for want in wanted:
-            info = want.info
-            place = (want.number, info.offset)
-            if want.target is None or hasattr(info, "crc32") or info.length <= _SMALL or place in ends:
+        for number, info, index in items:
+            place = (number, info.offset)
+            if hasattr(info, "crc32") or place in ends:
                 continue
-            dtype, chunk = chunk_of(metadata, want.request.storage_index)
+            dtype, chunk = chunk_of(metadata, index)
             overhead = info.length - chunk.sizes.numel() * dtype.itemsize
-            if 0 < overhead <= _LONGEST_OVERHEAD:
-                head, tail = bytearray(overhead), bytearray(overhead)
-                ends[place] = info.length, head, tail
-                stop = info.offset + info.length
-                parts += [
-                    (want.number, Piece(info.offset, info.offset + overhead, partial(_keep, head))),
-                    (want.number, Piece(stop - overhead, stop, partial(_keep, tail))),
-                ]
+            if not 0 < overhead <= _LONGEST_OVERHEAD:
+                continue
+            head, tail = bytearray(overhead), bytearray(overhead)
+            ends[place] = info.length, head, tail
+            stop = info.offset + info.length
+            parts += [
+                (number, Piece(info.offset, info.offset + overhead, partial(_keep, head))),
+                (number, Piece(stop - overhead, stop, partial(_keep, tail))),
+            ]
         if parts:
             await fetch(files, parts, [None] * len(stats), "")
         return await in_thread(_find_tensors, ends, stats)
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where a piece of a tensor is in a file.
+
+    Attributes:
+        dtype: Of its elements.
+        start: Of its first element, in bytes.
+        strides: Of its elements.
+        record: Offset, size and CRC32 of what was stored together; None for a CRC32 that is not known.
+    """
+
+    dtype: torch.dtype
+    start: int
+    strides: Sequence[int]
+    record: tuple[int, int, int | None]
+
+
+def where_stored(
+    info: Any, dtype: torch.dtype, chunk: ChunkStorageMetadata, stored: StoredTensor | None
+) -> Where | None:
+    """Where an item's tensor is; None where torch has to load it.
+
+    Raises:
+        CheckpointCorruptError: the metadata contradicts itself.
+    """
+    if getattr(info, "data_offset", None) is not None:
+        nbytes = chunk.sizes.numel() * dtype.itemsize
+        if not 0 <= info.data_offset <= info.data_offset + nbytes <= info.length:
+            raise CheckpointCorruptError(f"The metadata of {info.relative_path} contradicts itself.")
+        start = info.offset + info.data_offset
+        return Where(dtype, start, contiguous_strides(chunk.sizes), (start, nbytes, info.crc32))
+    if stored is None or stored.shape != tuple(chunk.sizes):
+        return None
+    record = (info.offset + stored.record_offset, stored.record_size, stored.crc32)
+    return Where(stored.dtype, info.offset + stored.first, stored.strides, record)
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides[: len(shape)]))
 
 
 class _Plan:
@@ -364,31 +425,22 @@ class _Plan:
         if not target.numel():
             return
         dtype, chunk = chunk_of(self._metadata, request.storage_index)
-        stored = self._stored.get((want.number, info.offset))
-        if getattr(info, "data_offset", None) is not None:
-            start = info.offset + info.data_offset
-            nbytes = chunk.sizes.numel() * dtype.itemsize
-            if info.data_offset + nbytes > info.length:
-                raise CheckpointCorruptError(f"The metadata of {self._stats[want.number].url} contradicts itself.")
-            strides = torch.empty(chunk.sizes, device="meta").stride()
-            record = (start, nbytes, info.crc32)
-        elif stored is not None and stored.shape == tuple(chunk.sizes):
-            start, strides, dtype = info.offset + stored.first, stored.strides, stored.dtype
-            record = (info.offset + stored.record_offset, stored.record_size, stored.crc32)
-        else:
+        where = where_stored(info, dtype, chunk, self._stored.get((want.number, info.offset)))
+        if where is None:
             self._later.append(partial(self._load, want, self._read_whole(want)))
             return
         if request.lengths == chunk.sizes:
-            place = (want.number, info.offset)
-            before = self._filled.setdefault(place, target)
+            before = self._filled.setdefault((want.number, info.offset), target)
             if before is not target:
                 self._later.append(partial(target.copy_, before))
                 return
-            if record[2] is not None and record[1] == target.numel() * dtype.itemsize:
+            start, size, crc32 = where.record
+            if crc32 is not None and size == target.numel() * where.dtype.itemsize:
                 name = f"{request.storage_index.fqn} at {tuple(chunk.offsets)}"
-                self._records[want.number].append(Record(name, *record))
-        start += sum(at * stride for at, stride in zip(request.storage_offsets, strides, strict=True)) * dtype.itemsize
-        self.parts += [(want.number, part) for part in cut(target, start, strides, dtype)]
+                self._records[want.number].append(Record(name, start, size, crc32))
+        offsets = zip(request.storage_offsets, where.strides, strict=True)
+        start = where.start + sum(at * stride for at, stride in offsets) * where.dtype.itemsize
+        self.parts += [(want.number, part) for part in cut(target, start, where.strides, where.dtype)]
 
     def _read_whole(self, want: _Wanted) -> bytearray:
         """Plans to read an item into memory; torch takes it from there."""

@@ -85,7 +85,14 @@ async def find(backend: Backend, path: str, url: str, *, weights_only: bool = Tr
 
 
 async def load_whole(
-    found: Contents, *, keys: Sequence[str] | None, map_location: Any, weights_only: bool, verify: bool
+    found: Contents,
+    *,
+    keys: Sequence[str] | None,
+    map_location: Any,
+    weights_only: bool,
+    verify: bool,
+    names: Sequence[str] | None = None,
+    nested: bool = True,
 ) -> dict[str, Any]:
     """The state dict, nested as it was saved.
 
@@ -95,6 +102,8 @@ async def load_whole(
         map_location: A device; the tensors are loaded to the CPU first.
         weights_only: As in ``torch.load``, for what is no tensor.
         verify: Check CRC32s, and that each shard is the one that was saved.
+        names: Only these items of it; None for all.
+        nested: Whether to nest them; else they are by their names.
     """
     metadata, url = found.metadata, found.place.url
     paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
@@ -117,6 +126,8 @@ async def load_whole(
             with torch_errors(url, map_location=map_location, weights_only=weights_only, checked=verify):
                 loaded = torch.load(io.BytesIO(content), map_location=map_location, weights_only=weights_only)
             values[requests[index].storage_index.fqn] = loaded
+    if not nested:
+        return values
     state: dict[str, Any] = {}
     for name in names:
         set_element(state, paths.get(name, (name,)), values[name])
@@ -242,13 +253,24 @@ async def verify_contents(found: Contents) -> None:
             checksums.finish()
 
 
-async def checksums_of(found: Contents, relative_path: str, file: RangeReader) -> Checksums:
-    """The CRC32s of the items of a shard: from the metadata, or else from the items themselves."""
+async def checksums_of(
+    found: Contents, relative_path: str, file: RangeReader, *, only_tensors: bool = False
+) -> Checksums:
+    """The CRC32s of the items of a shard: from the metadata, or else from the items themselves.
+
+    Args:
+        found: The checkpoint.
+        relative_path: Of the shard.
+        file: The shard.
+        only_tensors: Leave out items that are no tensor, or an empty one.
+    """
     metadata = found.metadata
     records: list[Record] = []
     unknown: list[tuple[MetadataIndex, Any]] = []
     for index, info in metadata.storage_data.items():
         if info.relative_path != relative_path:
+            continue
+        if only_tensors and not _has_bytes(metadata, index):
             continue
         if info.offset < 0 or info.offset + info.length > file.stat.size:
             raise CheckpointCorruptError(
@@ -267,6 +289,13 @@ async def checksums_of(found: Contents, relative_path: str, file: RangeReader) -
     if unknown:
         records += await _records_of_archives(found, file, unknown)
     return await in_thread(Checksums, records, file.url)
+
+
+def _has_bytes(metadata: Metadata, index: MetadataIndex) -> bool:
+    """Whether an item is a tensor, and not an empty one."""
+    if not isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+        return False
+    return chunk_of(metadata, index)[1].sizes.numel() > 0
 
 
 async def _records_of_archives(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
-__all__ = ["StorageWriter"]
+__all__ = ["StorageWriter", "remove_before", "shards_before"]
 
 logger = logging.getLogger("torchferry.distributed")
 
@@ -244,7 +244,7 @@ class StorageWriter(Stager, DcpStorageWriter):
         }
         name = self._metadata_name
         save = next(iter(shards), new_save_name()).partition("/")[0]
-        before = await self._shards_before(place, name)
+        before = await shards_before(place, name)
         data = write_metadata(metadata, storage_data, place.url, save, shards)
         with Transfer("save", mask(place.url_of(name)), give_up_after=self._give_up_after).running(None):
             try:
@@ -253,28 +253,7 @@ class StorageWriter(Stager, DcpStorageWriter):
                 error.committing = True  # type: ignore[attr-defined]  # it may be there all the same
                 raise
         self._written.clear()
-        await self._remove_before(place, name, stat, [path for path in before if path not in shards])
-
-    async def _shards_before(self, place: Place, name: str) -> list[str]:
-        """The shards of the checkpoint that is there."""
-        try:
-            data, _ = await place.get(name)
-            return shards_of(read_metadata(data, place.url_of(name), weights_only=True))
-        except CheckpointNotFoundError:
-            return []
-        except TorchferryError as error:
-            logger.warning("The shards of the checkpoint that was at %s are left for clean: %s", place.url, error)
-            return []
-
-    async def _remove_before(self, place: Place, name: str, committed: ObjectStat, relative_paths: list[str]) -> None:
-        if not relative_paths:
-            return
-        try:
-            there = await run_on(place.backend.loop, place.backend.stat, place.at(name))
-            if there.etag == committed.etag:  # else somebody else has saved meanwhile
-                await place.delete(relative_paths)
-        except (TorchferryError, OSError) as error:  # the save has succeeded
-            logger.warning("The shards of the checkpoint that was at %s are left for clean: %s", place.url, error)
+        await remove_before(place, name, stat, [path for path in before if path not in shards])
 
 
 _used: set[str] = set()  # names of saves that this process has written to
@@ -301,3 +280,27 @@ def _results(relative_path: str, stat: ObjectStat, items: list[WriteItem], strea
     first = results[0]
     shard = (relative_path, stat.size, stat.etag)
     return [_ShardResult(first.index, first.size_in_bytes, first.storage_data, shard), *results[1:]]
+
+
+async def shards_before(place: Place, name: str) -> list[str]:
+    """The shards of the checkpoint that is there."""
+    try:
+        data, _ = await place.get(name)
+        return shards_of(read_metadata(data, place.url_of(name), weights_only=True))
+    except CheckpointNotFoundError:
+        return []
+    except TorchferryError as error:
+        logger.warning("The shards of the checkpoint that was at %s are left for clean: %s", place.url, error)
+        return []
+
+
+async def remove_before(place: Place, name: str, committed: ObjectStat, relative_paths: list[str]) -> None:
+    """Removes the shards of the checkpoint that was there, after another was committed."""
+    if not relative_paths:
+        return
+    try:
+        there = await run_on(place.backend.loop, place.backend.stat, place.at(name))
+        if there.etag == committed.etag:  # else somebody else has saved meanwhile
+            await place.delete(relative_paths)
+    except (TorchferryError, OSError) as error:  # the save has succeeded
+        logger.warning("The shards of the checkpoint that was at %s are left for clean: %s", place.url, error)

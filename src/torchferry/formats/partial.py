@@ -60,7 +60,9 @@ def _part(tensor: Any) -> str | None:
         return None if sizes == [shape] else f"This rank has {sizes or 'nothing'} of a ShardedTensor of shape {shape}"
     if (flat := _class("torch.distributed.fsdp._flat_param", "FlatParameter")) and isinstance(tensor, flat):
         whole = getattr(tensor, "_unpadded_unsharded_size", tensor.shape).numel()
-        return None if tensor.numel() >= whole else f"This rank has {tensor.numel()} of {whole} numbers of FSDP's shards"
+        return (
+            None if tensor.numel() >= whole else f"This rank has {tensor.numel()} of {whole} numbers of FSDP's shards"
+        )
     return None
 
 
