@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pytest
 
@@ -38,11 +39,18 @@ class Failed:
 
 
 class Ranks:
-    """Processes that run the jobs of worker.py together."""
+    """Processes that run the jobs of worker.py together; forked from one that has imported everything."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._workers: list[subprocess.Popen[bytes]] = []
+        self._pipes: dict[int, tuple[BinaryIO, BinaryIO]] = {}  # orders and answers, by rank
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self._parent = subprocess.Popen(
+                [sys.executable, str(WORKER), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
 
     def run(self, job: str, world: int, *, timeout: float = 60.0, **arguments: Any) -> list[Any]:
         """Runs a job on ranks 0 to ``world``; returns what each returned. A rank's error fails the test."""
@@ -53,49 +61,41 @@ class Ranks:
 
     def try_to(self, job: str, world: int, *, timeout: float = 60.0, **arguments: Any) -> list[Any]:
         """The same; errors are returned as :class:`Failed`."""
-        self._start(world)
         store = self._directory / uuid.uuid4().hex
+        for rank in range(world):
+            if rank not in self._pipes:
+                self._pipes[rank] = self._fork()
         with ThreadPoolExecutor(world) as threads:
-            return list(
-                threads.map(
-                    lambda rank: self._ask(rank, (job, rank, world, str(store), timeout, arguments)), range(world)
-                )
-            )
+            orders = [(rank, (job, rank, world, str(store), timeout, arguments)) for rank in range(world)]
+            return list(threads.map(lambda order: self._ask(*order), orders))
 
-    def _start(self, world: int) -> None:
-        for index, worker in enumerate(self._workers):
-            if worker.poll() is not None:
-                self._workers[index] = _start()
-        while len(self._workers) < world:
-            self._workers.append(_start())
+    def _fork(self) -> tuple[BinaryIO, BinaryIO]:
+        their_orders, orders = os.pipe()
+        answers, their_answers = os.pipe()
+        socket.send_fds(self._control, [b"x"], [their_orders, their_answers])
+        os.close(their_orders)
+        os.close(their_answers)
+        return os.fdopen(orders, "wb"), os.fdopen(answers, "rb")
 
     def _ask(self, rank: int, order: tuple[Any, ...]) -> Any:
-        worker = self._workers[rank]
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        pickle.dump(order, worker.stdin)
-        worker.stdin.flush()
+        orders, answers = self._pipes[rank]
+        pickle.dump(order, orders)
+        orders.flush()
         try:
-            outcome, answer = pickle.load(worker.stdout)
+            outcome, answer = pickle.load(answers)
         except EOFError:
-            worker.wait()
+            for pipe in self._pipes.pop(rank):
+                pipe.close()
             return Failed("killed")
         return answer if outcome == "done" else Failed(*answer)
 
     def close(self) -> None:
         """Ends the processes."""
-        for worker in self._workers:
-            worker.kill()
-            worker.communicate()
-
-
-def _start() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, str(WORKER)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "OFF"},
-    )
+        for pipes in self._pipes.values():
+            for pipe in pipes:
+                pipe.close()
+        self._control.close()
+        self._parent.wait(30)
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,9 @@ def test_a_part_that_is_refused_fails_the_save_on_every_rank(
     """The error names the rank, the cause and the URL; the old checkpoint stays, and nothing else."""
     ranks.run("save_tensors", 2, url=s3_url, options=s3_storage_options)
     before = keys_below(s3_client, s3_url)
-    options = faulty_s3(Fault(method="PUT", target=refused, status=403, code="AccessDenied", times=None)).storage_options
+    options = faulty_s3(
+        Fault(method="PUT", target=refused, status=403, code="AccessDenied", times=None)
+    ).storage_options
     answers = ranks.try_to("save_tensors", 2, timeout=TIMEOUT, url=s3_url, options=options, fill=2.0)
     for answer in answers:
         assert answer.kind == "StoragePermissionError"
@@ -88,7 +90,7 @@ def test_an_error_of_one_rank_reaches_all_while_loading(
     s3_client.put_object(Bucket=bucket, Key=f"{prefix}/{shard}", Body=bytes(flipped))
     changed = ranks.try_to("load_tensors", 2, timeout=TIMEOUT, **place)
     assert [answer.kind for answer in changed] == ["CheckpointChangedError"] * 2
-    assert "rank 1 of 2" in changed[0].text
+    assert "__1_0.distcp" in changed[0].text
 
 
 def test_two_saves_at_once_to_one_url_leave_one_of_them(

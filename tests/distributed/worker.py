@@ -1,4 +1,4 @@
-"""One rank of the tests: runs jobs that come on its standard input, by name; answers on its standard output.
+"""The ranks of the tests: run jobs that come through a pipe, by name, and answer through another.
 
 A process is used for many jobs, in process groups of different sizes: starting one takes seconds.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import socket
 import sys
 import traceback
 import warnings
@@ -215,29 +216,48 @@ def _sharded(world: int, nbytes: int, fill: float) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Runs jobs until there are none."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints
+def serve(orders: int, answers: int) -> None:
+    """Runs the jobs that come through a pipe, until it ends."""
     torch.set_num_threads(1)
-    while True:
-        try:
-            name, rank, world, store, timeout, arguments = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
-            )
+    with os.fdopen(orders, "rb") as source, os.fdopen(answers, "wb") as sink:
+        while True:
             try:
-                answer = ("done", globals()[name](world=world, **arguments))
-            finally:
-                dist.destroy_process_group()
-        except BaseException as error:  # noqa: BLE001 - the test looks at it
-            failures = {of: type(e).__name__ for of, e in getattr(error, "failures", {}).items()}
-            answer = ("failed", (type(error).__name__, str(error), failures, traceback.format_exc()))
-        pickle.dump(answer, answers)
-        answers.flush()
+                name, rank, world, store, timeout, arguments = pickle.load(source)
+            except EOFError:
+                return
+            pickle.dump(run(name, rank, world, store, timeout, arguments), sink)
+            sink.flush()
+
+
+def run(name: str, rank: int, world: int, store: str, timeout: float, arguments: dict[str, Any]) -> tuple[str, Any]:
+    """Runs a job as a rank of a process group of its own."""
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+        )
+        try:
+            return "done", globals()[name](world=world, **arguments)
+        finally:
+            dist.destroy_process_group()
+    except BaseException as error:  # noqa: BLE001 - the test looks at it
+        failures = {of: type(e).__name__ for of, e in getattr(error, "failures", {}).items()}
+        return "failed", (type(error).__name__, str(error), failures, traceback.format_exc())
+
+
+def main() -> None:
+    """Forks a rank for each pair of pipes that comes through a socket: what takes seconds to import is there."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(fileno=int(sys.argv[1])) as control:
+        while True:
+            _, pipes, _, _ = socket.recv_fds(control, 1, 2)
+            if not pipes:
+                return
+            if os.fork() == 0:
+                control.close()
+                serve(*pipes)
+                os._exit(0)
+            for pipe in pipes:
+                os.close(pipe)
 
 
 if __name__ == "__main__":

@@ -391,7 +391,9 @@ class _Sharding:
                 continue
             tensor = value.detach()
             if not is_plain(tensor) or tensor.is_conj() or tensor.is_neg():
-                raise CheckpointFormatError(f"{url}: {item.index.fqn} is not stored as plain bytes: load it, and save it.")
+                raise CheckpointFormatError(
+                    f"{url}: {item.index.fqn} is not stored as plain bytes: load it, and save it."
+                )
             key = f"{item.index.fqn}"
             stand_ins = StandIns({key: (tensor.dtype, tensor.shape)})
             found = self.script.add_archive(stand_ins.tensors[key], stand_ins)

@@ -70,7 +70,7 @@ def _summary(what: str, failures: Mapping[int, BaseException], world_size: int) 
         if isinstance(exit_, KeyboardInterrupt | SystemExit) and len(failures) == world_size:
             return exit_
     named = {rank: f"{type(error).__name__}: {error}" for rank, error in failures.items()}
-    others = f"; so did {len(failures) - 1} others" if len(failures) > 1 else ""
+    others = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
     text = f"Cannot {what}: rank {first} of {world_size} failed{others}: {named[first]}"
     summary: Any = None
     if isinstance(failure, TorchferryError) and not isinstance(failure, RankFailedError):
