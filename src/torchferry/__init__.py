@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchferry.background import BackgroundSave, save_in_background
+    from torchferry.cleaning import CleanReport, clean, clean_async
     from torchferry.copying import copy, copy_async
     from torchferry.engine.transfer import TransferReport
     from torchferry.engine.types import ObjectStat
@@ -41,12 +42,15 @@ if TYPE_CHECKING:
     from torchferry.formats.archive import Record
     from torchferry.formats.graph import TensorInfo
     from torchferry.loading import Manifest, inspect, inspect_async, load, load_async, verify, verify_async
+    from torchferry.manager import CheckpointManager
     from torchferry.options import LoadOptions, SaveOptions
     from torchferry.saving import save, save_async
+    from torchferry.storage.base import Leftover
 
 _MODULES = {
     "torchferry.background": ("BackgroundSave", "save_in_background"),
     "torchferry.formats.archive": ("Record",),
+    "torchferry.cleaning": ("CleanReport", "clean", "clean_async"),
     "torchferry.copying": ("copy", "copy_async"),
     "torchferry.errors": (
         "BackendNotInstalledError",
@@ -78,8 +82,10 @@ _MODULES = {
         "verify",
         "verify_async",
     ),
+    "torchferry.manager": ("CheckpointManager",),
     "torchferry.options": ("LoadOptions", "SaveOptions"),
     "torchferry.saving": ("save", "save_async"),
+    "torchferry.storage.base": ("Leftover",),
     "torchferry.engine.transfer": ("TransferReport",),
     "torchferry.engine.types": ("ObjectStat",),
 }
@@ -93,8 +99,11 @@ __all__ = [
     "CheckpointCorruptError",
     "CheckpointFormatError",
     "CheckpointKeyError",
+    "CheckpointManager",
     "CheckpointNotFoundError",
     "CheckpointValueError",
+    "CleanReport",
+    "Leftover",
     "LoadOptions",
     "Manifest",
     "NotEnoughMemoryError",
@@ -112,6 +121,8 @@ __all__ = [
     "UnsafeCheckpointError",
     "UnsupportedOptionError",
     "UnsupportedURLError",
+    "clean",
+    "clean_async",
     "copy",
     "copy_async",
     "inspect",
