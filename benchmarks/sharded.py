@@ -129,9 +129,7 @@ def job_whole(store: Store, world: int, url: str, names: list[str]) -> tuple[flo
     """``torchferry.load`` of a URL, whatever is there."""
     del world
     loaded: dict[str, Any] = {}
-    result = measured(
-        store, "load", lambda: loaded.update(torchferry.load(url, storage_options=store.storage_options))
-    )
+    result = measured(store, "load", lambda: loaded.update(torchferry.load(url, storage_options=store.storage_options)))
     check({name: loaded[name] for name in names})
     return result
 
@@ -295,7 +293,9 @@ def run(size: int, rounds: int, parts: set[str]) -> dict[str, Any]:
 
                 def save(number: int, contender: str, world: int = world) -> tuple[float, int]:
                     target = url(f"saved/{contender.partition(',')[0]}-{world}-{number}")
-                    result = ranks.run("job_save", world, contender=contender, url=target, names=names, rows=rows, **shared)
+                    result = ranks.run(
+                        "job_save", world, contender=contender, url=target, names=names, rows=rows, **shared
+                    )
                     store.remove("saved")
                     return result
 
@@ -320,7 +320,9 @@ def run(size: int, rounds: int, parts: set[str]) -> dict[str, Any]:
             for contender in SHARED:
                 how = layout(contender)
                 what = {"url": url(keep(2, how)), "warm": warm(2, how), "names": names, "rows": rows}
-                jobs[contender] = lambda _, c=contender, what=what: ranks.run("job_load", 3, contender=c, **what, **shared)
+                jobs[contender] = lambda _, c=contender, what=what: ranks.run(
+                    "job_load", 3, contender=c, **what, **shared
+                )
             bench.measure("load, saved by 2, loaded by 3", jobs, size, "load")
         if "scattered" in parts:
             small = [f"{index:03}" for index in range(512)]
@@ -328,8 +330,15 @@ def run(size: int, rounds: int, parts: set[str]) -> dict[str, Any]:
             jobs = {}
             for contender in SHARED:
                 how = layout(contender)
-                what = {"url": url(keep(2, how, named=small, of=of)), "warm": warm(1, how), "names": small[7::32], "rows": of}
-                jobs[contender] = lambda _, c=contender, what=what: ranks.run("job_load", 1, contender=c, **what, **shared)
+                what = {
+                    "url": url(keep(2, how, named=small, of=of)),
+                    "warm": warm(1, how),
+                    "names": small[7::32],
+                    "rows": of,
+                }
+                jobs[contender] = lambda _, c=contender, what=what: ranks.run(
+                    "job_load", 1, contender=c, **what, **shared
+                )
             bench.measure("load, 16 scattered tensors of 512, 1 rank", jobs, size // 32, "load")
         if "whole" in parts:
             one = url(keep(1, "one file")) + "/one.pt"
@@ -343,7 +352,13 @@ def run(size: int, rounds: int, parts: set[str]) -> dict[str, Any]:
         if "async" in parts:
             jobs = {
                 c: lambda n, c=c: ranks.run(
-                    "job_async", 2, contender=c, url=url(f"saved/async-{c[:3]}-{n}"), names=names, rows=rows // 4, **shared
+                    "job_async",
+                    2,
+                    contender=c,
+                    url=url(f"saved/async-{c[:3]}-{n}"),
+                    names=names,
+                    rows=rows // 4,
+                    **shared,
                 )
                 for c in (FERRY, STOCK)
             }

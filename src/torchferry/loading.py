@@ -7,8 +7,8 @@ checks each record's CRC32 as it arrives. Then torch unpickles the buffer.
 
 from __future__ import annotations
 
-import errno
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,9 @@ from torchferry.engine.transfer import Transfer, current
 from torchferry.engine.types import Buffer
 from torchferry.errors import (
     CheckpointFormatError,
-    CheckpointNotFoundError,
     NotEnoughMemoryError,
     StorageError,
+    StorageUnavailableError,
     mask,
 )
 from torchferry.formats.archive import (
@@ -220,7 +220,7 @@ class _Request:
     verify: bool
 
 
-async def _open_object(backend: Backend, path: str, *, weights_only: bool = True) -> RangeReader | Contents:
+async def open_object(backend: Backend, path: str, *, weights_only: bool = True) -> RangeReader | Contents:
     """Opens an object; or the sharded checkpoint, where there is a directory of that name that has one.
 
     Raises:
@@ -228,10 +228,12 @@ async def _open_object(backend: Backend, path: str, *, weights_only: bool = True
     """
     try:
         return await open_reader(backend, path)
-    except StorageError as error:
-        if isinstance(error, CheckpointNotFoundError) or error.errno == errno.EISDIR:
-            from torchferry.distributed.whole import find
+    except StorageUnavailableError:
+        raise
+    except StorageError:  # stores say in several ways that there is no object of a directory's name
+        from torchferry.distributed.whole import find
 
+        with suppress(StorageError):
             found = await find(backend, path, mask(backend.url(path)), weights_only=weights_only)
             if found is not None:
                 return found
@@ -239,7 +241,7 @@ async def _open_object(backend: Backend, path: str, *, weights_only: bool = True
 
 
 async def _inspect(backend: Backend, path: str) -> Manifest:
-    source = await _open_object(backend, path)
+    source = await open_object(backend, path)
     if not isinstance(source, RangeReader):
         return await in_thread(_sharded_manifest, source)
     archive = await _require_archive(source)
@@ -248,7 +250,7 @@ async def _inspect(backend: Backend, path: str) -> Manifest:
 
 
 async def _verify(backend: Backend, path: str) -> Manifest:
-    source = await _open_object(backend, path)
+    source = await open_object(backend, path)
     if not isinstance(source, RangeReader):
         from torchferry.distributed.whole import verify_contents
 
@@ -342,7 +344,7 @@ async def _fetch(
 
 
 async def _load(backend: Backend, path: str, request: _Request) -> Any:
-    source = await _open_object(backend, path, weights_only=request.weights_only)
+    source = await open_object(backend, path, weights_only=request.weights_only)
     if not isinstance(source, RangeReader):
         from torchferry.distributed.whole import load_whole
 

@@ -300,3 +300,33 @@ def test_an_object_becomes_a_checkpoint_that_any_ranks_load(tmp_path: Path) -> N
     ferry.shard(tmp_path / "two.pt", tmp_path / "d")
     check(torchferry.load(tmp_path / "d"))
     assert len(list((tmp_path / "c").rglob("*.distcp"))) == 1
+
+
+@pytest.mark.parametrize("writer", ["ours", "stock"])
+def test_a_checkpoint_is_copied_whole_or_not_at_all(tmp_path: Path, writer: str) -> None:
+    if writer == "ours":
+        ferry.save(STATE, tmp_path / "c")
+    else:
+        dcp.save(STATE, checkpoint_id=tmp_path / "c")
+    ferry.save({"old": torch.ones(3)}, tmp_path / "copy")
+    torchferry.copy(tmp_path / "c", tmp_path / "copy")
+    check(torchferry.load(tmp_path / "copy"))
+    assert len(list((tmp_path / "copy").rglob("*.distcp"))) == 1
+    (shard,) = (tmp_path / "c").rglob("*.distcp")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    with pytest.raises(torchferry.CheckpointCorruptError):
+        torchferry.copy(tmp_path / "c", tmp_path / "copy")
+    check(torchferry.load(tmp_path / "copy"))
+
+
+def test_clean_finds_shards_that_no_metadata_names(tmp_path: Path) -> None:
+    ferry.save({"a": torch.ones(3)}, tmp_path / "c")
+    ferry.save({"a": torch.ones(3)}, tmp_path / "died")
+    (tmp_path / "died/.metadata").unlink()
+    assert torchferry.clean(tmp_path).removed == ()
+    (found,) = torchferry.clean(tmp_path, older_than=0).removed
+    assert found.kind == "shards of an unfinished save"
+    assert not list((tmp_path / "died").rglob("*.distcp"))
+    assert torchferry.load(tmp_path / "c")["a"].tolist() == [1, 1, 1]

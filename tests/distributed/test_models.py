@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,3 +44,14 @@ def test_stock_functions_take_our_writer_and_reader(
     place = {"url": s3_url, "options": s3_storage_options}
     ranks.run("save_model", 2, kind="fsdp2", how=("stock with ours",), **place)
     ranks.run("load_model", 3, kind="fsdp2", how=(("stock with ours", "stock with ours"),), **place)
+
+
+def test_a_part_of_a_tensor_is_refused_as_one_object(ranks: Any, tmp_path: Path) -> None:
+    """It would look complete. A replicated tensor is whole, and whoever means a part says so."""
+    for said in ranks.run("save_one_object", 2, path=str(tmp_path)):
+        *parts, whole = said
+        assert whole == ""
+        for text in parts:
+            assert "StateDictOptions(full_state_dict=True, cpu_offload=True)" in text
+            assert "torchferry.distributed.save" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0-3.pt", "0-part.pt", "1-3.pt", "1-part.pt"]

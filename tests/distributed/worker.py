@@ -26,7 +26,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, StateDictType, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -156,6 +156,23 @@ def load_model(kind: str, url: str, options: dict[str, Any], how: tuple[tuple[st
     return moved
 
 
+def save_one_object(path: str, world: int) -> list[str]:
+    """Saves what must not be saved as one object, and what may; returns what was said of each."""
+    mesh = init_device_mesh("cpu", (world,))
+    sharded = distribute_tensor(torch.ones(64, 8), mesh, [Shard(0)], src_data_rank=None)
+    replicated = distribute_tensor(torch.ones(64, 8), mesh, [Replicate()], src_data_rank=None)
+    flat = FullyShardedDataParallel(nn.Linear(8, 8), use_orig_params=False, device_id=torch.device("cpu"))
+    said = []
+    for number, value in enumerate((sharded, {"deep": [{"x": sharded}]}, flat._flat_param, replicated)):
+        try:
+            torchferry.save({"value": value}, f"{path}/{dist.get_rank()}-{number}.pt")
+            said.append("")
+        except torchferry.CheckpointValueError as error:
+            said.append(str(error))
+    torchferry.save({"value": sharded}, f"{path}/{dist.get_rank()}-part.pt", shards=True)
+    return said
+
+
 def save_tensors(url: str, options: dict[str, Any], world: int, nbytes: int = 3 << 20, fill: float = 1.0) -> None:
     """Saves tensors that all ranks have a part of."""
     ferry.save(_sharded(world, nbytes, fill), url, storage_options=options)
@@ -206,8 +223,6 @@ def _die(when: str) -> None:
 
 def _sharded(world: int, nbytes: int, fill: float) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (world,))
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
     whole = torch.full((nbytes // 4 // 64, 64), fill)
     return {
         "rows": distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -9,10 +11,12 @@ from typing import TYPE_CHECKING
 from torchferry.distributed.metadata import read_metadata, save_name_of, shards_of
 from torchferry.distributed.place import METADATA, Place
 from torchferry.engine.cancellation import in_thread
-from torchferry.errors import CheckpointNotFoundError
+from torchferry.errors import CheckpointFormatError, CheckpointNotFoundError, UnsafeCheckpointError
 
 if TYPE_CHECKING:
     from torchferry.storage.base import Backend
+
+logger = logging.getLogger("torchferry.distributed")
 
 __all__ = ["StaleSave", "remove_stale_save", "stale_saves"]
 
@@ -61,14 +65,9 @@ async def stale_saves(backend: Backend, prefix: str) -> list[StaleSave]:
     stale: list[StaleSave] = []
     for directory, saves in found.items():
         place = Place(backend, directory, backend.url(directory))
-        named: set[str] = set()
-        for name in metadata.get(directory, ()):
-            try:
-                data, _ = await place.get(name)
-            except CheckpointNotFoundError:
-                continue
-            read = await in_thread(lambda data=data, name=name, place=place: _names(data, place.url_of(name)))
-            named.update(read)
+        named = await _named(place, metadata.get(directory, ()))
+        if named is None:
+            continue
         for save, shards in saves.items():
             if save in named:
                 continue
@@ -86,6 +85,21 @@ async def remove_stale_save(backend: Backend, stale: StaleSave) -> None:
     directory = stale.paths[0].rpartition("/")[0].rpartition("/")[0]
     place = Place(backend, directory, stale.url)
     await place.delete([path.removeprefix(f"{directory}/") for path in stale.paths])
+
+
+async def _named(place: Place, names: Sequence[str]) -> set[str] | None:
+    """The saves that metadata names; None where some cannot be read: then none is known to be stale."""
+    named: set[str] = set()
+    for name in names:
+        try:
+            data, _ = await place.get(name)
+            named |= await in_thread(_names, data, place.url_of(name))
+        except CheckpointNotFoundError:
+            continue  # gone meanwhile
+        except (CheckpointFormatError, UnsafeCheckpointError) as error:
+            logger.warning("What saves have left in %s is left alone: %s", place.url, error)
+            return None
+    return named
 
 
 def _names(data: bytes, url: str) -> set[str]:

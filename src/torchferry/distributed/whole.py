@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,10 +16,18 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from torchferry.distributed.archives import find_tensor
 from torchferry.distributed.fetch import Files, fetch
-from torchferry.distributed.metadata import chunk_of, extras_of, read_metadata, shards_of
+from torchferry.distributed.metadata import (
+    chunk_of,
+    extras_of,
+    new_save_name,
+    read_metadata,
+    shards_of,
+    write_metadata,
+)
 from torchferry.distributed.place import METADATA, Place
 from torchferry.distributed.reader import StorageReader
 from torchferry.distributed.slices import Piece
+from torchferry.distributed.writer import remove_before, shards_before
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.collector import collector_paused
 from torchferry.engine.memory import BLOCK_SIZE
@@ -31,6 +40,7 @@ from torchferry.errors import (
     NotEnoughMemoryError,
     StorageError,
     UnsupportedOptionError,
+    mask,
 )
 from torchferry.formats.archive import Record
 from torchferry.formats.checksum import Checksums
@@ -40,7 +50,7 @@ from torchferry.formats.printable import printable
 from torchferry.formats.torch_hooks import torch_errors
 from torchferry.storage.base import Backend
 
-__all__ = ["Contents", "find", "inspect_contents", "load_whole", "verify_contents"]
+__all__ = ["Contents", "ShardedCopy", "find", "inspect_contents", "load_whole", "verify_contents"]
 
 _ALIGNMENT = 64  # of tensors in the load buffer
 _SMALL = 256 << 10  # a stock item up to this size is looked into when it is there
@@ -329,3 +339,62 @@ def _records_in(ends: Sequence[tuple[MetadataIndex, Any, bytearray, bytearray]],
 
 def _keep(memory: bytearray, data: Buffer) -> None:
     memory[:] = data
+
+
+# --- another one like it
+
+
+class ShardedCopy:
+    """A copy of a sharded checkpoint that is being made.
+
+    Attributes:
+        shards: Of each: its relative path, the path of its copy, the shard, and the CRC32s of its items.
+    """
+
+    def __init__(
+        self, found: Contents, target: Place, save: str, shards: Sequence[tuple[str, str, RangeReader, Checksums]]
+    ) -> None:
+        self.shards = shards
+        self._found = found
+        self._target = target
+        self._save = save
+        self._stats: dict[str, tuple[int, str | None]] = {}
+
+    @classmethod
+    async def begin(cls, found: Contents, writer: Backend, target: str, *, verify: bool) -> ShardedCopy:
+        """Looks the shards up, and chooses where their copies go.
+
+        Args:
+            found: The checkpoint.
+            writer: The store of the copy.
+            target: The directory of the copy, in that store.
+            verify: Whether to check the CRC32s.
+        """
+        place = Place(writer, target.rstrip("/"), mask(writer.url(target)))
+        save = new_save_name()
+        paths = shards_of(found.metadata)
+        stats = await StorageReader.at(found.place, verify=verify).versions(found.place, found.metadata, paths)
+        shards = []
+        for number, (path, stat) in enumerate(zip(paths, stats, strict=True)):
+            file = RangeReader(found.place.backend, found.place.at(path), stat)
+            checksums = await checksums_of(found, path, file) if verify else Checksums((), file.url)
+            shards.append((path, place.at(f"{save}/__{number}_0.distcp"), file, checksums))
+        return cls(found, place, save, shards)
+
+    def copied(self, number: int, stat: ObjectStat) -> None:
+        """Notes that a shard is there."""
+        self._stats[f"{self._save}/__{number}_0.distcp"] = (stat.size, stat.etag)
+
+    async def commit(self) -> ObjectStat:
+        """Puts the copy's ``.metadata``; removes the shards of what was there before."""
+        new = {path: f"{self._save}/__{number}_0.distcp" for number, (path, *_) in enumerate(self.shards)}
+        infos: dict[MetadataIndex, Any] = {}
+        for index, info in self._found.metadata.storage_data.items():
+            infos[index] = copy(info)
+            infos[index].relative_path = new[info.relative_path]
+        metadata = copy(self._found.metadata)
+        before = await shards_before(self._target, METADATA)
+        data = write_metadata(metadata, infos, self._target.url, self._save, self._stats)
+        stat = await self._target.put(METADATA, data)
+        await remove_before(self._target, METADATA, stat, before)
+        return stat
