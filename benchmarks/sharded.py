@@ -263,7 +263,7 @@ class Bench:
         return self._store.counters()["received" if verb == "save" else "sent"]
 
 
-def run(size: int, rounds: int, parts: set[str]) -> dict[str, Any]:
+def run(size: int, rounds: int, parts: set[str]) -> dict[str, Any]:  # noqa: C901, PLR0915 - one case after the other
     """Measures the parts of the suite that are asked for."""
     with nginx() as store, tempfile.TemporaryDirectory() as directory, environment(store):
         ranks = Ranks(4, directory)

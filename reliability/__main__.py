@@ -6,12 +6,12 @@ import argparse
 import faulthandler
 import sys
 
-from reliability import cancels, flips, growth, kills, outages
+from reliability import cancels, flips, growth, kills, outages, resaves
 from reliability.outcome import Outcome, table
 from reliability.stores import CLOUDS, Store
 from torchferry.testing.servers import ServerStartError
 
-SCENARIOS = ("cancels", "outages", "growth", "flips", "kills")
+SCENARIOS = ("cancels", "outages", "growth", "flips", "kills", "resaves")
 LOCAL = "local"
 
 
@@ -45,14 +45,21 @@ def _run(scenario: str, store: Store, arguments: argparse.Namespace) -> list[Out
             return growth.run(store, count=count or 300, say=_say)
         case "kills":
             return kills.run(store, count=count, mib=mib, seed=seed, say=_say)
+        case "resaves":
+            return resaves.run(store, count=count or 50, mib=mib, seed=seed, say=_say)
         case _:
             return flips.run(store, count=count or 5, mib=mib, seed=seed, say=_say)
 
 
 def _run_locally(arguments: argparse.Namespace) -> list[Outcome]:
-    if "kills" not in (arguments.only or SCENARIOS):
-        return []
-    return kills.run_locally(count=arguments.count or 100, mib=arguments.mib or 32, seed=arguments.seed, say=_say)
+    chosen = arguments.only or SCENARIOS
+    mib, seed = arguments.mib or 32, arguments.seed
+    outcomes: list[Outcome] = []
+    if "kills" in chosen:
+        outcomes += kills.run_locally(count=arguments.count or 100, mib=mib, seed=seed, say=_say)
+    if "resaves" in chosen:
+        outcomes += resaves.run_locally(count=arguments.count or 50, mib=mib, seed=seed, say=_say)
+    return outcomes
 
 
 def _say(text: str) -> None:
@@ -67,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--count",
         type=int,
-        help="tries: cancels (200), saves and loads (300), flips of a kind (5), kills (at every request; local: 100)",
+        help="tries: cancels (200), saves and loads (300), flips of a kind (5), kills (at every request; local: 100), resaves (50)",
     )
     parser.add_argument("--seconds", type=float, default=30.0, help="length of an outage (30)")
     parser.add_argument("--mib", type=int, help="size of the checkpoint (32; 64 for outages)")

@@ -139,7 +139,7 @@ def save_model(kind: str, url: str, options: dict[str, Any], how: tuple[str, ...
 
 
 def load_model(kind: str, url: str, options: dict[str, Any], how: tuple[tuple[str, str], ...], world: int) -> list[int]:
-    """Loads what was saved one way with a reader, into a model of another kind or on other ranks; returns bytes read."""
+    """Loads what was saved one way with a reader, on other ranks or in other placements; returns bytes read."""
     model, optimizer = make(kind, world)
     moved = []
     for saved, reader in how:
@@ -194,7 +194,7 @@ def save_and_die(url: str, options: dict[str, Any], world: int, when: str, victi
     save_tensors(url, options, world, fill=2.0)
 
 
-def save_two_at_once(url: str, options: dict[str, Any], world: int) -> None:
+def save_two_at_once(url: str, options: dict[str, Any], world: int) -> None:  # noqa: ARG001 - as all jobs
     """The first half of the ranks saves one checkpoint, the second half another, to one URL."""
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mine = dist.get_rank() // 2

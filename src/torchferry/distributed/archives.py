@@ -54,7 +54,9 @@ class StoredTensor:
     crc32: int | None
 
 
-def find_tensor(head: bytes, tail: bytes, length: int, url: str) -> StoredTensor | None:
+def find_tensor(  # noqa: PLR0911 - there are many ways not to be one
+    head: bytes, tail: bytes, length: int, url: str
+) -> StoredTensor | None:
     """The tensor of an archive whose first and last bytes are known.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 def portable(error: BaseException) -> BaseException:
     """``error``, or one that says the same where it cannot be pickled: other ranks would wait for it for ever."""
     try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 - what was pickled just now
+        pickle.loads(pickle.dumps(error))  # what was pickled just now
     except Exception:  # noqa: BLE001 - whatever keeps it from being sent
         stand_in = RankFailedError(f"{type(error).__name__}: {error}")
         for note in getattr(error, "__notes__", ()):
@@ -74,10 +74,8 @@ def _summary(what: str, failures: Mapping[int, BaseException], world_size: int) 
     text = f"Cannot {what}: rank {first} of {world_size} failed{others}: {named[first]}"
     summary: Any = None
     if isinstance(failure, TorchferryError) and not isinstance(failure, RankFailedError):
-        try:
+        with suppress(TypeError):
             summary = type(failure)(text)
-        except TypeError:
-            pass
     if summary is None:
         summary = RankFailedError(text)
     summary.failures = dict(failures)

@@ -98,21 +98,8 @@ async def fetch(
         finish: Whether all that is checked is among what is wanted.
     """
     reader = RangeReader(files, "", ObjectStat(url, files.size))
-    direct: list[tuple[int, int, memoryview]] = []
-    pieces: list[tuple[int, int, Piece]] = []
-    step = files.range_size
-    for number, part in wanted:
-        base = files.starts[number]
-        if isinstance(part, Piece):
-            pieces.append((base + part.start, base + part.stop, part))
-            continue
-        start = base + part.start
-        for at in range(0, len(part.memory), step):
-            memory = part.memory[at : at + step]
-            direct.append((start + at, start + at + len(memory), memory))
-    direct.sort(key=_start)
-    pieces.sort(key=_start)
-    groups = _groups(pieces, min(BLOCK_SIZE, step))
+    direct, pieces = _sorted_out(files, wanted)
+    groups = _groups(pieces, min(BLOCK_SIZE, files.range_size))
     memories = iter(direct)
 
     def check(start: int, buffer: Buffer) -> None:
@@ -140,6 +127,24 @@ async def fetch(
             checksum.finish()
 
 
+def _sorted_out(
+    files: Files, wanted: Iterable[tuple[int, Direct | Piece]]
+) -> tuple[list[tuple[int, int, memoryview]], list[tuple[int, int, Piece]]]:
+    """Ranges for memory and pieces, each in order, by where they are in all files."""
+    direct: list[tuple[int, int, memoryview]] = []
+    pieces: list[tuple[int, int, Piece]] = []
+    for number, part in wanted:
+        base = files.starts[number]
+        if isinstance(part, Piece):
+            pieces.append((base + part.start, base + part.stop, part))
+            continue
+        for at in range(0, len(part.memory), files.range_size):
+            memory = part.memory[at : at + files.range_size]
+            start = base + part.start + at
+            direct.append((start, start + len(memory), memory))
+    return sorted(direct, key=_start), sorted(pieces, key=_start)
+
+
 async def _stream_into(reader: RangeReader, ranges: Sequence[tuple[int, int]], sink: object, memories: object) -> None:
     def memory(_start: int, _stop: int) -> memoryview:
         found: memoryview = next(memories)[2]  # type: ignore[call-overload]  # asked for in the order of the ranges
@@ -156,8 +161,6 @@ def _groups(pieces: Sequence[tuple[int, int, Piece]], longest: int) -> dict[int,
         first, last, _ = piece
         if start < 0 or first - stop > _GAP or max(stop, last) - start > longest:
             start = first
-            while start in groups:  # cannot be: such a piece would have been in the group
-                raise AssertionError
             groups[start] = []
             stop = last
         groups[start].append(piece)

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from torchferry.engine.collector import collector_paused
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, UnsafeCheckpointError
 from torchferry.formats.item_stream import Written
 from torchferry.formats.printable import printable
@@ -121,6 +122,7 @@ def storage_info(relative_path: str, written: Written) -> _StorageInfo:
     return info
 
 
+@collector_paused()
 def write_metadata(
     metadata: Metadata, storage_data: dict[MetadataIndex, Any], url: str, save: str, shards: Mapping[str, Any]
 ) -> bytes:
@@ -134,6 +136,7 @@ def write_metadata(
     return pickle.dumps(metadata)
 
 
+@collector_paused()
 def read_metadata(data: bytes, url: str, *, weights_only: bool) -> Metadata:
     """Unpickles a ``.metadata``.
 
@@ -148,7 +151,7 @@ def read_metadata(data: bytes, url: str, *, weights_only: bool) -> Metadata:
         CheckpointFormatError: it is something else.
     """
     try:
-        loaded = _Unpickler(io.BytesIO(data), url).load() if weights_only else pickle.loads(data)  # noqa: S301
+        loaded = _Unpickler(io.BytesIO(data), url).load() if weights_only else pickle.loads(data)
     except UnsafeCheckpointError:
         raise
     except Exception as error:
@@ -209,6 +212,6 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise UnsafeCheckpointError(
-            f"{self._url} needs {printable(f'{module}.{name}')}, which the metadata of torch.distributed.checkpoint does "
+            f"{self._url} needs {printable(f'{module}.{name}')}, which metadata of torch.distributed.checkpoint does "
             "not contain by itself. If you trust whoever wrote it, weights_only=False loads it; that can run any code."
         )

@@ -91,7 +91,7 @@ def cut(target: torch.Tensor, start: int, strides: Sequence[int], dtype: torch.d
 
 
 def _spans(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int, int]]:
-    """From inside out, for each dimension of more than one: the gap between its rows, elements that all span, itself."""
+    """From inside out, for each dimension of more than one: the gap between rows, elements that all span, itself."""
     spans = [(0, 1, -1)]
     for stride, dim in sorted((strides[dim], dim) for dim in range(len(shape)) if shape[dim] > 1):
         inner = spans[-1][1]

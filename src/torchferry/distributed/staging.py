@@ -65,7 +65,9 @@ class Stager:
         self._snapshots.free()
 
 
-def _mapped(value: Any, of_tensor: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def _mapped(  # noqa: PLR0911 - one for each kind of value
+    value: Any, of_tensor: Callable[[torch.Tensor], torch.Tensor]
+) -> Any:
     """``value`` with other tensors; the parts of sharded ones that this rank has among them."""
     if isinstance(value, DTensor):
         staged = copy.copy(value.detach())

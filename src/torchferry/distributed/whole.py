@@ -29,7 +29,6 @@ from torchferry.distributed.reader import StorageReader
 from torchferry.distributed.slices import Piece
 from torchferry.distributed.writer import remove_before, shards_before
 from torchferry.engine.cancellation import in_thread
-from torchferry.engine.collector import collector_paused
 from torchferry.engine.memory import BLOCK_SIZE
 from torchferry.engine.reader import RangeReader
 from torchferry.engine.transfer import current
@@ -88,9 +87,7 @@ async def find(backend: Backend, path: str, url: str, *, weights_only: bool = Tr
         if isinstance(error.__cause__, NotADirectoryError):
             return None
         raise
-    metadata = await in_thread(
-        collector_paused()(partial(read_metadata, weights_only=weights_only)), data, place.url_of(METADATA)
-    )
+    metadata = await in_thread(partial(read_metadata, weights_only=weights_only), data, place.url_of(METADATA))
     return Contents(place, metadata, stat)
 
 
