@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--count",
         type=int,
-        help="tries: cancels (200), saves and loads (300), flips of a kind (5), kills (at every request; local: 100), resaves (50)",
+        help="tries: cancels (200), saves and loads (300), flips (5), resaves (50), kills (each request; local: 100)",
     )
     parser.add_argument("--seconds", type=float, default=30.0, help="length of an outage (30)")
     parser.add_argument("--mib", type=int, help="size of the checkpoint (32; 64 for outages)")

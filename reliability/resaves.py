@@ -64,7 +64,7 @@ def main() -> None:
     order = json.loads(sys.argv[1])
     warnings.filterwarnings("ignore")
     import torch.distributed.checkpoint  # what the ranks need is there when they are forked
-    import torch.distributed.tensor
+    import torch.distributed.tensor  # noqa: F401
 
     import torchferry.distributed  # noqa: F401
 

@@ -14,13 +14,16 @@ from torchferry.flyte import plugin as _plugin  # noqa: F401 - before any other 
 
 if TYPE_CHECKING:
     from torchferry.flyte.checkpoint import LoadedCheckpoint, PyTorchCheckpoint, PyTorchCheckpointTransformer
+    from torchferry.flyte.sharded import ShardedCheckpoint
 
-__all__ = ["LoadedCheckpoint", "PyTorchCheckpoint", "PyTorchCheckpointTransformer"]
+__all__ = ["LoadedCheckpoint", "PyTorchCheckpoint", "PyTorchCheckpointTransformer", "ShardedCheckpoint"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module("torchferry.flyte.checkpoint"), name)
+    value = getattr(
+        import_module(f"torchferry.flyte.{'sharded' if name == 'ShardedCheckpoint' else 'checkpoint'}"), name
+    )
     globals()[name] = value
     return value

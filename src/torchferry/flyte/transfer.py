@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torchferry.options import LoadOptions, SaveOptions
 
-__all__ = ["download", "upload"]
+__all__ = ["download", "filesystem_for", "upload"]
 
 _FILE_NAME = "checkpoint.pt"
 
@@ -87,7 +87,7 @@ async def download(ctx: FlyteContext, uri: str, options: LoadOptions) -> Any:
 
 async def _is_stored(ctx: FlyteContext, content: dict[str, Any], uri: str) -> bool:
     try:
-        filesystem = await in_thread(_filesystem, ctx, uri)
+        filesystem = await in_thread(filesystem_for, ctx, uri)
     except Exception as error:  # noqa: BLE001 - a filesystem's constructor raises anything; there may be no way back
         # What was loaded with LoadOptions(storage_options=...) can be out of reach without them.
         _logger.debug("%s is not looked at again: %s", uri, error)
@@ -99,10 +99,10 @@ async def _store(ctx: FlyteContext, uri: str, options: SaveOptions | LoadOptions
     if options.storage_options:
         return None
     # The first filesystem of a kind imports its library: not on the event loop.
-    return await in_thread(_filesystem, ctx, uri)
+    return await in_thread(filesystem_for, ctx, uri)
 
 
-def _filesystem(ctx: FlyteContext, uri: str) -> AbstractFileSystem:
+def filesystem_for(ctx: FlyteContext, uri: str) -> AbstractFileSystem:
     """The filesystem for ``uri`` as flytekit configures it.
 
     It is bound to fsspec's own event loop, which lives as long as the process, so it works from every thread and loop.
