@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.stateful import Stateful
 
 from torchferry.distributed.errors import portable, ranks_as_errors
@@ -136,7 +137,7 @@ def save_with(
     with ranks_as_errors(f"save {writer.checkpoint_id}", _world_size(process_group, alone)):
         try:
             with _quiet(alone):
-                metadata: Metadata = dcp.save(
+                metadata: Metadata = dcp_save(
                     state_dict,
                     storage_writer=writer,
                     planner=planner,
@@ -280,7 +281,7 @@ def load(
     with ranks_as_errors(f"load {mask(os.fspath(url))}", _world_size(process_group, alone)):
         reader.use(_read_and_tell(reader, process_group, alone))
         with _quiet(alone):
-            dcp.load(
+            dcp_load(
                 state_dict,
                 storage_reader=reader,
                 planner=planner or SafeLoadPlanner(weights_only=weights_only),

@@ -6,7 +6,7 @@ in memory that is never touched (:class:`Script`). Their bytes are read when the
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,7 +128,7 @@ class StandIns:
         wanted: Dtype and shape of each, by its key.
     """
 
-    def __init__(self, wanted: dict[str, tuple[torch.dtype, Sequence[int]]]) -> None:
+    def __init__(self, wanted: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:
         self._places: dict[tuple[int, int], str] = {}
         self.tensors: dict[str, torch.Tensor] = {}
         offsets, size = {}, 0

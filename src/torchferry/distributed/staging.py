@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE
 from torch.distributed.tensor import DTensor
 
@@ -70,7 +70,7 @@ def _mapped(  # noqa: PLR0911 - one for each kind of value
 ) -> Any:
     """``value`` with other tensors; the parts of sharded ones that this rank has among them."""
     if isinstance(value, DTensor):
-        staged = copy.copy(value.detach())
+        staged: Any = copy.copy(value.detach())
         staged._local_tensor = _mapped(value.to_local(), of_tensor)  # noqa: SLF001  # on the CPU, whatever its mesh is
         return staged
     if isinstance(value, ShardedTensor):

@@ -319,7 +319,9 @@ def pieces_of(tensor: torch.Tensor, longest: int) -> Iterator[torch.Tensor]:
         for part in tensor.unbind():
             yield from pieces_of(part, longest)
     else:
-        yield from tensor.split(longest // row)
+        rows = longest // row
+        for first in range(0, tensor.shape[0], rows):
+            yield tensor[first : first + rows]
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:

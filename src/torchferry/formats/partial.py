@@ -15,7 +15,7 @@ from torchferry.errors import CheckpointValueError
 __all__ = ["parts_allowed", "require_whole"]
 
 _allowed: ContextVar[bool] = ContextVar("torchferry_parts_allowed", default=False)
-_PLAIN: set[type] = {torch.Tensor, torch.nn.Parameter}
+_FLAT = "_is_flat_param"  # on the parameters that FSDP makes of many, whose class is Parameter
 
 
 @contextmanager
@@ -35,7 +35,9 @@ def require_whole(obj: object) -> None:
         CheckpointValueError: it is one, and the caller has not said that it is meant.
     """
     kind = type(obj)
-    if kind in _PLAIN or not issubclass(kind, torch.Tensor) or _allowed.get():
+    if kind is torch.Tensor or not issubclass(kind, torch.Tensor):
+        return
+    if (kind is torch.nn.Parameter and not hasattr(obj, _FLAT)) or _allowed.get():
         return
     if (part := _part(obj)) is not None:
         raise CheckpointValueError(
@@ -58,7 +60,7 @@ def _part(tensor: Any) -> str | None:
     if (sharded := _class("torch.distributed._shard.sharded_tensor", "ShardedTensor")) and isinstance(tensor, sharded):
         sizes = [tuple(shard.metadata.shard_sizes) for shard in tensor.local_shards()]
         return None if sizes == [shape] else f"This rank has {sizes or 'nothing'} of a ShardedTensor of shape {shape}"
-    if (flat := _class("torch.distributed.fsdp._flat_param", "FlatParameter")) and isinstance(tensor, flat):
+    if getattr(tensor, _FLAT, False):
         whole = getattr(tensor, "_unpadded_unsharded_size", tensor.shape).numel()
         return (
             None if tensor.numel() >= whole else f"This rank has {tensor.numel()} of {whole} numbers of FSDP's shards"
