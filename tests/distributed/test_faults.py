@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +92,20 @@ def test_an_error_of_one_rank_reaches_all_while_loading(
     changed = ranks.try_to("load_tensors", 2, timeout=TIMEOUT, **place)
     assert [answer.kind for answer in changed] == ["CheckpointChangedError"] * 2
     assert "__1_0.distcp" in changed[0].text
+
+
+def test_a_flipped_bit_is_found_though_each_rank_reads_a_part(ranks: Any, tmp_path: Path) -> None:
+    """Two ranks have saved, three load: no rank reads an item as a whole, and all know."""
+    url = str(tmp_path / "c")
+    ranks.run("save_tensors", 2, url=url, options={})
+    ranks.run("load_rows", 3, url=url, options={})
+    (shard,) = (tmp_path / "c").rglob("__1_0.distcp")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    answers = ranks.try_to("load_rows", 3, timeout=TIMEOUT, url=url, options={})
+    assert [answer.kind for answer in answers] == ["CheckpointCorruptError"] * 3
+    assert "rows at" in answers[0].text
 
 
 def test_two_saves_at_once_to_one_url_leave_one_of_them(

@@ -187,6 +187,13 @@ def load_tensors(url: str, options: dict[str, Any], world: int, nbytes: int = 3 
     return values.pop()
 
 
+def load_rows(url: str, options: dict[str, Any], world: int, nbytes: int = 3 << 20) -> None:
+    """Loads one tensor that is split by rows."""
+    state = {"rows": _sharded(world, nbytes, 0.0)["rows"]}
+    planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+    ferry.load(state, url, storage_options=options, planner=planner)
+
+
 def save_and_die(url: str, options: dict[str, Any], world: int, when: str, victim: int) -> None:
     """Saves, and one rank kills itself."""
     if dist.get_rank() == victim:

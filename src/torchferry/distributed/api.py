@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.stateful import Stateful
 
+from torchferry.distributed.checks import check_parts
 from torchferry.distributed.errors import portable, ranks_as_errors
 from torchferry.distributed.planner import SafeLoadPlanner
 from torchferry.distributed.reader import StorageReader
@@ -288,6 +289,8 @@ def load(
                 process_group=process_group,
                 no_dist=alone,
             )
+        if verify:
+            _check_together(reader, process_group, alone)
 
 
 def _read_and_tell(reader: StorageReader, group: dist.ProcessGroup | None, alone: bool) -> bytes:
@@ -306,6 +309,28 @@ def _read_and_tell(reader: StorageReader, group: dist.ProcessGroup | None, alone
         raise told[0]
     data: bytes = told[0]
     return data
+
+
+def _check_together(reader: StorageReader, group: dist.ProcessGroup | None, alone: bool) -> None:
+    """Checks what no rank has read as a whole: rank 0 puts the CRC32s of all ranks' parts together."""
+    gathered: list[Any] = [reader.read_parts]
+    if not alone:
+        root = dist.get_global_rank(group, 0) if group else 0
+        is_root = dist.get_rank(group) == 0
+        gathered = [None] * dist.get_world_size(group)
+        dist.gather_object(reader.read_parts, gathered if is_root else None, dst=root, group=group)
+    outcome: list[Any] = [None]
+    if alone or is_root:
+        try:
+            check_parts(part for parts in gathered for part in parts)
+        except BaseException as error:
+            if alone:
+                raise
+            outcome[0] = portable(error)
+    if not alone:
+        dist.broadcast_object_list(outcome, src=root, group=group)
+    if outcome[0] is not None:
+        raise outcome[0]
 
 
 def _is_alone(no_dist: bool) -> bool:

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.storage import StorageReader as DcpStorageRead
 from torch.futures import Future
 
 from torchferry.distributed.archives import StoredTensor, find_tensor
+from torchferry.distributed.checks import PartChecksums, ReadPart, WantedPart
 from torchferry.distributed.errors import with_portable_errors
 from torchferry.distributed.fetch import Files, fetch
 from torchferry.distributed.metadata import chunk_of, extras_of, read_metadata
@@ -29,7 +30,6 @@ from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import Buffer, ObjectStat
 from torchferry.errors import CheckpointChangedError, CheckpointCorruptError, CheckpointFormatError, mask
 from torchferry.formats.archive import Record
-from torchferry.formats.checksum import Checksums
 from torchferry.formats.printable import printable
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ class StorageReader(DcpStorageReader):
         self._report = report
         self._opened: Place | None = None
         self._metadata: Metadata | None = None
+        self.read_parts: list[ReadPart] = []
         self._told: Metadata | None = None  # of the .metadata that another rank has read
 
     @classmethod
@@ -259,6 +260,7 @@ class StorageReader(DcpStorageReader):
         with transfer.stage("reading"):
             async with transfer.telling():
                 await fetch(files, plan.parts, plan.checksums, place.url)
+        self.read_parts += [part for checksum in plan.checksums if checksum is not None for part in checksum.read]
         await in_thread(plan.finish)
 
     async def versions(self, place: Place, metadata: Metadata, paths: Sequence[str]) -> list[ObjectStat]:
@@ -392,6 +394,7 @@ class _Plan:
         self._contents = contents
         self._stats = stats
         self._records: list[list[Record]] = [[] for _ in stats]
+        self._runs: list[dict[tuple[int, int], WantedPart]] = [{} for _ in stats]
         self._whole: dict[tuple[int, int], bytearray] = {}  # items in memory, by file and offset
         self._filled: dict[tuple[int, int], torch.Tensor] = {}  # targets of whole items
         self._later: list[Callable[[], object]] = []
@@ -401,9 +404,9 @@ class _Plan:
         self.nbytes = sum(
             part.stop - part.start if isinstance(part, Piece) else len(part.memory) for _, part in self.parts
         )
-        self.checksums: list[Checksums | None] = [
-            Checksums(records, stat.url) if records and verify else None
-            for records, stat in zip(self._records, stats, strict=True)
+        self.checksums: list[PartChecksums | None] = [
+            PartChecksums(records, runs, stat.url) if (records or runs) and verify else None
+            for records, runs, stat in zip(self._records, self._runs, stats, strict=True)
         ]
 
     def finish(self) -> None:
@@ -440,7 +443,21 @@ class _Plan:
                 self._records[want.number].append(Record(name, start, size, crc32))
         offsets = zip(request.storage_offsets, where.strides, strict=True)
         start = where.start + sum(at * stride for at, stride in offsets) * where.dtype.itemsize
-        self.parts += [(want.number, part) for part in cut(target, start, where.strides, where.dtype)]
+        parts = list(cut(target, start, where.strides, where.dtype))
+        self.parts += [(want.number, part) for part in parts]
+        _, size, crc32 = where.record
+        nbytes = target.numel() * where.dtype.itemsize
+        is_run = (
+            sum(part.stop - part.start if isinstance(part, Piece) else len(part.memory) for part in parts) == nbytes
+        )
+        if (
+            request.lengths != chunk.sizes
+            and is_run
+            and len(parts) == _spanned(parts, start, nbytes)
+            and crc32 is not None
+        ):
+            name = f"{request.storage_index.fqn} at {tuple(chunk.offsets)}"
+            self._runs[want.number][start, nbytes] = WantedPart(name, (where.record[0], size, crc32))
 
     def _read_whole(self, want: _Wanted) -> bytearray:
         """Plans to read an item into memory; torch takes it from there."""
@@ -477,6 +494,16 @@ class _Plan:
         for dim, (offset, length) in enumerate(zip(want.request.storage_offsets, want.request.lengths, strict=True)):
             tensor = tensor.narrow(dim, offset, length)
         want.target.copy_(tensor)
+
+
+def _spanned(parts: Sequence[Direct | Piece], start: int, nbytes: int) -> int:
+    """How many of the parts lie, one after the other, in a run of bytes."""
+    at = start
+    for number, part in enumerate(parts):
+        if part.start != at:
+            return number
+        at = part.stop if isinstance(part, Piece) else at + len(part.memory)
+    return len(parts) if at == start + nbytes else 0
 
 
 def _info(metadata: Metadata, index: MetadataIndex, url: str) -> Any:
