@@ -108,6 +108,6 @@ def _damaged(part: ReadPart) -> CheckpointCorruptError:
     offset, size, crc32 = part.whole
     return CheckpointCorruptError(
         f"{part.url} is damaged: {printable(part.name)} ({size} bytes at {offset}), which ranks have read in parts, "
-        f"does not have the CRC32 {crc32:08x} that it was saved with. Another copy may be whole; verify=False loads this "
-        "one as it is."
+        f"does not have the CRC32 {crc32:08x} that it was saved with. Another copy may be whole; verify=False loads "
+        "this one as it is."
     )
