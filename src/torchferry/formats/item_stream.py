@@ -20,12 +20,15 @@ from anyio import from_thread
 from isal import isal_zlib
 
 from torchferry.engine.memory import BLOCK_SIZE, CPU_SAVES, EVERYTHING_ELSE, Claim, address_of
+from torchferry.engine.types import Chunk
 from torchferry.engine.writer import UploadPlan
+from torchferry.formats.changes import Changes
 from torchferry.formats.checksum import Crc32Filler
 from torchferry.formats.torch_stream import (
     _DEVICE_SHARE,
+    _PIECE,
     _SMALL_PART,
-    _ZERO_COPY_FROM,
+    LENT_FROM,
     TorchStream,
     _can_fill,
     _Storages,
@@ -33,7 +36,7 @@ from torchferry.formats.torch_stream import (
 )
 
 if TYPE_CHECKING:
-    from torchferry.engine.types import Buffer, Chunk
+    from torchferry.engine.types import Buffer
 
 __all__ = ["Item", "ItemStream", "Written", "memory_of", "pieces_of", "stand_in_for"]
 
@@ -99,7 +102,7 @@ class ItemStream(TorchStream):
 
     def _torch_save(self) -> None:
         first = self._items[0].resolve() if self._items else None
-        writer = _ItemWriter(self._emit_chunk, fill=torch.serialization.get_crc32_options() and _can_fill())
+        writer = _ItemWriter(self._chunks.put, fill=torch.serialization.get_crc32_options() and _can_fill())
         writer.begin(self._begin_items(on_device=isinstance(first, torch.Tensor) and not first.is_cpu), self.plan)
         try:
             for index, item in enumerate(self._items):
@@ -109,14 +112,11 @@ class ItemStream(TorchStream):
         finally:
             writer.close()
 
-    def _emit_chunk(self, chunk: Chunk) -> None:
-        from_thread.run(self._send.send, chunk)
-
     def _begin_items(self, *, on_device: bool) -> Claim:
         """Claims memory, and lets the consumer begin."""
         sizes = [item.nbytes for item in self._items]
         self.size_hint = sum(sizes) + _ITEM_OVERHEAD * len(sizes)
-        lent = 0 if on_device else sum(size for size in sizes if size >= _ZERO_COPY_FROM)
+        lent = 0 if on_device else sum(size for size in sizes if size >= LENT_FROM)
         self._waits_for = ledger = EVERYTHING_ELSE if on_device else CPU_SAVES
         part_size = self._part_size
         if on_device:
@@ -136,7 +136,7 @@ class _ItemWriter(_Writer):
     """Writes items; what it emits is cut into chunks as in :class:`TorchStream`."""
 
     def __init__(self, emit: Callable[[Chunk], None], *, fill: bool) -> None:
-        super().__init__(_Storages(), emit, None)
+        super().__init__(_Storages(None), emit, None, Changes())
         self._fill = fill
         self._position = 0
         # What torch writes for a tensor of a dtype and shape, in order, without CRC32s; None for the tensor's bytes.
@@ -155,11 +155,23 @@ class _ItemWriter(_Writer):
     def put(self, view: memoryview, crc32: _Crc32) -> None:
         """Emits bytes that stay as they are until they are sent where they are many; copies them where they are few."""
         self._position += len(view)
-        if len(view) >= _ZERO_COPY_FROM:
+        if len(view) >= LENT_FROM:
             self._emit_copies()
-            self._emit(view.toreadonly(), crc32)  # type: ignore[arg-type]  # it is told of each piece
+            self._emit_lent(view.toreadonly(), crc32)
         else:
             self.copy(view, crc32, counted=True)
+
+    def _emit_lent(self, view: memoryview, crc32: _Crc32) -> None:
+        while len(view):
+            piece = view[: min(len(view), self._left, _PIECE)]
+            value = isal_zlib.crc32(piece)
+            crc32.add(piece, value)
+            self._send(Chunk(piece, value))
+            view = view[len(piece) :]
+            self._left -= len(piece)
+            if not self._left:
+                self._part += 1
+                self._left = self._plan.part_at(self._part)
 
     def copy(self, view: memoryview, crc32: _Crc32 | None, *, counted: bool = False) -> None:
         """Copies bytes, which may change when this returns."""
