@@ -136,6 +136,7 @@ class CheckpointManager:
         self._turn = threading.Lock()
         self._ends = False  # whether SIGTERM has come, to any rank, as of the last save
         self._warned = False
+        self._group = process_group
         self._ranks = Ranks.find(process_group)
         self._preemption = Preemption() if handle_preemption else None
 
@@ -319,7 +320,9 @@ class CheckpointManager:
         loading: dict[str, Any] = {"keys": keys, "map_location": map_location, "weights_only": weights_only}
         if into is not None:
             loading["into"] = into
-        if self._ranks is None:
+        if self._sharded and into is not None:
+            loaded, found = await self._restore_sharded(step, loading)
+        elif self._ranks is None:
             loaded, found = await self._restore(step, loading)
         else:
             loaded, found = await self._restore_on_all(self._ranks, step, loading)
@@ -434,7 +437,96 @@ class CheckpointManager:
         return True
 
     def _save_sharded(self, step: int, obj: Any, metrics: Mapping[str, Any] | None, force: bool) -> bool:
-        raise NotImplementedError
+        """Saves on every rank; the first decides, and stores what goes beside."""
+        from torchferry import distributed
+
+        if self._under_way is not None:  # its error is raised on every rank, at the same step
+            under_way, self._under_way = self._under_way, None
+            under_way.result()
+        encoded = encode_metrics(metrics)
+        if not (run(self._begins, step, force) if self._ranks is None else self._begins_on_all(step, force)):
+            return False
+        url = url_of(self.url, name_of(step, sharded=True))
+        options = {**self._store, "part_size": self._part_size, "process_group": self._group}
+        if not self._background:
+            distributed.save(obj, url, **options)
+            self._on_first_rank_or_here(lambda: run(self._finish_sharded, step, encoded))
+            return True
+        self._under_way = over = Future[None]()
+
+        def finish(saved: Future[Any]) -> None:
+            try:
+                saved.result()
+                if self._is_first:
+                    run(self._finish_sharded, step, encoded)
+            except BaseException as error:  # noqa: BLE001 - goes on from the future
+                self._latest, self._knows_latest = None, False
+                over.set_exception(error)
+            else:
+                over.set_result(None)
+
+        distributed.async_save(obj, url, **options).upload_completion.add_done_callback(finish)
+        if self._ends:
+            self.wait_until_finished()
+        return True
+
+    @property
+    def _is_first(self) -> bool:
+        return self._ranks is None or self._ranks.rank == 0
+
+    def _begins_on_all(self, step: int, force: bool) -> bool:
+        return self._on_first_rank(lambda: run(self._begins, step, force))
+
+    def _on_first_rank_or_here(self, func: Any) -> None:
+        if self._ranks is None:
+            func()
+        else:
+            self._on_first_rank(func)
+
+    async def _finish_sharded(self, step: int, metrics: str | None) -> None:
+        if metrics is not None:
+            series = await self._series()
+            await series.write_metrics(step, await series.stat_sharded(step), metrics)
+        if self._retention.max_to_keep is not None:
+            self._retain_soon(step)
+
+    async def _restore_sharded(self, step: int | None, loading: Mapping[str, Any]) -> tuple[Any, _Candidate]:
+        """Fills the state dict on every rank; all fall back together, because an error of one is raised on all."""
+        from torchferry import distributed
+
+        said: Any = None
+        error: Exception | None = None
+        if self._is_first:
+            try:
+                said = [[each.url == self.url, each.step, each.name] for each in await self._candidates(step)]
+            except Exception as failure:  # noqa: BLE001 - raised on every rank
+                error = failure
+        if self._ranks is not None:
+            said = await in_thread(self._ranks.from_first, said, error)
+        elif error is not None:
+            raise error
+        failures: list[TorchferryError] = []
+        for is_own, number, name in said:
+            candidate = _Candidate(self.url if is_own else self._start_from or self.url, number, name)
+            load = partial(
+                distributed.load,
+                loading["into"],
+                candidate.place,
+                weights_only=loading["weights_only"],
+                process_group=self._group,
+                **self._store,
+            )
+            try:
+                await wait_in_thread(load)
+            except _FALLS_BACK as failure:
+                if step is not None:
+                    raise
+                failures.append(failure)
+                continue
+            for failure in failures:
+                warnings.warn(f"{failure} Restored {candidate} instead.", stacklevel=2)
+            return loading["into"], candidate
+        raise failures[0] if failures else CheckpointNotFoundError(f"There is no checkpoint in {self._said()}.")
 
     def _on_first_rank(self, func: Any) -> bool:
         """Does it on the first rank; all learn what it returned or raised."""

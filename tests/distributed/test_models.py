@@ -46,6 +46,15 @@ def test_stock_functions_take_our_writer_and_reader(
     ranks.run("load_model", 3, kind="fsdp2", how=(("stock with ours", "stock with ours"),), **place)
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_a_manager_keeps_a_series_of_sharded_checkpoints(
+    ranks: Any, s3_url: str, s3_storage_options: dict[str, Any], background: bool
+) -> None:
+    first, second = ranks.run("manage", 2, url=s3_url, options=s3_storage_options, background=background)
+    assert first == ([3, 4], 4.0, 4)
+    assert second == ([], 4.0, 4)
+
+
 def test_a_part_of_a_tensor_is_refused_as_one_object(ranks: Any, tmp_path: Path) -> None:
     """It would look complete. A replicated tensor is whole, and whoever means a part says so."""
     for said in ranks.run("save_one_object", 2, path=str(tmp_path)):

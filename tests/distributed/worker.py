@@ -194,6 +194,24 @@ def load_rows(url: str, options: dict[str, Any], world: int, nbytes: int = 3 << 
     ferry.load(state, url, storage_options=options, planner=planner)
 
 
+def manage(url: str, options: dict[str, Any], world: int, background: bool) -> tuple[list[int], float, int | None]:
+    """A series of sharded checkpoints: saved, resumed; returns its steps, what was restored, and from which."""
+    state = _sharded(world, 1 << 20, 0.0)
+    with torchferry.CheckpointManager(
+        url, sharded=True, max_to_keep=2, background=background, storage_options=options
+    ) as manager:
+        for step in range(1, 5):
+            for tensor in state.values():
+                tensor.to_local().fill_(step)
+            manager.save(step, state, {"loss": 1.0 / step})
+        manager.wait_until_finished()
+        steps = manager.all_steps() if dist.get_rank() == 0 else []
+        manager.restore(into=state)
+        values = {float(value) for tensor in state.values() for value in tensor.to_local().unique()}
+        assert len(values) == 1
+        return steps, values.pop(), manager.restored_step
+
+
 def save_and_die(url: str, options: dict[str, Any], world: int, when: str, victim: int) -> None:
     """Saves, and one rank kills itself."""
     if dist.get_rank() == victim:
