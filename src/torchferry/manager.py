@@ -523,8 +523,8 @@ class CheckpointManager:
                     raise
                 failures.append(failure)
                 continue
-            for failure in failures:
-                warnings.warn(f"{failure} Restored {candidate} instead.", stacklevel=2)
+            for damaged in failures:
+                warnings.warn(f"{damaged} Restored {candidate} instead.", stacklevel=2)
             return loading["into"], candidate
         raise failures[0] if failures else CheckpointNotFoundError(f"There is no checkpoint in {self._said()}.")
 

@@ -14,32 +14,26 @@ from torchferry.flyte import ShardedCheckpoint
 WHOLE = torch.arange(35, dtype=torch.float32).reshape(7, 5)
 
 
-def state(fill: bool) -> dict[str, DTensor]:
+def state() -> dict[str, DTensor]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    values = WHOLE if fill else torch.zeros(7, 5)
-    return {"weight": distribute_tensor(values, mesh, [Shard(0)], src_data_rank=None)}
+    return {"weight": distribute_tensor(WHOLE, mesh, [Shard(0)], src_data_rank=None)}
 
 
 @task(task_config=Elastic(nnodes=1, nproc_per_node=2, max_restarts=0))
 def train() -> ShardedCheckpoint:
     dist.init_process_group("gloo")
     try:
-        return ShardedCheckpoint.save(state(fill=True))
+        return ShardedCheckpoint.save(state())
     finally:
         dist.destroy_process_group()
 
 
-@task(task_config=Elastic(nnodes=1, nproc_per_node=2, max_restarts=0))
+@task
 def resume(checkpoint: ShardedCheckpoint) -> float:
-    dist.init_process_group("gloo")
-    try:
-        loaded = state(fill=False)
-        checkpoint.load(loaded)
-        total = loaded["weight"].to_local().sum()
-        dist.all_reduce(total)
-        return float(total)
-    finally:
-        dist.destroy_process_group()
+    """On one rank, which has no process group."""
+    loaded = {"weight": torch.zeros(7, 5)}
+    checkpoint.load(loaded)
+    return float(loaded["weight"].sum())
 
 
 @task
