@@ -29,10 +29,9 @@ def train(steps: int) -> PyTorchCheckpoint:
     torch.manual_seed(0)
     model = torch.nn.Linear(32, 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    step = 0
     with task_checkpoints(save_interval_steps=10, max_to_keep=2, handle_preemption=True) as checkpoints:
-        if (saved := checkpoints.resume()) is not None:
-            step = saved.restore(model, optimizer)["step"]
+        saved = checkpoint = checkpoints.resume()
+        step = 0 if saved is None else saved.restore(model, optimizer)["step"]
         print(f"starts from step {step}", flush=True)
         while step < steps and not checkpoints.reached_preemption():
             step += 1
