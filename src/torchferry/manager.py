@@ -128,7 +128,7 @@ class CheckpointManager:
         self._retaining: Future[None] | None = None
         self._to_retain: int | None = None  # the step after which to look again for what goes
         self._turn = threading.Lock()
-        self._ends = False  # whether SIGTERM has come, to any rank, as of the last save
+        self._ends = False  # whether SIGTERM has come, to any rank, as all know
         self._warned = False
         self._group = process_group
         self._ranks = Ranks.find(process_group)
@@ -196,9 +196,10 @@ class CheckpointManager:
 
     def reached_preemption(self) -> bool:
         """Whether SIGTERM has come, to this rank or another one; always False without ``handle_preemption``."""
-        if self._preemption is None:
-            return False
-        return self._ranks.any(self._preemption.reached) if self._ranks else self._preemption.reached
+        if self._preemption is not None:
+            reached = self._preemption.reached
+            self._ends = self._ranks.any(reached) if self._ranks is not None else reached
+        return self._ends
 
     def wait_until_finished(self) -> None:
         """Waits until the checkpoint that is being saved is there, and those that go are gone.
@@ -407,16 +408,17 @@ class CheckpointManager:
 
     def _wants(self, step: int, force: bool) -> bool:
         """Whether the step may be one to save: where not, nothing need be prepared."""
-        reached = self._preemption is not None and self._preemption.reached
-        return force or reached or step % self._interval == 0
+        if self._ranks is None:  # else only what all of them know counts
+            self.reached_preemption()
+        return force or self._ends or step % self._interval == 0
 
     def _passes(self, step: int, force: bool) -> bool:
         """Whether there is nothing to do, which every rank knows by itself; raises the error of the save before."""
         name_of(step)
         if self._ranks is None:
             self._raise_failure()
-        self._ends = self.reached_preemption()
-        return not force and not self._ends and step % self._interval != 0
+        self.reached_preemption()
+        return not self._wants(step, force)
 
     def _wait(self) -> None:
         """Waits for what this process has begun."""
