@@ -123,6 +123,23 @@ def reliability(session: nox.Session) -> None:
 
 
 @nox.session
+def chaos(session: nox.Session) -> None:
+    """ckpt-chaos: a training with a checkpoint manager, on local files, is killed at every file operation."""
+    install(session, "test")
+    session.install("-c", "constraints.txt", "ckpt-chaos")
+    loop = ("python", "examples/train_and_resume.py", "{out}", "--every", "1", "--result", "{out}/result.txt")
+    judged = ("--result-file", "{out}/result.txt", "--fail-on", "HARD_FAIL,SILENT_DIVERGENCE,CONTROL_FAIL,LOST_WORK")
+    for further, arguments in (
+        ((), ("--steps", "6", "--keep", "2")),
+        (
+            ("--checkpoint-glob", "{out}/step-*.pt", "--step-regex", r"resumed from step (\d+)"),
+            ("--steps", "4", "--keep", "0"),
+        ),
+    ):
+        session.run("ckpt-chaos", "run", *judged, *further, *session.posargs, "--", *loop, *arguments)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """torchferry beside its peers and the machine's own limits; `nox -s bench -- --help` says what can be chosen."""
     constraints = ("-c", "constraints.txt", "-c", "benchmarks/constraints.txt")

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchferry.formats.partial import require_whole
+
 if TYPE_CHECKING:
     from torchferry.formats.snapshot import LentStorages
 
@@ -99,6 +101,7 @@ def recording_pickle(
             torchs = cls.persistent_id
 
             def persistent_id(self: Any, obj: Any) -> Any:
+                require_whole(obj)
                 pid = torchs(self, obj)
                 if pid is not None:
                     typed = isinstance(obj, torch.TypedStorage)
