@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fsspec.utils import get_protocol
 
 from torchferry.checkpoint.transfer import load_content, save_content
-from torchferry.checkpoint.unchanged import is_unchanged
+from torchferry.checkpoint.unchanged import manifest_if_unchanged
 from torchferry.engine.cancellation import in_thread
 from torchferry.errors import StoragePermissionError
 from torchferry.flyte import hooks
@@ -92,7 +92,7 @@ async def _is_stored(ctx: FlyteContext, content: dict[str, Any], uri: str) -> bo
         # What was loaded with LoadOptions(storage_options=...) can be out of reach without them.
         _logger.debug("%s is not looked at again: %s", uri, error)
         return False
-    return await is_unchanged(content, uri, filesystem)
+    return await manifest_if_unchanged(content, uri, filesystem) is not None
 
 
 async def _store(ctx: FlyteContext, uri: str, options: SaveOptions | LoadOptions) -> AbstractFileSystem | None:
