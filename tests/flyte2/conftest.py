@@ -19,6 +19,8 @@ from runs import Runs, init
 def pytest_configure(config: pytest.Config) -> None:
     # flyte 2.12's own models, when they are first imported
     config.addinivalue_line("filterwarnings", "ignore:Support for class-based `config` is deprecated")
+    # flyte 2.12 leaves the template of its report open
+    config.addinivalue_line("filterwarnings", "ignore:unclosed file .*_template.html:ResourceWarning")
 
 
 @pytest.fixture

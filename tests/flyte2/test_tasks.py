@@ -10,8 +10,8 @@ from typing import Annotated, Any, NamedTuple, Optional, Union
 import flyte
 import pytest
 import torch
-from runs import Runs
 from pydantic import BaseModel
+from runs import Runs
 from samples import Progress, make_checkpoint
 
 from torchferry import LoadOptions, SaveOptions
@@ -162,9 +162,8 @@ class Model(BaseModel):
     several: list[PyTorchCheckpoint] = []
 
 
-class Pair(NamedTuple):
-    first: PyTorchCheckpoint
-    count: int
+# not as a class: flyte 2.12 does not evaluate what is a string under "from __future__ import annotations"
+Pair = NamedTuple("Pair", [("first", PyTorchCheckpoint), ("count", int)])  # noqa: UP014
 
 
 def test_fields_of_dataclasses_hold_them(runs: Runs) -> None:
@@ -355,7 +354,8 @@ def test_modules_are_values_of_tasks(runs: Runs) -> None:
         return await look(await make_net(1))
 
     torch.manual_seed(1)
-    assert runs(main) == pytest.approx(float(Net().layer.weight.detach().sum()))
+    expected = float(Net().layer.weight.detach().sum())
+    assert runs(main) == pytest.approx(expected)
     assert [uri.rsplit("/", 1)[1] for uri in runs.stored()] == ["module.pt"]
 
 
