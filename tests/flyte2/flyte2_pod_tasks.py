@@ -27,12 +27,6 @@ async def evaluate(checkpoint: Annotated[PyTorchCheckpoint, LoadOptions(keys=("m
 
 
 @env.task
-def read(checkpoint: PyTorchCheckpoint) -> int:
-    torch.nn.Linear(4, 4).load_state_dict(checkpoint["module_state_dict"])
-    return int(checkpoint["steps"])
-
-
-@env.task
 async def refuse(steps: int) -> PyTorchCheckpoint:
     return PyTorchCheckpoint(hyperparameters={"steps": {"nested": print}, "n": steps})
 

@@ -108,19 +108,14 @@ def pods(runs: Runs, s3_server: S3Server) -> Pods:
     return Pods(runs, s3_server)
 
 
-def test_tasks_hand_over_in_pods(pods: Pods) -> None:
-    trained = pods.run(pod_tasks.train, steps=5)
+def test_tasks_hand_over_in_pods_and_report(pods: Pods) -> None:
+    base = f"{pods.prefix}/reported"
+    trained = pods.run(pod_tasks.train, at=base, steps=5)
     assert value_of(pods.run(pod_tasks.evaluate, checkpoint=trained), list[str]) == ["module_state_dict"]
-    assert value_of(pods.run(pod_tasks.read, checkpoint=trained), int) == 5
+    assert "torchferry-deck" in pods.fs.cat_file(f"{base}/1/report.html").decode()
     with pods.fs.open(trained.scalar.blob.uri) as file:
         assert torch.load(file)["steps"] == 5
     assert value_of(trained, PyTorchCheckpoint)["steps"] == 5
-
-
-def test_the_report_of_a_pod_shows_it(pods: Pods) -> None:
-    base = f"{pods.prefix}/reported"
-    pods.run(pod_tasks.train, at=base, steps=5)
-    assert "torchferry-deck" in pods.fs.cat_file(f"{base}/1/report.html").decode()
 
 
 def test_a_value_that_no_load_would_take_is_stored_and_not_tried_again(pods: Pods) -> None:

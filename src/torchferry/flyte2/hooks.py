@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flyte._context import internal_ctx
 from flyte._internal.runtime import convert, taskrunner
 from flyte.types import TypeEngine, TypeTransformer
+from flyte.types._tuple_dict import PydanticWrappingTransformer
 from flyte.types._type_engine import UnionTransformer
 from flyteidl2.core import literals_pb2, types_pb2
 
@@ -29,6 +30,7 @@ __all__ = [
     "checkpoint_paths",
     "in_task",
     "is_blob_of",
+    "leave_alone",
     "new_place",
     "open_unions",
     "output_name",
@@ -228,6 +230,23 @@ async def _telling(convert_union: Any, *args: Any, **kwargs: Any) -> Any:
         raise
     finally:
         _union_errors.reset(token)
+
+
+# --- tuples
+
+
+def leave_alone(kind: type) -> None:
+    """Makes named and typed tuples take fields of type ``kind`` as they are.
+
+    flyte makes a dict of every dataclass in them, which a checkpoint is, too; a model is made of the dicts.
+    """
+    convert_value = PydanticWrappingTransformer._convert_value_for_pydantic
+
+    @wraps(convert_value)
+    def convert_others(self: Any, value: Any, field_type: Any = None) -> Any:
+        return value if isinstance(value, kind) else convert_value(self, value, field_type)
+
+    PydanticWrappingTransformer._convert_value_for_pydantic = convert_others
 
 
 # --- before torch is imported

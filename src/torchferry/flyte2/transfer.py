@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fsspec.utils import get_protocol
+from torch.utils.weak import WeakIdKeyDictionary
 
 from torchferry.checkpoint.transfer import load_content, save_content
 from torchferry.checkpoint.unchanged import fingerprint, manifest_if_unchanged
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Stored", "download", "once", "upload"]
 
+T = TypeVar("T")
 OptionsT = TypeVar("OptionsT", "LoadOptions", "SaveOptions")
 
 _ANONYMOUS = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "az"})
@@ -47,21 +49,24 @@ class Stored:
     fingerprint: str | None
 
 
-async def upload(content: Any, options: SaveOptions, *, name: str, stored_at: str | None = None) -> Stored:
+async def upload(value: Any, content: Any, options: SaveOptions, *, name: str) -> Stored:
     """Saves ``content`` to a new place under the run's raw data path.
 
+    While it is still what is stored where ``value`` was loaded from, or saved before, nothing is saved, unless
+    ``options`` ask for a store or metadata of their own.
+
     Args:
-        content: What to save.
+        value: What the task has.
+        content: What to save of it.
         options: How to save it.
         name: The last part of its URI.
-        stored_at: Where ``content`` was loaded from, or saved to before. While it is still what is stored there,
-            nothing is saved, unless ``options`` ask for a store or metadata of their own.
 
     Raises:
         CheckpointValueError: there is no raw data path: the caller is in no task, and in no run.
         TorchferryError: as :func:`torchferry.save_async` does.
     """
-    if stored_at and not (options.metadata or options.storage_options):
+    stored_at = _places.get(value)
+    if stored_at is not None and not (options.metadata or options.storage_options):
         there = await _configured(stored_at, options)
         manifest = await manifest_if_unchanged(content, stored_at, storage_options=there.storage_options)
         if manifest is not None:
@@ -75,15 +80,27 @@ async def upload(content: Any, options: SaveOptions, *, name: str, stored_at: st
         )
     configured = await _configured(uri, options)
     await save_content(content, uri, configured, filesystem=None)
+    _places[value] = uri
     return Stored(uri, fingerprint(await inspect_async(uri, storage_options=configured.storage_options)))
 
 
-async def download(uri: str, options: LoadOptions) -> Any:
-    """Loads what is saved at ``uri``.
+async def download(uri: str, options: LoadOptions, value_of: Callable[[Any], T]) -> T:
+    """Loads what is saved at ``uri``, and notes that it is there.
+
+    Args:
+        uri: What to load.
+        options: How.
+        value_of: Makes the task's value of what was loaded.
 
     Raises:
         TorchferryError: as :func:`torchferry.load_async` does.
     """
+    value = value_of(await _load(uri, options))
+    _places[value] = uri
+    return value
+
+
+async def _load(uri: str, options: LoadOptions) -> Any:
     configured = await _configured(uri, options)
     try:
         return await load_content(uri, configured, filesystem=None)
@@ -124,6 +141,8 @@ async def once(key: Hashable, save: Callable[[], Awaitable[Stored]]) -> Stored:
     return stored
 
 
+# Where values of tasks are stored. By identity, and not by equality: that of tensors is another tensor.
+_places = WeakIdKeyDictionary()
 _lock = threading.Lock()
 _under_way: dict[Hashable, Future[Stored]] = {}
 

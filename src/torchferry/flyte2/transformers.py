@@ -22,7 +22,6 @@ from torchferry.checkpoint.content import Loadable, content_of, loadable
 from torchferry.checkpoint.deck import deck_of
 from torchferry.checkpoint.fields import JSON_SCHEMA, register_fields
 from torchferry.checkpoint.summary import remember_summary
-from torchferry.checkpoint.values import remember_place, remembered_place
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import run
 from torchferry.errors import StorageUnavailableError, TorchferryError
@@ -132,6 +131,9 @@ class _BlobTransformer(TypeTransformer[T]):
         uri = _uri_of(lv)
         try:
             return await self._load(uri, options_of(expected_python_type, LoadOptions))
+        except TypeTransformerFailedError as error:
+            hooks.tell_union(error)
+            raise
         except (TorchferryError, SystemExit) as error:  # an exit is of what weights_only=False lets run
             told: Exception
             if isinstance(error, StorageUnavailableError):
@@ -193,18 +195,17 @@ class PyTorchCheckpointTransformer(_BlobTransformer[PyTorchCheckpoint]):
         content = await in_thread(content_of, value)
         # Values that need it to be loaded pass where the annotation says that they will be.
         prepared = await in_thread(loadable, content) if load_options.weights_only else Loadable(content)
-        stored = await upload(prepared.content, save_options, name=self.FILE_NAME, stored_at=remembered_place(value))
-        remember_place(value, stored.uri)
+        stored = await upload(value, prepared.content, save_options, name=self.FILE_NAME)
         if (error := prepared.error(stored.uri)) is not None:
             raise error
         await _report(value, prepared.content, stored.uri)
         return stored
 
     async def _load(self, uri: str, options: LoadOptions) -> LoadedCheckpoint:
-        content = await download(uri, options)
-        if not isinstance(content, dict):
-            raise TypeTransformerFailedError(f"{uri} holds a {_name(type(content))}, not a checkpoint's dict.")
-        return LoadedCheckpoint(content, uri=uri)
+        def checkpoint_of(content: Any) -> LoadedCheckpoint:
+            return LoadedCheckpoint(_checked(content, dict, uri), uri=uri)
+
+        return await download(uri, options, checkpoint_of)
 
 
 class TensorTransformer(_BlobTransformer[torch.Tensor]):
@@ -217,10 +218,10 @@ class TensorTransformer(_BlobTransformer[torch.Tensor]):
         super().__init__("PyTorch Tensor", torch.Tensor)
 
     async def _save(self, value: Any, save_options: SaveOptions, load_options: LoadOptions) -> Stored:  # noqa: ARG002 - the one signature
-        return await upload(value, save_options, name=self.FILE_NAME)
+        return await upload(value, value, save_options, name=self.FILE_NAME)
 
     async def _load(self, uri: str, options: LoadOptions) -> Any:
-        return _checked(await download(uri, options), torch.Tensor, uri)
+        return await download(uri, options, lambda value: _checked(value, torch.Tensor, uri))
 
 
 class ModuleTransformer(_BlobTransformer[torch.nn.Module]):
@@ -237,7 +238,7 @@ class ModuleTransformer(_BlobTransformer[torch.nn.Module]):
         super().__init__("PyTorch Module", torch.nn.Module)
 
     async def _save(self, value: Any, save_options: SaveOptions, load_options: LoadOptions) -> Stored:  # noqa: ARG002 - the one signature
-        return await upload(value, save_options, name=self.FILE_NAME)
+        return await upload(value, value, save_options, name=self.FILE_NAME)
 
     async def _load(self, uri: str, options: LoadOptions) -> Any:
         trusting = LoadOptions(
@@ -247,7 +248,7 @@ class ModuleTransformer(_BlobTransformer[torch.nn.Module]):
             storage_options=options.storage_options,
             give_up_after=options.give_up_after,
         )
-        return _checked(await download(uri, trusting), torch.nn.Module, uri)
+        return await download(uri, trusting, lambda value: _checked(value, torch.nn.Module, uri))
 
 
 async def _report(checkpoint: Any, content: dict[str, Any], uri: str) -> None:
@@ -312,6 +313,7 @@ def _register() -> None:
     hooks.register(_checkpoints, PyTorchCheckpoint, LoadedCheckpoint)
     hooks.register(TensorTransformer(), torch.Tensor)
     hooks.register(ModuleTransformer(), torch.nn.Module)
+    hooks.leave_alone(PyTorchCheckpoint)
     hooks.open_unions()
     hooks.remember_reports()
 
