@@ -52,11 +52,11 @@ def install_stores(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Train, evaluate and resume in a Flyte workflow whose checkpoints live in an S3 on this machine."""
-    install(session, "flyte", "azure", "test")
+    """Train, evaluate and resume in Flyte tasks whose checkpoints live in an S3 on this machine (`-- --flyte 2`)."""
+    install(session, "flyte2" if "2" in session.posargs else "flyte", "azure", "test")
     if "azure" in session.posargs:
         install_stores(session)
-    session.run("python", "examples/flyte_demo.py", *session.posargs)
+    session.run("python", "-m", "examples.demo", *session.posargs)
 
 
 @nox.session

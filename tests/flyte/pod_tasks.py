@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Annotated, NamedTuple, Optional
 
 import torch
@@ -9,6 +11,7 @@ from flytekit import dynamic, map_task, task
 from flytekit.extras.pytorch import PyTorchCheckpoint
 
 from torchferry import LoadOptions
+from torchferry.flyte import task_checkpoint
 
 
 @task
@@ -73,6 +76,19 @@ def change(checkpoint: PyTorchCheckpoint) -> PyTorchCheckpoint:
     """No task at all, and another checkpoint than it received."""
     checkpoint["steps"] += 1  # type: ignore[index]
     return checkpoint
+
+
+@task
+def resumes(steps: int) -> list[int]:
+    """Killed at its third step, in the first attempt."""
+    place = task_checkpoint()
+    loaded = place.load()
+    first = 0 if loaded is None else int(loaded["step"])
+    for step in range(first, steps):
+        place.save(PyTorchCheckpoint(torch.nn.Linear(4, 4), {"step": step + 1}))
+        if loaded is None and step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return [first, steps]
 
 
 train_many = map_task(train)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,25 +27,25 @@ class TaskCheckpoint:
 
     Args:
         destination: Where this attempt saves.
-        source: Where the attempt before saved; None for the first one.
+        sources: Where an earlier attempt may have saved, the latest first; this attempt's own place may be one.
         storage_options: Gives the arguments for the filesystem of a URL.
         filesystem: Gives the filesystem of a URL, instead.
 
     Attributes:
         destination: As above.
-        source: As above.
+        sources: As above; the destination comes first once something is saved there.
     """
 
     def __init__(
         self,
         destination: str,
-        source: str | None,
+        sources: Iterable[str],
         *,
         storage_options: Callable[[str], Mapping[str, Any]] | None = None,
         filesystem: Callable[[str], AbstractFileSystem] | None = None,
     ) -> None:
         self.destination = destination
-        self.source = source
+        self.sources = list(sources)
         self._storage_options = storage_options
         self._filesystem = filesystem
 
@@ -63,7 +63,7 @@ class TaskCheckpoint:
             TorchferryError: as :func:`torchferry.load_async` does; that there is nothing is no error.
         """
         chosen = options or LoadOptions()
-        for url in filter(None, (self.destination, self.source)):
+        for url in self.sources:
             try:
                 reached, filesystem = await self._reach(url, chosen)
                 loaded = await load_content(url, reached, filesystem=filesystem)
@@ -89,6 +89,8 @@ class TaskCheckpoint:
             checkpoint, error = prepared.content, prepared.error(self.destination)
         chosen, filesystem = await self._reach(self.destination, options or SaveOptions())
         await save_content(checkpoint, self.destination, chosen, filesystem=filesystem)
+        if self.destination not in self.sources[:1]:
+            self.sources.insert(0, self.destination)
         if error is not None:
             raise error
 

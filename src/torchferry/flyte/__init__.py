@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 from torchferry.flyte import plugin as _plugin  # noqa: F401 - before any other module here can import flytekit
 
 if TYPE_CHECKING:
+    from torchferry.flyte.attempts import task_checkpoint
     from torchferry.flyte.checkpoint import LoadedCheckpoint, PyTorchCheckpoint, PyTorchCheckpointTransformer
 
-__all__ = ["LoadedCheckpoint", "PyTorchCheckpoint", "PyTorchCheckpointTransformer"]
+__all__ = ["LoadedCheckpoint", "PyTorchCheckpoint", "PyTorchCheckpointTransformer", "task_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module("torchferry.flyte.checkpoint"), name)
+    module = "attempts" if name == "task_checkpoint" else "checkpoint"
+    value = getattr(import_module(f"torchferry.flyte.{module}"), name)
     globals()[name] = value
     return value

@@ -167,7 +167,7 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         return await self._load(ctx, _uri_of(lv), expected_python_type)
 
     def to_html(self, ctx: FlyteContext, python_val: Any, expected_python_type: type[Any]) -> str:  # noqa: ARG002 - flytekit's signature
-        """Summarizes a checkpoint for the Deck: totals, a chart, tensors, optimizer groups, hyperparameters.
+        """Summarizes a checkpoint for the Deck: totals, hyperparameters, tensors, optimizer groups.
 
         Never raises, because flytekit would fail the task, which has done its work by then.
         """
@@ -198,11 +198,12 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         trusted = not options_of(python_type, LoadOptions).weights_only
         prepared = Loadable(content) if trusted else await in_thread(loadable, content)
         loaded_from = checkpoint.uri if isinstance(checkpoint, LoadedCheckpoint) else None
-        uri = await upload(ctx, prepared.content, options_of(python_type, SaveOptions), loaded_from=loaded_from)
+        options = options_of(python_type, SaveOptions)
+        uri, saved = await upload(ctx, prepared.content, options, loaded_from=loaded_from)
         if (error := prepared.error(uri)) is not None:
             raise error
         if _shows_decks(ctx):
-            await in_thread(remember_summary, checkpoint, prepared.content, uri)
+            await in_thread(remember_summary, checkpoint, prepared.content, uri, saved)
         return uri
 
     async def _load(self, ctx: FlyteContext, uri: str, expected_python_type: type[Any]) -> LoadedCheckpoint:

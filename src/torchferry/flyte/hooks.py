@@ -24,6 +24,7 @@ __all__ = [
     "CHECKPOINT_FORMAT",
     "bind_whole",
     "blob_type",
+    "checkpoint_folders",
     "execution_metadata",
     "is_checkpoint_type",
     "leave_alone",
@@ -78,6 +79,12 @@ def rename(module: str, **values: object) -> None:
 def execution_metadata(ctx: FlyteContext) -> Mapping[str, str]:
     """What flytekit attaches to every object of this execution (``attach_execution_metadata``): its names and ids."""
     return getattr(ctx.file_access, "_execution_metadata", None) or {}
+
+
+def checkpoint_folders(checkpoint: Any) -> tuple[str, str | None]:
+    """Where a task saves for its next attempt, and where the attempt before did, if there was one."""
+    source = (checkpoint._checkpoint_src or "").strip('"')  # what a template leaves where there was no attempt before
+    return str(checkpoint._checkpoint_dest), source or None
 
 
 def leave_alone(kind: type) -> None:

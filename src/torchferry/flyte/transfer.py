@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from flytekit.core.context_manager import FlyteContext
     from fsspec import AbstractFileSystem
 
+    from torchferry.engine.transfer import TransferReport
     from torchferry.options import LoadOptions, SaveOptions
 
-__all__ = ["download", "upload"]
+__all__ = ["download", "filesystem_for", "upload"]
 
 _FILE_NAME = "checkpoint.pt"
 
@@ -36,7 +37,7 @@ _logger = logging.getLogger("torchferry")
 
 async def upload(
     ctx: FlyteContext, content: dict[str, Any], options: SaveOptions, *, loaded_from: str | None = None
-) -> str:
+) -> tuple[str, TransferReport | None]:
     """Saves ``content`` to a new place under the context's raw output prefix.
 
     Args:
@@ -47,7 +48,7 @@ async def upload(
             unless ``options`` ask for a store or metadata of their own.
 
     Returns:
-        The URI where it is stored.
+        The URI where it is stored; and what moved, if anything did and torchferry moved it.
 
     Raises:
         TorchferryError: as :func:`torchferry.save_async` does.
@@ -55,13 +56,13 @@ async def upload(
     has_own_place = options.metadata or options.storage_options
     if loaded_from and not has_own_place and await _is_stored(ctx, content, loaded_from):
         _logger.info("Not saved again: the checkpoint is what was loaded from %s.", loaded_from)
-        return loaded_from
+        return loaded_from, None
     uri: str = ctx.file_access.get_random_remote_path(_FILE_NAME)
     if get_protocol(uri) == "flyte":
-        return await _upload_through_flyte(ctx, content, uri)
+        return await _upload_through_flyte(ctx, content, uri), None
     filesystem = await _store(ctx, uri, options)
-    await save_content(content, uri, options, filesystem=filesystem, metadata=hooks.execution_metadata(ctx))
-    return uri
+    metadata = hooks.execution_metadata(ctx)
+    return uri, await save_content(content, uri, options, filesystem=filesystem, metadata=metadata)
 
 
 async def download(ctx: FlyteContext, uri: str, options: LoadOptions) -> Any:
@@ -87,7 +88,7 @@ async def download(ctx: FlyteContext, uri: str, options: LoadOptions) -> Any:
 
 async def _is_stored(ctx: FlyteContext, content: dict[str, Any], uri: str) -> bool:
     try:
-        filesystem = await in_thread(_filesystem, ctx, uri)
+        filesystem = await in_thread(filesystem_for, ctx, uri)
     except Exception as error:  # noqa: BLE001 - a filesystem's constructor raises anything; there may be no way back
         # What was loaded with LoadOptions(storage_options=...) can be out of reach without them.
         _logger.debug("%s is not looked at again: %s", uri, error)
@@ -99,10 +100,10 @@ async def _store(ctx: FlyteContext, uri: str, options: SaveOptions | LoadOptions
     if options.storage_options:
         return None
     # The first filesystem of a kind imports its library: not on the event loop.
-    return await in_thread(_filesystem, ctx, uri)
+    return await in_thread(filesystem_for, ctx, uri)
 
 
-def _filesystem(ctx: FlyteContext, uri: str) -> AbstractFileSystem:
+def filesystem_for(ctx: FlyteContext, uri: str) -> AbstractFileSystem:
     """The filesystem for ``uri`` as flytekit configures it.
 
     It is bound to fsspec's own event loop, which lives as long as the process, so it works from every thread and loop.

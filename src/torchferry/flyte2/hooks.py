@@ -66,7 +66,7 @@ def blob_type(blob_format: str, tag: str) -> types_pb2.LiteralType:
 def is_blob_of(literal_type: types_pb2.LiteralType, blob_format: str) -> bool:
     """Whether a type is that of a single blob of this format; flytekit's have no tag."""
     blob = literal_type.blob
-    return literal_type.HasField("blob") and blob.format == blob_format and blob.dimensionality == _SINGLE
+    return bool(literal_type.HasField("blob") and blob.format == blob_format and blob.dimensionality == _SINGLE)
 
 
 def blob_literal(blob_format: str, uri: str, content_hash: str | None) -> literals_pb2.Literal:
@@ -171,7 +171,7 @@ def when_torch_is_imported(then: Callable[[], None]) -> None:
     if _torch_is_imported():
         then()
         return
-    load = TypeEngine.lazy_import_transformers
+    load: Any = TypeEngine.lazy_import_transformers
     waiting = [then]
 
     @wraps(load)
@@ -181,7 +181,7 @@ def when_torch_is_imported(then: Callable[[], None]) -> None:
             waiting.clear()  # two threads may come here: doing it twice changes nothing
             then()
 
-    TypeEngine.lazy_import_transformers = staticmethod(load_and_look)
+    setattr(TypeEngine, "lazy_import_transformers", staticmethod(load_and_look))  # noqa: B010 - it is a method
 
 
 def _torch_is_imported() -> bool:
@@ -208,8 +208,8 @@ def open_unions() -> None:
     async def union_to_python_value(self: Any, *args: Any, **kwargs: Any) -> Any:
         return await _telling(to_python_value, self, *args, **kwargs)
 
-    UnionTransformer.to_literal = union_to_literal
-    UnionTransformer.to_python_value = union_to_python_value
+    setattr(UnionTransformer, "to_literal", union_to_literal)  # noqa: B010 - it is a method
+    setattr(UnionTransformer, "to_python_value", union_to_python_value)  # noqa: B010 - the same
 
 
 def tell_union(error: Exception) -> None:
@@ -246,7 +246,7 @@ def leave_alone(kind: type) -> None:
     def convert_others(self: Any, value: Any, field_type: Any = None) -> Any:
         return value if isinstance(value, kind) else convert_value(self, value, field_type)
 
-    PydanticWrappingTransformer._convert_value_for_pydantic = convert_others
+    setattr(PydanticWrappingTransformer, "_convert_value_for_pydantic", convert_others)  # noqa: B010 - it is a method
 
 
 # --- before torch is imported

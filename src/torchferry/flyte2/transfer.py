@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, MutableMapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,6 +24,7 @@ from torchferry.flyte2.settings import storage_options
 from torchferry.loading import inspect_async
 
 if TYPE_CHECKING:
+    from torchferry.engine.transfer import TransferReport
     from torchferry.options import LoadOptions, SaveOptions
 
 __all__ = ["Stored", "download", "once", "upload"]
@@ -43,10 +44,12 @@ class Stored:
     Attributes:
         uri: Where.
         fingerprint: A name for the content; None where it carries no CRC32s.
+        saved: What moved; None where it was stored already.
     """
 
     uri: str
     fingerprint: str | None
+    saved: TransferReport | None = None
 
 
 async def upload(value: Any, content: Any, options: SaveOptions, *, name: str) -> Stored:
@@ -65,7 +68,7 @@ async def upload(value: Any, content: Any, options: SaveOptions, *, name: str) -
         CheckpointValueError: there is no raw data path: the caller is in no task, and in no run.
         TorchferryError: as :func:`torchferry.save_async` does.
     """
-    stored_at = _places.get(value)
+    stored_at = _places.get(value) or getattr(value, "uri", None)  # the latter of what flytekit loaded
     if stored_at is not None and not (options.metadata or options.storage_options):
         there = await _configured(stored_at, options)
         manifest = await manifest_if_unchanged(content, stored_at, storage_options=there.storage_options)
@@ -79,9 +82,10 @@ async def upload(value: Any, content: Any, options: SaveOptions, *, name: str) -
             "torchferry.save, pass the URL to the task, and load it there."
         )
     configured = await _configured(uri, options)
-    await save_content(content, uri, configured, filesystem=None)
+    saved = await save_content(content, uri, configured, filesystem=None)
     _places[value] = uri
-    return Stored(uri, fingerprint(await inspect_async(uri, storage_options=configured.storage_options)))
+    manifest = await inspect_async(uri, storage_options=configured.storage_options)
+    return Stored(uri, fingerprint(manifest), saved)
 
 
 async def download(uri: str, options: LoadOptions, value_of: Callable[[Any], T]) -> T:
@@ -142,7 +146,7 @@ async def once(key: Hashable, save: Callable[[], Awaitable[Stored]]) -> Stored:
 
 
 # Where values of tasks are stored. By identity, and not by equality: that of tensors is another tensor.
-_places = WeakIdKeyDictionary()
+_places: MutableMapping[Any, str] = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]  # torch's, without types
 _lock = threading.Lock()
 _under_way: dict[Hashable, Future[Stored]] = {}
 

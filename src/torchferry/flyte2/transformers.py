@@ -198,7 +198,7 @@ class PyTorchCheckpointTransformer(_BlobTransformer[PyTorchCheckpoint]):
         stored = await upload(value, prepared.content, save_options, name=self.FILE_NAME)
         if (error := prepared.error(stored.uri)) is not None:
             raise error
-        await _report(value, prepared.content, stored.uri)
+        await _report(value, prepared.content, stored)
         return stored
 
     async def _load(self, uri: str, options: LoadOptions) -> LoadedCheckpoint:
@@ -251,17 +251,17 @@ class ModuleTransformer(_BlobTransformer[torch.nn.Module]):
         return await download(uri, trusting, lambda value: _checked(value, torch.nn.Module, uri))
 
 
-async def _report(checkpoint: Any, content: dict[str, Any], uri: str) -> None:
+async def _report(checkpoint: Any, content: dict[str, Any], stored: Stored) -> None:
     """Puts a checkpoint that the task returns into the task's report, in a tab of its own."""
     output, report = hooks.output_name(), hooks.report_of_task()
     if output is None or report is None:
         return
-    await in_thread(remember_summary, checkpoint, content, uri)
+    await in_thread(remember_summary, checkpoint, content, stored.uri, stored.saved)
     report.get_tab(_TAB).log(await in_thread(deck_of, checkpoint))
     try:
         await flyte.report.flush.aio()  # flyte did it before it converted the outputs
     except Exception:  # whatever it is: the checkpoint is saved
-        _logger.warning("The report has no summary of %s.", uri, exc_info=True)
+        _logger.warning("The report has no summary of %s.", stored.uri, exc_info=True)
 
 
 def _uri_of(lv: literals_pb2.Literal) -> str:
