@@ -22,6 +22,7 @@ from flytekit.core.type_engine import TypeEngine
 from flytekit.models.dynamic_job import DynamicJobSpec
 from flytekit.models.literals import LiteralMap
 
+from torchferry.flyte import PyTorchCheckpoint
 from torchferry.testing.servers import S3Server
 
 HERE = Path(__file__).parent
@@ -183,6 +184,14 @@ def test_torchferry_reads_what_stock_flytekit_wrote(pods: Pods, hand_over: Calla
     trained = pods.run(pod_tasks.train, pods.literals(steps=5), stock=True)
     assert not trained.literals["o0"].scalar.blob.uri.endswith("/checkpoint.pt")  # stock's own names
     assert pods.value(pods.run(pod_tasks.read, hand_over(trained)), int) == 5
+
+
+def test_ranks_of_an_elastic_task_return_a_ddp_module_in_a_pod(pods: Pods) -> None:
+    trained = pods.run(pod_tasks.train_in_ranks, pods.literals(steps=5))
+    checkpoint = pods.value(trained, PyTorchCheckpoint)
+    assert checkpoint["steps"] == 5
+    assert list(checkpoint.module_state_dict) == ["module.weight", "module.bias"]
+    assert {*checkpoint.restore(module=torch.nn.Linear(4, 4))} == {"steps"}
 
 
 def test_a_task_that_is_killed_resumes_in_its_next_attempt(pods: Pods) -> None:
