@@ -43,11 +43,12 @@ _STYLE = """<style>
 .torchferry-deck .bars span{overflow-wrap:anywhere}
 .torchferry-deck .bars i{display:block;height:16px;border-radius:2px;margin-top:2px;min-width:2px}
 .torchferry-deck .scroll{max-height:480px;overflow:auto;border:1px solid #d1d9e0;border-radius:6px}
-.torchferry-deck table{border-collapse:collapse;width:100%}
+.torchferry-deck table{border-collapse:collapse;width:100%;font:inherit}
 .torchferry-deck th{position:sticky;top:0;background:#f6f8fa;text-align:left;font-weight:600}
-.torchferry-deck th,.torchferry-deck td{padding:4px 12px;border-bottom:1px solid #eaeef2;vertical-align:top}
+.torchferry-deck th,.torchferry-deck td{padding:4px 10px;border-bottom:1px solid #eaeef2;vertical-align:top}
 .torchferry-deck td{overflow-wrap:anywhere}
-.torchferry-deck .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.torchferry-deck .n,.torchferry-deck .w{white-space:nowrap;overflow-wrap:normal}
+.torchferry-deck .n{text-align:right;font-variant-numeric:tabular-nums}
 .torchferry-deck .note{color:#59636e;margin:6px 0 0}
 </style>"""
 
@@ -134,7 +135,7 @@ def _tensors(rows: Sequence[TensorRow], total: int) -> str:
         for alike in shown
     )
     header = ("Name", "Tensors", "Shape", "Type", "Bytes", "Share")
-    return _table("Parameters", header, cells, numbers=(1, 4, 5), note=note)
+    return _table("Parameters", header, cells, numbers=(1, 4, 5), words=(2, 3), note=note)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,9 +198,16 @@ def _hyperparameters(rows: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _table(
-    title: str, header: Iterable[str], rows: Iterable[tuple[str, ...]], numbers: tuple[int, ...] = (), note: str = ""
+    title: str,
+    header: Iterable[str],
+    rows: Iterable[tuple[str, ...]],
+    *,
+    numbers: tuple[int, ...] = (),
+    words: tuple[int, ...] = (),
+    note: str = "",
 ) -> str:
-    kinds = dict.fromkeys(numbers, ' class="n"')
+    """A table; the columns ``numbers`` are aligned to the right, and neither those nor ``words`` break their lines."""
+    kinds = {**dict.fromkeys(numbers, ' class="n"'), **dict.fromkeys(words, ' class="w"')}
     lines = ["".join(f"<th{kinds.get(index, '')}>{name}</th>" for index, name in enumerate(header))]
     lines += ["".join(f"<td{kinds.get(index, '')}>{cell}</td>" for index, cell in enumerate(row)) for row in rows]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
