@@ -44,8 +44,10 @@ class Pods:
             "PYTHONWARNINGS": "ignore",
         }
 
-    def run(self, task: Any, *, attempt: int = 1, at: str = "", killed: bool = False, **inputs: Any) -> Any:
-        """Returns the literal of the output; raises what error.pb says."""
+    def run(
+        self, task: Any, *, attempt: int = 1, at: str = "", killed: bool = False, rank: int = 0, **inputs: Any
+    ) -> Any:
+        """Returns the literal of the output, if there is one; raises what error.pb says."""
         base = at or f"{self.prefix}/{uuid.uuid4().hex}"
         values = [common_pb2.NamedLiteral(name=name, value=literal(value)) for name, value in inputs.items()]
         self.fs.pipe_file(f"{base}/inputs.pb", common_pb2.Inputs(literals=values).SerializeToString())
@@ -68,7 +70,7 @@ class Pods:
             [sys.executable, "-m", "flyte._bin.runtime", "a0"]
             + [word for name, value in options.items() for word in (f"--{name}", value)]
             + ["mod", pod_tasks.__name__, "instance", task.func.__name__],
-            cwd=HERE, env=self.environment, capture_output=True, text=True, check=False, timeout=120,
+            cwd=HERE, env=self.environment | {"RANK": str(rank)}, capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
         self.fs.invalidate_cache()
         if killed:
@@ -78,6 +80,8 @@ class Pods:
             document = execution_pb2.ErrorDocument.FromString(self.fs.cat_file(f"{base}/{attempt}/error.pb"))
             raise PodError(document)
         assert pod.returncode == 0, pod.stderr[-3000:]
+        if rank:
+            return None
         outputs = common_pb2.Outputs.FromString(self.fs.cat_file(f"{base}/{attempt}/outputs.pb"))
         return outputs.literals[0].value
 
@@ -129,3 +133,9 @@ def test_a_task_that_is_killed_resumes_in_its_next_attempt(pods: Pods) -> None:
     base = f"{pods.prefix}/killed"
     pods.run(pod_tasks.resumes, at=base, killed=True, steps=5)
     assert value_of(pods.run(pod_tasks.resumes, at=base, attempt=2, steps=5), list[int]) == [3, 5]
+
+
+def test_only_the_first_rank_of_a_clustered_task_saves(pods: Pods) -> None:
+    base = f"{pods.prefix}/ranked"
+    pods.run(pod_tasks.train, at=base, rank=1, steps=5)
+    assert [path.rsplit("/", 1)[1] for path in pods.fs.find(base)] == ["inputs.pb"]

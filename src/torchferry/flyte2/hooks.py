@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flyte._context import internal_ctx
 from flyte._internal.runtime import convert, taskrunner
+from flyte._internal.runtime.io import _is_nonzero_rank_clustered_worker
 from flyte.types import TypeEngine, TypeTransformer
 from flyte.types._tuple_dict import PydanticWrappingTransformer
 from flyte.types._type_engine import UnionTransformer
@@ -30,6 +31,7 @@ __all__ = [
     "checkpoint_paths",
     "in_task",
     "is_blob_of",
+    "is_thrown_away",
     "leave_alone",
     "new_place",
     "open_unions",
@@ -125,6 +127,14 @@ def output_name() -> str | None:
     if task is None or task.in_driver_literal_conversion or context.is_in_trace():
         return None
     return convert.current_output_name()
+
+
+def is_thrown_away() -> bool:
+    """Whether flyte throws the task's output away that is being converted: of the ranks of a clustered task one counts.
+
+    Every rank of it runs the task and converts what it returns; only the first stores the outputs.
+    """
+    return output_name() is not None and _is_nonzero_rank_clustered_worker()
 
 
 def remember_reports() -> None:

@@ -111,6 +111,9 @@ class _BlobTransformer(TypeTransformer[T]):
         try:
             options = options_of(python_type, SaveOptions), options_of(python_type, LoadOptions)
             key = (id(python_val), options, hooks.place())
+            if hooks.is_thrown_away():
+                await self._take_part(python_val)
+                return hooks.blob_literal(self.FORMAT, "", None)
             stored = await once(key, lambda: self._save(python_val, *options))
         except (Exception, SystemExit) as error:  # an exit would end flyte's event loop, and its task would hang
             told = flyte_error(error, f"{_short(python_val)} could not be saved")
@@ -142,6 +145,9 @@ class _BlobTransformer(TypeTransformer[T]):
                 told = TypeTransformerFailedError(f"{uri} could not be loaded: {error or repr(error)}")
             hooks.tell_union(told)
             raise told from error
+
+    async def _take_part(self, value: Any) -> None:
+        """What a rank does whose output is thrown away: what the others may wait for."""
 
     async def _save(self, value: Any, save_options: SaveOptions, load_options: LoadOptions) -> Stored:
         raise NotImplementedError
@@ -190,6 +196,9 @@ class PyTorchCheckpointTransformer(_BlobTransformer[PyTorchCheckpoint]):
         """
         literal = literals_pb2.Literal(scalar=literals_pb2.Scalar(binary=binary_idl_object))
         return cast("LoadedCheckpoint", run(self.to_python_value, literal, expected_python_type))
+
+    async def _take_part(self, value: Any) -> None:
+        await in_thread(content_of, value)  # a state may be gathered from all ranks
 
     async def _save(self, value: Any, save_options: SaveOptions, load_options: LoadOptions) -> Stored:
         content = await in_thread(content_of, value)
