@@ -70,7 +70,8 @@ class Pods:
             [sys.executable, "-m", "flyte._bin.runtime", "a0"]
             + [word for name, value in options.items() for word in (f"--{name}", value)]
             + ["mod", pod_tasks.__name__, "instance", task.func.__name__],
-            cwd=HERE, env=self.environment | {"RANK": str(rank)}, capture_output=True, text=True, check=False, timeout=120,
+            cwd=HERE, env={**self.environment, "RANK": str(rank)},
+            capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
         self.fs.invalidate_cache()
         if killed:
