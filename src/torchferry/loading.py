@@ -33,7 +33,7 @@ from torchferry.formats.graph import read_graph
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
 from torchferry.formats.selection import Selection, check_graph, check_keys, everything, select
-from torchferry.formats.torch_hooks import torch_errors
+from torchferry.formats.torch_hooks import TorchModes, torch_errors
 from torchferry.opening import open_reader, read_archive
 from torchferry.storage.registry import open_backend
 
@@ -129,9 +129,10 @@ async def load_async(
     """
     if isinstance(keys, str):
         raise TypeError(f"keys is a sequence of keys: ({keys!r},) for one.")
+    modes = TorchModes.of_caller()
     backend, path = await _open(url, storage_options, filesystem)
     forced = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in {"1", "y", "yes", "true"}  # as torch.load
-    request = _Request(None if keys is None else tuple(keys), map_location, weights_only or forced, verify)
+    request = _Request(None if keys is None else tuple(keys), map_location, weights_only or forced, verify, modes)
     with Transfer("load", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after).running(report):
         return await loops.run_on(backend.loop, _load, backend, path, request)
 
@@ -197,7 +198,7 @@ async def verify_async(
         return await loops.run_on(backend.loop, _verify, backend, path)
 
 
-load = loops.synchronous(load_async)
+load = loops.synchronous(load_async, within=TorchModes.carried)
 inspect = loops.synchronous(inspect_async)
 verify = loops.synchronous(verify_async)
 
@@ -214,6 +215,7 @@ class _Request:
     map_location: Any
     weights_only: bool
     verify: bool
+    modes: TorchModes
 
 
 async def _inspect(backend: Backend, path: str) -> Manifest:
@@ -340,7 +342,7 @@ def _select_records(pickled: bytes, archive: Archive, request: _Request) -> Sele
             archive, request.map_location
         )  # it is what was saved, by somebody whom the caller trusts: torch may understand it
     check_graph(graph, archive, weights_only=request.weights_only)
-    return select(graph, archive, request.keys, request.map_location)
+    return select(graph, archive, request.keys, request.map_location, values=not request.modes.leave_values_out)
 
 
 async def _select_legacy(source: RangeReader, request: _Request) -> Selection:
@@ -364,10 +366,12 @@ async def _load_into_buffer(
     def load() -> Any:
         if archive is None:
             load_buffer.check_legacy(source.url, weights_only=request.weights_only)
-        if archive is None or archive.is_torchscript:
-            return load_buffer.load_copy(map_location=selection.map_location, weights_only=request.weights_only)
-        load_buffer.write_headers(archive)
-        return load_buffer.load(map_location=selection.map_location, weights_only=request.weights_only)
+        as_copy = archive is None or archive.is_torchscript
+        if archive is not None and not as_copy:
+            load_buffer.write_headers(archive)
+        return (load_buffer.load_copy if as_copy else load_buffer.load)(
+            map_location=selection.map_location, weights_only=request.weights_only, modes=request.modes
+        )
 
     await _fetch(source, selection.extents, checksums.add, load_buffer)
     checksums.finish()

@@ -12,6 +12,7 @@ from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import ObjectStat
 from torchferry.errors import mask
+from torchferry.formats.torch_hooks import TorchModes
 from torchferry.formats.torch_stream import TorchStream
 from torchferry.storage.base import Backend
 from torchferry.storage.metadata import require_storable
@@ -67,20 +68,26 @@ async def save_async(
         StorageError: the store refused or failed; subclasses say which way (see :mod:`torchferry.errors`).
         Exception: whatever ``torch.save`` raises for an object that cannot be pickled.
     """
+    modes = TorchModes.of_caller()
     require_storable(os.fspath(url), metadata or {})
     backend, path = await in_thread(partial(open_backend, url, storage_options=storage_options, filesystem=filesystem))
     transfer = Transfer("save", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after)
     with transfer.running(report):
-        return await run_on(own_loop(backend.loop), _save, obj, backend, path, part_size, metadata)
+        return await run_on(own_loop(backend.loop), _save, obj, backend, path, part_size, metadata, modes)
 
 
-save = synchronous(save_async)
+save = synchronous(save_async, within=TorchModes.carried)
 
 
 async def _save(
-    obj: Any, backend: Backend, path: str, part_size: int | None, metadata: Mapping[str, str] | None
+    obj: Any,
+    backend: Backend,
+    path: str,
+    part_size: int | None,
+    metadata: Mapping[str, str] | None,
+    modes: TorchModes,
 ) -> ObjectStat:
-    stream = TorchStream(obj, plan_for=backend.upload_plan, part_size=part_size)
+    stream = TorchStream(obj, plan_for=backend.upload_plan, part_size=part_size, modes=modes)
     transfer = current()
     async with stream.running(), transfer.telling():
         transfer.set_size(stream.size_hint)

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from time import monotonic
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -80,12 +81,22 @@ def keep_running(task: asyncio.Future[Any]) -> None:
     task.add_done_callback(_kept.discard)
 
 
-def synchronous(func: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
-    """The synchronous twin of ``name_async``: a function ``name`` that runs it to its end with :func:`run`."""
+def synchronous(
+    func: Callable[P, Coroutine[Any, Any, T]],
+    *,
+    within: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Callable[P, T]:
+    """The synchronous twin of ``name_async``: a function ``name`` that runs it to its end with :func:`run`.
+
+    Args:
+        func: It.
+        within: Entered in the calling thread around the call.
+    """
 
     @wraps(func)
     def twin(*args: P.args, **kwargs: P.kwargs) -> T:
-        return run(func, *args, **kwargs)
+        with within():
+            return run(func, *args, **kwargs)
 
     twin.__name__ = func.__name__.removesuffix("_async")
     twin.__qualname__ = func.__qualname__.removesuffix("_async")

@@ -82,10 +82,12 @@ def check_keys(checkpoint: Any, keys: Sequence[str], url: str) -> None:
         raise CheckpointKeyError(f"{url} has no key {', '.join(map(repr, missing))}; its keys are {those}{more}.")
 
 
-def select(graph: Graph, archive: Archive, keys: Sequence[str] | None, map_location: Any) -> Selection:
+def select(
+    graph: Graph, archive: Archive, keys: Sequence[str] | None, map_location: Any, *, values: bool = True
+) -> Selection:
     """What a load needs: of some top-level keys, or of everything.
 
-    With ``map_location="meta"`` no storage is needed. With ``keys``, the storages that their values refer to, if that
+    With ``map_location="meta"``, or without ``values``, no storage is needed. With ``keys``, the storages that their values refer to, if that
     can be told; otherwise all.
 
     Raises:
@@ -94,7 +96,7 @@ def select(graph: Graph, archive: Archive, keys: Sequence[str] | None, map_locat
     """
     if keys is not None and (graph.is_transparent or isinstance(graph.root, dict)):
         check_keys(graph.root, keys, archive.url)
-    if is_meta(map_location):
+    if is_meta(map_location) or not values:
         return _selection(archive, set(), map_location)
     if keys is None or not graph.is_transparent:  # then its root may be a dict of some kind, such as a Counter
         return everything(archive, map_location)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextvars
 import ctypes
 import io
+import os
 import pickle
 import types
 from bisect import bisect_right, insort
@@ -34,6 +35,7 @@ from torchferry.engine.types import MIB, Chunk
 from torchferry.engine.writer import UploadPlan
 from torchferry.formats.archive import DESCRIPTOR_SIGNATURE
 from torchferry.formats.checksum import Crc32Filler
+from torchferry.formats.torch_hooks import TorchModes, torch_save
 
 __all__ = ["TorchStream"]
 
@@ -43,6 +45,7 @@ _SMALL_PART = 5 * MIB  # where most is copied: more parts are under way in the s
 _DEVICE_SHARE = 8  # from a device, a part is at most this share of the ledger, so that several are under way
 _QUEUE = 4  # chunks between torch.save and the store
 _FILLED = ("2.13.", "2.14.")  # the versions of torch whose CRC32s Crc32Filler fills in
+_ZEROS = memoryview(bytes(64 << 10))
 _RECORD_OVERHEAD = 256  # bytes of zip headers, padding and directory for a record, at most (64-byte alignment)
 
 
@@ -55,6 +58,7 @@ class TorchStream(AsyncIterator["Chunk"]):
         obj: Anything that ``torch.save`` takes.
         plan_for: The store's upload plan for a size in bytes and a part size, or None for the store's own.
         part_size: Bytes in a part, where the user chose.
+        modes: Of torch, in which it is saved.
 
     Attributes:
         size_hint: About how many bytes the chunks are together; known while running.
@@ -67,15 +71,17 @@ class TorchStream(AsyncIterator["Chunk"]):
         *,
         plan_for: Callable[[int, int | None], UploadPlan] = UploadPlan.for_size,
         part_size: int | None = None,
+        modes: TorchModes = TorchModes(),
     ) -> None:
         self.size_hint = 0
         self.plan = UploadPlan()
         self._obj = obj
         self._plan_for = plan_for
         self._part_size = part_size
+        self._modes = modes
         self._transfer = current()
         self._send, self._receive = anyio.create_memory_object_stream[Chunk](_QUEUE)
-        self._storages = _Storages()
+        self._storages = _Storages(are_lent=not modes.skips_data)
         self._claims: list[Claim] = []
         self._waits_for: Ledger = CPU_SAVES
         self._begun = anyio.Event()
@@ -139,7 +145,8 @@ class TorchStream(AsyncIterator["Chunk"]):
             self._send.close()
 
     def _torch_save(self) -> None:
-        filler = Crc32Filler() if torch.serialization.get_crc32_options() and _can_fill() else None
+        fills = torch.serialization.get_crc32_options() and not self._modes.skips_data and _can_fill()
+        filler = Crc32Filler() if fills else None
         writer = _Writer(self._storages, self._emit, filler)
 
         def on_opened() -> None:
@@ -153,7 +160,8 @@ class TorchStream(AsyncIterator["Chunk"]):
         if filler is not None:
             torch.serialization.set_crc32_options(compute_crc32=False)  # in this context, which is the thread's own
         try:
-            torch.save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
+            with self._modes.applied():
+                torch_save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
         finally:
             writer.close()
 
@@ -233,6 +241,14 @@ class _Writer:
             self._copy(memoryview(filled))
         return size
 
+    def seek(self, count: int, whence: int) -> None:
+        """Called by torch in place of a write, to leave out so many bytes from here (``skip_data``): zeros."""
+        assert whence == os.SEEK_CUR  # noqa: S101 - torch does nothing else
+        while count:
+            size = min(count, len(_ZEROS))
+            self.write(_ZEROS[:size])
+            count -= size
+
     def flush(self) -> None:
         """Called by torch at the end, when everything is written."""
         self._emit_copies()
@@ -279,9 +295,14 @@ class _Writer:
 
 
 class _Storages:
-    """The storages that ``torch.save`` found in the object."""
+    """The storages that ``torch.save`` found in the object.
 
-    def __init__(self) -> None:
+    Args:
+        are_lent: Whether torch writes the bytes of large ones from their own memory, as it does unless it skips data.
+    """
+
+    def __init__(self, *, are_lent: bool) -> None:
+        self._are_lent = are_lent
         # (address, size, position in _storages) of those that can be lent; several may begin at one address
         self._by_address: list[tuple[int, int, int]] = []
         self._storages: list[torch.UntypedStorage] = []
@@ -301,7 +322,7 @@ class _Storages:
         size = storage.nbytes()
         on_cpu = storage.device.type == "cpu"
         self.on_device |= not on_cpu
-        if on_cpu and size >= _ZERO_COPY_FROM:
+        if on_cpu and size >= _ZERO_COPY_FROM and self._are_lent:
             insort(self._by_address, (storage.data_ptr(), size, len(self._storages)))
             self._storages.append(storage)
             self.lent_bytes += size
@@ -345,7 +366,7 @@ def _can_fill() -> bool:
     def save_both() -> None:
         for compute_crc32, file in ((True, plain), (False, filling)):
             torch.serialization.set_crc32_options(compute_crc32)
-            torch.save(obj, file)
+            torch_save(obj, file)
 
     try:
         contextvars.copy_context().run(save_both)
