@@ -20,6 +20,7 @@ __all__ = [
     "CheckpointKeyError",
     "CheckpointNotFoundError",
     "CheckpointValueError",
+    "InterpreterEndedError",
     "MaskedError",
     "NotEnoughMemoryError",
     "StorageError",
@@ -53,7 +54,11 @@ def mask(text: str) -> str:
     That is what stands between a user's name and the last ``@``, and the values of fields whose name ends in "token",
     "signature", "apikey" and the like.
     """
-    return _FIELD.sub(r"\1***", _PASSWORD.sub(r"\1***", text))
+    return _FIELD.sub(_without_secret, _PASSWORD.sub(_without_secret, text))
+
+
+def _without_secret(match: re.Match[str]) -> str:
+    return f"{match[1]}***"  # not a template: re imports a module for one, which fails while the interpreter ends
 
 
 class MaskedError(Exception):
@@ -137,6 +142,10 @@ class CheckpointValueError(TorchferryError, ValueError):
 
 class NotEnoughMemoryError(TorchferryError, MemoryError):
     """This machine has no memory for a whole checkpoint; ``keys=`` loads a part of it."""
+
+
+class InterpreterEndedError(TorchferryError, RuntimeError):
+    """The interpreter is ending, and its threads have ended: nothing can be saved or loaded any more."""
 
 
 class UnsafeCheckpointError(TorchferryError, pickle.UnpicklingError):

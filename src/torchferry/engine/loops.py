@@ -19,7 +19,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 from fsspec.asyn import get_loop, reset_lock
 
-from torchferry.engine.cancellation import refuse_threads, wait_shielded
+from torchferry.engine.cancellation import refuse_threads, require_running_interpreter, wait_shielded
 from torchferry.engine.tasks import unwrapping_exits, wrapping_exits
 
 __all__ = ["keep_running", "own_loop", "run", "run_on", "synchronous"]
@@ -45,7 +45,9 @@ def run(func: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: An
 
     Raises:
         RuntimeError: called on the loop that would have to run it.
+        InterpreterEndedError: the interpreter ends, and threads run no more.
     """
+    require_running_interpreter()
     loop = get_loop()
     if loop is _running_loop():
         raise RuntimeError(
@@ -113,6 +115,7 @@ async def run_on(
     here = asyncio.get_running_loop()
     if loop is None or loop is here:
         return await func(*args, **kwargs)
+    require_running_interpreter()
     done: asyncio.Future[None] = here.create_future()
     call = _Call(loop, func(*args, **kwargs), lambda: here.call_soon_threadsafe(done.set_result, None))
     call.start()
