@@ -21,7 +21,7 @@ import torchferry
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, TorchferryError, UnsafeCheckpointError
 from torchferry.formats.graph import read_graph
 from torchferry.formats.opcodes import scan_pickle
-from torchferry.formats.printable import printable
+from torchferry.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable

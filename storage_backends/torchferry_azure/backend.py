@@ -49,6 +49,18 @@ class AzureBackend(HttpBackend):
     """
 
     checksum_refused: ClassVar[frozenset[int]] = frozenset({400, 501})
+    options_elsewhere: ClassVar[Mapping[str, str]] = {
+        "access_key": "account_key",
+        "azure_storage_account_key": "account_key",
+        "azure_storage_account_name": "account_name",
+        "conn_str": "connection_string",
+        "endpoint": "account_host",
+        "endpoint_url": "account_host",
+        "key": "account_key",
+        "sas": "sas_token",
+        "sas_key": "sas_token",
+        "token": "credential",
+    }
 
     def __init__(self, fs: AzureBlobFileSystem) -> None:
         super().__init__()

@@ -52,6 +52,18 @@ class GcsBackend(HttpBackend):
     """
 
     checksum_refused: ClassVar[frozenset[int]] = frozenset()
+    options_elsewhere: ClassVar[Mapping[str, str]] = {
+        "anon": "token='anon'",
+        "anonymous": "token='anon'",
+        "credentials": "token",
+        "key_file": "token",
+        "keyfile": "token",
+        "project_id": "project",
+        "service_account": "token",
+        "service_account_file": "token",
+        "service_account_key": "token",
+        "user_project": "requester_pays",
+    }
 
     def __init__(self, fs: GCSFileSystem) -> None:
         super().__init__()

@@ -52,6 +52,8 @@ class S3Backend(HttpBackend):
     options_elsewhere: ClassVar[Mapping[str, str]] = {
         "access_key": "key",
         "access_key_id": "key",
+        "addressing_style": "config_kwargs={'s3': {'addressing_style': ...}}",
+        "anonymous": "anon",
         "aws_access_key_id": "key",
         "aws_secret_access_key": "secret",
         "aws_session_token": "token",
@@ -61,7 +63,9 @@ class S3Backend(HttpBackend):
         "secret_access_key": "secret",
         "secret_key": "secret",
         "session_token": "token",
+        "skip_signature": "anon",
         "verify": "client_kwargs={'verify': ...}",
+        "verify_ssl": "client_kwargs={'verify': ...}",
     }
 
     def __init__(self, fs: S3FileSystem) -> None:

@@ -76,6 +76,7 @@ async def run_shielded(
         patience: How many seconds it may take after a cancellation, before it is cancelled too; or what tells that,
             asked when the cancellation comes. None for no limit.
     """
+    _require_asyncio()
     task = asyncio.ensure_future(func(*args))
     try:
         await asyncio.wait([task])
@@ -85,6 +86,16 @@ async def run_shielded(
             task.exception()  # looked at, so that asyncio does not log it as forgotten
         raise
     return task.result()
+
+
+def _require_asyncio() -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            "torchferry's asynchronous functions need asyncio. Under trio, call the synchronous ones in a thread: "
+            "trio.to_thread.run_sync(torchferry.load, url)."
+        ) from None
 
 
 async def wait_shielded(task: asyncio.Future[T], patience: float | None = None) -> None:

@@ -21,6 +21,7 @@ from fsspec.asyn import get_loop, reset_lock
 
 from torchferry.engine.cancellation import refuse_threads, require_running_interpreter, wait_shielded
 from torchferry.engine.tasks import unwrapping_exits, wrapping_exits
+from torchferry.errors import TorchferryError, without_frames
 
 __all__ = ["keep_running", "own_loop", "run", "run_on", "synchronous"]
 
@@ -97,8 +98,11 @@ def synchronous(
 
     @wraps(func)
     def twin(*args: P.args, **kwargs: P.kwargs) -> T:
-        with within():
-            return run(func, *args, **kwargs)
+        try:
+            with within():
+                return run(func, *args, **kwargs)
+        except TorchferryError as error:
+            raise without_frames(error)  # noqa: B904 - from itself
 
     twin.__name__ = func.__name__.removesuffix("_async")
     twin.__qualname__ = func.__qualname__.removesuffix("_async")
@@ -178,7 +182,10 @@ class _Call(Generic[T]):
     def result(self) -> T:
         assert self._task is not None  # noqa: S101  # asked for only when done
         with unwrapping_exits():
-            return self._task.result()
+            try:
+                return self._task.result()
+            except TorchferryError as error:
+                raise without_frames(error)  # noqa: B904 - from itself
 
 
 @atexit.register

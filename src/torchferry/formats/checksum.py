@@ -25,7 +25,7 @@ from torchferry.formats.archive import (
     LOCAL_SIGNATURE,
     Records,
 )
-from torchferry.formats.printable import printable
+from torchferry.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from torchferry.engine.types import Buffer
     from torchferry.formats.archive import Archive
+    from torchferry.formats.graph import Graph
 
 __all__ = ["LoadBuffer"]
 
@@ -93,13 +94,16 @@ class LoadBuffer:
             return self.load_copy(map_location=map_location, weights_only=weights_only, modes=modes)
         return load_in_place(self._memory, map_location=map_location, weights_only=weights_only, modes=modes)
 
-    def check_legacy(self, url: str, *, weights_only: bool) -> None:
+    def check_legacy(self, url: str, *, weights_only: bool) -> Graph | None:
         """Checks a checkpoint in the legacy format before torch sees it (:func:`.graph.check_legacy`).
+
+        Returns:
+            What is in it, where there is to be ``weights_only``.
 
         Raises:
             CheckpointCorruptError: it is damaged, or would take too much time or memory.
         """
-        check_legacy(self._memory, url, weights_only=weights_only)
+        return check_legacy(self._memory, url, weights_only=weights_only)
 
     def load_copy(self, *, map_location: Any, weights_only: bool, modes: TorchModes = TorchModes()) -> Any:
         """``torch.load`` of the buffer as a file object, in any format; the tensors are copies."""

@@ -31,7 +31,7 @@ from torchferry.errors import (
     UnsafeCheckpointError,
     mask,
 )
-from torchferry.formats.printable import printable
+from torchferry.printable import printable
 from torchferry.formats.selection import is_meta, unsafe_message
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ _OF_THE_MACHINE = (NotImplementedError, torch.OutOfMemoryError)
 # Where such errors come from: a device that is not there, a library that is not there, checks that the caller wants.
 _OTHERS = {"restore_location", "default_restore_location", "_validate_loaded_sparse_tensors"}
 _ENDS_OF_OTHERS = ("_deserialize", "_from_numpy")
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 _ABOUT_INDICES = "inconsistent with indices"  # of sparse tensors: torch.sparse.check_sparse_tensor_invariants
 _JIT = f"{Path(torch.jit.__file__).parent}{os.sep}"
 _NOT_OF_TORCHSCRIPT = (
@@ -188,9 +189,7 @@ class _NativeReader:
         return sys.byteorder.encode() if name == "byteorder" and record in {b"little", b"big"} else record
 
 
-def load_in_place(
-    memory: mmap.mmap, *, map_location: Any, weights_only: bool, modes: TorchModes = TorchModes()
-) -> Any:
+def load_in_place(memory: mmap.mmap, *, map_location: Any, weights_only: bool, modes: TorchModes = TorchModes()) -> Any:
     """What ``torch.load`` makes of the archive in ``memory``; the tensors are views of it and keep it alive."""
     memory.seek(0)
     unpickler = _weights_only_unpickler if weights_only else pickle
@@ -232,6 +231,8 @@ def torch_errors(url: str, *, map_location: Any, weights_only: bool, checked: bo
     except MemoryError as error:
         raise NotEnoughMemoryError(f"{url}: this machine has no memory for its values: {error}") from error
     except Exception as error:
+        if isinstance(error, RuntimeError) and _NO_MEMORY in str(error):
+            raise NotEnoughMemoryError(f"{url}: this machine has no memory for its values: {error}") from error
         if tag := re.search(r"don't know how to restore data location .*\(tagged with (.*)\)", str(error), re.DOTALL):
             if tag[1] != str(map_location):
                 raise CheckpointFormatError(
@@ -248,7 +249,8 @@ def torch_errors(url: str, *, map_location: Any, weights_only: bool, checked: bo
 def _unpickling_error(error: pickle.UnpicklingError, url: str, *, weights_only: bool) -> TorchferryError:
     if not weights_only:
         return CheckpointCorruptError(f"{url} cannot be unpickled: {error}")
-    if unsafe := re.findall(r"GLOBAL (\S+) was not an allowed global", str(error)):
+    unsafe = re.findall(r"GLOBAL (\S+) (?:was not an allowed global|whose module \S+ is blocked)", str(error))
+    if unsafe:
         return UnsafeCheckpointError(unsafe_message(url, unsafe))
     detail = printable(str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0])
     return UnsafeCheckpointError(
