@@ -25,7 +25,6 @@ from torchferry.formats.archive import (
     parse_directory,
     sniff,
 )
-
 from torchferry.formats.graph import read_legacy
 from torchferry.formats.opcodes import CutOffPickleError
 

@@ -97,7 +97,7 @@ class GcsBackend(HttpBackend):
 
     async def engine(self) -> GcsEngine:
         """The engine, unless a class or a session of the user's or a client certificate asks for the client."""
-        engine = Engine.of(self._fs, self._make_engine)
+        engine = Engine.of(self._fs, self._make_engine, lambda fs: vars(fs).get("_session"))
         assert isinstance(engine, GcsEngine)  # noqa: S101 - it is what _make_engine makes
         return engine
 
@@ -249,6 +249,9 @@ class GcsBackend(HttpBackend):
 
     def is_damaged(self, answer: Answer) -> bool:
         return errors.is_damage(answer.body)
+
+    def is_damage(self, error: Exception) -> bool:
+        return isinstance(error, errors.GcsAnswerError) and error.damaged
 
     def transient(self, error: Exception) -> Transient | None:
         return errors.transient(error)

@@ -193,10 +193,15 @@ class S3Backend(HttpBackend):
 
     async def leftovers(self, prefix: str) -> AsyncIterator[Leftover]:
         bucket, _, key = prefix.partition("/")
-        async for page in self._pages("list_multipart_uploads", prefix, "KeyMarker", Bucket=bucket, Prefix=key):
+        async for page in self.open_uploads(bucket, key):
             for found in page.get("Uploads", []):
                 path = f"{bucket}/{found['Key']}"
                 yield Leftover(path, self.url(path), "multipart upload", found["UploadId"], found.get("Initiated"))
+
+    def open_uploads(self, bucket: str, prefix: str) -> AsyncIterator[dict[str, Any]]:
+        """The multipart uploads under way, in the pages in which S3 lists them."""
+        path = f"{bucket}/{prefix}"
+        return self._pages("list_multipart_uploads", path, "KeyMarker", Bucket=bucket, Prefix=prefix)
 
     async def discard(self, leftover: Leftover) -> bool:
         await self.abort_upload(leftover.path, leftover.id)
@@ -243,6 +248,9 @@ class S3Backend(HttpBackend):
         default = getattr(config, "request_checksum_calculation", None) == "when_supported"
         https = self._fs.s3.meta.endpoint_url.startswith("https:")
         return default and engine.checksums and not https and not self.chooses_checksum
+
+    def is_damage(self, error: Exception) -> bool:
+        return errors.code_and_status(error)[0] in errors.DAMAGED
 
     def transient(self, error: Exception) -> Transient | None:
         return errors.transient(error)

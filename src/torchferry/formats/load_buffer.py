@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchferry.engine.memory import copy_bytes
 from torchferry.formats.graph import check_legacy
-from torchferry.formats.torch_hooks import LOADS_IN_PLACE, TorchModes, load_in_place, torch_load
+from torchferry.formats.torch_hooks import LOADS_IN_PLACE, NO_MODES, TorchModes, load_in_place, torch_load
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -85,7 +85,7 @@ class LoadBuffer:
         for offset, header in archive.local_headers():
             self._memory[offset : offset + len(header)] = header
 
-    def load(self, *, map_location: Any, weights_only: bool, modes: TorchModes = TorchModes()) -> Any:
+    def load(self, *, map_location: Any, weights_only: bool, modes: TorchModes = NO_MODES) -> Any:
         """What ``torch.load`` makes of an archive in the buffer; its tensors are views of the buffer.
 
         Where this torch has no function for that, they are copies.
@@ -105,7 +105,7 @@ class LoadBuffer:
         """
         return check_legacy(self._memory, url, weights_only=weights_only)
 
-    def load_copy(self, *, map_location: Any, weights_only: bool, modes: TorchModes = TorchModes()) -> Any:
+    def load_copy(self, *, map_location: Any, weights_only: bool, modes: TorchModes = NO_MODES) -> Any:
         """``torch.load`` of the buffer as a file object, in any format; the tensors are copies."""
         self._memory.seek(0)
         file: Any = self._memory

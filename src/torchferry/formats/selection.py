@@ -111,8 +111,8 @@ def select(
 ) -> Selection:
     """What a load needs: of some top-level keys, or of everything.
 
-    With ``map_location="meta"``, or without ``values``, no storage is needed. With ``keys``, the storages that their values refer to, if that
-    can be told; otherwise all.
+    With ``map_location="meta"``, or without ``values``, no storage is needed. With ``keys``, the storages that their
+    values refer to, if that can be told; otherwise all.
 
     Raises:
         CheckpointFormatError: there are keys, and the checkpoint is no dict.

@@ -31,14 +31,14 @@ from torchferry.errors import (
     UnsafeCheckpointError,
     mask,
 )
-from torchferry.printable import printable
 from torchferry.formats.selection import is_meta, unsafe_message
+from torchferry.printable import printable
 
 if TYPE_CHECKING:
     import mmap
     from collections.abc import Iterator
 
-__all__ = ["LOADS_IN_PLACE", "TorchModes", "load_in_place", "torch_errors", "torch_load", "torch_save"]
+__all__ = ["LOADS_IN_PLACE", "NO_MODES", "TorchModes", "load_in_place", "torch_errors", "torch_load", "torch_save"]
 
 # Bound here: a user may put torchferry's own functions in their place.
 torch_save = serialization.save
@@ -136,7 +136,7 @@ class TorchModes:
         local = serialization._serialization_tls  # noqa: SLF001
         return cls(
             tuple(_python_dispatch._get_current_dispatch_mode_stack()),  # noqa: SLF001
-            tuple(overrides._get_current_function_mode_stack()),  # noqa: SLF001
+            tuple(overrides._get_current_function_mode_stack()),  # type: ignore[no-untyped-call]  # noqa: SLF001
             torch.is_inference_mode_enabled(),
             torch.is_grad_enabled(),
             local.skip_data,
@@ -159,14 +159,17 @@ class TorchModes:
         with ExitStack() as stack:
             for modes, hooks in ((self.function, overrides), (self.dispatch, _python_dispatch)):
                 for mode in modes:
-                    hooks._push_mode(mode)  # type: ignore[attr-defined]  # noqa: SLF001 - its __enter__ would be run twice
-                    stack.callback(hooks._pop_mode)  # type: ignore[attr-defined]  # noqa: SLF001
+                    hooks._push_mode(mode)  # noqa: SLF001 - its __enter__ would be run twice
+                    stack.callback(hooks._pop_mode)  # noqa: SLF001
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))
             if self.skips_data:
                 stack.enter_context(serialization.skip_data(self.materializes_fakes))
             yield
 
+
+NO_MODES = TorchModes()
+"""Those of a thread that nobody has changed."""
 
 _carried: ContextVar[TorchModes | None] = ContextVar("torchferry_torch_modes", default=None)
 
@@ -189,7 +192,7 @@ class _NativeReader:
         return sys.byteorder.encode() if name == "byteorder" and record in {b"little", b"big"} else record
 
 
-def load_in_place(memory: mmap.mmap, *, map_location: Any, weights_only: bool, modes: TorchModes = TorchModes()) -> Any:
+def load_in_place(memory: mmap.mmap, *, map_location: Any, weights_only: bool, modes: TorchModes = NO_MODES) -> Any:
     """What ``torch.load`` makes of the archive in ``memory``; the tensors are views of it and keep it alive."""
     memory.seek(0)
     unpickler = _weights_only_unpickler if weights_only else pickle

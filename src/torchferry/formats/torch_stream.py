@@ -35,7 +35,7 @@ from torchferry.engine.types import MIB, Chunk
 from torchferry.engine.writer import UploadPlan
 from torchferry.formats.archive import DESCRIPTOR_SIGNATURE
 from torchferry.formats.checksum import Crc32Filler
-from torchferry.formats.torch_hooks import TorchModes, torch_save
+from torchferry.formats.torch_hooks import NO_MODES, TorchModes, torch_save
 
 __all__ = ["TorchStream"]
 
@@ -71,7 +71,7 @@ class TorchStream(AsyncIterator["Chunk"]):
         *,
         plan_for: Callable[[int, int | None], UploadPlan] = UploadPlan.for_size,
         part_size: int | None = None,
-        modes: TorchModes = TorchModes(),
+        modes: TorchModes = NO_MODES,
     ) -> None:
         self.size_hint = 0
         self.plan = UploadPlan()
