@@ -25,7 +25,7 @@ from torchferry.engine.types import Chunk
 from torchferry.formats.checksum import Checksums, Crc32Filler
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.torch_hooks import torch_save
-from torchferry.formats.torch_stream import _can_fill
+from torchferry.formats.torch_stream import fills_crc32s
 
 __all__ = ["Archive", "Assembly", "Data", "Parts", "Script", "StandIns"]
 
@@ -189,7 +189,7 @@ class Assembly(AsyncIterator[Chunk]):
         self._send, self._receive = anyio.create_memory_object_stream[_Job](_AHEAD)
         self._reading = anyio.CapacityLimiter(_AHEAD)
         self._filler: Crc32Filler | None = None
-        self._fills = torch.serialization.get_crc32_options() and _can_fill()
+        self._fills = torch.serialization.get_crc32_options() and fills_crc32s()
         self._ready: list[Chunk] = []
         self._closed = self._complete = False
 

@@ -31,9 +31,9 @@ from torchferry.formats.torch_stream import (
     _SMALL_PART,
     LENT_FROM,
     TorchStream,
-    _can_fill,
     _Storages,
     _Writer,
+    fills_crc32s,
 )
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class ItemStream(TorchStream):
 
     def _torch_save(self) -> None:
         first = self._items[0].resolve() if self._items else None
-        writer = _ItemWriter(self._chunks.put, fill=torch.serialization.get_crc32_options() and _can_fill())
+        writer = _ItemWriter(self._chunks.put, fill=torch.serialization.get_crc32_options() and fills_crc32s())
         writer.begin(self._begin_items(on_device=isinstance(first, torch.Tensor) and not first.is_cpu), self.plan)
         try:
             for index, item in enumerate(self._items):
@@ -137,7 +137,7 @@ class _ItemWriter(_Writer):
     """Writes items; what it emits is cut into chunks as in :class:`TorchStream`."""
 
     def __init__(self, emit: Callable[[Chunk], None], *, fill: bool) -> None:
-        super().__init__(_Storages(None), emit, None, Changes())
+        super().__init__(_Storages(None, are_lent=True), emit, None, Changes())
         self._fill = fill
         self._position = 0
         # What torch writes for a tensor of a dtype and shape, in order, without CRC32s; None for the tensor's bytes.
