@@ -364,7 +364,8 @@ def test_a_second_ctrl_c_at_exit_cancels_what_the_first_let_finish(
 ) -> None:
     s3 = faulty_s3(Fault(method="PUT", target="partNumber=2", hang=True, times=None))
     script = """
-        import sys, json, threading, torch, torchferry
+        import json, signal, sys, threading, torch, torchferry
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
         options = json.loads(sys.argv[2])
         torchferry.save_in_background([torch.ones(4 << 20)], sys.argv[1], storage_options=options, part_size=8 << 20)
         print("training", flush=True)
