@@ -281,6 +281,28 @@ def test_an_error_that_nobody_looked_at_is_raised_by_the_next_save(tmp_path: Pat
     torchferry.save_in_background([2], tmp_path / "x.pt").result()
 
 
+def test_the_error_of_a_save_that_another_waits_for_is_raised_by_that(tmp_path: Path) -> None:
+    (tmp_path / "directory").mkdir()
+    held = SNAPSHOTS.claim(1)
+    raised: list[Exception] = []
+
+    def save() -> None:
+        try:
+            torchferry.save_in_background([2], tmp_path / "x.pt")
+        except torchferry.StorageError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=save)
+    failing = background._Work("file:///x.pt", held, "finish", 0, None)
+    thread.start()
+    failing.future.set_exception(torchferry.StorageError("the disk is full"))
+    background._failed[failing] = None
+    held.close()
+    thread.join(60)
+    assert [str(error) for error in raised] == ["the disk is full"]
+    assert not (tmp_path / "x.pt").exists()
+
+
 def test_an_error_that_somebody_looked_at_is_not_raised_again(tmp_path: Path) -> None:
     (tmp_path / "directory").mkdir()
     failed = torchferry.save_in_background([1], tmp_path / "directory")
@@ -546,6 +568,12 @@ def test_an_optimizer_has_one_hook_however_many_saves() -> None:
         torchferry.save_in_background(model.checkpoint, "memory://x/x.pt", until=model.optimizer).result()
     assert len(model.optimizer._optimizer_step_pre_hooks) == 1
     torchferry.save_in_background(copy.deepcopy(model.optimizer).state_dict(), "memory://x/x.pt").result()
+
+
+def test_misspelt_choices_are_refused() -> None:
+    for choice in ({"when_busy": "waits"}, {"at_exit": "kill"}):
+        with pytest.raises(ValueError, match=next(iter(choice))):
+            torchferry.save_in_background([1], "memory://x/x.pt", **choice)  # type: ignore[arg-type]
 
 
 def test_what_cannot_announce_changes_is_refused() -> None:
