@@ -83,10 +83,10 @@ def execution_metadata(ctx: FlyteContext) -> Mapping[str, str]:
 
 def checkpoint_paths(ctx: FlyteContext) -> tuple[str, str | None] | None:
     """Where this attempt of the task keeps checkpoints, and where the one before did; None where there is no place."""
-    parameters = ctx.user_space_params
-    checkpoint = parameters.checkpoint if parameters is not None and parameters._checkpoint is not None else None
+    parameters: Any = ctx.user_space_params
+    checkpoint: Any = None if parameters is None else parameters._checkpoint
     destination = getattr(checkpoint, "_checkpoint_dest", None)
-    return (str(destination), checkpoint._checkpoint_src) if destination is not None else None
+    return None if destination is None else (str(destination), checkpoint._checkpoint_src)
 
 
 def leave_alone(kind: type) -> None:
