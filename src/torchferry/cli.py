@@ -1,9 +1,11 @@
-"""The command ``torchferry``: inspect, verify and copy checkpoints, wherever they are."""
+"""The command ``torchferry``: inspects, verifies, copies and cleans checkpoints, wherever they are."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from fsspec.callbacks import Callback
 
 import torchferry
+from torchferry.errors import mask
+from torchferry.printable import escaped, printable
 
 try:
     from rich.console import Console
@@ -28,6 +32,7 @@ __all__ = ["main"]
 
 _SHOWN = 40
 _UNLIMITED = 1 << 20  # columns
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,10 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 where the checkpoint or the store failed; the reason is on standard error.
     """
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for terminals that cannot show everything
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (torchferry.TorchferryError, OSError) as error:
-        print(f"torchferry: {error}", file=sys.stderr)
+        message = str(error).replace("verify=False", "--no-verify")
+        print(f"torchferry: {escaped(message)}", file=sys.stderr)
         return 1
     return 0
 
@@ -72,6 +85,16 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("--source-options", type=_json_object, metavar="JSON", help="for the filesystem of the source")
     copy.add_argument("--target-options", type=_json_object, metavar="JSON", help="for the filesystem of the target")
     copy.add_argument("--no-verify", action="store_true", help="copy whatever it is, without checking")
+
+    clean = add("clean", _clean, "Remove what saves that were killed have left; checkpoints are not touched.")
+    clean.add_argument("url", help="a bucket, a prefix or a directory, as an fsspec URL or a local path")
+    clean.add_argument(
+        "--older-than", type=_seconds, default=3600.0, metavar="TIME", help="90s, 30m, 1h or 2d; 1h by default"
+    )
+    clean.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    clean.add_argument(
+        "--storage-options", type=_json_object, metavar="JSON", help="arguments for the fsspec filesystem"
+    )
     return parser
 
 
@@ -85,6 +108,17 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def _seconds(text: str) -> float:
+    number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS else (text, "s")
+    try:
+        seconds = float(number) * _UNITS[unit]
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"not a time such as 90s, 30m, 1h or 2d: {text!r}")
+    return seconds
+
+
 def _inspect(options: argparse.Namespace) -> None:
     manifest = torchferry.inspect(options.url, storage_options=options.storage_options)
     if options.json:
@@ -96,8 +130,9 @@ def _inspect(options: argparse.Namespace) -> None:
     table.columns[3].justify = "right"
     for tensor in shown:
         dtype, shape = str(tensor.dtype).removeprefix("torch."), " x ".join(map(str, tensor.shape)) or "scalar"
-        table.add_row(tensor.key, dtype, shape, decimal(tensor.nbytes), tensor.record)
-    # Keys are printed as they are; where somebody's program reads them, a line each.
+        record = None if tensor.record is None else escaped(tensor.record)
+        table.add_row(escaped(tensor.key), dtype, shape, decimal(tensor.nbytes), record)
+    # Keys are printed whole; where somebody's program reads them, a line each.
     width = None if sys.stdout.isatty() else _UNLIMITED
     console = Console(highlight=False, markup=False, emoji=False, width=width)
     console.print(table)
@@ -113,6 +148,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _copy(options: argparse.Namespace) -> None:
+    reports: list[torchferry.TransferReport] = []
     with _progress("copying") as callback:
         stat = torchferry.copy(
             options.source,
@@ -121,14 +157,36 @@ def _copy(options: argparse.Namespace) -> None:
             target_storage_options=options.target_options,
             verify=not options.no_verify,
             callback=callback,
+            report=reports.append,
         )
-    checked = "not checked" if options.no_verify else "every record matches its CRC32"
-    print(f"{stat.url}: {decimal(stat.size)}, {checked}.")
+    checked = "not checked" if options.no_verify or reports[0].warnings else "every record matches its CRC32"
+    print(f"{escaped(mask(stat.url))}: {decimal(stat.size)}, {checked}.")
+
+
+def _clean(options: argparse.Namespace) -> None:
+    report = torchferry.clean(
+        options.url,
+        older_than=options.older_than,
+        dry_run=options.dry_run,
+        storage_options=options.storage_options,
+    )
+    outcomes = {
+        "would be removed" if options.dry_run else "removed": report.removed,
+        "younger": report.younger,
+        "kept": report.kept,
+    }
+    for outcome, leftovers in outcomes.items():
+        for leftover in leftovers:
+            since = f", last changed {leftover.modified:%Y-%m-%d %H:%M:%S %Z}" if leftover.modified else ""
+            print(f"{outcome}: {leftover.kind} {printable(leftover.url)}{since}")
+    print(", ".join(f"{len(leftovers)} {outcome}" for outcome, leftovers in outcomes.items()))
 
 
 def _summary(manifest: Manifest) -> str:
     storages = sum(record.name.startswith("data/") for record in manifest.records)
-    return f"{manifest.url}: {decimal(manifest.size)}, {len(manifest.tensors):,} tensors in {storages:,} storages"
+    return (
+        f"{escaped(manifest.url)}: {decimal(manifest.size)}, {len(manifest.tensors):,} tensors in {storages:,} storages"
+    )
 
 
 def _as_json(manifest: Manifest) -> dict[str, Any]:
@@ -166,3 +224,7 @@ def _progress(verb: str) -> Iterator[Callback]:
                 progress.update(bar, total=self.size, completed=self.value)
 
         yield Bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -36,7 +36,7 @@ _logger = logging.getLogger("torchferry")
 
 
 async def upload(
-    ctx: FlyteContext, content: dict[str, Any], options: SaveOptions, *, loaded_from: str | None = None
+    ctx: FlyteContext, content: dict[str, Any], options: SaveOptions, *, stored_at: str | None = None
 ) -> tuple[str, TransferReport | None]:
     """Saves ``content`` to a new place under the context's raw output prefix.
 
@@ -44,8 +44,8 @@ async def upload(
         ctx: Says where, and has the credentials.
         content: What to save.
         options: How to save it.
-        loaded_from: Where ``content`` was loaded from. While it is still what is stored there, nothing is saved,
-            unless ``options`` ask for a store or metadata of their own.
+        stored_at: Where ``content`` was loaded from, or saved before. While it is still what is stored there, nothing
+            is saved, unless ``options`` ask for a store or metadata of their own.
 
     Returns:
         The URI where it is stored; and what moved, if anything did and torchferry moved it.
@@ -54,9 +54,9 @@ async def upload(
         TorchferryError: as :func:`torchferry.save_async` does.
     """
     has_own_place = options.metadata or options.storage_options
-    if loaded_from and not has_own_place and await _is_stored(ctx, content, loaded_from):
-        _logger.info("Not saved again: the checkpoint is what was loaded from %s.", loaded_from)
-        return loaded_from, None
+    if stored_at and not has_own_place and await _is_stored(ctx, content, stored_at):
+        _logger.info("Not saved again: the checkpoint is what is stored at %s.", stored_at)
+        return stored_at, None
     uri: str = ctx.file_access.get_random_remote_path(_FILE_NAME)
     if get_protocol(uri) == "flyte":
         return await _upload_through_flyte(ctx, content, uri), None
