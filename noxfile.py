@@ -14,8 +14,9 @@ nox.options.reuse_venv = "yes"
 
 LINTED = ("src", "storage_backends", "tests", "benchmarks", "reliability", "examples", "conftest.py", "noxfile.py")
 
-# Two files of tests at a time, each worker with servers of its own. `-n 0` after `--` runs all in one process.
-SIDE_BY_SIDE = ("-n", "2", "--dist", "loadfile")
+# Three files of tests at a time, as they wait for servers half of the time; each worker has servers of its own.
+# `-n 0` after `--` runs all in one process.
+SIDE_BY_SIDE = ("-n", "3", "--dist", "loadfile")
 
 # Oldest and newest of what pyproject.toml allows. flytekit's own bounds keep the pairs of the first rows together.
 MATRIX = {
@@ -115,10 +116,27 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def reliability(session: nox.Session) -> None:
-    """Cancels, outages, bit flips and growth on every cloud, in one table; `nox -s reliability -- --help`."""
+    """Cancels, kills, outages, bit flips and growth on every cloud, in one table; `nox -s reliability -- --help`."""
     install(session, "s3", "gcs", "azure", "test")
     install_stores(session)
     session.run("python", "-m", "reliability", *session.posargs)
+
+
+@nox.session
+def chaos(session: nox.Session) -> None:
+    """ckpt-chaos: a training with a checkpoint manager, on local files, is killed at every file operation."""
+    install(session, "test")
+    session.install("-c", "constraints.txt", "ckpt-chaos")
+    loop = ("python", "examples/train_and_resume.py", "{out}", "--every", "1", "--result", "{out}/result.txt")
+    judged = ("--result-file", "{out}/result.txt", "--fail-on", "HARD_FAIL,SILENT_DIVERGENCE,CONTROL_FAIL,LOST_WORK")
+    for further, arguments in (
+        ((), ("--steps", "6", "--keep", "2")),
+        (
+            ("--checkpoint-glob", "{out}/step-*.pt", "--step-regex", r"resumed from step (\d+)"),
+            ("--steps", "4", "--keep", "0"),
+        ),
+    ):
+        session.run("ckpt-chaos", "run", *judged, *further, *session.posargs, "--", *loop, *arguments)
 
 
 @nox.session

@@ -23,7 +23,7 @@ from torchferry.formats.graph import read_graph
 from torchferry.formats.opcodes import scan_pickle
 from torchferry.printable import printable
 from torchferry.testing import hostile
-from torchferry.testing.hostile import PICKLES, archive_of, legacy_of, saved
+from torchferry.testing.hostile import PICKLES, archive_of, saved
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -182,7 +182,17 @@ def test_whatever_is_saved_is_scanned_and_read(value: Any, protocol: int) -> Non
 @hypothesis.given(strategies.data())
 def test_any_opcodes_are_read_or_refused(data: strategies.DataObject) -> None:
     opcode = strategies.sampled_from([bytes([op]) for op in b"(.0126]}))NKhqtRbsue\x85\x86\x87\x81\x89\x8fQ"])
-    pieces = [hostile._tensor(), hostile._storage(), hostile._text("a"), hostile._put(3), b"K\x01", b"h\0", b"q\0", hostile._EMPTY, b"ctorch\nfloat32\n"]
+    pieces = [
+        hostile._tensor(),
+        hostile._storage(),
+        hostile._text("a"),
+        hostile._put(3),
+        b"K\x01",
+        b"h\0",
+        b"q\0",
+        hostile._EMPTY,
+        b"ctorch\nfloat32\n",
+    ]
     parts = data.draw(strategies.lists(opcode | strategies.sampled_from(pieces) | strategies.binary(max_size=3)))
     try:
         graph = read_graph(b"\x80\x02" + b"".join(parts) + b".", "test://x")

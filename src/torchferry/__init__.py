@@ -14,6 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchferry.background import BackgroundSave, save_in_background
+    from torchferry.cleaning import CleanReport, clean, clean_async
     from torchferry.copying import copy, copy_async
     from torchferry.engine.transfer import TransferReport
     from torchferry.engine.types import ObjectStat
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
         CheckpointValueError,
         InterpreterEndedError,
         NotEnoughMemoryError,
+        RankFailedError,
+        SaveUnderWayError,
         StorageError,
         StoragePermissionError,
         StorageUnavailableError,
@@ -39,11 +43,15 @@ if TYPE_CHECKING:
     from torchferry.formats.archive import Record
     from torchferry.formats.graph import TensorInfo
     from torchferry.loading import Manifest, inspect, inspect_async, load, load_async, verify, verify_async
+    from torchferry.manager import CheckpointManager
     from torchferry.options import LoadOptions, SaveOptions
     from torchferry.saving import save, save_async
+    from torchferry.storage.base import Leftover
 
 _MODULES = {
+    "torchferry.background": ("BackgroundSave", "save_in_background"),
     "torchferry.formats.archive": ("Record",),
+    "torchferry.cleaning": ("CleanReport", "clean", "clean_async"),
     "torchferry.copying": ("copy", "copy_async"),
     "torchferry.errors": (
         "BackendNotInstalledError",
@@ -56,6 +64,8 @@ _MODULES = {
         "CheckpointValueError",
         "InterpreterEndedError",
         "NotEnoughMemoryError",
+        "RankFailedError",
+        "SaveUnderWayError",
         "StorageError",
         "StoragePermissionError",
         "StorageUnavailableError",
@@ -74,8 +84,10 @@ _MODULES = {
         "verify",
         "verify_async",
     ),
+    "torchferry.manager": ("CheckpointManager",),
     "torchferry.options": ("LoadOptions", "SaveOptions"),
     "torchferry.saving": ("save", "save_async"),
+    "torchferry.storage.base": ("Leftover",),
     "torchferry.engine.transfer": ("TransferReport",),
     "torchferry.engine.types": ("ObjectStat",),
 }
@@ -83,20 +95,26 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 __all__ = [
     "BackendNotInstalledError",
+    "BackgroundSave",
     "ChangedWhileSavingError",
     "CheckpointChangedError",
     "CheckpointCorruptError",
     "CheckpointFormatError",
     "CheckpointKeyError",
+    "CheckpointManager",
     "CheckpointNotFoundError",
     "CheckpointValueError",
+    "CleanReport",
     "InterpreterEndedError",
+    "Leftover",
     "LoadOptions",
     "Manifest",
     "NotEnoughMemoryError",
     "ObjectStat",
+    "RankFailedError",
     "Record",
     "SaveOptions",
+    "SaveUnderWayError",
     "StorageError",
     "StoragePermissionError",
     "StorageUnavailableError",
@@ -106,6 +124,8 @@ __all__ = [
     "UnsafeCheckpointError",
     "UnsupportedOptionError",
     "UnsupportedURLError",
+    "clean",
+    "clean_async",
     "copy",
     "copy_async",
     "inspect",
@@ -114,6 +134,7 @@ __all__ = [
     "load_async",
     "save",
     "save_async",
+    "save_in_background",
     "verify",
     "verify_async",
 ]

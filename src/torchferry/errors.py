@@ -26,6 +26,8 @@ __all__ = [
     "InterpreterEndedError",
     "MaskedError",
     "NotEnoughMemoryError",
+    "RankFailedError",
+    "SaveUnderWayError",
     "StorageError",
     "StoragePermissionError",
     "StorageUnavailableError",
@@ -152,6 +154,18 @@ class CheckpointChangedError(StorageError):
 class ChangedWhileSavingError(TorchferryError, RuntimeError):
     """A tensor was changed while it was being sent. Nothing was stored: what was there before still is."""
 
+    @classmethod
+    def at(cls, url: str) -> ChangedWhileSavingError:
+        """The error, in the words that are right wherever it is noticed."""
+        return cls(
+            f"{url}: a tensor was changed while it was being saved. Nothing was stored. Wait for the save before the "
+            "next optimizer step, or have a snapshot saved: torchferry.save_in_background(obj, url)."
+        )
+
+
+class SaveUnderWayError(TorchferryError, RuntimeError):
+    """There is no room for another snapshot while a save in the background is under way. Nothing was saved."""
+
 
 class CheckpointFormatError(TorchferryError, ValueError):
     """The object is no checkpoint, or one in a format that cannot be loaded this way; the message names the format."""
@@ -175,6 +189,10 @@ class NotEnoughMemoryError(TorchferryError, MemoryError):
 
 class InterpreterEndedError(TorchferryError, RuntimeError):
     """The interpreter is ending, and its threads have ended: nothing can be saved or loaded any more."""
+
+
+class RankFailedError(TorchferryError, RuntimeError):
+    """A rank of a distributed save or load failed, and so all did; ``failures`` has each rank's error."""
 
 
 class UnsafeCheckpointError(TorchferryError, pickle.UnpicklingError):

@@ -44,6 +44,7 @@ async def save_content(
     """
     arguments: dict[str, Any] = {
         "part_size": options.part_size,
+        "shards": options.shards,
         "give_up_after": options.give_up_after,
         "metadata": {**(metadata or {}), **(options.metadata or {})} or None,
         **_store(options, filesystem),

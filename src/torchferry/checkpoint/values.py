@@ -30,12 +30,16 @@ __all__ = [
     "RestoredHyperparameters",
     "StateOf",
     "check_names",
+    "remember_place",
+    "remembered_place",
 ]
 
 T = TypeVar("T")
 
 MODULE_KEY = "module_state_dict"
 OPTIMIZER_KEY = "optimizer_state_dict"
+
+_PLACE = "_torchferry_place"
 
 # torch.save pickles with this protocol; copies and messages between processes use newer ones.
 _TORCH_SAVE_PROTOCOL = 2
@@ -323,6 +327,17 @@ def _sharded(state: Any, path: str = "") -> str | None:
         if found := _sharded(value, f"{path}.{key}" if path else str(key)):
             return found
     return None
+
+
+def remember_place(checkpoint: PyTorchCheckpoint, uri: str) -> None:
+    """Notes where a checkpoint was saved: as long as it is the same, it need not be saved again."""
+    vars(checkpoint)[_PLACE] = uri
+
+
+def remembered_place(checkpoint: PyTorchCheckpoint) -> str | None:
+    """Where a checkpoint was saved last, or loaded from; it may have changed since."""
+    place: str | None = vars(checkpoint).get(_PLACE) or getattr(checkpoint, "uri", None)
+    return place
 
 
 def check_names(hyperparameters: Mapping[str, Any]) -> None:

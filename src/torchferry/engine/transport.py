@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.connections import WAITS_IN_THE_KERNEL, Connection, Connections, UnmovableError
+from torchferry.engine.lending import is_lent, reading
 from torchferry.engine.retry import AnswerError, transient_answer
 from torchferry.engine.transfer import Transfer, current
 from torchferry.engine.types import MIB, Buffer
@@ -40,9 +41,13 @@ _SILENCE = 30.0  # seconds in which nothing moves, after which a request has fai
 _LAST_LOOK = 1.0  # seconds to wait for the answer of a store that takes no bytes over TLS
 _SLOWEST = 1_000  # bytes a second: an answer that comes slower than this has failed,
 _GRACE = 60.0  # seconds after its first byte
-_SLICE = 2 * MIB  # bytes given to the system at once
+_SLICE = 16 * MIB  # bytes given to the system at once; it takes what it can in 0.25 s
+_LOOK = 0.1  # seconds between two looks at what has been acknowledged
 _TLS_SLICE = 128 << 10  # over TLS, what is sent of a slice shows only when all of it is
 _LAST_SLICE = 64 << 10  # so that a cancel seldom comes when the request may be complete
+_ROOM_TICK = 0.25  # seconds to wait at once for room in the system's queue
+_DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has none; there, Python's own limit does the same
+_READ = 4 * MIB  # bytes asked of the system at once; it returns what has come in 0.25 s
 _WHOLE_READS = 64 << 10  # a read of so many bytes waits for all of them
 _INTERRUPT_PATIENCE = 0.5  # seconds that a cancel waits for the thread: a name look-up cannot be ended
 _ANSWER_PATIENCE = 10.0  # seconds that a cancel waits for the answer to a request that publishes and was sent whole
@@ -302,7 +307,7 @@ class _Reading(_Exchange):
             self._answered = True
             self._check(response)
             while self._filled < len(self._buffer):
-                count = response.readinto(self._buffer[self._filled : self._filled + MIB])
+                count = response.readinto(self._buffer[self._filled : self._filled + _READ])
                 if not count:
                     raise ConnectionResetError(f"the body ended after {self._filled} of {len(self._buffer)} bytes")
                 self._filled += count
@@ -338,6 +343,7 @@ class _Sending(_Exchange):
         self._sent = 0  # bytes, into the system's queue
         self._arrived = 0  # bytes that the other end's TCP has acknowledged, in this attempt
         self._acknowledged = 0  # bytes that were counted
+        self._looked_at = 0.0  # when they were
         self._ok = False
         self._sock: socket.socket | None = None
 
@@ -429,17 +435,18 @@ class _Sending(_Exchange):
             if self._settled:
                 raise InterruptedError
             try:
-                count = sock.send(piece)
+                count = _send(sock, piece)
             except (TimeoutError, BlockingIOError):
                 # What comes over TLS need not be an answer: there it is looked for when nothing else has helped.
-                if not isinstance(sock, ssl.SSLSocket) and _has_news(sock):
+                if not isinstance(sock, ssl.SSLSocket) and _is_ready(sock, selectors.EVENT_READ, 0):
                     return False
                 self._waited("the store took no bytes")
                 continue
             self._moved_at = time.monotonic()
             piece = piece[count:]
             self._sent += count
-            if self._sent - self._acknowledged >= MIB:
+            if self._moved_at - self._looked_at >= _LOOK and self._sent - self._acknowledged >= MIB:
+                self._looked_at = self._moved_at
                 self._count_acknowledged()
         return True
 
@@ -500,8 +507,21 @@ class _Incoming(io.RawIOBase):
         return self._exchange.receive(self._sock, memoryview(buffer))
 
 
-def _has_news(sock: socket.socket) -> bool:
-    """Whether there is something to receive, or the connection has ended."""
+def _send(sock: socket.socket, piece: memoryview) -> int:
+    """Sends some of a piece, as ``sock.send``; who has lent its memory never waits for the store to take bytes."""
+    if not is_lent(piece):
+        return sock.send(piece)
+    if isinstance(sock, ssl.SSLSocket):
+        with reading(piece) as memory:
+            return sock.send(memory)
+    if not _is_ready(sock, selectors.EVENT_WRITE, _ROOM_TICK):
+        raise BlockingIOError
+    with reading(piece) as memory:
+        return sock.send(memory, _DONT_WAIT)
+
+
+def _is_ready(sock: socket.socket, event: int, seconds: float) -> bool:
+    """Whether there is something to receive, or room to send, or the connection has ended."""
     with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        return bool(selector.select(0))
+        selector.register(sock, event)
+        return bool(selector.select(seconds))

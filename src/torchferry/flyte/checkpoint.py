@@ -25,6 +25,7 @@ from torchferry.checkpoint.content import Loadable, content_of, loadable
 from torchferry.checkpoint.deck import deck_of
 from torchferry.checkpoint.fields import JSON_SCHEMA, register_fields
 from torchferry.checkpoint.summary import remember_summary
+from torchferry.checkpoint.values import remembered_place
 from torchferry.engine.cancellation import in_thread
 from torchferry.errors import StorageUnavailableError, TorchferryError
 from torchferry.flyte import hooks
@@ -197,8 +198,8 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         content = await in_thread(content_of, checkpoint)
         trusted = not options_of(python_type, LoadOptions).weights_only
         prepared = Loadable(content) if trusted else await in_thread(loadable, content)
-        loaded_from = checkpoint.uri if isinstance(checkpoint, LoadedCheckpoint) else None
-        uri = await upload(ctx, prepared.content, options_of(python_type, SaveOptions), loaded_from=loaded_from)
+        stored_at = remembered_place(checkpoint)
+        uri = await upload(ctx, prepared.content, options_of(python_type, SaveOptions), stored_at=stored_at)
         if (error := prepared.error(uri)) is not None:
             raise error
         if _shows_decks(ctx):

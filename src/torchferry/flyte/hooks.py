@@ -24,6 +24,7 @@ __all__ = [
     "CHECKPOINT_FORMAT",
     "bind_whole",
     "blob_type",
+    "checkpoint_paths",
     "execution_metadata",
     "is_checkpoint_type",
     "leave_alone",
@@ -78,6 +79,14 @@ def rename(module: str, **values: object) -> None:
 def execution_metadata(ctx: FlyteContext) -> Mapping[str, str]:
     """What flytekit attaches to every object of this execution (``attach_execution_metadata``): its names and ids."""
     return getattr(ctx.file_access, "_execution_metadata", None) or {}
+
+
+def checkpoint_paths(ctx: FlyteContext) -> tuple[str, str | None] | None:
+    """Where this attempt of the task keeps checkpoints, and where the one before did; None where there is no place."""
+    parameters = ctx.user_space_params
+    checkpoint = parameters.checkpoint if parameters is not None and parameters._checkpoint is not None else None
+    destination = getattr(checkpoint, "_checkpoint_dest", None)
+    return (str(destination), checkpoint._checkpoint_src) if destination is not None else None
 
 
 def leave_alone(kind: type) -> None:
