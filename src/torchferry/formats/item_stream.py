@@ -31,9 +31,9 @@ from torchferry.formats.torch_stream import (
     _SMALL_PART,
     LENT_FROM,
     TorchStream,
-    fills_crc32s,
     _Storages,
     _Writer,
+    fills_crc32s,
 )
 
 if TYPE_CHECKING:
