@@ -142,6 +142,18 @@ def test_the_traceback_of_a_missing_object_is_the_users(tmp_path: Path) -> None:
     assert len("".join(traceback.format_exception(raised.value)).splitlines()) < 60
 
 
+def test_the_traceback_of_an_error_of_the_users_stays(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise ValueError("the user's")
+
+    with pytest.raises(CheckpointNotFoundError) as raised:
+        try:
+            fail()
+        except ValueError:
+            torchferry.load(tmp_path / "missing.pt")
+    assert "in fail" in "".join(traceback.format_exception(raised.value))
+
+
 def test_the_whole_traceback_is_there_for_who_debugs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG", logger="torchferry")
     with pytest.raises(CheckpointNotFoundError) as raised:

@@ -234,7 +234,7 @@ def _torchscript_of(pickled: bytes) -> bytes:
     return file.getvalue()
 
 
-def _zip_of(names: Iterator[str], *, mode: int = 0) -> bytes:
+def _zip_of(names: Iterator[str], *, mode: int = 0, filler: int = 0) -> bytes:
     """A zip archive of empty records after those of a checkpoint, written without zipfile, which is slow."""
     out, directory, count = io.BytesIO(), io.BytesIO(), 0
     needed = {"a/data.pkl": b"\x80\x02}.", "a/version": b"3\n", "a/byteorder": b"little"}
@@ -242,7 +242,9 @@ def _zip_of(names: Iterator[str], *, mode: int = 0) -> bytes:
         path, content = name.encode("utf-8", "surrogatepass"), needed.get(name, b"")
         sizes = (zlib.crc32(content), len(content), len(content), len(path))
         header = out.tell()
-        out.write(struct.pack("<4sHHHHHIIIHH", b"PK\3\4", 20, 0x800, 0, 0, 0, *sizes, 0) + path + content)
+        out.write(
+            struct.pack("<4sHHHHHIIIHH", b"PK\3\4", 20, 0x800, 0, 0, 0, *sizes, 0) + path + content + bytes(filler)
+        )
         directory.write(
             struct.pack("<4sHHHHHHIIIHHHHHII", b"PK\1\2", 20, 20, 0x800, 0, 0, 0, *sizes, 0, 0, 0, 0, mode, header)
             + path
@@ -277,6 +279,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "no checkpoint, with names that act on a terminal": lambda: _zip_of(iter([f"{_ESCAPES}/x"])),
     "a folder that acts on a terminal": lambda: _zip_of(iter([f"a/{_ESCAPES[:20]}"]), mode=16),
     "300,000 records": lambda: _zip_of(f"a/data/{i}" for i in range(300_000)),
+    "300,000 records with filler": lambda: _zip_of((f"a/data/{i}" for i in range(300_000)), filler=3),
     "a record twice": lambda: _zip_of(iter(["a/x", "a/x"])),
     "a directory as large as the file": _directory_as_large_as_the_file,
     "an end record alone": lambda: b"PK\5\6" + bytes(18),
