@@ -53,11 +53,11 @@ def install_stores(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Train, evaluate and resume in a Flyte workflow whose checkpoints live in an S3 on this machine."""
-    install(session, "flyte", "azure", "test")
+    """Train, evaluate and resume in Flyte tasks whose checkpoints live in an S3 on this machine (`-- --flyte 2`)."""
+    install(session, "flyte2" if "2" in session.posargs else "flyte", "azure", "test")
     if "azure" in session.posargs:
         install_stores(session)
-    session.run("python", "examples/flyte_demo.py", *session.posargs)
+    session.run("python", "-m", "examples.demo", *session.posargs)
 
 
 @nox.session
@@ -92,10 +92,11 @@ def matrix(session: nox.Session, versions: str) -> None:
 
 @nox.session(name="matrix-engine", python=["3.13"])
 def matrix_engine(session: nox.Session) -> None:
-    """The engine on a Python that flytekit does not support yet: everything but Flyte."""
-    session.install("-e", ".[s3,gcs,azure,cli,test]")
+    """The engine and Flyte 2 on a Python that flytekit does not support yet."""
+    session.install("-e", ".[flyte2,s3,gcs,azure,cli,test]")
     install_stores(session)
-    session.run("pytest", *SIDE_BY_SIDE, "--ignore=tests/flyte", *session.posargs)
+    flytekits = ("--ignore=tests/flyte", "--ignore=tests/flyte2/test_both.py")
+    session.run("pytest", *SIDE_BY_SIDE, *flytekits, *session.posargs)
 
 
 @nox.session

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from fsspec import AbstractFileSystem
 
+    from torchferry.engine.transfer import TransferReport
     from torchferry.options import LoadOptions, SaveOptions
 
 __all__ = ["load_content", "save_content"]
@@ -29,7 +30,7 @@ async def save_content(
     *,
     filesystem: AbstractFileSystem | None,
     metadata: Mapping[str, str] | None = None,
-) -> None:
+) -> TransferReport:
     """Saves ``content`` at ``uri``.
 
     Args:
@@ -38,6 +39,9 @@ async def save_content(
         options: How.
         filesystem: Reaches the store; not used where ``options`` have ``storage_options``.
         metadata: Goes to the object, too; ``options`` win.
+
+    Returns:
+        What moved, and how fast.
 
     Raises:
         TorchferryError: as :func:`torchferry.save_async` does.
@@ -49,7 +53,9 @@ async def save_content(
         "metadata": {**(metadata or {}), **(options.metadata or {})} or None,
         **_store(options, filesystem),
     }
-    await save_async(content, uri, **arguments)
+    reports: list[TransferReport] = []
+    await save_async(content, uri, report=reports.append, **arguments)
+    return reports[0]
 
 
 async def load_content(uri: str, options: LoadOptions, *, filesystem: AbstractFileSystem | None) -> Any:

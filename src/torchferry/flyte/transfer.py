@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fsspec.utils import get_protocol
 
 from torchferry.checkpoint.transfer import load_content, save_content
-from torchferry.checkpoint.unchanged import is_unchanged
+from torchferry.checkpoint.unchanged import manifest_if_unchanged
 from torchferry.engine.cancellation import in_thread
 from torchferry.errors import StoragePermissionError
 from torchferry.flyte import hooks
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flytekit.core.context_manager import FlyteContext
     from fsspec import AbstractFileSystem
 
+    from torchferry.engine.transfer import TransferReport
     from torchferry.options import LoadOptions, SaveOptions
 
 __all__ = ["download", "filesystem_for", "upload"]
@@ -36,7 +37,7 @@ _logger = logging.getLogger("torchferry")
 
 async def upload(
     ctx: FlyteContext, content: dict[str, Any], options: SaveOptions, *, stored_at: str | None = None
-) -> str:
+) -> tuple[str, TransferReport | None]:
     """Saves ``content`` to a new place under the context's raw output prefix.
 
     Args:
@@ -47,7 +48,7 @@ async def upload(
             is saved, unless ``options`` ask for a store or metadata of their own.
 
     Returns:
-        The URI where it is stored.
+        The URI where it is stored; and what moved, if anything did and torchferry moved it.
 
     Raises:
         TorchferryError: as :func:`torchferry.save_async` does.
@@ -55,13 +56,13 @@ async def upload(
     has_own_place = options.metadata or options.storage_options
     if stored_at and not has_own_place and await _is_stored(ctx, content, stored_at):
         _logger.info("Not saved again: the checkpoint is what is stored at %s.", stored_at)
-        return stored_at
+        return stored_at, None
     uri: str = ctx.file_access.get_random_remote_path(_FILE_NAME)
     if get_protocol(uri) == "flyte":
-        return await _upload_through_flyte(ctx, content, uri)
+        return await _upload_through_flyte(ctx, content, uri), None
     filesystem = await _store(ctx, uri, options)
-    await save_content(content, uri, options, filesystem=filesystem, metadata=hooks.execution_metadata(ctx))
-    return uri
+    metadata = hooks.execution_metadata(ctx)
+    return uri, await save_content(content, uri, options, filesystem=filesystem, metadata=metadata)
 
 
 async def download(ctx: FlyteContext, uri: str, options: LoadOptions) -> Any:
@@ -92,7 +93,7 @@ async def _is_stored(ctx: FlyteContext, content: dict[str, Any], uri: str) -> bo
         # What was loaded with LoadOptions(storage_options=...) can be out of reach without them.
         _logger.debug("%s is not looked at again: %s", uri, error)
         return False
-    return await is_unchanged(content, uri, filesystem)
+    return await manifest_if_unchanged(content, uri, filesystem) is not None
 
 
 async def _store(ctx: FlyteContext, uri: str, options: SaveOptions | LoadOptions) -> AbstractFileSystem | None:

@@ -393,7 +393,7 @@ class _Storages:
         are_lent: Whether torch writes the bytes of large ones from their own memory, as it does unless it skips data.
     """
 
-    def __init__(self, obj: Any, *, are_lent: bool) -> None:
+    def __init__(self, obj: Any, *, are_lent: bool = True) -> None:
         self._are_lent = are_lent
         self._pickled = obj if isinstance(obj, Pickled) else None
         # (address, size, position in _owners) of those that can be lent; several may begin at one address
