@@ -25,7 +25,7 @@ from torchferry.formats.graph import read_graph
 from torchferry.formats.opcodes import scan_pickle
 from torchferry.printable import printable
 from torchferry.testing import hostile
-from torchferry.testing.hostile import PICKLES, archive_of, saved
+from torchferry.testing.hostile import PICKLES, archive_of, legacy_of, saved
 
 if TYPE_CHECKING:
     from pathlib import Path
