@@ -16,6 +16,7 @@ import anyio
 import pytest
 from fsspec.asyn import get_loop
 
+import torchferry
 from torchferry.engine.loops import run, run_on, synchronous
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
@@ -264,3 +265,10 @@ def test_while_the_interpreter_ends_a_call_is_a_clear_error_at_once(where: str, 
     errors = result.stdout.splitlines()
     assert [error.partition(",")[0] for error in errors] == ["InterpreterEndedError The interpreter is ending"] * 5
     assert result.stderr == ""
+
+
+def test_under_trio_an_error_says_that_asyncio_is_needed() -> None:
+    """What trio does: it drives the coroutine without an event loop of asyncio's."""
+    coroutine = torchferry.load_async("x.pt")
+    with pytest.raises(RuntimeError, match=r"need asyncio.*trio\.to_thread"):
+        coroutine.send(None)

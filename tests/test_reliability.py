@@ -53,3 +53,13 @@ def test_ranks_that_are_killed_while_they_save_over_a_checkpoint_leave_the_old_o
         r"^\| sharded resave.*? \| local +\| (\d+) +\| (\d+) +\| 0 +\| 0 +\| 0 ", done.stdout, re.MULTILINE
     )
     assert cells == [("4", "4")]
+
+
+def test_every_test_that_the_documentation_names_is_there() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`(?:(tests/[\w/]+\.py)::)?(test_\w+)`", text)
+    assert len(named) > 30
+    file = ""
+    for where, name in named:
+        file = where or file
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"

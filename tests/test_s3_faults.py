@@ -646,7 +646,7 @@ async def test_a_part_that_is_refused_for_good_is_not_sent_without_its_checksum(
 
     store, front = through.front(before=refuse)
     with pytest.raises(StoragePermissionError):
-        await store.write(store.path("checkpoint.pt"), stream(DATA))
+        await store.write(store.path("checkpoint.pt"), stream(DATA, PART))
     assert len([exchange for exchange in front.log if "partNumber=1" in exchange.target]) == 2
     assert store.leftovers() == []
 

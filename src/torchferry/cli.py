@@ -15,7 +15,7 @@ from fsspec.callbacks import Callback
 
 import torchferry
 from torchferry.errors import mask
-from torchferry.printable import escaped, printable
+from torchferry.printable import escaped
 
 try:
     from rich.console import Console
@@ -178,7 +178,7 @@ def _clean(options: argparse.Namespace) -> None:
     for outcome, leftovers in outcomes.items():
         for leftover in leftovers:
             since = f", last changed {leftover.modified:%Y-%m-%d %H:%M:%S %Z}" if leftover.modified else ""
-            print(f"{outcome}: {leftover.kind} {printable(leftover.url)}{since}")
+            print(f"{outcome}: {leftover.kind} {escaped(leftover.url)}{since}")
     print(", ".join(f"{len(leftovers)} {outcome}" for outcome, leftovers in outcomes.items()))
 
 

@@ -35,9 +35,10 @@ __all__ = [
     "UnsafeCheckpointError",
     "UnsupportedOptionError",
     "UnsupportedURLError",
+    "forget_frames",
     "mask",
     "masked",
-    "without_frames",
+    "shows_frames",
 ]
 
 
@@ -95,22 +96,21 @@ def masked(error: Exception) -> Exception:
     return safe
 
 
-def without_frames(error: TorchferryError) -> TorchferryError:
-    """``error`` without the frames that it and its causes were raised in: those of torchferry and the libraries below.
+def shows_frames() -> bool:
+    """Whether tracebacks show the frames of torchferry and the libraries below: for who debugs them."""
+    return logging.getLogger("torchferry").isEnabledFor(logging.DEBUG)
 
-    They stay where the logger "torchferry" is at DEBUG.
-    """
-    if logging.getLogger("torchferry").isEnabledFor(logging.DEBUG):
-        return error
-    left: list[BaseException | None] = [error]
+
+def forget_frames(error: TorchferryError) -> None:
+    """Lets go of the frames that an error and its causes were raised in, unless :func:`shows_frames`."""
+    left: list[BaseException | None] = [] if shows_frames() else [error]
     seen: set[int] = set()
     while left:
-        shown = left.pop()
-        if shown is not None and id(shown) not in seen:
-            seen.add(id(shown))
-            shown.__traceback__ = None
-            left += [shown.__cause__, shown.__context__]
-    return error
+        forgets = left.pop()
+        if forgets is not None and id(forgets) not in seen:
+            seen.add(id(forgets))
+            forgets.__traceback__ = None
+            left += [forgets.__cause__, forgets.__context__]
 
 
 class TorchferryError(Exception):
@@ -187,12 +187,12 @@ class NotEnoughMemoryError(TorchferryError, MemoryError):
     """This machine has no memory for a whole checkpoint; ``keys=`` loads a part of it."""
 
 
-class RankFailedError(TorchferryError, RuntimeError):
-    """A rank of a distributed save or load failed, and so all did; ``failures`` has each rank's error."""
-
-
 class InterpreterEndedError(TorchferryError, RuntimeError):
     """The interpreter is ending, and its threads have ended: nothing can be saved or loaded any more."""
+
+
+class RankFailedError(TorchferryError, RuntimeError):
+    """A rank of a distributed save or load failed, and so all did; ``failures`` has each rank's error."""
 
 
 class UnsafeCheckpointError(TorchferryError, pickle.UnpicklingError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -29,8 +30,6 @@ from torchferry.formats.graph import read_legacy
 from torchferry.formats.opcodes import CutOffPickleError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torchferry.formats.archive import Archive, Record
     from torchferry.formats.graph import Graph
     from torchferry.storage.base import Backend
@@ -40,6 +39,7 @@ __all__ = ["memory_errors", "open_reader", "read_archive", "read_legacy_format"]
 _WHOLE = 1 * MIB  # an object up to this size is read at once
 _PROBE = (64 << 10, 1 * MIB)  # least and most bytes of the first look at either end
 _PROBE_SHARE = 96  # each is this part of the object: looking costs 2% of it at most
+_STEP = 1 << 16  # local headers that are looked for at once
 _LONGEST_PICKLES = 256 * MIB  # of the legacy format
 _END_SIZE = 66 << 10  # the end records, with the longest comment
 
@@ -120,15 +120,45 @@ async def read_legacy_format(source: RangeReader) -> tuple[Graph, list[Record]] 
 
 
 async def _settle(source: RangeReader, archive: Archive) -> Archive:
-    """Reads the local headers that the offsets of some records depend on."""
-    offsets = archive.unproven_headers
-    headers: dict[int, bytes] = {}
-
-    def collect(start: int, buffer: Buffer) -> None:
-        view = memoryview(buffer)
-        for at in offsets[bisect_left(offsets, start) : bisect_left(offsets, start + len(view))]:
-            headers[at] = bytes(view[at - start : at - start + LOCAL_HEADER_SIZE])
-
-    extents = [(at, at + LOCAL_HEADER_SIZE) for at in offsets]
-    await source.stream(merge(extents, BLOCK_SIZE), collect)
+    """Reads the local headers that the offsets of the records depend on."""
+    headers = _Headers(archive.unproven_headers)
+    await source.stream(await in_thread(headers.ranges), headers.add)
     return await in_thread(archive.settle, headers)
+
+
+class _Headers(Mapping[int, bytes]):
+    """Local headers by offset: there may be a million, so they lie in one piece of memory.
+
+    Args:
+        offsets: In order.
+    """
+
+    def __init__(self, offsets: Sequence[int]) -> None:
+        self._offsets = offsets
+        self._memory = bytearray(LOCAL_HEADER_SIZE * len(offsets))
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._offsets)
+
+    def __getitem__(self, offset: int) -> bytes:
+        at = LOCAL_HEADER_SIZE * bisect_left(self._offsets, offset)
+        return bytes(self._memory[at : at + LOCAL_HEADER_SIZE])
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """What to read, a step of headers at a time, so that little memory is needed for their ends."""
+        ranges: list[tuple[int, int]] = []
+        for first in range(0, len(self), _STEP):
+            ranges += merge(((at, at + LOCAL_HEADER_SIZE) for at in self._offsets[first : first + _STEP]), BLOCK_SIZE)
+        return ranges
+
+    def add(self, start: int, buffer: Buffer) -> None:
+        """Takes the bytes of a range."""
+        view = memoryview(buffer)
+        first, last = (bisect_left(self._offsets, at) for at in (start, start + len(view)))
+        for index in range(first, last):
+            at = self._offsets[index] - start
+            header = view[at : at + LOCAL_HEADER_SIZE]
+            self._memory[LOCAL_HEADER_SIZE * index : LOCAL_HEADER_SIZE * index + len(header)] = header

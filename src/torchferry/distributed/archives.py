@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from torchferry.formats.archive import LOCAL_HEADER_SIZE, find_directory, parse_directory
+from torchferry.formats.opcodes import scan_pickle
 
 __all__ = ["StoredTensor", "find_tensor"]
 
@@ -85,6 +86,7 @@ def find_tensor(  # noqa: PLR0911 - there are many ways not to be one
     pickled = archive.get("data.pkl")
     if pickled is None or pickled.end > len(head):
         return None
+    scan_pickle(bytes(head[pickled.offset : pickled.end]), url)
     try:
         found = _Unpickler(io.BytesIO(head[pickled.offset : pickled.end])).load()
     except Exception:  # noqa: BLE001 - whatever it is: torch has to look at it

@@ -31,7 +31,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from torchferry.engine.collector import collector_paused
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, UnsafeCheckpointError
+from torchferry.formats.graph import read_graph
 from torchferry.formats.item_stream import Written
+from torchferry.formats.opcodes import scan_pickle
 from torchferry.printable import printable
 
 __all__ = [
@@ -150,6 +152,9 @@ def read_metadata(data: bytes, url: str, *, weights_only: bool) -> Metadata:
         CheckpointCorruptError: it is damaged.
         CheckpointFormatError: it is something else.
     """
+    scan_pickle(data, url)
+    if weights_only:
+        read_graph(data, url)  # for what its calls would take
     try:
         loaded = _Unpickler(io.BytesIO(data), url).load() if weights_only else pickle.loads(data)
     except UnsafeCheckpointError:

@@ -28,9 +28,15 @@ from torchferry.engine.memory import BLOCK_SIZE, copy_bytes
 from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import Buffer, ObjectStat
-from torchferry.errors import CheckpointChangedError, CheckpointCorruptError, CheckpointFormatError, mask
+from torchferry.errors import (
+    CheckpointChangedError,
+    CheckpointCorruptError,
+    CheckpointFormatError,
+    TorchferryError,
+    mask,
+)
 from torchferry.formats.archive import Record
-from torchferry.formats.torch_hooks import torch_load
+from torchferry.formats.checked import load_bytes
 from torchferry.printable import printable
 
 if TYPE_CHECKING:
@@ -487,7 +493,9 @@ class _Plan:
         assert want.target is not None  # noqa: S101 - it is a tensor's
         url = self._stats[want.number].url
         try:
-            tensor = torch_load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            tensor = load_bytes(content, url, map_location="cpu")
+        except TorchferryError:
+            raise
         except Exception as error:
             raise CheckpointCorruptError(
                 f"{url}: {printable(want.request.storage_index.fqn)} cannot be loaded: {error}"

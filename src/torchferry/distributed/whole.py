@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -42,10 +41,11 @@ from torchferry.errors import (
     mask,
 )
 from torchferry.formats.archive import Record
+from torchferry.formats.checked import load_bytes
 from torchferry.formats.checksum import Checksums
 from torchferry.formats.graph import TensorInfo
 from torchferry.formats.load_buffer import LoadBuffer
-from torchferry.formats.torch_hooks import torch_errors, torch_load
+from torchferry.formats.torch_hooks import torch_errors
 from torchferry.printable import printable
 from torchferry.storage.base import Backend
 
@@ -131,7 +131,7 @@ async def load_whole(
         }
         for index, content in contents.items():
             with torch_errors(url, map_location=map_location, weights_only=weights_only, checked=verify):
-                loaded = torch_load(io.BytesIO(content), map_location=map_location, weights_only=weights_only)
+                loaded = load_bytes(content, url, map_location=map_location, weights_only=weights_only)
             values[requests[index].storage_index.fqn] = loaded
     if not nested:
         return values

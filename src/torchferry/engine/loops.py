@@ -21,7 +21,7 @@ from fsspec.asyn import get_loop, reset_lock
 
 from torchferry.engine.cancellation import refuse_threads, require_running_interpreter, wait_shielded
 from torchferry.engine.tasks import unwrapping_exits, wrapping_exits
-from torchferry.errors import TorchferryError, without_frames
+from torchferry.errors import TorchferryError, forget_frames, shows_frames
 
 __all__ = ["Call", "keep_running", "own_loop", "refuse_own_loop", "run", "run_on", "synchronous"]
 
@@ -106,7 +106,9 @@ def synchronous(
             with within():
                 return run(func, *args, **kwargs)
         except TorchferryError as error:
-            raise without_frames(error)  # noqa: B904 - from itself
+            if shows_frames():
+                raise
+            raise error.with_traceback(None)  # noqa: B904 - the same error, as of here
 
     twin.__name__ = func.__name__.removesuffix("_async")
     twin.__qualname__ = func.__qualname__.removesuffix("_async")
@@ -174,8 +176,10 @@ class Call(Generic[T]):
         self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[T]) -> None:
-        if not task.cancelled():
-            task.exception()  # looked at: when the caller was cancelled meanwhile, nobody else does
+        # Looked at: when the caller was cancelled meanwhile, nobody else does.
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, TorchferryError):  # here, where no exception of the user's can be its context
+            forget_frames(error)
         self._coroutine.close()  # it has not begun, where the task was cancelled before its first step
         self._on_done()
 
@@ -196,10 +200,7 @@ class Call(Generic[T]):
         if self._task is None:
             raise asyncio.CancelledError
         with unwrapping_exits():
-            try:
-                return self._task.result()
-            except TorchferryError as error:
-                raise without_frames(error)  # noqa: B904 - from itself
+            return self._task.result()
 
 
 @atexit.register

@@ -30,7 +30,7 @@ from torchferry.errors import CheckpointCorruptError, CheckpointFormatError
 from torchferry.printable import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = [
     "CENTRAL_HEADER",
@@ -226,10 +226,10 @@ class Records(Sequence[Record]):
         indices = ((stored > 0) & (_tensor(self._methods).int() == 0)).nonzero().flatten()
         return _array(indices), _array(ends[indices])
 
-    def with_offsets(self, offsets: Mapping[int, int]) -> Records:
-        """The same records, with other offsets for some of them."""
+    def with_offsets(self, offsets: Iterable[tuple[int, int]]) -> Records:
+        """The same records, with other offsets for those of these indices."""
         changed = self._offsets[:]
-        for index, offset in offsets.items():
+        for index, offset in offsets:
             changed[index] = offset
         records = copy(self)
         vars(records)["_offsets"] = changed
@@ -473,15 +473,16 @@ class Archive:
         Raises:
             CheckpointCorruptError: a header is none, or leaves its record no room.
         """
-        offsets: dict[int, int] = {}
+        return Archive(self.url, self.records.with_offsets(self._settled(headers)), (), self.start)
+
+    def _settled(self, headers: Mapping[int, bytes]) -> Iterator[tuple[int, int]]:
         for index in self.unproven:
             end = self.records.local_header_offset(index + 1) if index + 1 < len(self.records) else self.start
             offset = self.records.offset_by(headers[self.records.local_header_offset(index)], index, end)
             if offset is None:
                 name = printable(self.records.name(index))
                 raise CheckpointCorruptError(f"{self.url}: the local header of record {name} is damaged.")
-            offsets[index] = offset
-        return Archive(self.url, self.records.with_offsets(offsets), (), self.start)
+            yield index, offset
 
     def local_headers(self) -> Iterator[tuple[int, bytes]]:
         """Offset and bytes of a local header for each record, made from what is known.

@@ -402,7 +402,7 @@ def _legacy_pickles(data: bytes | mmap.mmap, url: str) -> list[int]:
     return stops
 
 
-def check_legacy(data: mmap.mmap, url: str, *, weights_only: bool) -> Graph | None:
+def check_legacy(data: bytes | mmap.mmap, url: str, *, weights_only: bool) -> Graph | None:
     """Checks the pickles of a checkpoint in the legacy format; nothing in them is run.
 
     Returns:

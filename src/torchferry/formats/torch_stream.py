@@ -63,10 +63,10 @@ class TorchStream(AsyncIterator["Chunk"]):
         obj: Anything that ``torch.save`` takes, or :class:`.torch_pickle.Pickled`.
         plan_for: The store's upload plan for a size in bytes and a part size, or None for the store's own.
         part_size: Bytes in a part, where the user chose.
+        modes: Of torch, in which it is saved.
         url: For messages.
         store_checks: Whether the store compares what it gets with the chunks' CRC32s.
         store_reads_loans: Whether the store reads chunks within :func:`.lending.reading`.
-        modes: Of torch, in which it is saved.
 
     Attributes:
         size_hint: About how many bytes the chunks are together; known while running.
@@ -79,10 +79,10 @@ class TorchStream(AsyncIterator["Chunk"]):
         *,
         plan_for: Callable[[int, int | None], UploadPlan] = UploadPlan.for_size,
         part_size: int | None = None,
+        modes: TorchModes = NO_MODES,
         url: str = "",
         store_checks: bool = False,
         store_reads_loans: bool = False,
-        modes: TorchModes = NO_MODES,
     ) -> None:
         self.size_hint = 0
         self.plan = UploadPlan()
@@ -393,7 +393,7 @@ class _Storages:
         are_lent: Whether torch writes the bytes of large ones from their own memory, as it does unless it skips data.
     """
 
-    def __init__(self, obj: Any, *, are_lent: bool) -> None:
+    def __init__(self, obj: Any, *, are_lent: bool = True) -> None:
         self._are_lent = are_lent
         self._pickled = obj if isinstance(obj, Pickled) else None
         # (address, size, position in _owners) of those that can be lent; several may begin at one address

@@ -1,8 +1,8 @@
 """Damages real checkpoints of every format, and tells what becomes of them.
 
 ``python -m torchferry.testing.fuzz 20000`` prints that as JSON. Each mutant is loaded, inspected, verified, copied, and
-shown in the Deck and by the command. That gives the right object or one of torchferry's errors; everything else is counted as what it is. All runs in this
-process: if a mutant ends it, its number is the last one on standard error.
+shown in the Deck and by the command. That gives the right object or one of torchferry's errors; everything else is
+counted as what it is. All runs in this process: if a mutant ends it, its number is the last one on standard error.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def run(
 
     Returns:
         How many were ``tried``; of how many the load was ``right``, a ``clear error``, or an error of the classes that
-        they name (``own error``, with ``weights_only=False`` alone); which were ``wrong``, or ended in something that is
-        :data:`UNWANTED`; and the ``slowest`` try's seconds of CPU time.
+        they name (``own error``, with ``weights_only=False`` alone); which were ``wrong``, or ended in something else
+        that is :data:`UNWANTED`; and the ``slowest`` try's seconds of CPU time.
     """
     report: dict[str, Any] = {"tried": 0, "right": 0, "clear error": 0, "own error": 0, "slowest": 0.0}
     report |= {kind: [] for kind in UNWANTED}
