@@ -14,6 +14,7 @@ import re
 import struct
 import sys
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     import mmap
     from collections.abc import Iterator
 
-__all__ = ["LOADS_IN_PLACE", "load_in_place", "torch_errors"]
+__all__ = ["LOADS_IN_PLACE", "crc32_option_is_of_the_context", "load_in_place", "torch_errors"]
 
 _PARAMETERS = set(inspect.signature(serialization._load).parameters)  # noqa: SLF001
 _TAKES_WEIGHTS_ONLY = "weights_only" in _PARAMETERS  # from torch 2.14: it then checks the indices of sparse tensors
@@ -67,6 +68,14 @@ _NOT_OF_TORCHSCRIPT = (
     "CUDA|device|Unknown builtin op"  # what torch.jit.load says of a machine or a torch that lacks some
 )
 _DIRECTORIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
+
+
+def crc32_option_is_of_the_context() -> bool:
+    """Whether ``set_crc32_options`` is seen by this thread alone: older versions of torch have one option for all."""
+    from torch.utils.serialization import config
+
+    entry = getattr(config, "_config", {}).get("save.compute_crc32")
+    return isinstance(getattr(entry, "user_override", None), ContextVar)
 
 
 class _Storages:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextvars
 import io
+import threading
 import types
 from bisect import bisect_right, insort
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -34,7 +35,8 @@ from torchferry.engine.types import MIB, Chunk
 from torchferry.engine.writer import UploadPlan
 from torchferry.formats.archive import DESCRIPTOR_SIGNATURE
 from torchferry.formats.changes import Changes
-from torchferry.formats.checksum import Crc32Filler
+from torchferry.formats.checksum import Crc32Filler, UnknownLayoutError
+from torchferry.formats.torch_hooks import crc32_option_is_of_the_context
 from torchferry.formats.torch_pickle import Pickled, recording_pickle, replaying_pickle
 
 __all__ = ["LENT_FROM", "TorchStream"]
@@ -47,7 +49,9 @@ _SMALL_PART = 5 * MIB  # where most is copied: more parts are under way in the s
 _COPYING_PART = 16 * MIB  # where more than that is copied, and yet less than half: two such saves fit the ledger
 _DEVICE_SHARE = 8  # from a device, a part is at most this share of the ledger, so that several are under way
 _QUEUE = 4  # chunks between torch.save and the store
-_FILLED = ("2.13.", "2.14.")  # the versions of torch whose CRC32s Crc32Filler fills in
+_surprised = (
+    threading.Event()
+)  # a save met what the small archive of _can_fill did not show: torch computes from then on
 _RECORD_OVERHEAD = 256  # bytes of zip headers, padding and directory for a record, at most (64-byte alignment)
 
 
@@ -173,7 +177,8 @@ class TorchStream(AsyncIterator["Chunk"]):
                 self._changes.check()
 
     def _torch_save(self) -> None:
-        filler = Crc32Filler() if torch.serialization.get_crc32_options() and _can_fill() else None
+        fills = torch.serialization.get_crc32_options() and not _surprised.is_set() and _can_fill()
+        filler = Crc32Filler() if fills else None
         if self._lent is not None and (filler is None or not self._store_reads_loans):
             self._lent.recall()  # torch reads the memory to compute CRC32s, or the store reads it
         writer = _Writer(self._storages, self._chunks.put, filler, self._changes)
@@ -197,6 +202,12 @@ class TorchStream(AsyncIterator["Chunk"]):
             torch.serialization.set_crc32_options(compute_crc32=False)  # in this context, which is the thread's own
         try:
             torch.save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
+        except RuntimeError as error:
+            surprise = error if isinstance(error, UnknownLayoutError) else error.__context__
+            if not isinstance(surprise, UnknownLayoutError):
+                raise
+            _surprised.set()
+            raise surprise from None  # torch fails once more as it ends the archive
         finally:
             writer.close()
 
@@ -409,10 +420,10 @@ class _Storages:
 def _can_fill() -> bool:
     """Whether this torch, told to leave CRC32s out, writes what Crc32Filler knows.
 
-    Those of _FILLED: up to some version before, the option is one for all threads; a later one is for somebody to look
-    at, and computes its own CRC32s until then. Tried on a small archive, for a torch that somebody built or patched.
+    Asked of torch itself, not of its version: the option must be one for each thread (in older ones it is one for
+    all: then nothing is tried), and a small archive that is filled in must be the one that torch writes, to the byte.
     """
-    if not torch.__version__.startswith(_FILLED):
+    if not crc32_option_is_of_the_context():
         return False
     looks_like_a_descriptor = torch.frombuffer(bytearray(DESCRIPTOR_SIGNATURE * 4), dtype=torch.uint8)
     obj = [torch.empty(0), looks_like_a_descriptor, torch.ones(MIB)]

@@ -1,0 +1,13 @@
+"""For mkdocs: links from a page to the repository's other files become links to the repository."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:src|examples|benchmarks|storage_backends|tests|reliability)[^)]*|[A-Z]+\.md)\)")
+
+
+def on_page_markdown(markdown: str, *, config: Any, **_: Any) -> str:
+    """Called by mkdocs for each page."""
+    return _OUTSIDE.sub(rf"]({config.repo_url}/blob/main/\1)", markdown)
