@@ -118,7 +118,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation's site, into site/; strict: a link that leads nowhere is an error. `-- serve` shows it."""
-    session.install("-c", "constraints.txt", "mkdocs-material", "mkdocstrings[python]")
+    session.install("-c", "constraints.txt", "mkdocs-material", "mkdocstrings[python]", "ruff")
     session.run("mkdocs", *(session.posargs or ["build", "--strict"]), env={"NO_MKDOCS_2_WARNING": "1"})
 
 
