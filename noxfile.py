@@ -127,7 +127,7 @@ def pictures(session: nox.Session) -> None:
     """Makes the documentation's pictures again: of the command in a terminal, and of a Deck."""
     need(session, "chromium", "chromium")
     install(session, "flyte", "s3", "cli", "test")
-    session.run("python", "docs/pictures.py", *session.posargs)
+    session.run("python", "docs/make_pictures.py", *session.posargs)
 
 
 @nox.session
