@@ -12,7 +12,17 @@ nox.needs_version = ">=2024.10.9"
 nox.options.sessions = ["tests", "lint", "types"]
 nox.options.reuse_venv = "yes"
 
-LINTED = ("src", "storage_backends", "tests", "benchmarks", "reliability", "examples", "conftest.py", "noxfile.py")
+LINTED = (
+    "src",
+    "storage_backends",
+    "tests",
+    "benchmarks",
+    "reliability",
+    "examples",
+    "docs",
+    "conftest.py",
+    "noxfile.py",
+)
 
 # Three files of tests at a time, as they wait for servers half of the time; each worker has servers of its own.
 # `-n 0` after `--` runs all in one process.
@@ -54,11 +64,11 @@ def install_stores(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Train, evaluate and resume in a Flyte workflow whose checkpoints live in an S3 on this machine."""
-    install(session, "flyte", "azure", "test")
+    """Train, evaluate and resume in Flyte tasks whose checkpoints live in an S3 on this machine (`-- --flyte 2`)."""
+    install(session, "flyte2" if "2" in session.posargs else "flyte", "azure", "test")
     if "azure" in session.posargs:
         install_stores(session)
-    session.run("python", "examples/flyte_demo.py", *session.posargs)
+    session.run("python", "-m", "examples.demo", *session.posargs)
 
 
 @nox.session
@@ -93,10 +103,11 @@ def matrix(session: nox.Session, versions: str) -> None:
 
 @nox.session(name="matrix-engine", python=["3.13"])
 def matrix_engine(session: nox.Session) -> None:
-    """The engine on a Python that flytekit does not support yet: everything but Flyte."""
-    session.install("-e", ".[s3,gcs,azure,cli,test]")
+    """The engine and Flyte 2 on a Python that flytekit does not support yet."""
+    session.install("-e", ".[flyte2,s3,gcs,azure,cli,test]")
     install_stores(session)
-    session.run("pytest", *SIDE_BY_SIDE, "--ignore=tests/flyte", *session.posargs)
+    flytekits = ("--ignore=tests/flyte", "--ignore=tests/flyte2/test_both.py")
+    session.run("pytest", *SIDE_BY_SIDE, *flytekits, *session.posargs)
 
 
 @nox.session
@@ -132,7 +143,7 @@ def pictures(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Source distribution and wheel, into dist/, checked: what is in them, and whether the first page runs with them."""
+    """Both distributions, into dist/, checked: what is in them, and whether the documentation's first page runs."""
     session.install("-c", "constraints.txt", "build", "twine")
     dist = Path("dist")
     shutil.rmtree(dist, ignore_errors=True)
@@ -154,6 +165,23 @@ def reliability(session: nox.Session) -> None:
     install(session, "s3", "gcs", "azure", "test")
     install_stores(session)
     session.run("python", "-m", "reliability", *session.posargs)
+
+
+@nox.session
+def chaos(session: nox.Session) -> None:
+    """ckpt-chaos: a training with a checkpoint manager, on local files, is killed at every file operation."""
+    install(session, "test")
+    session.install("-c", "constraints.txt", "ckpt-chaos")
+    loop = ("python", "examples/train_and_resume.py", "{out}", "--every", "1", "--result", "{out}/result.txt")
+    judged = ("--result-file", "{out}/result.txt", "--fail-on", "HARD_FAIL,SILENT_DIVERGENCE,CONTROL_FAIL,LOST_WORK")
+    for further, arguments in (
+        ((), ("--steps", "6", "--keep", "2")),
+        (
+            ("--checkpoint-glob", "{out}/step-*.pt", "--step-regex", r"resumed from step (\d+)"),
+            ("--steps", "4", "--keep", "0"),
+        ),
+    ):
+        session.run("ckpt-chaos", "run", *judged, *further, *session.posargs, "--", *loop, *arguments)
 
 
 @nox.session

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:src|examples|benchmarks|storage_backends|tests|reliability)[^)]*|[A-Z]+\.md[^)]*)\)")
+_FOLDERS = "src|examples|benchmarks|storage_backends|tests|reliability"
+_OUTSIDE = re.compile(rf"\]\((?:\.\./)+((?:{_FOLDERS})[^)]*|[A-Z]+\.md[^)]*)\)")
 
 
 def on_page_markdown(markdown: str, *, config: Any, **_: Any) -> str:

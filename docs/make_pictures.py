@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from io import StringIO
 from pathlib import Path
 
 import botocore.session
@@ -59,7 +60,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def terminal(environment: dict[str, str]) -> None:
     """Runs the commands, and draws what they print."""
-    console = Console(record=True, width=WIDTH, file=open(os.devnull, "w"), force_terminal=True)
+    console = Console(record=True, width=WIDTH, file=StringIO(), force_terminal=True)
     for command in COMMANDS:
         program = [sys.executable, "-m", "torchferry", *command.split()[1:]]
         done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import sys
+import tempfile
+from pathlib import Path
 
-from reliability import cancels, flips, growth, kills, outages
+from reliability import cancels, flips, growth, kills, managed, outages, resaves
 from reliability.outcome import Outcome, table
 from reliability.stores import CLOUDS, Store
 from torchferry.testing.servers import ServerStartError
 
-SCENARIOS = ("cancels", "outages", "growth", "flips", "kills")
+SCENARIOS = ("cancels", "outages", "growth", "flips", "kills", "managed", "resaves")
 LOCAL = "local"
 
 
@@ -38,21 +40,37 @@ def _run(scenario: str, store: Store, arguments: argparse.Namespace) -> list[Out
     mib = arguments.mib or (64 if scenario == "outages" else 32)
     match scenario:
         case "cancels":
-            return cancels.run(store, count=count or 200, mib=mib, bandwidth=bandwidth, seed=seed, say=_say)
+            outcomes = cancels.run(store, count=count or 200, mib=mib, bandwidth=bandwidth, seed=seed, say=_say)
         case "outages":
-            return outages.run(store, seconds=arguments.seconds, mib=mib, bandwidth=bandwidth, say=_say)
+            outcomes = outages.run(store, seconds=arguments.seconds, mib=mib, bandwidth=bandwidth, say=_say)
         case "growth":
-            return growth.run(store, count=count or 300, say=_say)
+            outcomes = growth.run(store, count=count or 300, say=_say)
         case "kills":
-            return kills.run(store, count=count, mib=mib, seed=seed, say=_say)
+            outcomes = kills.run(store, count=count, mib=mib, seed=seed, say=_say)
+        case "managed":
+            with store.proxy() as proxy:
+                place, options = managed.StorePlace(store, "managed"), store.options(proxy)
+                outcomes = managed.run(place, store.cloud, options, count=count or 100, seed=seed, say=_say)
+        case "resaves":
+            outcomes = resaves.run(store, count=count or 50, mib=mib, seed=seed, say=_say)
         case _:
-            return flips.run(store, count=count or 5, mib=mib, seed=seed, say=_say)
+            outcomes = flips.run(store, count=count or 5, mib=mib, seed=seed, say=_say)
+    return outcomes
 
 
 def _run_locally(arguments: argparse.Namespace) -> list[Outcome]:
-    if "kills" not in (arguments.only or SCENARIOS):
-        return []
-    return kills.run_locally(count=arguments.count or 100, mib=arguments.mib or 32, seed=arguments.seed, say=_say)
+    chosen = arguments.only or SCENARIOS
+    mib, seed = arguments.mib or 32, arguments.seed
+    outcomes: list[Outcome] = []
+    if "kills" in chosen:
+        outcomes += kills.run_locally(count=arguments.count or 100, mib=mib, seed=seed, say=_say)
+    if "resaves" in chosen:
+        outcomes += resaves.run_locally(count=arguments.count or 50, mib=mib, seed=seed, say=_say)
+    if "managed" in chosen:
+        with tempfile.TemporaryDirectory(prefix="managed-") as name:
+            place = managed.LocalPlace(Path(name) / "run")
+            outcomes += managed.run(place, LOCAL, {}, count=arguments.count or 100, seed=seed, say=_say)
+    return outcomes
 
 
 def _say(text: str) -> None:
@@ -67,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--count",
         type=int,
-        help="tries: cancels (200), saves and loads (300), flips of a kind (5), kills (at every request; local: 100)",
+        help="tries: cancels (200), saves and loads (300), flips (5), resaves (50), kills (each request), others (100)",
     )
     parser.add_argument("--seconds", type=float, default=30.0, help="length of an outage (30)")
     parser.add_argument("--mib", type=int, help="size of the checkpoint (32; 64 for outages)")

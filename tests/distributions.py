@@ -50,7 +50,7 @@ def check_sdist(path: Path) -> list[str]:
     with tarfile.open(path) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     wrong = [f"is in the source distribution: {name}" for name in sorted(names) if any(f in name for f in FORBIDDEN)]
-    wanted = {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "conftest.py", "noxfile.py", "src/torchferry/py.typed"}
+    wanted = {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "noxfile.py", "src/torchferry/py.typed"}
     return wrong + [f"is missing in the source distribution: {name}" for name in sorted(wanted - names)]
 
 

@@ -235,3 +235,11 @@ def test_the_synchronous_functions_are_the_same(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     torch.save({"a": torch.ones(3)}, path)
     assert torchferry.inspect(path) == torchferry.verify(path)
+
+
+@pytest.mark.parametrize("nbytes", [1_200_000, 1_900_000, 2_200_000])
+async def test_a_range_that_is_longer_than_a_small_block_is_read_whole(tmp_path: Path, nbytes: int) -> None:
+    """What is neither head nor tail of such a file is one range of 64 KiB to 2 MiB."""
+    path = tmp_path / "x.pt"
+    torch.save(torch.zeros(nbytes, dtype=torch.uint8), path)
+    assert (await verify_async(path)).size == path.stat().st_size

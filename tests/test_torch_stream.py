@@ -124,7 +124,7 @@ async def test_torch_computes_no_crc32_of_what_torchferry_fills_in() -> None:
     """It would be the slowest part of a save, and hold back the first byte of a storage until its last is read."""
     tensors = [torch.full((3 * MIB,), 7, dtype=torch.uint8), torch.ones(3)]
     expected = torch_saved(tensors)
-    assert stream_module._can_fill()
+    assert stream_module.fills_crc32s()
     answers: list[bool] = []
     option = torch.serialization.get_crc32_options
 
@@ -142,27 +142,27 @@ async def test_torch_computes_no_crc32_of_what_torchferry_fills_in() -> None:
 @pytest.fixture
 def asked_anew() -> Iterator[None]:
     """Whether this torch is known is asked again in the test, and after it."""
-    stream_module._can_fill.cache_clear()
+    stream_module._knows_layout.cache_clear()
     yield
-    stream_module._can_fill.cache_clear()
+    stream_module._knows_layout.cache_clear()
 
 
 @pytest.mark.usefixtures("asked_anew")
 def test_a_torch_that_writes_otherwise_computes_its_own_crc32s(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.arange(MIB)
     for broken in (lambda _, data: data, lambda _, data: bytes(data)[::-1], lambda *_: 1 / 0):
-        stream_module._can_fill.cache_clear()
+        stream_module._knows_layout.cache_clear()
         with monkeypatch.context() as patched:
             patched.setattr(stream_module.Crc32Filler, "_on_header", broken)
             assert b"".join(anyio.run(chunks_of, tensor)) == torch_saved(tensor)
-            assert not stream_module._can_fill()
+            assert not stream_module.fills_crc32s()
 
 
 @pytest.mark.usefixtures("asked_anew")
 @pytest.mark.skipif(not crc32_option_is_of_the_context(), reason="this torch computes its own")
 async def test_a_later_torch_needs_no_edit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.99.0"))
-    assert stream_module._can_fill()
+    assert stream_module.fills_crc32s()
 
 
 @pytest.mark.usefixtures("asked_anew")
@@ -171,13 +171,13 @@ def test_a_torch_whose_option_is_one_for_all_threads_computes_its_own_crc32s(mon
     entry = config._config["save.compute_crc32"]
     monkeypatch.setattr(entry, "user_override", None)
     monkeypatch.setattr(torch.serialization, "set_crc32_options", lambda _: pytest.fail("it was tried"))
-    assert not stream_module._can_fill()
+    assert not stream_module.fills_crc32s()
 
 
 @pytest.mark.skipif(not crc32_option_is_of_the_context(), reason="this torch computes its own")
 async def test_after_a_surprise_torch_computes_the_crc32s(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the small archive does not show, such as a CRC32 where zeros are expected: nothing is stored, once."""
-    assert stream_module._can_fill()
+    assert stream_module.fills_crc32s()
     monkeypatch.setattr(stream_module, "_surprised", threading.Event())
     tensor = torch.arange(MIB)
     crc32s = {"PK0708": b"PK\x07\x08\x01", "PK0102": b"PK\x01\x02"}

@@ -18,19 +18,20 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from torchferry.announcing import announcers_of
-from torchferry.engine.loops import Call
+from torchferry.engine.loops import Call, refuse_own_loop
 from torchferry.engine.memory import SNAPSHOTS, Claim
 from torchferry.errors import SaveUnderWayError, TorchferryError, mask
 from torchferry.formats.snapshot import LentStorages, Snapshots, size_of_copies
 from torchferry.formats.torch_pickle import Pickled, pickle_object
-from torchferry.formats.torch_stream import LENT_FROM
+from torchferry.formats.torch_stream import LENT_FROM, fills_crc32s
 from torchferry.saving import save_async
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 
-    import torch
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
@@ -262,38 +263,50 @@ def save_in_background(
 ) -> BackgroundSave:
     """Saves ``obj`` to ``url`` while the caller goes on; returns as soon as ``obj`` may be changed.
 
-    What is stored is what :func:`torchferry.save` would have stored now. The object is pickled, and its tensors are
-    copied into host memory that is reused from save to save; storages that tensors share are copied once.
+    What is stored is what :func:`torchferry.save` would have stored at the time of the call. The object is pickled, and
+    its tensors are copied into host memory that is reused from save to save; storages that tensors share are copied
+    once. From an accelerator, they are copied into pinned memory.
+
+    With ``until=``, CPU tensors of 1 MiB and more are not copied at first: they are sent from their own memory, as by
+    :func:`torchferry.save`. Before the optimizer changes anything, what has not been sent yet is copied, and only that.
+    Who changes them in another way and does not say so (:meth:`BackgroundSave.copy_rest`) makes the save fail with a
+    :class:`~torchferry.ChangedWhileSavingError`.
+
+    One snapshot is in memory at a time, or as many as fit the MiB that ``TORCHFERRY_SNAPSHOTS`` says. The memory is
+    kept for the next one; :func:`torchferry.background.free_snapshots` gives it back.
 
     Args:
         obj: Anything that ``torch.save`` takes.
         url: An fsspec URL or a local path.
-        until: An optimizer, or several in a sequence.
-        when_busy: What to do while the snapshot of another save is in memory: "wait" until that is over, or "refuse"
-            with a :class:`~torchferry.SaveUnderWayError`.
-        at_exit: What the interpreter does with the save when it ends: waits for it ("finish"), or cancels it.
+        until: Who changes the tensors next: an optimizer, or several in a list. Beside optimizers, all that has
+            ``register_step_pre_hook``, or ``update_parameters`` as ``torch.optim.swa_utils.AveragedModel`` has.
+        when_busy: What to do while there is no room for another snapshot: "wait" until a save is over, or "refuse" with
+            a :class:`~torchferry.SaveUnderWayError`.
+        at_exit: What the interpreter does with the save when it ends: waits for it ("finish"), or "cancel".
         storage_options: As for :func:`torchferry.save`, and so the others.
         filesystem: The same.
         part_size: The same.
         metadata: The same.
         give_up_after: The same.
         callback: The same.
-        report: The same. Called in another thread.
+        report: The same; called in another thread.
 
     Returns:
-        The save that is under way.
+        The save that is under way. Errors of the store are raised by its ``result()``.
 
     Raises:
-        SaveUnderWayError: another save is under way, and this one was not to wait.
+        SaveUnderWayError: there is no room for another snapshot, and this one was not to wait.
+        TypeError: ``until=`` cannot say when it changes tensors.
         Exception: whatever ``torch.save`` raises for an object that cannot be pickled; and the error of an earlier save
-            in the background that nobody has looked at. This save has then not begun.
+            in the background that nobody has asked for. This save has then not begun.
     """
+    refuse_own_loop()
     _raise_unseen(os.fspath(url))
     announcers = announcers_of(until) if until is not None else []
     pickled = pickle_object(obj)
     claim = _claim(size_of_copies(pickled.storages), when_busy)
     try:
-        snapshot = _snapshot(pickled, mask(os.fspath(url)), lends=until is not None)
+        snapshot = _snapshot(pickled, mask(os.fspath(url)), lends=until is not None and _may_lend())
         del pickled
         work = _Work(mask(os.fspath(url)), claim, at_exit, snapshot.copied, snapshot.lent)
         work.listen_to(announcers)
@@ -334,6 +347,11 @@ def _snapshot(pickled: Pickled, url: str, *, lends: bool) -> Pickled:
         lent=LentStorages(list(lent.values()), pickled.tensors, snapshot, url) if lent else None,
         copied=sum(storage.nbytes() for storage in copied),
     )
+
+
+def _may_lend() -> bool:
+    """Whether torch leaves the memory of storages alone while it writes them."""
+    return fills_crc32s() or not torch.serialization.get_crc32_options()
 
 
 def _lendable(storages: Sequence[torch.UntypedStorage]) -> dict[int, torch.UntypedStorage]:

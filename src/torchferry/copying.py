@@ -20,7 +20,8 @@ from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import Chunk, ObjectStat
 from torchferry.errors import CheckpointFormatError, mask
 from torchferry.formats.checksum import Checksums
-from torchferry.opening import open_reader, read_archive
+from torchferry.loading import open_object
+from torchferry.opening import read_archive
 from torchferry.storage.base import Backend
 from torchferry.storage.metadata import require_storable
 from torchferry.storage.registry import open_backend
@@ -28,6 +29,8 @@ from torchferry.storage.registry import open_backend
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
+
+    from torchferry.distributed.whole import Contents
 
 __all__ = ["copy", "copy_async"]
 
@@ -106,7 +109,9 @@ async def _copy(
 ) -> ObjectStat:
     transfer = current()
     with transfer.reading_side():
-        source = await open_reader(reader, source_path)
+        source = await open_object(reader, source_path)
+        if not isinstance(source, RangeReader):
+            return await _copy_sharded(source, writer, target_path, verify, part_size)
         archive = await read_archive(source) if verify else None
     if verify and (archive is None or not archive.has_crc32s):
         reason = "it is not a zip file of torch.save" if archive is None else "it was saved without them"
@@ -127,6 +132,31 @@ async def _copy(
             return stat
     finally:
         claim.close()
+
+
+async def _copy_sharded(
+    found: Contents, writer: Backend, target: str, verify: bool, part_size: int | None
+) -> ObjectStat:
+    """Copies a sharded checkpoint: shards under a name of this copy's own, and then its metadata."""
+    from torchferry.distributed.whole import ShardedCopy
+
+    transfer = current()
+    with transfer.reading_side():
+        sharded = await ShardedCopy.begin(found, writer, target, verify=verify)
+    async with transfer.telling():
+        transfer.set_size(sum(file.stat.size for _, _, file, _ in sharded.shards))
+        for number, (_, path, file, checksums) in enumerate(sharded.shards):
+            plan = writer.upload_plan(file.stat.size, part_size)
+            claim = await EVERYTHING_ELSE.claim_async(
+                min(file.stat.size, plan.part_size + BLOCK_SIZE) + plan.memory, piece=BLOCK_SIZE
+            )
+            try:
+                stream = _CopyStream(file, checksums, claim)
+                async with stream.running():
+                    sharded.copied(number, await writer.write(path, stream, plan=plan))
+            finally:
+                claim.close()
+        return await sharded.commit()
 
 
 class _CopyStream(AsyncIterator["Chunk"]):

@@ -8,6 +8,7 @@ checks each record's CRC32 as it arrives. Then torch unpickles the buffer.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from torchferry.engine.types import Buffer
 from torchferry.errors import (
     CheckpointFormatError,
     NotEnoughMemoryError,
+    StorageError,
+    StorageUnavailableError,
     mask,
 )
 from torchferry.formats.archive import (
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
+    from torchferry.distributed.whole import Contents
     from torchferry.engine.transfer import TransferReport
     from torchferry.formats.archive import Archive, Record
     from torchferry.formats.graph import TensorInfo
@@ -216,15 +220,42 @@ class _Request:
     verify: bool
 
 
+async def open_object(backend: Backend, path: str, *, weights_only: bool = True) -> RangeReader | Contents:
+    """Opens an object; or the sharded checkpoint, where there is a directory of that name that has one.
+
+    Raises:
+        StorageError: there is neither.
+    """
+    try:
+        return await open_reader(backend, path)
+    except StorageUnavailableError:
+        raise
+    except StorageError:  # stores say in several ways that there is no object of a directory's name
+        from torchferry.distributed.whole import find
+
+        with suppress(StorageError):
+            found = await find(backend, path, mask(backend.url(path)), weights_only=weights_only)
+            if found is not None:
+                return found
+        raise
+
+
 async def _inspect(backend: Backend, path: str) -> Manifest:
-    source = await open_reader(backend, path)
+    source = await open_object(backend, path)
+    if not isinstance(source, RangeReader):
+        return await in_thread(_sharded_manifest, source)
     archive = await _require_archive(source)
     pickled = await _read_pickle(source, archive, verify=True)
     return await in_thread(_manifest, source, archive, pickled)
 
 
 async def _verify(backend: Backend, path: str) -> Manifest:
-    source = await open_reader(backend, path)
+    source = await open_object(backend, path)
+    if not isinstance(source, RangeReader):
+        from torchferry.distributed.whole import verify_contents
+
+        await verify_contents(source)
+        return await in_thread(_sharded_manifest, source)
     archive = await _require_archive(source)
     pickled = await _read_pickle(source, archive, verify=True)
     if not archive.has_crc32s:
@@ -236,6 +267,14 @@ async def _verify(backend: Backend, path: str) -> Manifest:
     await _fetch(source, [(0, archive.start)], checksums.add)
     checksums.finish()
     return await in_thread(_manifest, source, archive, pickled)
+
+
+@collector_paused()
+def _sharded_manifest(found: Contents) -> Manifest:
+    from torchferry.distributed.whole import inspect_contents
+
+    size, records, tensors = inspect_contents(found)
+    return Manifest(found.place.url, size, found.stat.etag, records, tensors)
 
 
 @collector_paused()
@@ -305,7 +344,17 @@ async def _fetch(
 
 
 async def _load(backend: Backend, path: str, request: _Request) -> Any:
-    source = await open_reader(backend, path)
+    source = await open_object(backend, path, weights_only=request.weights_only)
+    if not isinstance(source, RangeReader):
+        from torchferry.distributed.whole import load_whole
+
+        return await load_whole(
+            source,
+            keys=request.keys,
+            map_location=request.map_location,
+            weights_only=request.weights_only,
+            verify=request.verify,
+        )
     archive = await read_archive(source)
     selection = await (_select_legacy(source, request) if archive is None else _select(source, archive, request))
     loaded = await _load_into_buffer(source, archive, selection, request)

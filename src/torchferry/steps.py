@@ -117,6 +117,12 @@ class Series:
         data = f'{{"etag": {json.dumps(stat.etag)}, "size": {stat.size}, "metrics": {metrics}}}'.encode()
         await self._run("write", partial(self._write, f"{self._path}/step-{step:010}.metrics.json", data))
 
+    async def stat_sharded(self, step: int) -> ObjectStat:
+        """The version of a sharded checkpoint: that of its metadata."""
+        path = f"{self._path}/{name_of(step, sharded=True)}/.metadata"
+        stat: ObjectStat = await self._run("look up", partial(self._backend.stat, path))
+        return stat
+
     async def read_metrics(self, listing: SeriesListing, step: int) -> dict[str, Any]:
         """The metrics of a checkpoint; empty where it was saved without, or is another version by now."""
         return await self._run("read", partial(self._read_metrics, listing, step))

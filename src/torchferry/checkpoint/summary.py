@@ -12,6 +12,7 @@ import torch
 
 from torchferry.checkpoint.content import content_of
 from torchferry.checkpoint.values import MODULE_KEY, OPTIMIZER_KEY
+from torchferry.engine.transfer import TransferReport
 
 __all__ = ["Summary", "TensorRow", "remember_summary", "summarize", "summary_of"]
 
@@ -49,6 +50,7 @@ class Summary:
         other: The tensors among the hyperparameters.
         groups: The optimizer's parameter groups: their options, as short texts.
         hyperparameters: Name, type and value, as short texts.
+        saved: How it was saved, if it was.
     """
 
     uri: str | None
@@ -57,12 +59,13 @@ class Summary:
     other: list[TensorRow] = field(default_factory=list)
     groups: list[dict[str, str]] = field(default_factory=list)
     hyperparameters: list[tuple[str, str, str]] = field(default_factory=list)
+    saved: TransferReport | None = None
 
 
-def summarize(content: Mapping[str, Any], uri: str | None) -> Summary:
+def summarize(content: Mapping[str, Any], uri: str | None, saved: TransferReport | None = None) -> Summary:
     """Summarizes the dict that is saved for a checkpoint. Looks at no tensor's values."""
     storages: set[int] = set()
-    summary = Summary(uri)
+    summary = Summary(uri, saved=saved)
     for key, value in content.items():
         if key == MODULE_KEY:
             summary.module.extend(_rows("", value, storages))
@@ -75,13 +78,15 @@ def summarize(content: Mapping[str, Any], uri: str | None) -> Summary:
     return summary
 
 
-def remember_summary(checkpoint: Any, content: Mapping[str, Any], uri: str) -> None:
+def remember_summary(
+    checkpoint: Any, content: Mapping[str, Any], uri: str, saved: TransferReport | None = None
+) -> None:
     """Keeps the summary of what was saved with the checkpoint itself; never raises.
 
     The Deck is made after the upload, and asking a module for its state again may gather it from all ranks again.
     """
     try:
-        vars(checkpoint)[_SUMMARY] = summarize(content, uri)
+        vars(checkpoint)[_SUMMARY] = summarize(content, uri, saved)
     except (Exception, SystemExit):  # what is saved is saved, whatever the Deck will say
         _logger.debug("A checkpoint has no summary.", exc_info=True)
 

@@ -21,7 +21,7 @@ from fsspec.asyn import get_loop, reset_lock
 from torchferry.engine.cancellation import refuse_threads, wait_shielded
 from torchferry.engine.tasks import unwrapping_exits, wrapping_exits
 
-__all__ = ["Call", "keep_running", "own_loop", "run", "run_on", "synchronous"]
+__all__ = ["Call", "keep_running", "own_loop", "refuse_own_loop", "run", "run_on", "synchronous"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,11 +45,7 @@ def run(func: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: An
     Raises:
         RuntimeError: called on the loop that would have to run it.
     """
-    loop = get_loop()
-    if loop is _running_loop():
-        raise RuntimeError(
-            "A synchronous torchferry call on fsspec's event loop would wait for itself: await the async one."
-        )
+    refuse_own_loop()
     done = threading.Event()
     call = Call(partial(func, *args, **kwargs), done.set)
     try:
@@ -60,6 +56,14 @@ def run(func: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: An
         _wait_through_interrupts(done)
         raise
     return call.result()
+
+
+def refuse_own_loop() -> None:
+    """Raises a RuntimeError on the event loop of synchronous calls: one that waits there would wait for itself."""
+    if get_loop() is _running_loop():
+        raise RuntimeError(
+            "A synchronous torchferry call on fsspec's event loop would wait for itself: await the async one."
+        )
 
 
 def _wait_through_interrupts(done: threading.Event) -> None:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchferry.engine.memory import copy_bytes
+from torchferry.engine.memory import address_of, copy_bytes
 from torchferry.formats.graph import check_legacy
 from torchferry.formats.torch_hooks import LOADS_IN_PLACE, load_in_place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torchferry.engine.types import Buffer
     from torchferry.formats.archive import Archive
@@ -73,6 +73,19 @@ class LoadBuffer:
         if not 0 <= start <= stop <= len(self._memory):
             raise ValueError(f"The bytes {start} to {stop} are not within the {len(self._memory)} of the load buffer.")
         return memoryview(self._memory)[start:stop]
+
+    @property
+    def address(self) -> int:
+        """Where in memory it begins."""
+        return address_of(memoryview(self._memory))
+
+    def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor that is a view of the buffer, and keeps it alive."""
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if not nbytes:
+            return torch.empty(tuple(shape), dtype=dtype)
+        flat = torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes, offset=offset)
+        return flat.view(dtype).view(tuple(shape))
 
     def write(self, offset: int, buffer: Buffer) -> None:
         """Writes the bytes that the object has at ``offset``. May be called in many threads at once."""

@@ -122,13 +122,13 @@ class Snapshot:
 
     def copy_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
         """Copies of ranges of memory, each given by its first and last address, exclusive."""
-        copies = [self._take(stop - start) for start, stop in ranges]
+        copies = [self._take(stop - start, aligned=False) for start, stop in ranges]
         copy_memory((address_of(copy), start, stop - start) for copy, (start, stop) in zip(copies, ranges, strict=True))
         return [copy.toreadonly() for copy in copies]
 
-    def _take(self, size: int) -> memoryview:
+    def _take(self, size: int, *, aligned: bool = True) -> memoryview:
         place = self._used
-        self._used += _aligned(size)
+        self._used += _aligned(size) if aligned else size
         if self._used > len(self._lease):
             raise ValueError("The snapshot has no more room.")
         return memoryview(self._lease)[place : place + size].cast("B")
@@ -211,6 +211,11 @@ class LentStorages:
         return copies
 
 
+def _unpin(runtime: Any, address: int, owner: int) -> None:
+    if os.getpid() == owner:  # in a forked child, CUDA does not work
+        runtime.cudaHostUnregister(address)
+
+
 class _Memory:
     """One piece of host memory, which a forked child finds empty: it shares no page, and copies none.
 
@@ -253,7 +258,7 @@ class _Memory:
         if int(result):
             logger.warning("The memory of snapshots cannot be pinned (%s): copies from the device are slower.", result)
             return
-        self._pinned = weakref.finalize(self, runtime.cudaHostUnregister, address)
+        self._pinned = weakref.finalize(self, _unpin, runtime, address, os.getpid())
         self._pinned.atexit = False
 
     def _unpin(self) -> None:

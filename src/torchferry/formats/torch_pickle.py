@@ -10,12 +10,14 @@ from __future__ import annotations
 import pickle
 import types
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from torchferry.formats.partial import require_whole
 
 if TYPE_CHECKING:
     from torchferry.formats.snapshot import LentStorages
@@ -99,6 +101,7 @@ def recording_pickle(
             torchs = cls.persistent_id
 
             def persistent_id(self: Any, obj: Any) -> Any:
+                require_whole(obj)
                 pid = torchs(self, obj)
                 if pid is not None:
                     typed = isinstance(obj, torch.TypedStorage)
@@ -115,8 +118,9 @@ def recording_pickle(
             self._file = file
 
         def dump(self, obj: Any) -> None:
-            super().dump(obj)
-            on_pickled(self._file)
+            with _letting_go(self):
+                super().dump(obj)
+                on_pickled(self._file)
 
     return types.SimpleNamespace(__name__=pickle.__name__, Pickler=RecordingPickler)
 
@@ -140,14 +144,28 @@ def replaying_pickle(
             self._file = file
 
         def dump(self, _: Any) -> None:
-            # A class refers to itself: what its methods hold must not wait for the garbage collector.
-            for number in range(len(storages)):
-                storage = storages.popleft()
-                _, _, key, _, _ = self.persistent_id(storage)  # type: ignore[attr-defined]  # torch adds it
-                if key != str(number):
-                    raise RuntimeError(f"This torch.save names the storage {number} {key!r}: please report it.")
-                on_storage(key, storage)
-            self._file.write(data.pop())
-            on_pickled(self._file)
+            with _letting_go(self):
+                for number in range(len(storages)):
+                    storage = storages.popleft()
+                    _, _, key, _, _ = self.persistent_id(storage)  # type: ignore[attr-defined]  # torch adds it
+                    if key != str(number):
+                        raise RuntimeError(f"This torch.save names the storage {number} {key!r}: please report it.")
+                    on_storage(key, storage)
+                self._file.write(data.pop())
+                on_pickled(self._file)
 
     return types.SimpleNamespace(__name__=pickle.__name__, Pickler=ReplayingPickler)
+
+
+@contextmanager
+def _letting_go(pickler: Any) -> Generator[None]:
+    """Where pickling fails, lets go of the storages.
+
+    A class refers to itself, so what its methods hold waits for the garbage collector. torch.save's own pickler holds
+    all storages; torch takes them from it when pickling has succeeded.
+    """
+    try:
+        yield
+    except BaseException:
+        del type(pickler).persistent_id
+        raise

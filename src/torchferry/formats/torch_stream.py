@@ -39,7 +39,7 @@ from torchferry.formats.checksum import Crc32Filler, UnknownLayoutError
 from torchferry.formats.torch_hooks import crc32_option_is_of_the_context
 from torchferry.formats.torch_pickle import Pickled, recording_pickle, replaying_pickle
 
-__all__ = ["LENT_FROM", "TorchStream"]
+__all__ = ["LENT_FROM", "TorchStream", "fills_crc32s"]
 
 LENT_FROM = MIB
 """Bytes from which on a CPU storage is sent from its own memory; a smaller one is cheaper to copy."""
@@ -49,9 +49,7 @@ _SMALL_PART = 5 * MIB  # where most is copied: more parts are under way in the s
 _COPYING_PART = 16 * MIB  # where more than that is copied, and yet less than half: two such saves fit the ledger
 _DEVICE_SHARE = 8  # from a device, a part is at most this share of the ledger, so that several are under way
 _QUEUE = 4  # chunks between torch.save and the store
-_surprised = (
-    threading.Event()
-)  # a save met what the small archive of _can_fill did not show: torch computes from then on
+_surprised = threading.Event()  # a save met what _knows_layout had not seen: torch computes the CRC32s from then on
 _RECORD_OVERHEAD = 256  # bytes of zip headers, padding and directory for a record, at most (64-byte alignment)
 
 
@@ -92,6 +90,8 @@ class TorchStream(AsyncIterator["Chunk"]):
         self._chunks: Channel[Chunk] = Channel(_QUEUE)
         self._store_reads_loans = store_reads_loans
         self._lent = obj.lent if isinstance(obj, Pickled) else None
+        if isinstance(obj, Pickled):
+            self._transfer.holds(obj.copied)
         self._changes = Changes(url) if self._lent is None else self._lent.changes
         self._changes.recheck = not store_checks
         self._storages = _Storages(obj)
@@ -132,6 +132,7 @@ class TorchStream(AsyncIterator["Chunk"]):
             self._storages.clear()
             self._changes.forget()
             if self._lent is not None:
+                self._transfer.holds(self._lent.copied)
                 self._lent.end()
             for claim in self._claims:
                 claim.close()
@@ -177,10 +178,9 @@ class TorchStream(AsyncIterator["Chunk"]):
                 self._changes.check()
 
     def _torch_save(self) -> None:
-        fills = torch.serialization.get_crc32_options() and not _surprised.is_set() and _can_fill()
-        filler = Crc32Filler() if fills else None
-        if self._lent is not None and (filler is None or not self._store_reads_loans):
-            self._lent.recall()  # torch reads the memory to compute CRC32s, or the store reads it
+        filler = Crc32Filler() if torch.serialization.get_crc32_options() and fills_crc32s() else None
+        if self._lent is not None and not self._store_reads_loans:
+            self._lent.recall()
         writer = _Writer(self._storages, self._chunks.put, filler, self._changes)
         tensors: list[torch.Tensor] = []
 
@@ -202,13 +202,12 @@ class TorchStream(AsyncIterator["Chunk"]):
             torch.serialization.set_crc32_options(compute_crc32=False)  # in this context, which is the thread's own
         try:
             torch.save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
-        except RuntimeError as error:
-            surprise = error if isinstance(error, UnknownLayoutError) else error.__context__
-            if not isinstance(surprise, UnknownLayoutError):
-                raise
-            _surprised.set()
-            raise surprise from None  # torch fails once more as it ends the archive
+        except RuntimeError:
+            if writer.error is not None:  # torch raises one of its own instead
+                raise writer.error from None
+            raise
         finally:
+            writer.error = None
             writer.close()
 
     def _begin(self, pickle_size: int) -> Claim:
@@ -267,6 +266,7 @@ class _Writer:
         self._block = memoryview(b"")
         self._emitted = 0
         self._filled = 0
+        self.error: Exception | None = None  # what the first write that failed raised
 
     def begin(self, claim: Claim, plan: UploadPlan) -> None:
         """Called before the first write: the memory for copies, and where parts end."""
@@ -276,6 +276,15 @@ class _Writer:
 
     def write(self, data: memoryview) -> int:
         """Takes what torch writes; ``data`` is torch's again when this returns."""
+        try:
+            return self._write(data)
+        except Exception as error:
+            self.error = self.error or error
+            if isinstance(error, UnknownLayoutError):
+                _surprised.set()
+            raise
+
+    def _write(self, data: memoryview) -> int:
         size = len(data)
         if size >= LENT_FROM and (owner := self._storages.owner_of(data)) is not None:
             self._emit_copies()
@@ -338,6 +347,8 @@ class _Writer:
                 self._filler.add(memory, crc32)
             if owner.may_change:
                 self._changes.check_sent()
+        if owner.loans is not None and owner.loans.recalled:
+            return Chunk(memory, crc32)  # of the copy
         if owner.loans is not None or (owner.may_change and self._changes.recheck):
             when_back(lent, partial(self._came_back, piece, crc32, owner.loans))
         return Chunk(lent, crc32)
@@ -416,8 +427,13 @@ class _Storages:
         return self._owners[position] if address + len(data) <= start + size else None
 
 
+def fills_crc32s() -> bool:
+    """Whether a stream computes CRC32s itself, and torch does not read storages for them."""
+    return not _surprised.is_set() and _knows_layout()
+
+
 @cache
-def _can_fill() -> bool:
+def _knows_layout() -> bool:
     """Whether this torch, told to leave CRC32s out, writes what Crc32Filler knows.
 
     Asked of torch itself, not of its version: the option must be one for each thread (in older ones it is one for

@@ -88,11 +88,11 @@ class Backend(ABC):
     range_concurrency: ClassVar[int] = 24
     """How many reads should be under way at once."""
 
-    checks_chunks: ClassVar[bool] = False
+    checks_chunks: bool = False
     """Whether :meth:`write` publishes nothing that does not match the chunks' CRC32s. If not, the producer computes
     them again when they have been written, to notice that their memory was changed meanwhile."""
 
-    reads_loans: ClassVar[bool] = False
+    reads_loans: bool = False
     """Whether :meth:`write` reads chunks within :func:`torchferry.engine.lending.reading` only. If not, what may change
     during a save is copied before."""
 

@@ -52,7 +52,7 @@ logger = logging.getLogger("torchferry.storage")
 
 _ENCODED = re.compile("%(?=[0-9A-Fa-f]{2})")
 _TEMPORARY = re.compile(r"(^|/)\.torchferry-([0-9a-f]+-[0-9a-f]+-[0-9]+-)?[0-9a-f]{16}\.tmp$")
-_WRITTEN = 8 * MIB  # at once; who lent the memory may wait for it
+_WRITTEN = 2 * MIB  # at once; who lent the memory may wait for it
 _FLUSHED = 32 * MIB  # when so many bytes are new, and no flush is under way, the next one begins
 _ALLOCATED = 256 * MIB  # room that is asked for at once
 _FALLOC_FL_KEEP_SIZE = 1  # Linux, linux/falloc.h
