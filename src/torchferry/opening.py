@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torchferry.engine.cancellation import in_thread
@@ -13,8 +15,9 @@ from torchferry.engine.reader import RangeReader, merge
 from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import current
 from torchferry.engine.types import MIB, Buffer
-from torchferry.errors import CheckpointCorruptError, CheckpointFormatError
+from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, NotEnoughMemoryError
 from torchferry.formats.archive import (
+    LEGACY_FORMAT,
     LOCAL_HEADER_SIZE,
     SNIFF_SIZE,
     ZIP_FORMAT,
@@ -22,17 +25,36 @@ from torchferry.formats.archive import (
     parse_directory,
     sniff,
 )
+from torchferry.formats.graph import read_legacy
+from torchferry.formats.opcodes import CutOffPickleError
 
 if TYPE_CHECKING:
-    from torchferry.formats.archive import Archive
+    from collections.abc import Iterator
+
+    from torchferry.formats.archive import Archive, Record
+    from torchferry.formats.graph import Graph
     from torchferry.storage.base import Backend
 
-__all__ = ["open_reader", "read_archive"]
+__all__ = ["memory_errors", "open_reader", "read_archive", "read_legacy_format"]
 
 _WHOLE = 1 * MIB  # an object up to this size is read at once
 _PROBE = (64 << 10, 1 * MIB)  # least and most bytes of the first look at either end
 _PROBE_SHARE = 96  # each is this part of the object: looking costs 2% of it at most
+_LONGEST_PICKLES = 256 * MIB  # of the legacy format
 _END_SIZE = 66 << 10  # the end records, with the longest comment
+
+
+@contextmanager
+def memory_errors(url: str | os.PathLike[str]) -> Iterator[None]:
+    """Raises a NotEnoughMemoryError for what an object, or what it claims to be, has no room in memory for."""
+    try:
+        yield
+    except NotEnoughMemoryError:
+        raise
+    except MemoryError as error:
+        raise NotEnoughMemoryError(
+            f"{os.fspath(url)}: this machine has no memory for what it holds. {error}"
+        ) from error
 
 
 async def open_reader(backend: Backend, path: str) -> RangeReader:
@@ -72,6 +94,29 @@ async def read_archive(source: RangeReader) -> Archive | None:
     buffer = await source.read(directory.start, directory.start + directory.size)
     archive = await in_thread(collector_paused()(parse_directory), buffer, directory, source.url)
     return await _settle(source, archive) if archive.unproven else archive
+
+
+async def read_legacy_format(source: RangeReader) -> tuple[Graph, list[Record]] | None:
+    """Reads what is in a checkpoint of the legacy format; None if the object is none. Its tensors are not read.
+
+    Its pickles are at the beginning, and nothing says how long they are: four times as much is read until they end.
+
+    Raises:
+        CheckpointCorruptError: it is damaged, truncated, or would take too much time or memory.
+        UnusualPickleError: it is made in a way that is not understood.
+    """
+    size = source.stat.size
+    if sniff(await source.read(0, min(size, SNIFF_SIZE))) != LEGACY_FORMAT:
+        return None
+    length = min(size, _WHOLE)
+    while True:
+        data = bytes(await source.read(0, length))
+        try:
+            return await in_thread(collector_paused()(read_legacy), data, size, source.url)
+        except CutOffPickleError:
+            if length == size or length >= _LONGEST_PICKLES:
+                raise
+        length = min(size, 4 * length)
 
 
 async def _settle(source: RangeReader, archive: Archive) -> Archive:

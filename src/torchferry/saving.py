@@ -13,6 +13,7 @@ from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import ObjectStat
 from torchferry.errors import mask
 from torchferry.formats.partial import parts_allowed
+from torchferry.formats.torch_hooks import TorchModes
 from torchferry.formats.torch_stream import TorchStream
 from torchferry.storage.base import Backend
 from torchferry.storage.metadata import require_storable
@@ -72,18 +73,24 @@ async def save_async(
         StorageError: the store refused or failed; subclasses say which way (see :mod:`torchferry.errors`).
         Exception: whatever ``torch.save`` raises for an object that cannot be pickled.
     """
+    modes = TorchModes.of_caller()
     require_storable(os.fspath(url), metadata or {})
     backend, path = await in_thread(partial(open_backend, url, storage_options=storage_options, filesystem=filesystem))
     transfer = Transfer("save", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after)
     with transfer.running(report), parts_allowed(shards):
-        return await run_on(own_loop(backend.loop), _save, obj, backend, path, part_size, metadata)
+        return await run_on(own_loop(backend.loop), _save, obj, backend, path, part_size, metadata, modes)
 
 
-save = synchronous(save_async)
+save = synchronous(save_async, within=TorchModes.carried)
 
 
 async def _save(
-    obj: Any, backend: Backend, path: str, part_size: int | None, metadata: Mapping[str, str] | None
+    obj: Any,
+    backend: Backend,
+    path: str,
+    part_size: int | None,
+    metadata: Mapping[str, str] | None,
+    modes: TorchModes,
 ) -> ObjectStat:
     stream = TorchStream(
         obj,
@@ -92,6 +99,7 @@ async def _save(
         url=backend.url(path),
         store_checks=backend.checks_chunks,
         store_reads_loans=backend.reads_loans,
+        modes=modes,
     )
     transfer = current()
     async with stream.running(), transfer.telling():

@@ -13,6 +13,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from torchferry.checkpoint.summary import summary_of
+from torchferry.printable import escaped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -259,8 +260,7 @@ def _text(value: object, limit: int = _MAX_TEXT) -> str:
     text = str(value)
     if len(text) > limit:
         text = f"{text[: limit - 1]}\N{HORIZONTAL ELLIPSIS}"
-    # A lone surrogate in a name would fail the whole page when flytekit writes it.
-    return escape(text.encode("utf-8", "replace").decode())
+    return escape(escaped(text))  # half of a surrogate pair would fail the whole page when flytekit writes it
 
 
 def _share(size: int, total: int) -> str:

@@ -24,6 +24,7 @@ from torchferry.engine.transfer import current
 from torchferry.engine.types import Chunk
 from torchferry.formats.checksum import Checksums, Crc32Filler
 from torchferry.formats.load_buffer import LoadBuffer
+from torchferry.formats.torch_hooks import torch_save
 from torchferry.formats.torch_stream import fills_crc32s
 
 __all__ = ["Archive", "Assembly", "Data", "Parts", "Script", "StandIns"]
@@ -115,7 +116,7 @@ class Script:
         computes = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(compute_crc32=False)
         try:
-            torch.save(obj, File())  # type: ignore[arg-type]  # write and flush will do
+            torch_save(obj, File())  # type: ignore[arg-type]  # write and flush will do
         finally:
             torch.serialization.set_crc32_options(computes)
         return found

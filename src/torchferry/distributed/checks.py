@@ -11,7 +11,7 @@ from isal import isal_zlib
 from torchferry.errors import CheckpointCorruptError
 from torchferry.formats.archive import Record
 from torchferry.formats.checksum import Checksums
-from torchferry.formats.printable import printable
+from torchferry.printable import printable
 
 __all__ = ["PartChecksums", "ReadPart", "WantedPart", "check_parts"]
 

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torchferry.engine.collector import collector_paused
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, UnsafeCheckpointError
 from torchferry.formats.item_stream import Written
-from torchferry.formats.printable import printable
+from torchferry.printable import printable
 
 __all__ = [
     "Extras",

@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import ReadItem
 
-from torchferry.formats.torch_hooks import torch_errors
+from torchferry.formats.torch_hooks import torch_errors, torch_load
 
 __all__ = ["SafeLoadPlanner"]
 
@@ -31,7 +30,7 @@ class SafeLoadPlanner(DefaultLoadPlanner):
         """Unpickles an item and puts it where it belongs."""
         name = read_item.dest_index.fqn
         with torch_errors(name, map_location=None, weights_only=self._weights_only, checked=True):
-            loaded = torch.load(value, weights_only=self._weights_only)
+            loaded = torch_load(value, weights_only=self._weights_only)
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[name], loaded)
         else:

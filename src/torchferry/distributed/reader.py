@@ -30,7 +30,8 @@ from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import Buffer, ObjectStat
 from torchferry.errors import CheckpointChangedError, CheckpointCorruptError, CheckpointFormatError, mask
 from torchferry.formats.archive import Record
-from torchferry.formats.printable import printable
+from torchferry.formats.torch_hooks import torch_load
+from torchferry.printable import printable
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -486,7 +487,7 @@ class _Plan:
         assert want.target is not None  # noqa: S101 - it is a tensor's
         url = self._stats[want.number].url
         try:
-            tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            tensor = torch_load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:
             raise CheckpointCorruptError(
                 f"{url}: {printable(want.request.storage_index.fqn)} cannot be loaded: {error}"

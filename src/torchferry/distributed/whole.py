@@ -45,8 +45,8 @@ from torchferry.formats.archive import Record
 from torchferry.formats.checksum import Checksums
 from torchferry.formats.graph import TensorInfo
 from torchferry.formats.load_buffer import LoadBuffer
-from torchferry.formats.printable import printable
-from torchferry.formats.torch_hooks import torch_errors
+from torchferry.formats.torch_hooks import torch_errors, torch_load
+from torchferry.printable import printable
 from torchferry.storage.base import Backend
 
 __all__ = ["Contents", "ShardedCopy", "find", "inspect_contents", "load_whole", "verify_contents"]
@@ -131,7 +131,7 @@ async def load_whole(
         }
         for index, content in contents.items():
             with torch_errors(url, map_location=map_location, weights_only=weights_only, checked=verify):
-                loaded = torch.load(io.BytesIO(content), map_location=map_location, weights_only=weights_only)
+                loaded = torch_load(io.BytesIO(content), map_location=map_location, weights_only=weights_only)
             values[requests[index].storage_index.fqn] = loaded
     if not nested:
         return values

@@ -24,6 +24,7 @@ from torchferry.engine.types import Chunk
 from torchferry.engine.writer import UploadPlan
 from torchferry.formats.changes import Changes
 from torchferry.formats.checksum import Crc32Filler
+from torchferry.formats.torch_hooks import torch_save
 from torchferry.formats.torch_stream import (
     _DEVICE_SHARE,
     _PIECE,
@@ -185,7 +186,7 @@ class _ItemWriter(_Writer):
         offset = self._position
         if not is_plain(tensor):
             archive = _Archive(self, tensor, Crc32Filler() if self._fill else None, data=None)
-            torch.save(tensor.cpu(), archive)  # type: ignore[arg-type]  # write and flush will do
+            torch_save(tensor.cpu(), archive)  # type: ignore[arg-type]  # write and flush will do
             return Written(offset, self._position - offset, None, archive.crc32.total)
         tensor = tensor.resolve_conj().resolve_neg()
         lent = tensor.is_cpu and tensor.is_contiguous()
@@ -200,7 +201,7 @@ class _ItemWriter(_Writer):
         else:
             stand_in = _exact(tensor) if lent else stand_in_for(tensor.shape, tensor.dtype)
             archive = _Archive(self, stand_in, filler, data=None if lent else tensor)
-            torch.save(stand_in, archive)  # type: ignore[arg-type]  # the same
+            torch_save(stand_in, archive)  # type: ignore[arg-type]  # the same
             if self._fill and len(self._writes) < _KEPT:
                 self._writes[kind] = archive.writes
         crc32 = archive.crc32.total if archive.data_offset is None else archive.data_crc32

@@ -19,13 +19,14 @@ import torch
 
 from torchferry.engine.memory import address_of, copy_bytes
 from torchferry.formats.graph import check_legacy
-from torchferry.formats.torch_hooks import LOADS_IN_PLACE, load_in_place
+from torchferry.formats.torch_hooks import LOADS_IN_PLACE, NO_MODES, TorchModes, load_in_place, torch_load
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torchferry.engine.types import Buffer
     from torchferry.formats.archive import Archive
+    from torchferry.formats.graph import Graph
 
 __all__ = ["LoadBuffer"]
 
@@ -99,24 +100,29 @@ class LoadBuffer:
         for offset, header in archive.local_headers():
             self._memory[offset : offset + len(header)] = header
 
-    def load(self, *, map_location: Any, weights_only: bool) -> Any:
+    def load(self, *, map_location: Any, weights_only: bool, modes: TorchModes = NO_MODES) -> Any:
         """What ``torch.load`` makes of an archive in the buffer; its tensors are views of the buffer.
 
         Where this torch has no function for that, they are copies.
         """
         if not LOADS_IN_PLACE:
-            return self.load_copy(map_location=map_location, weights_only=weights_only)
-        return load_in_place(self._memory, map_location=map_location, weights_only=weights_only)
+            return self.load_copy(map_location=map_location, weights_only=weights_only, modes=modes)
+        return load_in_place(self._memory, map_location=map_location, weights_only=weights_only, modes=modes)
 
-    def check_legacy(self, url: str, *, weights_only: bool) -> None:
+    def check_legacy(self, url: str, *, weights_only: bool) -> Graph | None:
         """Checks a checkpoint in the legacy format before torch sees it (:func:`.graph.check_legacy`).
+
+        Returns:
+            What is in it, where there is to be ``weights_only``.
 
         Raises:
             CheckpointCorruptError: it is damaged, or would take too much time or memory.
         """
-        check_legacy(self._memory, url, weights_only=weights_only)
+        return check_legacy(self._memory, url, weights_only=weights_only)
 
-    def load_copy(self, *, map_location: Any, weights_only: bool) -> Any:
+    def load_copy(self, *, map_location: Any, weights_only: bool, modes: TorchModes = NO_MODES) -> Any:
         """``torch.load`` of the buffer as a file object, in any format; the tensors are copies."""
         self._memory.seek(0)
-        return torch.load(self._memory, map_location=map_location, weights_only=weights_only)  # type: ignore[arg-type]
+        file: Any = self._memory
+        with modes.applied():
+            return torch_load(file, map_location=map_location, weights_only=weights_only)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextvars
 import io
+import os
 import threading
 import types
 from bisect import bisect_right, insort
@@ -36,7 +37,7 @@ from torchferry.engine.writer import UploadPlan
 from torchferry.formats.archive import DESCRIPTOR_SIGNATURE
 from torchferry.formats.changes import Changes
 from torchferry.formats.checksum import Crc32Filler, UnknownLayoutError
-from torchferry.formats.torch_hooks import crc32_option_is_of_the_context
+from torchferry.formats.torch_hooks import NO_MODES, TorchModes, crc32_option_is_of_the_context, torch_save
 from torchferry.formats.torch_pickle import Pickled, recording_pickle, replaying_pickle
 
 __all__ = ["LENT_FROM", "TorchStream", "fills_crc32s"]
@@ -50,6 +51,7 @@ _COPYING_PART = 16 * MIB  # where more than that is copied, and yet less than ha
 _DEVICE_SHARE = 8  # from a device, a part is at most this share of the ledger, so that several are under way
 _QUEUE = 4  # chunks between torch.save and the store
 _surprised = threading.Event()  # a save met what _knows_layout had not seen: torch computes the CRC32s from then on
+_ZEROS = memoryview(bytes(64 << 10))
 _RECORD_OVERHEAD = 256  # bytes of zip headers, padding and directory for a record, at most (64-byte alignment)
 
 
@@ -65,6 +67,7 @@ class TorchStream(AsyncIterator["Chunk"]):
         url: For messages.
         store_checks: Whether the store compares what it gets with the chunks' CRC32s.
         store_reads_loans: Whether the store reads chunks within :func:`.lending.reading`.
+        modes: Of torch, in which it is saved.
 
     Attributes:
         size_hint: About how many bytes the chunks are together; known while running.
@@ -80,12 +83,14 @@ class TorchStream(AsyncIterator["Chunk"]):
         url: str = "",
         store_checks: bool = False,
         store_reads_loans: bool = False,
+        modes: TorchModes = NO_MODES,
     ) -> None:
         self.size_hint = 0
         self.plan = UploadPlan()
         self._obj = obj
         self._plan_for = plan_for
         self._part_size = part_size
+        self._modes = modes
         self._transfer = current()
         self._chunks: Channel[Chunk] = Channel(_QUEUE)
         self._store_reads_loans = store_reads_loans
@@ -94,7 +99,7 @@ class TorchStream(AsyncIterator["Chunk"]):
             self._transfer.holds(obj.copied)
         self._changes = Changes(url) if self._lent is None else self._lent.changes
         self._changes.recheck = not store_checks
-        self._storages = _Storages(obj)
+        self._storages = _Storages(obj, are_lent=not modes.skips_data)
         self._claims: list[Claim] = []
         self._waits_for: Ledger = CPU_SAVES
         self._begun = anyio.Event()
@@ -178,7 +183,8 @@ class TorchStream(AsyncIterator["Chunk"]):
                 self._changes.check()
 
     def _torch_save(self) -> None:
-        filler = Crc32Filler() if torch.serialization.get_crc32_options() and fills_crc32s() else None
+        fills = torch.serialization.get_crc32_options() and not self._modes.skips_data and fills_crc32s()
+        filler = Crc32Filler() if fills else None
         if self._lent is not None and not self._store_reads_loans:
             self._lent.recall()
         writer = _Writer(self._storages, self._chunks.put, filler, self._changes)
@@ -201,7 +207,8 @@ class TorchStream(AsyncIterator["Chunk"]):
         if filler is not None:
             torch.serialization.set_crc32_options(compute_crc32=False)  # in this context, which is the thread's own
         try:
-            torch.save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
+            with self._modes.applied():
+                torch_save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
         except RuntimeError:
             if writer.error is not None:  # torch raises one of its own instead
                 raise writer.error from None
@@ -298,6 +305,14 @@ class _Writer:
             self._copy(memoryview(filled))
         return size
 
+    def seek(self, count: int, whence: int) -> None:
+        """Called by torch in place of a write, to leave out so many bytes from here (``skip_data``): zeros."""
+        assert whence == os.SEEK_CUR  # noqa: S101 - torch does nothing else
+        while count:
+            size = min(count, len(_ZEROS))
+            self.write(_ZEROS[:size])
+            count -= size
+
     def flush(self) -> None:
         """Called by torch at the end, when everything is written."""
         self._emit_copies()
@@ -374,9 +389,15 @@ class _Owner(NamedTuple):
 
 
 class _Storages:
-    """The storages that ``torch.save`` found in the object."""
+    """The storages that ``torch.save`` found in the object.
 
-    def __init__(self, obj: Any) -> None:
+    Args:
+        obj: What is saved.
+        are_lent: Whether torch writes the bytes of large ones from their own memory, as it does unless it skips data.
+    """
+
+    def __init__(self, obj: Any, *, are_lent: bool) -> None:
+        self._are_lent = are_lent
         self._pickled = obj if isinstance(obj, Pickled) else None
         # (address, size, position in _owners) of those that can be lent; several may begin at one address
         self._by_address: list[tuple[int, int, int]] = []
@@ -397,7 +418,7 @@ class _Storages:
         size = storage.nbytes()
         on_cpu = storage.device.type == "cpu"
         self.on_device |= not on_cpu
-        if on_cpu and size >= LENT_FROM:
+        if on_cpu and size >= LENT_FROM and self._are_lent:
             insort(self._by_address, (storage.data_ptr(), size, len(self._owners)))
             lent = self._pickled.lent if self._pickled is not None else None
             loans = lent.loans if lent is not None and lent.has(storage) else None
@@ -449,7 +470,7 @@ def _knows_layout() -> bool:
     def save_both() -> None:
         for compute_crc32, file in ((True, plain), (False, filling)):
             torch.serialization.set_crc32_options(compute_crc32)
-            torch.save(obj, file)
+            torch_save(obj, file)
 
     try:
         contextvars.copy_context().run(save_both)
