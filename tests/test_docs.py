@@ -12,6 +12,7 @@ import pytest
 import s3fs
 from fsspec.config import conf
 
+import torchferry
 from torchferry.testing.servers import S3Server
 
 from .pages import Page
@@ -79,6 +80,21 @@ def test_the_links_of_a_page_lead_somewhere(path: Path) -> None:
         if anchor and found.suffix == ".md":
             headings = re.findall(r"^#+ (.+)$", found.read_text(), flags=re.MULTILINE)
             assert anchor in {slug(heading) for heading in headings}, target
+
+
+def test_every_error_is_explained() -> None:
+    text = (ROOT / "docs" / "when-it-fails.md").read_text()
+    roots = {"TorchferryError", "StorageError"}
+    assert {name for name in torchferry.__all__ if name.endswith("Error") and f"| `{name}` |" not in text} == roots
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    assert "::: torchferry.errors\n" in text
+    names = {
+        name for name in torchferry.__all__ if not name.endswith("Error") and f"{name}_async" not in torchferry.__all__
+    }
+    assert {name for name in names if not re.search(rf"^::: torchferry\..*\.{name}$", text, re.MULTILINE)} == set()
 
 
 def slug(heading: str) -> str:
