@@ -101,7 +101,7 @@ def matrix(session: nox.Session, versions: str) -> None:
     session.run("pytest", *SIDE_BY_SIDE, *quiet, *session.posargs)
 
 
-@nox.session(name="matrix-engine", python=["3.13"])
+@nox.session(name="matrix-engine", python=["3.13", "3.14"])
 def matrix_engine(session: nox.Session) -> None:
     """The engine and Flyte 2 on a Python that flytekit does not support yet."""
     session.install("-e", ".[flyte2,s3,gcs,azure,cli,test]")
