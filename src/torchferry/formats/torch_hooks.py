@@ -38,7 +38,16 @@ if TYPE_CHECKING:
     import mmap
     from collections.abc import Iterator
 
-__all__ = ["LOADS_IN_PLACE", "NO_MODES", "TorchModes", "load_in_place", "torch_errors", "torch_load", "torch_save"]
+__all__ = [
+    "LOADS_IN_PLACE",
+    "NO_MODES",
+    "TorchModes",
+    "crc32_option_is_of_the_context",
+    "load_in_place",
+    "torch_errors",
+    "torch_load",
+    "torch_save",
+]
 
 # Bound here: a user may put torchferry's own functions in their place.
 torch_save = serialization.save
@@ -77,6 +86,14 @@ _NOT_OF_TORCHSCRIPT = (
     "CUDA|device|Unknown builtin op"  # what torch.jit.load says of a machine or a torch that lacks some
 )
 _DIRECTORIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
+
+
+def crc32_option_is_of_the_context() -> bool:
+    """Whether ``set_crc32_options`` is seen by this thread alone: older versions of torch have one option for all."""
+    from torch.utils.serialization import config
+
+    entry = getattr(config, "_config", {}).get("save.compute_crc32")
+    return isinstance(getattr(entry, "user_override", None), ContextVar)
 
 
 class _Storages:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextvars
 import io
 import os
+import threading
 import types
 from bisect import bisect_right, insort
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -35,8 +36,8 @@ from torchferry.engine.types import MIB, Chunk
 from torchferry.engine.writer import UploadPlan
 from torchferry.formats.archive import DESCRIPTOR_SIGNATURE
 from torchferry.formats.changes import Changes
-from torchferry.formats.checksum import Crc32Filler
-from torchferry.formats.torch_hooks import NO_MODES, TorchModes, torch_save
+from torchferry.formats.checksum import Crc32Filler, UnknownLayoutError
+from torchferry.formats.torch_hooks import NO_MODES, TorchModes, crc32_option_is_of_the_context, torch_save
 from torchferry.formats.torch_pickle import Pickled, recording_pickle, replaying_pickle
 
 __all__ = ["LENT_FROM", "TorchStream", "fills_crc32s"]
@@ -49,7 +50,7 @@ _SMALL_PART = 5 * MIB  # where most is copied: more parts are under way in the s
 _COPYING_PART = 16 * MIB  # where more than that is copied, and yet less than half: two such saves fit the ledger
 _DEVICE_SHARE = 8  # from a device, a part is at most this share of the ledger, so that several are under way
 _QUEUE = 4  # chunks between torch.save and the store
-_FILLED = ("2.13.", "2.14.")  # the versions of torch whose CRC32s Crc32Filler fills in
+_surprised = threading.Event()  # a save met what _knows_layout had not seen: torch computes the CRC32s from then on
 _ZEROS = memoryview(bytes(64 << 10))
 _RECORD_OVERHEAD = 256  # bytes of zip headers, padding and directory for a record, at most (64-byte alignment)
 
@@ -286,6 +287,8 @@ class _Writer:
             return self._write(data)
         except Exception as error:
             self.error = self.error or error
+            if isinstance(error, UnknownLayoutError):
+                _surprised.set()
             raise
 
     def _write(self, data: memoryview) -> int:
@@ -445,16 +448,19 @@ class _Storages:
         return self._owners[position] if address + len(data) <= start + size else None
 
 
-@cache
 def fills_crc32s() -> bool:
-    """Whether a stream computes CRC32s itself, and torch does not read storages for them.
+    """Whether a stream computes CRC32s itself, and torch does not read storages for them."""
+    return not _surprised.is_set() and _knows_layout()
 
-    Whether this torch, told to leave CRC32s out, writes what Crc32Filler knows.
 
-    Those of _FILLED: up to some version before, the option is one for all threads; a later one is for somebody to look
-    at, and computes its own CRC32s until then. Tried on a small archive, for a torch that somebody built or patched.
+@cache
+def _knows_layout() -> bool:
+    """Whether this torch, told to leave CRC32s out, writes what Crc32Filler knows.
+
+    Asked of torch itself, not of its version: the option must be one for each thread (in older ones it is one for
+    all: then nothing is tried), and a small archive that is filled in must be the one that torch writes, to the byte.
     """
-    if not torch.__version__.startswith(_FILLED):
+    if not crc32_option_is_of_the_context():
         return False
     looks_like_a_descriptor = torch.frombuffer(bytearray(DESCRIPTOR_SIGNATURE * 4), dtype=torch.uint8)
     obj = [torch.empty(0), looks_like_a_descriptor, torch.ones(MIB)]
