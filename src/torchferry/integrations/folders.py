@@ -26,6 +26,7 @@ from torchferry.engine.transfer import Transfer
 from torchferry.engine.types import Chunk
 from torchferry.errors import CheckpointCorruptError, CheckpointNotFoundError, mask
 from torchferry.steps import url_of
+from torchferry.storage.local import LocalBackend
 from torchferry.storage.registry import open_backend
 
 if TYPE_CHECKING:
@@ -116,12 +117,14 @@ class Folders:
         found = await in_thread(_files_of, Path(folder))
         return all(found.get(path) == size for path, size in expected.items())
 
-    async def delete(self, files: Mapping[str, ListedObject]) -> None:
+    async def delete(self, name: str, files: Mapping[str, ListedObject]) -> None:
         """Deletes all objects of a folder that was listed."""
         if manifest := files.get(MANIFEST):
             await self._run("delete", partial(self._backend.delete, manifest.path))
-        paths = [each.path for name, each in files.items() if name != MANIFEST]
+        paths = [each.path for path, each in files.items() if path != MANIFEST]
         await self._run("delete", partial(_delete_all, self._backend.delete, paths))
+        if isinstance(self._backend, LocalBackend):
+            await in_thread(_remove_empty, Path(self._path, name))
 
     # --- how it is done
 
@@ -225,6 +228,13 @@ def _is_inside(path: str) -> bool:
     """Whether a path leads to a file in its folder: a list of files may come from anybody."""
     parts = path.split("/")
     return bool(path) and not {"", ".", ".."} & set(parts) and "\\" not in path and ":" not in parts[0]
+
+
+def _remove_empty(folder: Path) -> None:
+    """Removes directories that are empty, or have only such in them."""
+    for directory in [*sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True), folder]:
+        with suppress(OSError):  # a file is in there
+            directory.rmdir()
 
 
 def _require_sizes(folder: Path, expected: Mapping[str, int], url: str) -> None:

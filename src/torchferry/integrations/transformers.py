@@ -180,7 +180,7 @@ async def _send(folders: Folders, folder: Path, name: str, limit: int | None, be
     try:
         listed = await folders.list(_PREFIX)
         for superfluous in await _superfluous(folders, listed, name, limit, best):
-            await folders.delete(listed[superfluous])
+            await folders.delete(superfluous, listed[superfluous])
     except (TorchferryError, OSError) as error:
         logger.warning("Old checkpoints of %s stay until the next one: %s", mask(os.fspath(folders.url)), error)
 
