@@ -141,7 +141,7 @@ def test_a_local_folder_is_fetched_again_only_where_it_is_not_whole(
 def test_an_error_in_the_background_ends_the_training_and_leaves_no_whole_folder(
     faulty_s3: Callable[..., FaultyS3], s3_url: str, tmp_path: Path
 ) -> None:
-    store = faulty_s3(Fault(method="PUT", target="checkpoint-4/optimizer", status=403, times=None))
+    store = faulty_s3(Fault(method="PUT", target="checkpoint-4/optimizer", status=403, code="AccessDenied", times=None))
     callback = TorchferryCallback(s3_url, storage_options=store.storage_options)
     model = Model()
     with pytest.raises(torchferry.StoragePermissionError, match=r"checkpoint-4/optimizer\.pt"):
