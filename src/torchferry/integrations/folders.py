@@ -66,7 +66,8 @@ class Folders:
 
     async def list(self, prefix: str = "") -> dict[str, dict[str, ListedObject]]:
         """All objects, by the names of their folders, which begin with ``prefix``, and of their files; whole or not."""
-        return await self._run("list", partial(self._list, prefix))
+        found: dict[str, dict[str, ListedObject]] = await self._run("list", partial(self._list, prefix))
+        return found
 
     async def is_whole(self, name: str, files: Mapping[str, ListedObject]) -> bool:
         """Whether a folder that was listed has all its files, at their sizes."""
@@ -152,7 +153,7 @@ class Folders:
         self, pairs: Iterable[tuple[str | os.PathLike[str], str | os.PathLike[str]]], *, fetching: bool = False
     ) -> None:
         slots = anyio.CapacityLimiter(_FILES_AT_ONCE)
-        options = {("source" if fetching else "target") + "_storage_options": self._options}
+        options: dict[str, Any] = {("source" if fetching else "target") + "_storage_options": self._options}
 
         async def copy_one(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
             async with slots:
