@@ -143,7 +143,7 @@ def test_a_save_in_the_background_stores_what_was_there_when_it_was_called(
 def test_an_error_in_the_background_is_raised_by_what_comes_next(
     faulty_s3: Callable[..., FaultyS3], s3_url: str, asks: str
 ) -> None:
-    store = faulty_s3(Fault(method="PUT", target=r"1\.ckpt", status=403, times=None))
+    store = faulty_s3(Fault(method="PUT", target=r"1\.ckpt", status=403, code="AccessDenied", times=None))
     io = TorchferryCheckpointIO(storage_options=store.storage_options)
     io.save_checkpoint({"x": 1}, f"{s3_url}/1.ckpt")
     with pytest.raises(torchferry.StoragePermissionError, match=r"1\.ckpt"):
@@ -176,7 +176,7 @@ def test_a_checkpoint_is_removed_when_what_replaces_it_is_whole_and_not_before(
 def test_a_checkpoint_whose_replacement_failed_stays(
     faulty_s3: Callable[..., FaultyS3], s3_url: str, s3_client: Any
 ) -> None:
-    store = faulty_s3(Fault(method="PUT", target=r"2\.ckpt", status=403, times=None))
+    store = faulty_s3(Fault(method="PUT", target=r"2\.ckpt", status=403, code="AccessDenied", times=None))
     io = TorchferryCheckpointIO(storage_options=store.storage_options)
     io.save_checkpoint({"x": 1}, f"{s3_url}/1.ckpt")
     io.save_checkpoint({"x": 2}, f"{s3_url}/2.ckpt")

@@ -1,4 +1,1 @@
-"""torchferry in other libraries, one small file each; none is imported before you do.
-
-The functions of this package know none of these libraries.
-"""
+"""torchferry in other libraries, one small file each; none of these is imported before you import its file."""

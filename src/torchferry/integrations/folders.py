@@ -66,8 +66,8 @@ class Folders:
 
     async def list(self, prefix: str = "") -> dict[str, dict[str, ListedObject]]:
         """All objects, by the names of their folders, which begin with ``prefix``, and of their files; whole or not."""
-        folders: dict[str, dict[str, ListedObject]] = await self._run("list", partial(self._list, prefix))
-        return folders
+        found: dict[str, dict[str, ListedObject]] = await self._run("list", partial(self._list, prefix))
+        return found
 
     async def is_whole(self, name: str, files: Mapping[str, ListedObject]) -> bool:
         """Whether a folder that was listed has all its files, at their sizes."""

@@ -169,7 +169,7 @@ class TorchferryCheckpointIO(_base()):  # type: ignore[misc]  # one of two class
 
     def _remove_waiting(self, over: Future[None] | None = None) -> None:
         """Removes what waits for that, and then says that it is over."""
-        failed: list[Any] = []
+        failed: list[str] = []
         while True:
             with _turn:
                 if not self._to_remove:
