@@ -30,9 +30,10 @@ from torchferry.formats.archive import (
 )
 from torchferry.formats.checksum import Checksums
 from torchferry.formats.graph import read_graph
+from torchferry.formats.keys import Keys, KeysArgument, as_keys
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
-from torchferry.formats.selection import Selection, check_graph, check_keys, everything, select
+from torchferry.formats.selection import Selection, everything, is_meta, legacy, select, take_from
 from torchferry.formats.torch_hooks import torch_errors
 from torchferry.opening import open_reader, read_archive
 from torchferry.storage.registry import open_backend
@@ -86,7 +87,8 @@ class Manifest:
 async def load_async(
     url: str | os.PathLike[str],
     *,
-    keys: Sequence[str] | None = None,
+    keys: KeysArgument | None = None,
+    exclude: KeysArgument | None = None,
     map_location: Any = None,
     weights_only: bool = True,
     verify: bool = True,
@@ -104,8 +106,12 @@ async def load_async(
 
     Args:
         url: Any fsspec URL, or a local path.
-        keys: Load only these keys of a checkpoint that is a dict, and return a dict of them. Only the storages that
-            they need are read, as long as the checkpoint is made of tensors and plain Python values.
+        keys: Load only these values, nested as they are in the checkpoint. Names at any depth, as :func:`inspect` shows
+            them: "model.encoder" takes what begins with that and a dot, "model.*.bias" is a glob, and a function is
+            asked for the name of each tensor and plain value. Only the storages that they need are read, and what
+            ``weights_only`` refuses elsewhere in the checkpoint does not matter. Of a list that is not taken as a whole
+            remains a dict, by index.
+        exclude: What to leave out, in the same way.
         map_location: As in ``torch.load``.
         weights_only: As in ``torch.load``; its variable ``TORCH_FORCE_WEIGHTS_ONLY_LOAD`` is obeyed, too. With False,
             a checkpoint can run any code: only for those whose author you trust.
@@ -117,7 +123,7 @@ async def load_async(
         report: Called with the :class:`~torchferry.TransferReport` of what succeeded.
 
     Returns:
-        What was saved; a dict of the asked keys if there are ``keys``.
+        What was saved; with ``keys`` or ``exclude``, only the part that was asked for, nested in the same way.
 
     Raises:
         CheckpointFormatError: it is not a checkpoint that ``torch.save`` wrote; or no dict, where there are ``keys``.
@@ -127,11 +133,9 @@ async def load_async(
         CheckpointChangedError: it was replaced meanwhile.
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
-    if isinstance(keys, str):
-        raise TypeError(f"keys is a sequence of keys: ({keys!r},) for one.")
     backend, path = await _open(url, storage_options, filesystem)
     forced = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in {"1", "y", "yes", "true"}  # as torch.load
-    request = _Request(None if keys is None else tuple(keys), map_location, weights_only or forced, verify)
+    request = _Request(as_keys(keys), as_keys(exclude), map_location, weights_only or forced, verify)
     with Transfer("load", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after).running(report):
         return await loops.run_on(backend.loop, _load, backend, path, request)
 
@@ -210,10 +214,23 @@ async def _open(
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    keys: tuple[str, ...] | None
+    keys: tuple[str, ...] | Callable[[str], bool] | None
+    exclude: tuple[str, ...] | Callable[[str], bool] | None
     map_location: Any
     weights_only: bool
     verify: bool
+
+    @property
+    def is_part(self) -> bool:
+        """Whether only a part is asked for."""
+        return self.keys is not None or self.exclude is not None
+
+    def choice(self) -> tuple[Keys | None, Keys | None]:
+        """What is asked for, and what is left out of that."""
+        return (
+            None if self.keys is None else Keys(self.keys),
+            None if self.exclude is None else Keys(self.exclude),
+        )
 
 
 async def _inspect(backend: Backend, path: str) -> Manifest:
@@ -309,65 +326,63 @@ async def _load(backend: Backend, path: str, request: _Request) -> Any:
     archive = await read_archive(source)
     selection = await (_select_legacy(source, request) if archive is None else _select(source, archive, request))
     loaded = await _load_into_buffer(source, archive, selection, request)
-    if request.keys is None:
-        return loaded
-    check_keys(loaded, request.keys, source.url)
-    return {key: loaded[key] for key in request.keys}
+    return loaded if selection.is_final else await in_thread(take_from, loaded, *request.choice(), source.url)
 
 
 async def _select(source: RangeReader, archive: Archive, request: _Request) -> Selection:
+    size = source.stat.size
     if archive.is_torchscript:
-        if request.weights_only or request.keys is not None:
+        if request.weights_only or request.is_part:
             raise CheckpointFormatError(
                 f"{source.url} is a TorchScript archive (torch.jit.save): it has no keys, and loads with "
                 "weights_only=False only. It can run any code, so only if you trust whoever wrote it."
             )
         for name in ("data.pkl", "constants.pkl"):
             await in_thread(scan_pickle, await _read_record(source, archive, name), source.url)
-        return everything(archive, request.map_location)
+        return everything(archive, size)
     pickled = await _read_pickle(source, archive, verify=request.verify)
-    return await in_thread(_select_records, pickled, archive, request)
+    return await in_thread(_select_records, pickled, archive, size, request)
 
 
 @collector_paused()
-def _select_records(pickled: bytes, archive: Archive, request: _Request) -> Selection:
+def _select_records(pickled: bytes, archive: Archive, size: int, request: _Request) -> Selection:
     try:
         graph = read_graph(pickled, archive.url)
     except UnusualPickleError:
         if request.weights_only or not request.verify:
             raise
-        return everything(
-            archive, request.map_location
-        )  # it is what was saved, by somebody whom the caller trusts: torch may understand it
-    check_graph(graph, archive, weights_only=request.weights_only)
-    return select(graph, archive, request.keys, request.map_location)
+        # It is what was saved, by somebody whom the caller trusts: torch may understand it.
+        return everything(archive, size, is_final=not request.is_part)
+    meta = is_meta(request.map_location)
+    return select(graph, archive, size, *request.choice(), meta=meta, weights_only=request.weights_only)
 
 
 async def _select_legacy(source: RangeReader, request: _Request) -> Selection:
     head = await source.read(0, min(source.stat.size, SNIFF_SIZE))
     if sniff(head) != LEGACY_FORMAT:
         raise await _format_error(source)
-    return Selection([(0, source.stat.size)], (), request.map_location)
+    return legacy(source.stat.size, is_final=not request.is_part)
 
 
 async def _load_into_buffer(
     source: RangeReader, archive: Archive | None, selection: Selection, request: _Request
 ) -> Any:
     checksums = await in_thread(Checksums, selection.records if request.verify else (), source.url)
+    size = selection.layout.size
     try:
-        load_buffer = LoadBuffer(source.stat.size, sparse=request.keys is not None)
+        load_buffer = LoadBuffer(selection.layout, sparse=is_meta(request.map_location))
     except OSError as error:
         raise NotEnoughMemoryError(
-            f"{source.url}: this machine has no memory for its {source.stat.size} bytes. keys= loads a part of them."
+            f"{source.url}: this machine has no memory for its {size} bytes. keys= loads a part of them."
         ) from error
 
     def load() -> Any:
         if archive is None:
             load_buffer.check_legacy(source.url, weights_only=request.weights_only)
         if archive is None or archive.is_torchscript:
-            return load_buffer.load_copy(map_location=selection.map_location, weights_only=request.weights_only)
-        load_buffer.write_headers(archive)
-        return load_buffer.load(map_location=selection.map_location, weights_only=request.weights_only)
+            return load_buffer.load_copy(map_location=request.map_location, weights_only=request.weights_only)
+        load_buffer.finish()
+        return load_buffer.load(map_location=request.map_location, weights_only=request.weights_only)
 
     await _fetch(source, selection.extents, checksums.add, load_buffer)
     checksums.finish()

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError
+from torchferry.formats.layout import Layout, whole
 from torchferry.formats.printable import printable
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ __all__ = [
     "CENTRAL_HEADER",
     "CENTRAL_SIGNATURE",
     "DESCRIPTOR_SIGNATURE",
+    "END",
+    "END64",
+    "END64_LOCATOR",
+    "END64_LOCATOR_SIGNATURE",
+    "END64_SIGNATURE",
+    "END_SIGNATURE",
     "FLAG_DESCRIPTOR",
     "LEGACY_FORMAT",
     "LOCAL_HEADER",
@@ -70,16 +77,16 @@ LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 LOCAL_HEADER_SIZE = LOCAL_HEADER.size
 CENTRAL_HEADER = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _CENTRAL_FIELDS = struct.Struct("<4s4xHH4xiIIHHH4xII")  # those that are used
-_END = struct.Struct("<4sHHHHIIH")
-_END64_LOCATOR = struct.Struct("<4sIQI")
-_END64 = struct.Struct("<4sQHHIIQQQQ")
+END = struct.Struct("<4sHHHHIIH")
+END64_LOCATOR = struct.Struct("<4sIQI")
+END64 = struct.Struct("<4sQHHIIQQQQ")
 
 LOCAL_SIGNATURE = b"PK\x03\x04"
 DESCRIPTOR_SIGNATURE = b"PK\x07\x08"
 CENTRAL_SIGNATURE = b"PK\x01\x02"
-_END_SIGNATURE = b"PK\x05\x06"
-_END64_LOCATOR_SIGNATURE = b"PK\x06\x07"
-_END64_SIGNATURE = b"PK\x06\x06"
+END_SIGNATURE = b"PK\x05\x06"
+END64_LOCATOR_SIGNATURE = b"PK\x06\x07"
+END64_SIGNATURE = b"PK\x06\x06"
 
 _FLAG_ENCRYPTED = 1
 FLAG_DESCRIPTOR = 1 << 3
@@ -88,7 +95,7 @@ _ZIP64_EXTRA = 1
 
 _SIGNATURES = (
     (LOCAL_SIGNATURE, ZIP_FORMAT),
-    (_END_SIGNATURE, "an empty zip archive"),
+    (END_SIGNATURE, "an empty zip archive"),
     (b"\x1f\x8b", "a gzip file"),
     (b"\x28\xb5\x2f\xfd", "a zstd file"),
     (b"BZh", "a bzip2 file"),
@@ -140,12 +147,13 @@ class Records(Sequence[Record]):
 
     Attributes:
         are_checked: Whether they carry CRC32s. If not, torch writes 0 for each.
+        top: The folder of all records, with its slash, as it is in the file.
     """
 
     def __init__(self, directory: bytes) -> None:
         self.are_checked = False
         self._directory = directory
-        self._top = b""  # folder of all records, with its slash
+        self.top = b""  # folder of all records, with its slash
         self._headers, self._stored, self._sizes = array("q"), array("q"), array("q")
         self._offsets = array("q")
         self._paths, self._crc32s = array("i"), array("i")  # where in the directory; CRC32s, as signed numbers
@@ -180,15 +188,15 @@ class Records(Sequence[Record]):
 
     def name(self, index: int) -> str:
         """The name of a record, without the top folder."""
-        return self._path(index)[len(self._top) :].decode()
+        return self.path(index)[len(self.top) :].decode()
 
     def find(self, name: str) -> int | None:
         """The index of the record of that name, if there is one."""
-        path = self._top + name.encode(errors="surrogatepass")
+        path = self.top + name.encode(errors="surrogatepass")
         key = hash(path)
         at = bisect_left(self._hashes, key)
         while at < len(self) and self._hashes[at] == key:
-            if self._path(self._by_hash[at]) == path:
+            if self.path(self._by_hash[at]) == path:
                 return self._by_hash[at]
             at += 1
         return None
@@ -199,7 +207,7 @@ class Records(Sequence[Record]):
 
     def local_header(self, index: int) -> bytes:
         """A local header for a record, made from what is known."""
-        path = self._path(index)
+        path = self.path(index)
         extra = self._offsets[index] - self._headers[index] - LOCAL_HEADER_SIZE - len(path)
         header = LOCAL_HEADER.pack(
             LOCAL_SIGNATURE,
@@ -226,6 +234,10 @@ class Records(Sequence[Record]):
         indices = ((stored > 0) & (_tensor(self._methods).int() == 0)).nonzero().flatten()
         return _array(indices), _array(ends[indices])
 
+    def flags(self, index: int) -> int:
+        """The flags of a record that its local header and the directory share."""
+        return self._flags[index] & ~FLAG_DESCRIPTOR
+
     def with_offsets(self, offsets: Mapping[int, int]) -> Records:
         """The same records, with other offsets for some of them."""
         changed = self._offsets[:]
@@ -239,10 +251,10 @@ class Records(Sequence[Record]):
         """Where a record's data starts, as its local header says; None if that is damaged, or leaves it no room."""
         fields = LOCAL_HEADER.unpack(header)
         offset = self._headers[index] + LOCAL_HEADER_SIZE + fields[9] + fields[10]
-        is_damaged = fields[0] != LOCAL_SIGNATURE or fields[9] != len(self._path(index))
+        is_damaged = fields[0] != LOCAL_SIGNATURE or fields[9] != len(self.path(index))
         return None if is_damaged or offset + self._stored[index] > end else offset
 
-    def _path(self, index: int) -> bytes:
+    def path(self, index: int) -> bytes:
         """The name of a record with the top folder, as it is in the file."""
         at = self._paths[index]
         return self._directory[at : at + self._lengths[index]]
@@ -260,11 +272,11 @@ class Records(Sequence[Record]):
         if not records:
             raise CheckpointFormatError(f"{url} is an empty zip archive, not a checkpoint.")
         records._sort()
-        if not records._top or records.find("data.pkl") is None:
-            some = ", ".join(repr(records._path(i).decode(errors="replace")) for i in range(min(len(records), 4)))
+        if not records.top or records.find("data.pkl") is None:
+            some = ", ".join(repr(records.path(i).decode(errors="replace")) for i in range(min(len(records), 4)))
             raise CheckpointFormatError(f"{url} is a zip archive but not a checkpoint: it has no data.pkl, but {some}.")
         if are_outside:
-            raise ValueError(f"it has records outside the top folder {records._top.decode(errors='replace')!r}")
+            raise ValueError(f"it has records outside the top folder {records.top.decode(errors='replace')!r}")
         records._check(url)
         return records, records._find_offsets(directory.start)
 
@@ -300,7 +312,7 @@ class Records(Sequence[Record]):
             if not path.isascii():
                 path.decode()
             if not top and b"/" in path:
-                top = self._top = b"".join(path.partition(b"/")[:2])
+                top = self.top = b"".join(path.partition(b"/")[:2])
             if not top or not path.startswith(top):
                 are_outside = True
             if _UINT32_MAX in {stored, size, header}:
@@ -330,7 +342,7 @@ class Records(Sequence[Record]):
         hashes, order = _tensor(self._hashes).sort()
         self._hashes, self._by_hash = _array(hashes), _array(order)
         for at in (hashes[1:] == hashes[:-1]).nonzero().flatten().tolist():
-            if self._path(self._by_hash[at]) == self._path(self._by_hash[at + 1]):
+            if self.path(self._by_hash[at]) == self.path(self._by_hash[at + 1]):
                 raise ValueError("it names a record twice")
 
     def _check(self, url: str) -> None:
@@ -492,6 +504,10 @@ class Archive:
         for index in range(len(self.records)):
             yield self.records.local_header_offset(index), self.records.local_header(index)
 
+    def whole(self, size: int) -> Layout:
+        """The layout of all of the object of ``size`` bytes, with new local headers."""
+        return whole(size, self.local_headers)
+
 
 def sniff(head: bytes) -> str | None:
     """What a file that starts with ``head`` (:data:`SNIFF_SIZE` bytes) looks like, in words; None if nothing known."""
@@ -523,18 +539,18 @@ def find_directory(tail: bytes | bytearray | memoryview, size: int, url: str) ->
         CheckpointCorruptError: the end record contradicts itself or the object's size.
     """
     tail = bytes(tail)
-    end = tail.rfind(_END_SIGNATURE, max(0, len(tail) - _UINT16_MAX - _END.size), len(tail) - _END.size + 4)
+    end = tail.rfind(END_SIGNATURE, max(0, len(tail) - _UINT16_MAX - END.size), len(tail) - END.size + 4)
     if end < 0:
         return None
-    _, disk, _, _, count, length, start, comment = _END.unpack_from(tail, end)
-    if end + _END.size + comment > len(tail) or disk not in {0, _UINT16_MAX}:
+    _, disk, _, _, count, length, start, comment = END.unpack_from(tail, end)
+    if end + END.size + comment > len(tail) or disk not in {0, _UINT16_MAX}:
         raise CheckpointCorruptError(f"{url}: the end record of the archive is damaged.")
-    locator = end - _END64_LOCATOR.size
-    if locator >= 0 and tail[locator : locator + 4] == _END64_LOCATOR_SIGNATURE:
-        at = _END64_LOCATOR.unpack_from(tail, locator)[2] - (size - len(tail))
-        if not 0 <= at <= locator - _END64.size or tail[at : at + 4] != _END64_SIGNATURE:
+    locator = end - END64_LOCATOR.size
+    if locator >= 0 and tail[locator : locator + 4] == END64_LOCATOR_SIGNATURE:
+        at = END64_LOCATOR.unpack_from(tail, locator)[2] - (size - len(tail))
+        if not 0 <= at <= locator - END64.size or tail[at : at + 4] != END64_SIGNATURE:
             raise CheckpointCorruptError(f"{url}: the zip64 end record of the archive is damaged.")
-        *_, count, length, start = _END64.unpack_from(tail, at)
+        *_, count, length, start = END64.unpack_from(tail, at)
     if start + length > size - len(tail) + end or count * CENTRAL_HEADER.size > length:
         raise CheckpointCorruptError(f"{url}: the end record points to a central directory that is not there.")
     if length > min(_DIRECTORY_SIZE[0] + _DIRECTORY_SIZE[1] * start, _MAX_DIRECTORY):
