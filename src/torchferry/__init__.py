@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         CheckpointCorruptError,
         CheckpointFormatError,
         CheckpointKeyError,
+        CheckpointMismatchError,
         CheckpointNotFoundError,
         CheckpointValueError,
         NotEnoughMemoryError,
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
         UnsupportedURLError,
     )
     from torchferry.formats.archive import Record
+    from torchferry.formats.filling import IncompatibleKeys
     from torchferry.formats.graph import TensorInfo
-    from torchferry.loading import Manifest, inspect, inspect_async, load, load_async, verify, verify_async
+    from torchferry.loading import inspect, inspect_async, load, load_async, verify, verify_async
+    from torchferry.manifest import Manifest
     from torchferry.options import LoadOptions, SaveOptions
     from torchferry.saving import save, save_async
 
@@ -51,6 +54,7 @@ _MODULES = {
         "CheckpointCorruptError",
         "CheckpointFormatError",
         "CheckpointKeyError",
+        "CheckpointMismatchError",
         "CheckpointNotFoundError",
         "CheckpointValueError",
         "NotEnoughMemoryError",
@@ -63,8 +67,9 @@ _MODULES = {
         "UnsupportedURLError",
     ),
     "torchferry.formats.graph": ("TensorInfo",),
+    "torchferry.formats.filling": ("IncompatibleKeys",),
+    "torchferry.manifest": ("Manifest",),
     "torchferry.loading": (
-        "Manifest",
         "inspect",
         "inspect_async",
         "load",
@@ -86,8 +91,10 @@ __all__ = [
     "CheckpointCorruptError",
     "CheckpointFormatError",
     "CheckpointKeyError",
+    "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "CheckpointValueError",
+    "IncompatibleKeys",
     "LoadOptions",
     "Manifest",
     "NotEnoughMemoryError",

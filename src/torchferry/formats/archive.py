@@ -44,10 +44,12 @@ __all__ = [
     "END64_SIGNATURE",
     "END_SIGNATURE",
     "FLAG_DESCRIPTOR",
+    "INDEX_FORMAT",
     "LEGACY_FORMAT",
     "LOCAL_HEADER",
     "LOCAL_HEADER_SIZE",
     "LOCAL_SIGNATURE",
+    "SAFETENSORS_FORMAT",
     "SNIFF_SIZE",
     "ZIP_FORMAT",
     "Archive",
@@ -59,6 +61,8 @@ __all__ = [
     "sniff",
 ]
 
+INDEX_FORMAT = "an index of safetensors files"
+SAFETENSORS_FORMAT = "a safetensors file"
 LEGACY_FORMAT = "a checkpoint in torch's legacy format (before 1.6)"
 ZIP_FORMAT = "a zip archive"
 SNIFF_SIZE = 512
@@ -517,8 +521,9 @@ def sniff(head: bytes) -> str | None:
         (LEGACY_FORMAT, any(magic in head[:40] for magic in _LEGACY_MAGIC)),
         ("a tar archive", head[257:].startswith(b"ustar")),
         ("an HTML or XML page, such as a server's error message", text[:16].lower().startswith(_HTML)),
-        ("a safetensors file", head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32),
+        (SAFETENSORS_FORMAT, head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32),
         ("a plain pickle, not written by torch.save", head[:1] == b"\x80" and head[1:2] <= b"\x05"),
+        (INDEX_FORMAT, text[:1] == b"{" and (b'"weight_map"' in text or b'"metadata"' in text)),
         ("JSON", text[:1] in {b"{", b"["}),
     )
     return next((name for name, matches in looks if matches), None)

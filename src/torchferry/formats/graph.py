@@ -37,11 +37,14 @@ __all__ = [
     "StandIn",
     "StorageRef",
     "TensorInfo",
+    "TensorPlace",
     "check_legacy",
     "children",
     "is_leaf",
+    "is_tensor_leaf",
     "is_transparent_global",
     "name_of",
+    "place_of",
     "read_graph",
 ]
 
@@ -51,6 +54,10 @@ _LEGACY_PICKLES = 5  # a magic number, a version, facts about the machine, the o
 _LONGEST_KEY = 1 << 18  # characters of the key of a tensor
 _WIDE = 1000  # values in a container whose children are not listed at once
 _LISTED = (8 << 20, 8)  # bytes of memory that the list of tensors may take, and so many for each byte of the pickle
+_PLAIN_VISITS = 1 << 16  # values that are looked at for plain ones
+_MOST_PLAIN = 1000
+_LONGEST_PLAIN = 200  # characters
+_WIDEST_INTEGER = 64  # bits
 _INFO_COST = 250  # bytes of a TensorInfo
 _MOST_DIMENSIONS = 1000  # of a tensor; most of torch stops at 64
 _WIDEST = 4  # bytes of a character, in text that is not ASCII
@@ -369,6 +376,22 @@ class Graph:
                     raise ValueError("the list of its tensors would take more memory than its length allows")
                 yield _tensor_info(path.key() if path else "", leaf)
 
+    def plain_values(self) -> dict[str, bool | int | float | str | None]:
+        """The first 1000 plain values in dicts, lists and tuples, by name: no bytes, and no long strings."""
+        found: dict[str, bool | int | float | str | None] = {}
+        stack: list[tuple[str, Any]] = [("", self.root)]
+        room = _PLAIN_VISITS
+        while stack and room > 0 and len(found) < _MOST_PLAIN:
+            name, value = stack.pop()
+            room -= 1 + len(name) // 64
+            if _is_plain(value):
+                found[name] = value
+            elif isinstance(value, dict | list | tuple) and len(value) <= room:
+                items = dict.items(value) if isinstance(value, dict) else enumerate(value)
+                named = [(f"{name}.{name_of(key)}" if name else name_of(key), item) for key, item in items]
+                stack += reversed(named)
+        return found
+
     @contextmanager
     def _damage_told(self) -> Iterator[None]:
         try:
@@ -407,6 +430,14 @@ def check_legacy(data: mmap.mmap, url: str, *, weights_only: bool) -> None:
         graph = read_graph(data[stops[3] : stops[4]], url)
         if sum(storage.nbytes for storage in graph.storages.values()) > len(data):
             raise CheckpointCorruptError(f"{url} is damaged: it refers to storages that are longer than the file.")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= _LONGEST_PLAIN
+    if isinstance(value, int):
+        return value.bit_length() <= _WIDEST_INTEGER
+    return value is None or isinstance(value, float)
 
 
 def _cause(error: Exception) -> str:
@@ -606,6 +637,67 @@ def _tensor_info(key: str, tensor: StandIn | StorageRef) -> TensorInfo:
         if tensor.path == "torch._utils._rebuild_tensor_v3":
             dtype = _dtype(tensor.args[6])
     return TensorInfo(key, dtype, shape, _nbytes(shape, dtype), record)
+
+
+class TensorPlace(NamedTuple):
+    """How a tensor lies in its storage.
+
+    Attributes:
+        storage: The storage.
+        dtype: Of the tensor's elements.
+        shape: Its sizes.
+        stride: Its strides, in elements.
+        offset: Its first element.
+        is_plain: Whether it is a tensor as it lies there, no view that is conjugated and the like.
+    """
+
+    storage: StorageRef
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    is_plain: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return _nbytes(self.shape, self.dtype)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements lie one after the other, within the storage."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and stride != expected:
+                return 0 in self.shape
+            expected *= size
+        return (self.offset + expected) * self.dtype.itemsize <= self.storage.nbytes
+
+
+def place_of(leaf: Any) -> TensorPlace | None:
+    """How a tensor, or the tensor in a parameter, lies in its storage; None for other kinds of tensors and values.
+
+    Raises:
+        Exception: it is not made as torch makes it; whatever that leads to.
+    """
+    if isinstance(leaf, StandIn) and leaf.path in _PARAMETERS:
+        leaf = leaf.args[0]
+    if isinstance(leaf, StorageRef) or not _is_tensor(leaf) or leaf.path == _META or leaf.path.endswith("_qtensor"):
+        return None
+    info = _tensor_info("", leaf)
+    storage, offset, _, stride = leaf.args[:4]
+    strides = _shape(stride)
+    if type(offset) is not int or not 0 <= offset <= _INT64_MAX or len(strides) != len(info.shape):
+        raise ValueError("a tensor is at no place of its storage")
+    is_plain = not any(leaf.args[7 if leaf.path.endswith("_v3") else 6 :])
+    return TensorPlace(storage, info.dtype, info.shape, strides, offset, is_plain)
+
+
+def is_tensor_leaf(leaf: Any) -> bool:
+    """Whether a leaf is a tensor of any kind, or has one."""
+    if isinstance(leaf, StandIn):
+        return _is_tensor(leaf) or leaf.path in _PARAMETERS | _SUBCLASSES
+    return isinstance(leaf, StorageRef)
 
 
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torchferry.formats.graph import Graph
     from torchferry.formats.keys import Keys
 
-__all__ = ["missing_keys", "pick"]
+__all__ = ["leaves", "missing_keys", "pick"]
 
 _VISITS = (1 << 16, 1)  # values that a choice may look at, and so many for each byte of the pickle
 _LONGEST_NAME = 1 << 18  # characters
@@ -62,6 +62,33 @@ def missing_keys(url: str, missing: Sequence[str], names: Iterable[str]) -> Chec
     hint = f" Did you mean {near[0]!r}?" if near else ""
     some = ", ".join(map(repr, missing[:_SHOWN_KEYS]))
     return CheckpointKeyError(f"{url} has no key {some}; its keys are {shown}{more}.{hint}")
+
+
+def leaves(graph: Graph, part: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors and plain values in a part of the object by name, and the attributes of the state dicts in it.
+
+    Raises:
+        CheckpointCorruptError: there are more than the pickle's length allows.
+    """
+    found: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
+    room = _VISITS[0] + _VISITS[1] * graph.nbytes
+    stack: list[tuple[str, Any]] = [("", part)]
+    while stack:
+        name, value = stack.pop()
+        room -= 1 + len(name) // 64
+        if room < 0 or len(name) > _LONGEST_NAME:
+            raise CheckpointCorruptError(
+                f"{graph.url}: data.pkl has more names, or longer ones, than its length allows."
+            )
+        if is_leaf(value):
+            found[name] = value
+            continue
+        if isinstance(value, OrderedStandIn) and (kept := value.attributes.get("_metadata")) is not None:
+            attributes[name] = kept
+        items = [(f"{name}.{key}" if name and key else name or key, item) for _, key, item in _items(value)]
+        stack += reversed(items)
+    return found, attributes
 
 
 class _Picker:
