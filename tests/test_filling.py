@@ -80,10 +80,11 @@ def test_names_that_do_not_match_are_reported_as_load_state_dict_does(stored: tu
     module = nn.Sequential(nn.Linear(600, 600), nn.BatchNorm1d(600), nn.Identity(), nn.Linear(600, 600))
     expected = module.load_state_dict(original.state_dict(), strict=False)
     result = torchferry.load(url, into=module, strict=False)
-    assert (result.missing_keys, result.unexpected_keys) == (expected.missing_keys, expected.unexpected_keys)
+    assert result.missing_keys == expected.missing_keys
+    assert sorted(result.unexpected_keys) == sorted(expected.unexpected_keys)
     before = module[0].weight.clone().zero_()
     nn.init.zeros_(module[0].weight)
-    with pytest.raises(CheckpointMismatchError, match=r"lacks '3.weight', '3.bias'.*also has '2.weight'"):
+    with pytest.raises(CheckpointMismatchError, match=r"lacks '3.weight', '3.bias'.*also has '2\."):
         torchferry.load(url, into=module)
     assert torch.equal(module[0].weight, before)  # nothing was read into it
 
@@ -116,12 +117,15 @@ def test_parts_of_a_checkpoint_fill_modules_and_optimizers_state(tmp_path: Path)
 
 def test_tied_weights_and_views_are_filled_one_after_the_other(tmp_path: Path) -> None:
     big = torch.rand(1 << 20)
-    torch.save({"a": big, "b": big, "c": torch.rand(1 << 20), "row": torch.rand(4, 1 << 19)[1]}, tmp_path / "x.pt")
+    rows = torch.rand(4, 1 << 19)
+    original = {"a": big, "b": big, "c": torch.rand(1 << 20), "row": rows[1], "rows": rows}
+    torch.save(original, tmp_path / "x.pt")
     saved = torch.load(tmp_path / "x.pt")
     shared = torch.zeros(1 << 20)
-    state = {"a": torch.zeros(1 << 20), "b": torch.zeros(1 << 20), "c": shared, "row": torch.zeros(1 << 19)}
+    state = {name: torch.zeros_like(tensor) for name, tensor in original.items()}
+    state["b"] = torch.zeros(1 << 20, dtype=torch.float64)
     torchferry.load(tmp_path / "x.pt", into=state)
-    assert all(torch.equal(state[name], saved[name]) for name in state)
+    assert all(torch.equal(state[name].float(), saved[name]) for name in state)
     state = {"a": shared, "c": shared}  # torch lets the last one win
     torchferry.load(tmp_path / "x.pt", into=state, strict=False)
     assert torch.equal(shared, saved["c"])

@@ -71,7 +71,8 @@ async def load_async(
 
     Takes memory for the object, or for the part that ``keys`` name, and at most 200 MiB beside. Small tensors lie in
     memory together; a storage of 1 MiB or more frees its own when its tensors are gone. A checkpoint in the legacy
-    format (before torch 1.6) is read whole and copied once more. For safetensors in several files, ``url`` is their index's.
+    format (before torch 1.6) is read whole and copied once more. For safetensors in several files, ``url`` is that of
+    their index.
 
     Args:
         url: Any fsspec URL, or a local path.

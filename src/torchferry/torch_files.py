@@ -140,12 +140,22 @@ def _plan_filling(pickled: bytes, archive: Archive, request: LoadRequest, target
     target.check(found, others, archive.url, strict=request.strict)
     direct = target.direct(found)
     wanted = {name: leaf for name, leaf in there.items() if target.needs_all or target.wants(name)}
-    beside = {
-        "tensors": {name: leaf for name, leaf in wanted.items() if name in found and name not in direct},
-        "others": {name: leaf for name, leaf in wanted.items() if name not in found},
-        "metadata": metadata,
-    }
-    selection = of_part(beside, archive, meta=False, weights_only=request.weights_only)
+
+    def select_rest() -> Selection:
+        filled = {*direct, *target.same_as(direct, found)}
+        beside = {
+            "tensors": {name: leaf for name, leaf in wanted.items() if name in found and name not in filled},
+            "others": {name: leaf for name, leaf in wanted.items() if name not in found},
+            "metadata": metadata,
+        }
+        return of_part(beside, archive, meta=False, weights_only=request.weights_only)
+
+    selection = select_rest()
+    offsets = {record.offset for record in selection.records}
+    if twice := [name for name, (offset, _) in direct.items() if offset in offsets]:
+        for name in twice:  # another tensor is a part of it: it is read once
+            del direct[name]
+        selection = select_rest()
     records = list(selection.records)
     for name in direct:
         place = place_of(there[name])

@@ -127,19 +127,25 @@ class Target:
             raise CheckpointMismatchError(f"{url} does not fit into=: {'; '.join(reasons)}.{hint}")
 
     def direct(self, found: Mapping[str, Found]) -> dict[str, tuple[int, memoryview]]:
-        """The tensors whose bytes can be read straight into their memory: first offset in the object, and memory."""
+        """The tensors whose bytes can be read straight into their memory: first offset in the object, and memory.
+
+        Of those that are one tensor in the checkpoint, the first; :meth:`finish` copies it to the others.
+        """
         if self.needs_all:
             return {}
         chosen: dict[str, tuple[int, memoryview]] = {}
         taken: list[tuple[int, int, str]] = []
+        extents: set[tuple[int, int]] = set()
         for name, tensor in self.tensors.items():
             here = found.get(name)
-            if here is not None and here.extent is not None and here.dtype == tensor.dtype and _is_direct(tensor):
-                address, nbytes = tensor.data_ptr(), tensor.nbytes
-                if nbytes == here.extent[1] - here.extent[0]:
-                    taken.append((address, address + nbytes, name))
-                    chosen[name] = (here.extent[0], _memory(tensor))
-        # Tensors that share memory, as tied weights do, are filled one after the other; so are those of one record.
+            if here is None or here.extent is None or here.dtype != tensor.dtype or not _is_direct(tensor):
+                continue
+            start, stop = here.extent
+            if tensor.nbytes == stop - start and here.extent not in extents:
+                extents.add(here.extent)
+                taken.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name))
+                chosen[name] = (start, _memory(tensor))
+        # Tensors that share memory, as tied weights do, are filled one after the other.
         end, last = 0, ""
         for start, stop, name in sorted(taken):
             if start < end:
@@ -147,11 +153,15 @@ class Target:
                 chosen.pop(last, None)
             if stop > end:
                 end, last = stop, name
-        starts: set[int] = set()
+        return chosen
+
+    def same_as(self, filled: Iterable[str], found: Mapping[str, Found]) -> dict[str, str]:
+        """The names of tensors that are, in the checkpoint, one with a filled one; with the name of that."""
+        firsts = {found[name].extent: name for name in filled}
         return {
-            name: place
-            for name, place in chosen.items()
-            if not (place[0] in starts or starts.add(place[0]))  # type: ignore[func-returns-value]
+            name: firsts[here.extent]
+            for name in self.tensors
+            if (here := found.get(name)) is not None and here.extent in firsts and name != firsts[here.extent]
         }
 
     def finish(
@@ -177,6 +187,10 @@ class Target:
         """
         missing, unexpected = self._compare(found, loaded)
         done = set(filled)
+        loaded = dict(loaded)
+        for name, first in self.same_as(done, found).items():
+            source = self.tensors[first].detach()
+            loaded[name] = source.clone() if self.tensors[name].is_meta else source
         owned = {name for prefix, module in self._modules for name in self._names_of(prefix, module)}
         with torch.no_grad():
             for name, tensor in self.tensors.items():
