@@ -6,18 +6,22 @@ import argparse
 import faulthandler
 import sys
 
-from reliability import cancels, flips, growth, outages
+from reliability import cancels, flips, growth, kills, outages
 from reliability.outcome import Outcome, table
 from reliability.stores import CLOUDS, Store
 from torchferry.testing.servers import ServerStartError
 
-SCENARIOS = ("cancels", "outages", "growth", "flips")
+SCENARIOS = ("cancels", "outages", "growth", "flips", "kills")
+LOCAL = "local"
 
 
 def main() -> None:
     arguments = _parser().parse_args()
     outcomes: list[Outcome] = []
-    for cloud in arguments.cloud or CLOUDS:
+    for cloud in arguments.cloud or (LOCAL, *CLOUDS):
+        if cloud == LOCAL:
+            outcomes += _run_locally(arguments)
+            continue
         try:
             with CLOUDS[cloud]() as store:
                 for scenario in arguments.only or SCENARIOS:
@@ -39,8 +43,16 @@ def _run(scenario: str, store: Store, arguments: argparse.Namespace) -> list[Out
             return outages.run(store, seconds=arguments.seconds, mib=mib, bandwidth=bandwidth, say=_say)
         case "growth":
             return growth.run(store, count=count or 300, say=_say)
+        case "kills":
+            return kills.run(store, count=count, mib=mib, seed=seed, say=_say)
         case _:
             return flips.run(store, count=count or 5, mib=mib, seed=seed, say=_say)
+
+
+def _run_locally(arguments: argparse.Namespace) -> list[Outcome]:
+    if "kills" not in (arguments.only or SCENARIOS):
+        return []
+    return kills.run_locally(count=arguments.count or 100, mib=arguments.mib or 32, seed=arguments.seed, say=_say)
 
 
 def _say(text: str) -> None:
@@ -51,8 +63,12 @@ def _say(text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m reliability", description=__doc__)
     parser.add_argument("--only", action="append", choices=SCENARIOS, help="only this; may be given again")
-    parser.add_argument("--cloud", action="append", choices=list(CLOUDS), help="only this; may be given again")
-    parser.add_argument("--count", type=int, help="tries: cancels (200), saves and loads (300), flips of a kind (5)")
+    parser.add_argument("--cloud", action="append", choices=[LOCAL, *CLOUDS], help="only this; may be given again")
+    parser.add_argument(
+        "--count",
+        type=int,
+        help="tries: cancels (200), saves and loads (300), flips of a kind (5), kills (at every request; local: 100)",
+    )
     parser.add_argument("--seconds", type=float, default=30.0, help="length of an outage (30)")
     parser.add_argument("--mib", type=int, help="size of the checkpoint (32; 64 for outages)")
     parser.add_argument("--bandwidth", type=float, default=20.0, help="of the link, in MB/s, each way (20)")

@@ -44,7 +44,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         torchferry.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["save", "load", "inspect", "verify", "copy"])
+@pytest.mark.parametrize("name", ["save", "load", "inspect", "verify", "copy", "clean"])
 def test_each_function_has_a_synchronous_and_an_asynchronous_twin_of_one_signature(name: str) -> None:
     twin, original = getattr(torchferry, name), getattr(torchferry, f"{name}_async")
     assert twin.__wrapped__ is original

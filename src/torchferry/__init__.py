@@ -14,6 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchferry.background import BackgroundSave, save_in_background
+    from torchferry.cleaning import CleanReport, clean, clean_async
     from torchferry.copying import copy, copy_async
     from torchferry.engine.transfer import TransferReport
     from torchferry.engine.types import ObjectStat
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
         CheckpointNotFoundError,
         CheckpointValueError,
         NotEnoughMemoryError,
+        SaveUnderWayError,
         StorageError,
         StoragePermissionError,
         StorageUnavailableError,
@@ -43,9 +46,12 @@ if TYPE_CHECKING:
     from torchferry.manifest import Manifest
     from torchferry.options import LoadOptions, SaveOptions
     from torchferry.saving import save, save_async
+    from torchferry.storage.base import Leftover
 
 _MODULES = {
+    "torchferry.background": ("BackgroundSave", "save_in_background"),
     "torchferry.formats.archive": ("Record",),
+    "torchferry.cleaning": ("CleanReport", "clean", "clean_async"),
     "torchferry.copying": ("copy", "copy_async"),
     "torchferry.errors": (
         "BackendNotInstalledError",
@@ -58,6 +64,7 @@ _MODULES = {
         "CheckpointNotFoundError",
         "CheckpointValueError",
         "NotEnoughMemoryError",
+        "SaveUnderWayError",
         "StorageError",
         "StoragePermissionError",
         "StorageUnavailableError",
@@ -79,6 +86,7 @@ _MODULES = {
     ),
     "torchferry.options": ("LoadOptions", "SaveOptions"),
     "torchferry.saving": ("save", "save_async"),
+    "torchferry.storage.base": ("Leftover",),
     "torchferry.engine.transfer": ("TransferReport",),
     "torchferry.engine.types": ("ObjectStat",),
 }
@@ -86,6 +94,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 __all__ = [
     "BackendNotInstalledError",
+    "BackgroundSave",
     "ChangedWhileSavingError",
     "CheckpointChangedError",
     "CheckpointCorruptError",
@@ -94,13 +103,16 @@ __all__ = [
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "CheckpointValueError",
+    "CleanReport",
     "IncompatibleKeys",
+    "Leftover",
     "LoadOptions",
     "Manifest",
     "NotEnoughMemoryError",
     "ObjectStat",
     "Record",
     "SaveOptions",
+    "SaveUnderWayError",
     "StorageError",
     "StoragePermissionError",
     "StorageUnavailableError",
@@ -110,6 +122,8 @@ __all__ = [
     "UnsafeCheckpointError",
     "UnsupportedOptionError",
     "UnsupportedURLError",
+    "clean",
+    "clean_async",
     "copy",
     "copy_async",
     "inspect",
@@ -118,6 +132,7 @@ __all__ = [
     "load_async",
     "save",
     "save_async",
+    "save_in_background",
     "verify",
     "verify_async",
 ]

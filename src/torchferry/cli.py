@@ -1,4 +1,4 @@
-"""The command ``torchferry``: inspect, verify and copy checkpoints, wherever they are."""
+"""The command ``torchferry``: inspects, verifies, copies and cleans checkpoints, wherever they are."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fsspec.callbacks import Callback
 
 import torchferry
+from torchferry.formats.printable import printable
 
 try:
     from rich.console import Console
@@ -28,6 +29,7 @@ __all__ = ["main"]
 
 _SHOWN = 40
 _UNLIMITED = 1 << 20  # columns
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,6 +74,16 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("--source-options", type=_json_object, metavar="JSON", help="for the filesystem of the source")
     copy.add_argument("--target-options", type=_json_object, metavar="JSON", help="for the filesystem of the target")
     copy.add_argument("--no-verify", action="store_true", help="copy whatever it is, without checking")
+
+    clean = add("clean", _clean, "Remove what saves that were killed have left; checkpoints are not touched.")
+    clean.add_argument("url", help="a bucket, a prefix or a directory, as an fsspec URL or a local path")
+    clean.add_argument(
+        "--older-than", type=_seconds, default=3600.0, metavar="TIME", help="90s, 30m, 1h or 2d; 1h by default"
+    )
+    clean.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    clean.add_argument(
+        "--storage-options", type=_json_object, metavar="JSON", help="arguments for the fsspec filesystem"
+    )
     return parser
 
 
@@ -83,6 +95,17 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("not a JSON object")
     return value
+
+
+def _seconds(text: str) -> float:
+    number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS else (text, "s")
+    try:
+        seconds = float(number) * _UNITS[unit]
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"not a time such as 90s, 30m, 1h or 2d: {text!r}")
+    return seconds
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -124,6 +147,25 @@ def _copy(options: argparse.Namespace) -> None:
         )
     checked = "not checked" if options.no_verify else "every record matches its CRC32"
     print(f"{stat.url}: {decimal(stat.size)}, {checked}.")
+
+
+def _clean(options: argparse.Namespace) -> None:
+    report = torchferry.clean(
+        options.url,
+        older_than=options.older_than,
+        dry_run=options.dry_run,
+        storage_options=options.storage_options,
+    )
+    outcomes = {
+        "would be removed" if options.dry_run else "removed": report.removed,
+        "younger": report.younger,
+        "kept": report.kept,
+    }
+    for outcome, leftovers in outcomes.items():
+        for leftover in leftovers:
+            since = f", last changed {leftover.modified:%Y-%m-%d %H:%M:%S %Z}" if leftover.modified else ""
+            print(f"{outcome}: {leftover.kind} {printable(leftover.url)}{since}")
+    print(", ".join(f"{len(leftovers)} {outcome}" for outcome, leftovers in outcomes.items()))
 
 
 def _summary(manifest: Manifest) -> str:

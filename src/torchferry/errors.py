@@ -23,6 +23,7 @@ __all__ = [
     "CheckpointValueError",
     "MaskedError",
     "NotEnoughMemoryError",
+    "SaveUnderWayError",
     "StorageError",
     "StoragePermissionError",
     "StorageUnavailableError",
@@ -118,6 +119,10 @@ class CheckpointChangedError(StorageError):
 
 class ChangedWhileSavingError(TorchferryError, RuntimeError):
     """A tensor was changed while it was being sent. Nothing was stored: what was there before still is."""
+
+
+class SaveUnderWayError(TorchferryError, RuntimeError):
+    """There is no room for another snapshot while a save in the background is under way. Nothing was saved."""
 
 
 class CheckpointFormatError(TorchferryError, ValueError):

@@ -14,7 +14,7 @@ from torchferry.engine.retry import Transient
 from torchferry.engine.transport import Answer, SignedRequest, Transport
 from torchferry.engine.types import Chunk, ObjectStat
 from torchferry.engine.writer import Limits, UploadPlan, upload
-from torchferry.errors import CheckpointChangedError, CheckpointNotFoundError, StorageError
+from torchferry.errors import CheckpointChangedError, CheckpointNotFoundError, StorageError, TorchferryError
 from torchferry.storage.base import Leftover, ListedObject
 from torchferry.storage.http import Engine, HttpBackend
 from torchferry.storage.translate import require_key
@@ -42,6 +42,10 @@ class GcsEngine(Engine):
     """
 
     speaks_xml: bool | None = None
+
+
+class _UploadGoneError(TorchferryError):
+    """There is no such upload any more."""
 
 
 class GcsBackend(HttpBackend):
@@ -164,13 +168,21 @@ class GcsBackend(HttpBackend):
                 return
 
     async def leftovers(self, prefix: str) -> AsyncIterator[Leftover]:
-        """Multipart uploads; sessions of resumable uploads cannot be listed, and vanish after a week."""
+        """Multipart uploads; each was last changed when its last part came, which takes one more request to know.
+
+        Sessions of resumable uploads cannot be listed, and vanish after a week.
+        """
         bucket, _, key = prefix.partition("/")
         await self.call("list", prefix, partial(self._of_bucket, self._first_object_url(bucket)))
         async for _, found in self.uploads(prefix, bucket, key):
-            path = f"{bucket}/{text_of(found, 'Key')}"
-            started = _time(text_of(found, "Initiated"))
-            yield Leftover(path, self.url(path), "multipart upload", text_of(found, "UploadId"), started)
+            path, upload_id = f"{bucket}/{text_of(found, 'Key')}", text_of(found, "UploadId")
+            try:
+                parts = [part async for part in self.parts(path, upload_id)]
+            except _UploadGoneError:  # completed or aborted meanwhile
+                continue
+            times = [_time(text_of(found, "Initiated")), *(_time(text_of(part, "LastModified")) for part in parts)]
+            modified = max(filter(None, times), default=None)
+            yield Leftover(path, self.url(path), "multipart upload", upload_id, modified)
 
     async def discard(self, leftover: Leftover) -> bool:
         await self.abort_upload(leftover.path, leftover.id)
@@ -203,6 +215,29 @@ class GcsBackend(HttpBackend):
                 "key-marker": text_of(page, "NextKeyMarker"),
                 "upload-id-marker": text_of(page, "NextUploadIdMarker"),
             }
+
+    async def parts(self, path: str, upload_id: str) -> AsyncIterator[Element]:
+        """The parts of an upload: https://cloud.google.com/storage/docs/xml-api/get-object-multipart."""
+        bucket, _, key = path.partition("/")
+        marker: dict[str, str] = {}
+
+        async def request() -> Reply:
+            try:
+                return await self.client.call("GET", self.client.xml_url(bucket, key, uploadId=upload_id, **marker))
+            except Exception as error:
+                if errors.is_missing(error):
+                    raise _UploadGoneError from error
+                raise
+
+        while True:
+            page = (await self.call("list", path, request)).xml("ListPartsResult")
+            if page is None:
+                return
+            for part in page.iterfind("{*}Part"):
+                yield part
+            if text_of(page, "IsTruncated") != "true":
+                return
+            marker = {"part-number-marker": text_of(page, "NextPartNumberMarker")}
 
     async def abort_upload(self, path: str, upload_id: str) -> None:
         """Aborts a multipart upload; one that is not there (any more) is no error."""

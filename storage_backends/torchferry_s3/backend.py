@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Collection, Mapping
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -17,7 +18,7 @@ from torchferry.engine.retry import Transient
 from torchferry.engine.transport import SignedRequest, Transport
 from torchferry.engine.types import Chunk, ObjectStat
 from torchferry.engine.writer import Limits, UploadPlan, upload
-from torchferry.errors import CheckpointChangedError, CheckpointNotFoundError, StorageError
+from torchferry.errors import CheckpointChangedError, CheckpointNotFoundError, StorageError, TorchferryError
 from torchferry.storage.base import Leftover, ListedObject
 from torchferry.storage.http import Engine, HttpBackend
 from torchferry.storage.translate import require_key
@@ -34,6 +35,10 @@ __all__ = ["S3Backend"]
 
 _READ_PIECE = 256 << 10
 _LIMITS = Limits()
+
+
+class _UploadGoneError(TorchferryError):
+    """There is no such upload any more."""
 
 
 class S3Backend(HttpBackend):
@@ -188,11 +193,17 @@ class S3Backend(HttpBackend):
                 )
 
     async def leftovers(self, prefix: str) -> AsyncIterator[Leftover]:
+        """Multipart uploads; each was last changed when its last part came, which takes one more request to know."""
         bucket, _, key = prefix.partition("/")
         async for page in self._pages("list_multipart_uploads", prefix, "KeyMarker", Bucket=bucket, Prefix=key):
             for found in page.get("Uploads", []):
-                path = f"{bucket}/{found['Key']}"
-                yield Leftover(path, self.url(path), "multipart upload", found["UploadId"], found.get("Initiated"))
+                upload = {"Bucket": bucket, "Key": found["Key"], "UploadId": found["UploadId"]}
+                try:
+                    times = [found.get("Initiated"), *[time async for time in self._times_of_parts(upload)]]
+                except _UploadGoneError:  # completed or aborted meanwhile
+                    continue
+                path, modified = f"{bucket}/{found['Key']}", max(filter(None, times), default=None)
+                yield Leftover(path, self.url(path), "multipart upload", found["UploadId"], modified)
 
     async def discard(self, leftover: Leftover) -> bool:
         await self.abort_upload(leftover.path, leftover.id)
@@ -275,6 +286,24 @@ class S3Backend(HttpBackend):
             arguments[marker] = page[f"Next{marker}"]
             if "NextUploadIdMarker" in page:
                 arguments["UploadIdMarker"] = page["NextUploadIdMarker"]
+
+    async def _times_of_parts(self, upload: dict[str, str]) -> AsyncIterator[datetime]:
+        async def request() -> dict[str, Any]:
+            try:
+                return await self.client.call("list_parts", **upload, **marker)
+            except Exception as error:
+                if errors.code_and_status(error)[1] == HTTPStatus.NOT_FOUND:
+                    raise _UploadGoneError from error
+                raise
+
+        marker: dict[str, Any] = {}
+        while True:
+            page = await self.call("list", f"{upload['Bucket']}/{upload['Key']}", request)
+            for part in page.get("Parts", []):
+                yield part["LastModified"]
+            if not page.get("IsTruncated"):
+                return
+            marker = {"PartNumberMarker": page["NextPartNumberMarker"]}
 
     async def _require_bucket(self, path: str) -> None:
         """Raises NoSuchBucketError where that is why nothing was found: a HEAD's 404 does not tell."""

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from functools import wraps
+from functools import partial, wraps
 from time import monotonic
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -21,7 +21,7 @@ from fsspec.asyn import get_loop, reset_lock
 from torchferry.engine.cancellation import refuse_threads, wait_shielded
 from torchferry.engine.tasks import unwrapping_exits, wrapping_exits
 
-__all__ = ["keep_running", "own_loop", "run", "run_on", "synchronous"]
+__all__ = ["Call", "keep_running", "own_loop", "run", "run_on", "synchronous"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -51,7 +51,7 @@ def run(func: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: An
             "A synchronous torchferry call on fsspec's event loop would wait for itself: await the async one."
         )
     done = threading.Event()
-    call = _Call(loop, func(*args, **kwargs), done.set)
+    call = Call(partial(func, *args, **kwargs), done.set)
     try:
         call.start()
         done.wait()
@@ -103,7 +103,7 @@ async def run_on(
     if loop is None or loop is here:
         return await func(*args, **kwargs)
     done: asyncio.Future[None] = here.create_future()
-    call = _Call(loop, func(*args, **kwargs), lambda: here.call_soon_threadsafe(done.set_result, None))
+    call = Call(partial(func, *args, **kwargs), lambda: here.call_soon_threadsafe(done.set_result, None), loop=loop)
     call.start()
     try:
         await asyncio.wait([done])
@@ -122,21 +122,29 @@ def own_loop(backend_loop: asyncio.AbstractEventLoop | None) -> asyncio.Abstract
     return backend_loop or get_loop()
 
 
-class _Call(Generic[T]):
-    """A coroutine running on an event loop of another thread, in a copy of the starting thread's context."""
+class Call(Generic[T]):
+    """A coroutine that runs on an event loop of another thread, in a copy of the starting thread's context.
+
+    Args:
+        func: Returns the coroutine.
+        on_done: Called on that loop when the coroutine has ended, in whichever way.
+        loop: The event loop; by default fsspec's, which synchronous calls run on.
+    """
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
-        coroutine: Coroutine[Any, Any, T],
+        func: Callable[[], Coroutine[Any, Any, T]],
         on_done: Callable[[], object],
+        *,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        self._loop = loop
-        self._coroutine = coroutine
+        self._loop = loop or get_loop()
+        self._coroutine = func()
         self._on_done = on_done
         self._task: asyncio.Task[T] | None = None
 
     def start(self) -> None:
+        """Starts the coroutine, once."""
         self._loop.call_soon_threadsafe(self._start)
 
     def _start(self) -> None:
@@ -162,7 +170,9 @@ class _Call(Generic[T]):
             self._task.cancel()
 
     def result(self) -> T:
-        assert self._task is not None  # noqa: S101  # asked for only when done
+        """What the coroutine returned or raised; only when it is done."""
+        if self._task is None:
+            raise asyncio.CancelledError
         with unwrapping_exits():
             return self._task.result()
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextvars
 import ctypes
 import io
-import pickle
 import types
 from bisect import bisect_right, insort
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -34,6 +33,7 @@ from torchferry.engine.types import MIB, Chunk
 from torchferry.engine.writer import UploadPlan
 from torchferry.formats.archive import DESCRIPTOR_SIGNATURE
 from torchferry.formats.checksum import Crc32Filler
+from torchferry.formats.torch_pickle import Pickled, recording_pickle, replaying_pickle
 
 __all__ = ["TorchStream"]
 
@@ -52,7 +52,7 @@ class TorchStream(AsyncIterator["Chunk"]):
     It ends when all of them are taken, never because pickling raises a StopAsyncIteration.
 
     Args:
-        obj: Anything that ``torch.save`` takes.
+        obj: Anything that ``torch.save`` takes, or :class:`.torch_pickle.Pickled`.
         plan_for: The store's upload plan for a size in bytes and a part size, or None for the store's own.
         part_size: Bytes in a part, where the user chose.
 
@@ -146,14 +146,18 @@ class TorchStream(AsyncIterator["Chunk"]):
             if filler is not None:  # torch.save has read the option; what the object itself may save has its CRC32s
                 torch.serialization.set_crc32_options(compute_crc32=True)
 
-        def on_pickled(pickle_size: int) -> None:
-            writer.begin(self._begin(pickle_size), self.plan)
+        def on_pickled(data: io.BytesIO) -> None:
+            writer.begin(self._begin(data.tell()), self.plan)
 
-        recorder = _recording_pickle(on_opened, self._storages.add, on_pickled)
+        obj = self._obj
+        if isinstance(obj, Pickled):
+            recorder = replaying_pickle(obj, on_opened, self._storages.add, on_pickled)
+        else:
+            recorder = recording_pickle(on_opened, self._storages.add, on_pickled)
         if filler is not None:
             torch.serialization.set_crc32_options(compute_crc32=False)  # in this context, which is the thread's own
         try:
-            torch.save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
+            torch.save(obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
         finally:
             writer.close()
 
@@ -352,39 +356,3 @@ def _can_fill() -> bool:
     except Exception:  # noqa: BLE001  # whatever it is: torch's own CRC32s will do
         return False
     return filled.getvalue() == plain.getvalue()
-
-
-def _recording_pickle(
-    on_opened: Callable[[], None],
-    on_storage: Callable[[str, torch.UntypedStorage], None],
-    on_pickled: Callable[[int], None],
-) -> Any:
-    """A ``pickle_module`` for ``torch.save`` that tells when pickling begins, of each storage, and when it is done.
-
-    ``torch.save`` subclasses the module's ``Pickler`` and overrides ``persistent_id``, which returns
-    ``("storage", type, key, location, numel)`` for each storage; the bytes it writes are the pickle module's own.
-    """
-
-    class RecordingPickler(pickle.Pickler):
-        def __init_subclass__(cls) -> None:
-            torchs = cls.persistent_id
-
-            def persistent_id(self: Any, obj: Any) -> Any:
-                pid = torchs(self, obj)
-                if pid is not None:
-                    typed = isinstance(obj, torch.TypedStorage)
-                    on_storage(pid[2], obj._untyped_storage if typed else obj)  # noqa: SLF001  # .untyped() warns
-                return pid
-
-            cls.persistent_id = persistent_id  # type: ignore[method-assign]
-
-        def __init__(self, file: Any, *args: Any, **kwargs: Any) -> None:
-            on_opened()
-            super().__init__(file, *args, **kwargs)
-            self._file = file
-
-        def dump(self, obj: Any) -> None:
-            super().dump(obj)
-            on_pickled(self._file.tell())
-
-    return types.SimpleNamespace(__name__=pickle.__name__, Pickler=RecordingPickler)

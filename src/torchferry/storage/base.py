@@ -88,6 +88,9 @@ class Backend(ABC):
     range_concurrency: ClassVar[int] = 24
     """How many reads should be under way at once."""
 
+    has_directories: bool = False
+    """Whether names lie in directories, as files do, which must be there; else a prefix is only the start of names."""
+
     further_options: ClassVar[Collection[str] | None] = None
     """Storage options that :meth:`filesystem_class` takes beside those that its signature names; None: any."""
 

@@ -64,6 +64,8 @@ class GenericBackend(Backend):
     itself.
     """
 
+    has_directories = True
+
     def __init__(self, fs: AbstractFileSystem) -> None:
         self._fs = _usable_in_threads(fs)
         self._turns = _turns_of(self._fs)

@@ -65,6 +65,8 @@ class LocalBackend(Backend):
     place has a new time. User metadata is not stored. All file work happens in worker threads.
     """
 
+    has_directories = True
+
     @classmethod
     def from_filesystem(cls, fs: AbstractFileSystem) -> LocalBackend:
         """A backend for fsspec's local filesystem."""
@@ -154,7 +156,7 @@ class LocalBackend(Backend):
         top = os.path.dirname(f"{prefix}x")  # noqa: PTH120 - a path like fsspec's, not a Path
         found = []
         with _translated(self.url(prefix), "list"):
-            os.stat(top)  # noqa: PTH116 - raises where there is no such directory
+            os.scandir(top).close()  # raises where there is no such directory
             for directory, _, names in os.walk(top):
                 for name in names:
                     path = os.path.join(directory, name)  # noqa: PTH118 - the same

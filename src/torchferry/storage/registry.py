@@ -49,6 +49,7 @@ def open_backend(
     *,
     storage_options: Mapping[str, Any] | None = None,
     filesystem: AbstractFileSystem | None = None,
+    directory: bool = False,
 ) -> tuple[Backend, str]:
     """Finds the backend for ``url`` and the path in it.
 
@@ -62,6 +63,7 @@ def open_backend(
         storage_options: Arguments for the fsspec filesystem.
         filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``. In a child forked from the
             process that made it, another one with the same arguments is used.
+        directory: Whether the URL may be that of a directory, a prefix or a bucket; its path has no "/" at the end.
 
     Raises:
         UnsupportedURLError: fsspec knows no such protocol, the URL is a directory's, or it is neither one URL nor a
@@ -71,7 +73,7 @@ def open_backend(
         StorageError: what a chained URL starts from cannot be opened.
     """
     text = os.fspath(url)
-    if text.endswith("/"):
+    if text.endswith("/") and not directory:
         raise UnsupportedURLError(f"{text} names a directory: add the name of a file, such as {text}checkpoint.pt")
     if filesystem is None:
         is_path = isinstance(url, os.PathLike) and not _URL.match(text)
@@ -82,7 +84,7 @@ def open_backend(
         path = _path_in(filesystem, text)
     while isinstance(filesystem, DirFileSystem):  # a directory of a store is reached as the store is
         filesystem, path = filesystem.fs, filesystem._join(path)
-    return _backend_for(_of_this_process(filesystem)), path
+    return _backend_for(_of_this_process(filesystem)), path.rstrip("/") if directory else path
 
 
 def _backend_for(fs: AbstractFileSystem) -> Backend:
