@@ -115,7 +115,7 @@ def test_keys_read_only_what_they_need(counting_store: CountingStore) -> None:
     loaded = torchferry.load(url, keys=["layers.3", "layers.1?.bias"], exclude="layers.3.bias")
     assert sorted(loaded) == ["layers.3.weight", *(f"layers.{i}.bias" for i in range(10, 16))] or len(loaded) == 7
     assert all(torch.equal(loaded[name], tensors[name]) for name in loaded)
-    assert counting_store.nbytes < 7.5 * (1 << 20)
+    assert counting_store.nbytes < 8 << 20  # of 32, with both ends
     with pytest.raises(CheckpointKeyError, match="Did you mean 'layers"):
         torchferry.load(url, keys=["layer.3.weight"])
 
