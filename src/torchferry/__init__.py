@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchferry.background import BackgroundSave, save_in_background
     from torchferry.cleaning import CleanReport, clean, clean_async
+    from torchferry.converting import convert, convert_async
     from torchferry.copying import copy, copy_async
     from torchferry.engine.transfer import TransferReport
     from torchferry.engine.types import ObjectStat
@@ -52,6 +53,7 @@ _MODULES = {
     "torchferry.background": ("BackgroundSave", "save_in_background"),
     "torchferry.formats.archive": ("Record",),
     "torchferry.cleaning": ("CleanReport", "clean", "clean_async"),
+    "torchferry.converting": ("convert", "convert_async"),
     "torchferry.copying": ("copy", "copy_async"),
     "torchferry.errors": (
         "BackendNotInstalledError",
@@ -124,6 +126,8 @@ __all__ = [
     "UnsupportedURLError",
     "clean",
     "clean_async",
+    "convert",
+    "convert_async",
     "copy",
     "copy_async",
     "inspect",

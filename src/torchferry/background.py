@@ -166,9 +166,7 @@ class _Work:
         self._call = None
         self.future = concurrent.futures.Future()
         self.future.set_exception(
-            TorchferryError(
-                f"The save to {self.url} goes on in the process that this one was forked from."
-            )
+            TorchferryError(f"The save to {self.url} goes on in the process that this one was forked from.")
         )
 
     def _wait(self, call: Call[ObjectStat]) -> None:

@@ -23,7 +23,7 @@ except ImportError as error:  # pragma: no cover - the message is the whole poin
     raise SystemExit(f"{error}. The command needs: pip install 'torchferry[cli]'") from error
 
 if TYPE_CHECKING:
-    from torchferry.loading import Manifest
+    from torchferry.manifest import Manifest
 
 __all__ = ["main"]
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from torchferry.engine.cancellation import in_thread, run_shielded
@@ -24,7 +25,7 @@ from torchferry.formats.keys import Keys, KeysArgument, as_keys
 from torchferry.formats.lazy import LazyTensors
 from torchferry.formats.picking import leaves, pick
 from torchferry.formats.printable import printable
-from torchferry.formats.safetensors import INDEX_SUFFIX, SUFFIX, lay_out, split
+from torchferry.formats.safetensors import INDEX_SUFFIX, lay_out, split
 from torchferry.formats.safetensors_stream import view_bytes
 from torchferry.formats.torch_stream import TorchStream, can_fill
 from torchferry.opening import open_reader
@@ -172,7 +173,11 @@ async def _convert(reader: Backend, path: str, wanted: SaveFormat | None, order:
             archive = await require_archive(source)
             tensors, records = await _of_archive(source, archive, order)
         else:
-            files = [await open_file(source, path)] if looks == SAFETENSORS_FORMAT else await open_files(reader, path, source)
+            files = (
+                [await open_file(source, path)]
+                if looks == SAFETENSORS_FORMAT
+                else await open_files(reader, path, source)
+            )
     async with current().telling():
         if is_safetensors:
             return await _to_torch(files, source.url, order)
@@ -228,8 +233,8 @@ def _places(pickled: bytes, archive: Archive, request: LoadRequest) -> dict[str,
         some = ", ".join(repr(printable(name)) for name in odd[:_SHOWN])
         more = f" and {len(odd) - _SHOWN} more" if len(odd) > _SHOWN else ""
         raise CheckpointValueError(
-            f"safetensors holds plain tensors only, and {archive.url} also has {some}{more}: choose with keys=, or leave "
-            "them out with exclude=."
+            f"safetensors holds plain tensors only, and {archive.url} also has {some}{more}: choose with keys=, or "
+            "leave them out with exclude=."
         )
     for place in places.values():
         record = archive.get(place.storage.record)
@@ -254,7 +259,7 @@ def _refuse_shared(places: Mapping[str, TensorPlace], url: str) -> None:
             first = place.offset * place.dtype.itemsize
             spans.append((place.storage.key, first, first + length * place.dtype.itemsize, name))
     spans.sort()
-    for before, after in zip(spans, spans[1:], strict=False):
+    for before, after in pairwise(spans):
         if before[0] == after[0] and after[1] < before[2]:
             raise CheckpointValueError(
                 f"{url}: {printable(before[3])!r} and {printable(after[3])!r} share memory, which safetensors does not "
@@ -274,7 +279,9 @@ def _flat(value: Any, name: str = "") -> dict[str, torch.Tensor]:
     if not isinstance(value, dict):
         return {name: value}
     return {
-        path: tensor for key, item in value.items() for path, tensor in _flat(item, f"{name}.{key}" if name else str(key)).items()
+        path: tensor
+        for key, item in value.items()
+        for path, tensor in _flat(item, f"{name}.{key}" if name else str(key)).items()
     }
 
 
@@ -313,7 +320,9 @@ async def _write_file(
 ) -> ObjectStat:
     described = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
     # In the source's order, which is the fastest to read; within that, wide ones first, so that all are aligned.
-    place = {name: number for number, name in enumerate(sorted(described, key=lambda name: -described[name][0].itemsize))}
+    place = {
+        name: number for number, name in enumerate(sorted(described, key=lambda name: -described[name][0].itemsize))
+    }
     head, header = await in_thread(lay_out, described, {**_PYTORCH, **(order.metadata or {})}, place)
     by_name = {tensor.name: tensor for tensor in tensors}
     in_order = [by_name[entry.name] for entry in header.entries]
@@ -361,12 +370,7 @@ async def _to_torch(files: Sequence[File], url: str, order: _Order) -> ObjectSta
         loaded = await load_safetensors(files, order.request, url)
         return await _write_torch({order.name(name): tensor for name, tensor in loaded.items()}, None, order)
     keys, exclude = order.request.choice()
-    chosen = [
-        (file, entry)
-        for file in files
-        for entry in file.entries
-        if _is_asked(entry.name, keys, exclude)
-    ]
+    chosen = [(file, entry) for file in files for entry in file.entries if _is_asked(entry.name, keys, exclude)]
     if keys is not None and keys.unmatched:
         raise CheckpointValueError(f"{url} has no {', '.join(map(repr, keys.unmatched))}.")
     described = [(order.name(entry.name), entry.dtype, entry.shape) for _, entry in chosen]

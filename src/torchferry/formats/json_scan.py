@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import re
-from json.decoder import JSONDecodeError, scanstring
-from typing import TYPE_CHECKING
+from json import JSONDecodeError, decoder
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["JsonScanner"]
 
+_scan_string: Any = decoder.scanstring  # type: ignore[attr-defined]  # in C; not in typeshed
 _SPACE = re.compile(r"[ \t\n\r]*")
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,19})(?![0-9.eE])")
 _TOKEN = re.compile(r"[\[\]{},:]|-?[0-9][0-9.eE+-]*|true|false|null")
@@ -64,7 +65,8 @@ class JsonScanner:
         """A string."""
         self._take('"')
         try:
-            value, self._at = scanstring(self._text, self._at)
+            value: str
+            value, self._at = _scan_string(self._text, self._at)
         except JSONDecodeError as error:
             raise self._error("a string") from error
         return value

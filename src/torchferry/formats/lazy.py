@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import torch
 from anyio import from_thread
@@ -49,7 +49,7 @@ class LazyTensors:
             else:
                 self.tensors[name] = torch.empty(shape, dtype=dtype)
 
-    def reading(self, chunks: AsyncIterator[Chunk]) -> Callable[[int, int], list[Chunk] | None]:
+    def reading(self, chunks: AsyncIterator[Chunk]) -> Callable[[int, int], Iterator[Chunk] | None]:
         """What gives the bytes of a storage, by its address and size: to be called in a thread, in their order.
 
         It returns None for memory that is none of these tensors'.
@@ -57,31 +57,22 @@ class LazyTensors:
         waiting = iter(self._addresses)
         expected = next(waiting, None)
 
-        def take(address: int, nbytes: int) -> list[Chunk] | None:
+        def take(address: int, nbytes: int) -> Iterator[Chunk] | None:
             nonlocal expected
             if expected is None or address != expected[0]:
                 return None
             if nbytes != expected[1]:
                 raise RuntimeError("torch.save writes a storage otherwise than in one piece: please report it.")
             expected = next(waiting, None)
-            return [] if nbytes == 0 else _Chunks(chunks, nbytes)  # type: ignore[return-value]
+            return _taken(chunks, nbytes)
 
         return take
 
 
-class _Chunks:
-    """The next chunks, up to a number of bytes; taken one by one, as they hold memory."""
-
-    def __init__(self, chunks: AsyncIterator[Chunk], nbytes: int) -> None:
-        self._chunks = chunks
-        self._left = nbytes
-
-    def __iter__(self) -> _Chunks:
-        return self
-
-    def __next__(self) -> Chunk:
-        if not self._left:
-            raise StopIteration
-        chunk = from_thread.run(anext, self._chunks)
-        self._left -= len(chunk)
-        return chunk
+def _taken(chunks: AsyncIterator[Chunk], nbytes: int) -> Iterator[Chunk]:
+    """The next chunks, up to a number of bytes; one by one, as they hold memory."""
+    while nbytes:
+        chunk = from_thread.run(anext, chunks)
+        nbytes -= len(chunk)
+        yield chunk
+        del chunk

@@ -224,9 +224,16 @@ def _check_tiling(header: Header, size: int) -> None:
 
 
 def lay_out(
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    order: Mapping[str, int] | None = None,
 ) -> tuple[bytes, Header]:
     """Lays a file out: the bytes before the tensors', and its header, with the tensors in the order of the file.
+
+    Args:
+        tensors: Dtype and shape of each.
+        metadata: The strings of ``__metadata__``.
+        order: The place of each in the file; by default the library's order.
 
     Raises:
         CheckpointValueError: a dtype that safetensors does not know, or a name that it has for something else.
@@ -234,7 +241,8 @@ def lay_out(
     described: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     entries: list[Entry] = []
     at = 0
-    for name in sorted(tensors, key=lambda name: (-_order(name, tensors[name][0]), name.encode())):
+    by_library = {name: (-_order(name, dtype), name.encode()) for name, (dtype, _) in tensors.items()}
+    for name in sorted(tensors, key=by_library.__getitem__ if order is None else order.__getitem__):
         dtype, shape = tensors[name]
         size = math.prod(shape) * dtype.itemsize
         described[name] = {"dtype": _NAME_OF[dtype], "shape": list(shape), "data_offsets": [at, at + size]}

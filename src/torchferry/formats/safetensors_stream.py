@@ -20,7 +20,7 @@ from torchferry.formats.safetensors import Entry
 if TYPE_CHECKING:
     from torchferry.engine.memory import Claim
 
-__all__ = ["check_tensors", "copied_bytes", "file_chunks"]
+__all__ = ["check_tensors", "copied_bytes", "file_chunks", "view_bytes"]
 
 _ZERO_COPY_FROM = MIB  # a smaller tensor is cheaper to copy than to hand over on its own
 _PIECE = 8 * MIB  # a large one is handed over in pieces
@@ -83,7 +83,7 @@ async def file_chunks(
         if _is_lent(tensor):
             if (done := copies.take()) is not None:
                 yield done
-            view = _lend(tensor if tensor.is_contiguous() else await in_thread(tensor.contiguous))
+            view = view_bytes(tensor if tensor.is_contiguous() else await in_thread(tensor.contiguous))
             for start in range(0, len(view), _PIECE):
                 yield Chunk(view[start : start + _PIECE])
             del view
@@ -149,10 +149,10 @@ def _host(tensor: torch.Tensor, start: int, stop: int) -> memoryview:
     """Some of a tensor's bytes, in host memory."""
     flat = tensor.contiguous().reshape(-1)
     size = tensor.element_size()  # divides the size of a block
-    return _lend(flat[start // size : stop // size].cpu())
+    return view_bytes(flat[start // size : stop // size].cpu())
 
 
-def _lend(tensor: torch.Tensor) -> memoryview:
+def view_bytes(tensor: torch.Tensor) -> memoryview:
     """A contiguous CPU tensor's bytes, as a view that keeps it alive."""
     lent = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
     lent.tensor = tensor  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ import ctypes
 import io
 import types
 from bisect import bisect_right, insort
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import cache
 from typing import Any
@@ -35,7 +35,7 @@ from torchferry.formats.archive import DESCRIPTOR_SIGNATURE
 from torchferry.formats.checksum import Crc32Filler
 from torchferry.formats.torch_pickle import Pickled, recording_pickle, replaying_pickle
 
-__all__ = ["TorchStream"]
+__all__ = ["TorchStream", "can_fill"]
 
 _ZERO_COPY_FROM = MIB  # a smaller view is cheaper to copy than to hand over on its own
 _PIECE = 8 * MIB  # a large view is handed over in pieces: stores bound what is under way by counting what they get
@@ -55,6 +55,8 @@ class TorchStream(AsyncIterator["Chunk"]):
         obj: Anything that ``torch.save`` takes, or :class:`.torch_pickle.Pickled`.
         plan_for: The store's upload plan for a size in bytes and a part size, or None for the store's own.
         part_size: Bytes in a part, where the user chose.
+        lazy: Gives the bytes of some storages in place of those in memory, by address and size
+            (:class:`.lazy.LazyTensors`); only where :func:`can_fill`.
 
     Attributes:
         size_hint: About how many bytes the chunks are together; known while running.
@@ -67,7 +69,9 @@ class TorchStream(AsyncIterator["Chunk"]):
         *,
         plan_for: Callable[[int, int | None], UploadPlan] = UploadPlan.for_size,
         part_size: int | None = None,
+        lazy: Callable[[int, int], Iterator[Chunk] | None] | None = None,
     ) -> None:
+        self._lazy = lazy
         self.size_hint = 0
         self.plan = UploadPlan()
         self._obj = obj
@@ -139,8 +143,8 @@ class TorchStream(AsyncIterator["Chunk"]):
             self._send.close()
 
     def _torch_save(self) -> None:
-        filler = Crc32Filler() if torch.serialization.get_crc32_options() and _can_fill() else None
-        writer = _Writer(self._storages, self._emit, filler)
+        filler = Crc32Filler() if torch.serialization.get_crc32_options() and can_fill() else None
+        writer = _Writer(self._storages, self._emit, filler, self._lazy)
 
         def on_opened() -> None:
             if filler is not None:  # torch.save has read the option; what the object itself may save has its CRC32s
@@ -204,7 +208,14 @@ class TorchStream(AsyncIterator["Chunk"]):
 class _Writer:
     """The file object that ``torch.save`` writes into; where it leaves the CRC32s out, ``filler`` fills them in."""
 
-    def __init__(self, storages: _Storages, emit: Callable[[Chunk], None], filler: Crc32Filler | None) -> None:
+    def __init__(
+        self,
+        storages: _Storages,
+        emit: Callable[[Chunk], None],
+        filler: Crc32Filler | None,
+        lazy: Callable[[int, int], Iterator[Chunk] | None] | None = None,
+    ) -> None:
+        self._lazy = lazy
         self._storages = storages
         self._send = emit
         self._filler = filler
@@ -225,6 +236,13 @@ class _Writer:
     def write(self, data: memoryview) -> int:
         """Takes what torch writes; ``data`` is torch's again when this returns."""
         size = len(data)
+        if self._lazy is not None and size and (chunks := self._lazy(address_of(data), size)) is not None:
+            if size >= _ZERO_COPY_FROM:
+                self._emit_copies()
+                for chunk in chunks:
+                    self._emit(memoryview(chunk.data), self._filler)
+                return size
+            data = memoryview(b"".join(chunk.data for chunk in chunks))
         if size >= _ZERO_COPY_FROM and (lent := self._storages.lend(data)) is not None:
             self._emit_copies()
             self._emit(lent, self._filler)
@@ -333,7 +351,7 @@ class _Storages:
 
 
 @cache
-def _can_fill() -> bool:
+def can_fill() -> bool:
     """Whether this torch, told to leave CRC32s out, writes what Crc32Filler knows.
 
     Those of _FILLED: up to some version before, the option is one for all threads; a later one is for somebody to look
