@@ -22,7 +22,7 @@ from torchferry.errors import (
     CheckpointNotFoundError,
     CheckpointValueError,
 )
-from torchferry.formats import safetensors as module
+from torchferry.formats import safetensors_dtypes as module
 
 if TYPE_CHECKING:
     from conftest import CountingStore  # type: ignore[attr-defined]

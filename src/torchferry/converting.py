@@ -25,14 +25,15 @@ from torchferry.formats.keys import Keys, KeysArgument, as_keys
 from torchferry.formats.lazy import LazyTensors
 from torchferry.formats.picking import leaves, pick
 from torchferry.formats.printable import printable
-from torchferry.formats.safetensors import INDEX_SUFFIX, lay_out, split
+from torchferry.formats.safetensors import INDEX_SUFFIX, item_size, lay_out, split
+from torchferry.formats.safetensors_dtypes import dtype_name, torch_dtype
 from torchferry.formats.safetensors_stream import view_bytes
 from torchferry.formats.torch_stream import TorchStream, can_fill
 from torchferry.opening import open_reader
 from torchferry.requests import LoadRequest
-from torchferry.safetensors_files import File, load_safetensors, open_file, open_files
+from torchferry.safetensors_files import load_safetensors
+from torchferry.safetensors_opening import File, delete_all, open_file, open_files, prepare, publish_index
 from torchferry.saving import SaveFormat
-from torchferry.saving_safetensors import delete_all, prepare, publish_index
 from torchferry.storage.metadata import require_storable
 from torchferry.storage.registry import open_backend
 from torchferry.streaming import Extent, ExtentStream
@@ -318,10 +319,10 @@ async def _to_safetensors(tensors: Sequence[_Tensor], checksums: Checksums, orde
 async def _write_file(
     tensors: Sequence[_Tensor], path: str, checksums: Checksums, order: _Order, *, is_last: bool
 ) -> ObjectStat:
-    described = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+    described = {tensor.name: (dtype_name(tensor.dtype, tensor.name), tensor.shape) for tensor in tensors}
     # In the source's order, which is the fastest to read; within that, wide ones first, so that all are aligned.
     place = {
-        name: number for number, name in enumerate(sorted(described, key=lambda name: -described[name][0].itemsize))
+        name: number for number, name in enumerate(sorted(described, key=lambda name: -item_size(described[name][0])))
     }
     head, header = await in_thread(lay_out, described, {**_PYTORCH, **(order.metadata or {})}, place)
     by_name = {tensor.name: tensor for tensor in tensors}
@@ -373,7 +374,7 @@ async def _to_torch(files: Sequence[File], url: str, order: _Order) -> ObjectSta
     chosen = [(file, entry) for file in files for entry in file.entries if _is_asked(entry.name, keys, exclude)]
     if keys is not None and keys.unmatched:
         raise CheckpointValueError(f"{url} has no {', '.join(map(repr, keys.unmatched))}.")
-    described = [(order.name(entry.name), entry.dtype, entry.shape) for _, entry in chosen]
+    described = [(order.name(entry.name), torch_dtype(entry.dtype, url), entry.shape) for _, entry in chosen]
     lazy = await in_thread(LazyTensors, described)
     extents = [Extent(file.source, entry.start, entry.stop) for file, entry in chosen if entry.stop > entry.start]
     return await _write_torch(lazy.tensors, (lazy, extents), order)

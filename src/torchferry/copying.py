@@ -18,8 +18,7 @@ from torchferry.errors import CheckpointFormatError, mask
 from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, sniff
 from torchferry.formats.checksum import Checksums
 from torchferry.opening import open_reader, read_archive
-from torchferry.safetensors_files import File, open_file, open_files
-from torchferry.saving_safetensors import delete_all, prepare, publish_index
+from torchferry.safetensors_opening import File, delete_all, open_file, open_files, prepare, publish_index
 from torchferry.storage.base import Backend
 from torchferry.storage.metadata import require_storable
 from torchferry.storage.registry import open_backend

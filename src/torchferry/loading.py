@@ -18,14 +18,8 @@ from torchferry.formats.filling import Target
 from torchferry.formats.keys import KeysArgument, as_keys
 from torchferry.opening import open_reader
 from torchferry.requests import LoadRequest
-from torchferry.safetensors_files import (
-    File,
-    fill_safetensors,
-    inspect_safetensors,
-    load_safetensors,
-    open_file,
-    open_files,
-)
+from torchferry.safetensors_files import fill_safetensors, inspect_safetensors, load_safetensors
+from torchferry.safetensors_opening import File, open_file, open_files
 from torchferry.storage.registry import open_backend
 from torchferry.torch_files import fill_torch, inspect_torch, load_torch, verify_torch
 

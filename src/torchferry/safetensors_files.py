@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torchferry.engine.cancellation import in_thread
-from torchferry.engine.loops import run_on
 from torchferry.engine.reader import RangeReader, merge
-from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import current
 from torchferry.errors import (
-    CheckpointCorruptError,
-    CheckpointFormatError,
-    CheckpointNotFoundError,
     NotEnoughMemoryError,
     mask,
 )
@@ -27,111 +21,24 @@ from torchferry.formats.graph import TensorInfo
 from torchferry.formats.layout import Layout, Run
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.picking import missing_keys
-from torchferry.formats.printable import printable
 from torchferry.formats.safetensors import (
-    LENGTH_SIZE,
-    LONGEST_INDEX,
     Entry,
-    Header,
-    header_size,
-    parse_header,
-    parse_index,
 )
+from torchferry.formats.safetensors_dtypes import torch_dtype
 from torchferry.formats.selection import is_meta
 from torchferry.manifest import Manifest
 from torchferry.reading import Job, fetch
+from torchferry.safetensors_opening import File
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torchferry.requests import LoadRequest
-    from torchferry.storage.base import Backend
 
-__all__ = [
-    "File",
-    "fill_safetensors",
-    "inspect_safetensors",
-    "load_safetensors",
-    "open_file",
-    "open_files",
-]
+__all__ = ["fill_safetensors", "inspect_safetensors", "load_safetensors"]
 
 _ALIGNMENT = 4096
 _FITS_ANY = 1 << 62
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """One file of a checkpoint.
-
-    Attributes:
-        name: What it is called in the index; "" for a single file.
-        path: Its path in the store.
-        source: Its bytes.
-        header: What it holds.
-        entries: Those of its tensors that belong to the checkpoint.
-    """
-
-    name: str
-    path: str
-    source: RangeReader
-    header: Header
-    entries: tuple[Entry, ...]
-
-
-async def open_file(source: RangeReader, path: str, *, name: str = "") -> File:
-    """Reads a file's header.
-
-    Raises:
-        CheckpointCorruptError: the header is damaged.
-    """
-    size = source.stat.size
-    head = await source.read(0, min(size, LENGTH_SIZE))
-    length = await in_thread(header_size, head, size, source.url)
-    header = await in_thread(parse_header, await source.read(0, length), size, source.url)
-    return File(name, path, source, header, header.entries)
-
-
-async def open_files(backend: Backend, path: str, source: RangeReader) -> list[File]:
-    """Reads an index, and the headers of the files that it names, which lie beside it.
-
-    Raises:
-        CheckpointFormatError: it is no index.
-        CheckpointCorruptError: the index or a header is damaged, or they contradict each other.
-        CheckpointNotFoundError: a file is missing.
-    """
-    size = source.stat.size
-    if size > LONGEST_INDEX:
-        raise CheckpointFormatError(f"{source.url} is JSON of {size} bytes: no index of safetensors files is so long.")
-    index = await in_thread(parse_index, await source.read(0, size), source.url)
-    wanted: dict[str, list[str]] = {}
-    for tensor, file in index.files.items():
-        wanted.setdefault(file, []).append(tensor)
-    folder = path[: path.rfind("/") + 1]
-    opened: dict[str, File] = {}
-
-    async def open_one(name: str) -> None:
-        try:
-            stat = await run_on(backend.loop, backend.stat, folder + name)
-        except CheckpointNotFoundError as error:
-            raise CheckpointNotFoundError(f"{source.url} names a file that is not there: {error}") from error
-        reader = RangeReader(backend, folder + name, stat)
-        opened[name] = await open_file(reader, folder + name, name=name)
-
-    async with task_group() as group:
-        for name in wanted:
-            group.start_soon(open_one, name)
-    return [_belonging(opened[name], names, source.url) for name, names in wanted.items()]
-
-
-def _belonging(file: File, names: list[str], url: str) -> File:
-    by_name = {entry.name: entry for entry in file.header.entries}
-    if missing := [name for name in names if name not in by_name]:
-        raise CheckpointCorruptError(
-            f"{url} is damaged, or of another version than {printable(file.name)}: that has no tensor "
-            f"{printable(missing[0])!r}."
-        )
-    return File(file.name, file.path, file.source, file.header, tuple(by_name[name] for name in names))
 
 
 def inspect_safetensors(files: Sequence[File], source: RangeReader) -> Manifest:
@@ -143,7 +50,8 @@ def inspect_safetensors(files: Sequence[File], source: RangeReader) -> Manifest:
         for name, dtype, shape, start, stop in file.entries:
             record = Record(prefix + name, start, stop - start, None)
             records.append(record)
-            tensors.append(TensorInfo(name, dtype, shape, stop - start, record.name))
+            dtype_here = torch_dtype(dtype, source.url)
+            tensors.append(TensorInfo(name, dtype_here, shape, stop - start, record.name))
     sizes = {file.path: file.source.stat.size for file in files}
     size = sum(sizes.values()) + (0 if files and files[0].source is source else source.stat.size)
     return Manifest(
@@ -162,7 +70,7 @@ async def load_safetensors(files: Sequence[File], request: LoadRequest, url: str
     chosen = await in_thread(_choose, files, request, url)
     if is_meta(request.map_location):
         return {
-            entry.name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+            entry.name: torch.empty(entry.shape, dtype=torch_dtype(entry.dtype, url), device="meta")
             for _, entries in chosen
             for entry in entries
         }
@@ -176,7 +84,9 @@ async def fill_safetensors(files: Sequence[File], request: LoadRequest, url: str
     """Fills tensors that exist with those of the same name."""
     chosen = await in_thread(_choose, files, request, url)
     found = {
-        name: Found(dtype, shape, (start, stop)) for _, entries in chosen for name, dtype, shape, start, stop in entries
+        name: Found(torch_dtype(dtype, url), shape, (start, stop))
+        for _, entries in chosen
+        for name, dtype, shape, start, stop in entries
     }
     target.check(found, (), url, strict=request.strict)
     loads: list[_Load] = []
@@ -246,13 +156,14 @@ class _Load:
     def tensor(self, entry: Entry) -> torch.Tensor:
         """A tensor, once its bytes have arrived."""
         nbytes = entry.stop - entry.start
+        dtype = torch_dtype(entry.dtype, self._file.source.url)
         if not nbytes:
-            return torch.empty(entry.shape, dtype=entry.dtype)
+            return torch.empty(entry.shape, dtype=dtype)
         (run,) = self._layout.parts(entry.start, entry.stop)
         flat = self._buffer.tensor(run.at, nbytes)
-        if flat.data_ptr() % entry.dtype.itemsize:
+        if flat.data_ptr() % dtype.itemsize:
             flat = flat.clone()
-        return flat.view(entry.dtype).reshape(entry.shape)
+        return flat.view(dtype).reshape(entry.shape)
 
 
 def _lead(start: int, data_start: int) -> int:

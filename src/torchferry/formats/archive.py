@@ -18,13 +18,11 @@ from __future__ import annotations
 import struct
 import zlib
 from array import array
-from bisect import bisect_left
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, overload
-
-import torch
 
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError
 from torchferry.formats.layout import Layout, whole
@@ -73,8 +71,6 @@ _ALIGNMENT = 64  # of the data of every record, unless torch's config.save.stora
 _MAX_ALIGNMENT = 1 << 15  # the padding's length has 16 bits
 _DIRECTORY_SIZE = (4 << 20, 1.5)  # bytes that a directory may have, and for each byte of the records before it
 _SHOWN_RECORDS = 20  # in a repr
-_DTYPES = {"q": torch.int64, "i": torch.int32, "H": torch.uint16}  # of the columns
-_STEP = 1 << 16  # records whose offsets are found at once, so that little memory is needed for it
 _MAX_DIRECTORY = (1 << 31) - 1  # positions in it are held in 32 bits
 
 LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
@@ -162,7 +158,7 @@ class Records(Sequence[Record]):
         self._offsets = array("q")
         self._paths, self._crc32s = array("i"), array("i")  # where in the directory; CRC32s, as signed numbers
         self._lengths, self._flags, self._methods = array("H"), array("H"), array("H")  # the lengths of the paths
-        self._hashes, self._by_hash = array("q"), array("q")  # of the paths, in order; and the index of each
+        self._table = array("i")  # a hash table of the paths: one more than the index of each, 0 where there is none
 
     def __len__(self) -> int:
         return len(self._headers)
@@ -197,13 +193,8 @@ class Records(Sequence[Record]):
     def find(self, name: str) -> int | None:
         """The index of the record of that name, if there is one."""
         path = self.top + name.encode(errors="surrogatepass")
-        key = hash(path)
-        at = bisect_left(self._hashes, key)
-        while at < len(self) and self._hashes[at] == key:
-            if self.path(self._by_hash[at]) == path:
-                return self._by_hash[at]
-            at += 1
-        return None
+        found = self._table[self._slot(path)] - 1
+        return None if found < 0 else found
 
     def local_header_offset(self, index: int) -> int:
         """Where the local header of a record starts."""
@@ -233,10 +224,12 @@ class Records(Sequence[Record]):
         """The indices of the records that have bytes and a CRC32, and where each of them ends."""
         if not self.are_checked:
             return array("q"), array("q")
-        stored = _tensor(self._stored)
-        ends = _tensor(self._offsets) + stored
-        indices = ((stored > 0) & (_tensor(self._methods).int() == 0)).nonzero().flatten()
-        return _array(indices), _array(ends[indices])
+        indices, ends = array("q"), array("q")
+        for index, (offset, stored, method) in enumerate(zip(self._offsets, self._stored, self._methods, strict=True)):
+            if stored and not method:
+                indices.append(index)
+                ends.append(offset + stored)
+        return indices, ends
 
     def flags(self, index: int) -> int:
         """The flags of a record that its local header and the directory share."""
@@ -292,9 +285,9 @@ class Records(Sequence[Record]):
         buffer, unpack, at = self._directory, _CENTRAL_FIELDS.unpack_from, 0
         columns = (
             self._paths, self._lengths, self._flags, self._methods, self._crc32s,
-            self._stored, self._sizes, self._headers, self._hashes,
+            self._stored, self._sizes, self._headers,
         )  # fmt: skip
-        add_path, add_length, add_flags, add_method, add_crc32, add_stored, add_size, add_header, add_hash = (
+        add_path, add_length, add_flags, add_method, add_crc32, add_stored, add_size, add_header = (
             column.append for column in columns
         )
         are_outside = False
@@ -329,25 +322,32 @@ class Records(Sequence[Record]):
             add_stored(stored)
             add_size(size)
             add_header(header)
-            add_hash(hash(path))
         if at != len(buffer):
             raise ValueError(f"it has {len(buffer)} bytes, its records take {at}")
         return are_outside
 
     def _sort(self) -> None:
-        """Puts the records into the order of the file, and their names into that of their hashes."""
-        headers = _tensor(self._headers)
-        if bool((headers[1:] < headers[:-1]).any()):
-            order = headers.argsort()
-            for column in (self._headers, self._stored, self._sizes, self._hashes, self._paths, self._crc32s):
-                _tensor(column).copy_(_tensor(column)[order])
-            for column in (self._lengths, self._flags, self._methods):
-                _tensor(column).copy_(_tensor(column).int()[order])
-        hashes, order = _tensor(self._hashes).sort()
-        self._hashes, self._by_hash = _array(hashes), _array(order)
-        for at in (hashes[1:] == hashes[:-1]).nonzero().flatten().tolist():
-            if self.path(self._by_hash[at]) == self.path(self._by_hash[at + 1]):
+        """Puts the records into the order of the file, and their names into a hash table."""
+        if any(after < before for before, after in pairwise(self._headers)):
+            order = sorted(range(len(self)), key=self._headers.__getitem__)
+            for name in ("_headers", "_stored", "_sizes", "_paths", "_crc32s", "_lengths", "_flags", "_methods"):
+                column = getattr(self, name)
+                setattr(self, name, array(column.typecode, map(column.__getitem__, order)))
+        slots = 1 << (2 * len(self)).bit_length()
+        self._table = array("i", bytes(4 * slots))
+        for index in range(len(self)):
+            slot = self._slot(self.path(index))
+            if self._table[slot]:
                 raise ValueError("it names a record twice")
+            self._table[slot] = index + 1
+
+    def _slot(self, path: bytes) -> int:
+        """Where in the table a path is, or would be."""
+        table, mask = self._table, len(self._table) - 1
+        slot = hash(path) & mask
+        while (there := table[slot]) and self.path(there - 1) != path:
+            slot = (slot + 1) & mask
+        return slot
 
     def _check(self, url: str) -> None:
         """Refuses what torch would refuse, or would load wrongly."""
@@ -363,10 +363,10 @@ class Records(Sequence[Record]):
         for name in ("version", "byteorder") if self.find(".format_version") is not None else ("version",):
             if self.find(name) is None and self.find(f".data/{name}") is None:
                 raise ValueError(f"it lacks the record {name}")
-        sizes, stored, crc32s = _tensor(self._sizes), _tensor(self._stored), _tensor(self._crc32s)
-        self.are_checked = bool(crc32s.any())
-        for index in ((sizes != stored) | ((crc32s != 0) & (sizes == 0))).nonzero().flatten().tolist():
-            if not self._methods[index]:
+        self.are_checked = any(self._crc32s)
+        columns = zip(self._sizes, self._stored, self._crc32s, self._methods, strict=True)
+        for index, (size, stored, crc32, method) in enumerate(columns):
+            if not method and (size != stored or (crc32 and not size)):
                 raise ValueError(f"it contradicts itself on the size of record {printable(self.name(index))}")
 
     def _find_offsets(self, end: int) -> Sequence[int]:
@@ -382,36 +382,28 @@ class Records(Sequence[Record]):
         if self._headers[-1] > end or max(self._stored) > end:
             raise ValueError("it has records beyond their end")
         alignment = self._alignment()
-        ends = self._headers[1:]
-        ends.append(end)
-        self._offsets = array("q", bytes(8 * len(self)))
         unproven = array("q")
-        for first in range(0, len(self), _STEP):
-            part = slice(first, first + _STEP)
-            are_proven = self._find_offsets_of(part, _tensor(ends)[part], alignment)
-            unproven.extend((~are_proven).nonzero().flatten().add(first).tolist())
+        offsets = self._offsets
+        ends = chain(islice(self._headers, 1, None), (end,))
+        columns = zip(self._headers, self._stored, self._flags, self._lengths, ends, strict=True)
+        for index, (header, stored, flags, length, stop) in enumerate(columns):
+            earliest = header + LOCAL_HEADER_SIZE + length
+            aligned = earliest
+            if alignment is not None:
+                is_large, is_far = stored >= _UINT32_MAX, header >= _UINT32_MAX
+                extra = 4 + 4 * (is_large or is_far) + 16 * is_large + 8 * is_far  # the least that torch's padding has
+                aligned = -(-(earliest + extra) // alignment) * alignment
+            for descriptor in (16, 24) if flags & FLAG_DESCRIPTOR else (0,):
+                offset = stop - descriptor - stored
+                if offset in {earliest, aligned}:
+                    break
+            else:
+                unproven.append(index)
+                offset = stop - stored
+            if offset < earliest:
+                raise ValueError(f"it leaves no room for record {printable(self.name(index))}")
+            offsets.append(offset)
         return unproven
-
-    def _find_offsets_of(self, part: slice, ends: torch.Tensor, alignment: int | None) -> torch.Tensor:
-        headers, stored, flags, lengths = (
-            _tensor(column)[part].long() for column in (self._headers, self._stored, self._flags, self._lengths)
-        )
-        earliest = headers + LOCAL_HEADER_SIZE + lengths
-        is_large, is_far = stored >= _UINT32_MAX, headers >= _UINT32_MAX
-        extra = 4 + 4 * (is_large | is_far) + 16 * is_large + 8 * is_far  # the least that torch's padding has
-        aligned = earliest if alignment is None else (earliest + extra + (alignment - 1)) // alignment * alignment
-        offsets = ends - stored
-        are_proven = torch.zeros(len(headers), dtype=torch.bool)
-        has_descriptor = (flags & FLAG_DESCRIPTOR) != 0
-        for descriptor in (0, 16, 24):
-            found = ends - descriptor - stored
-            proves = ~are_proven & (has_descriptor == bool(descriptor)) & ((found == earliest) | (found == aligned))
-            offsets = torch.where(proves, found, offsets)
-            are_proven |= proves
-        for index in (offsets < earliest).nonzero().flatten().tolist():
-            raise ValueError(f"it leaves no room for record {printable(self.name(part.start + index))}")
-        _tensor(self._offsets)[part] = offsets
-        return are_proven
 
     def _alignment(self) -> int | None:
         """On what the data of each record starts; None if the directory does not say.
@@ -427,18 +419,6 @@ class Records(Sequence[Record]):
             if zlib.crc32(text) == crc32 and len(text) == size:
                 return 1 << power
         return None
-
-
-def _tensor(column: array[int]) -> torch.Tensor:
-    """A column as a tensor, in the same memory."""
-    return torch.frombuffer(column, dtype=_DTYPES[column.typecode])
-
-
-def _array(tensor: torch.Tensor) -> array[int]:
-    column = array("q", bytes(8 * len(tensor)))
-    if column:
-        _tensor(column).copy_(tensor)
-    return column
 
 
 @dataclass(frozen=True, slots=True)
@@ -564,7 +544,7 @@ def find_directory(tail: bytes | bytearray | memoryview, size: int, url: str) ->
 
 
 def parse_directory(buffer: bytes | bytearray | memoryview, directory: Directory, url: str) -> Archive:
-    """Parses a central directory; takes about a second for a million records.
+    """Parses a central directory; takes some seconds for a million records.
 
     Args:
         buffer: Its bytes, all of them.

@@ -15,8 +15,6 @@ import math
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, CheckpointValueError
 from torchferry.formats.json_scan import JsonScanner
 from torchferry.formats.printable import printable
@@ -34,6 +32,7 @@ __all__ = [
     "Index",
     "header_size",
     "index_bytes",
+    "item_size",
     "lay_out",
     "parse_header",
     "parse_index",
@@ -53,33 +52,35 @@ _METADATA = "__metadata__"
 _MOST_DIMENSIONS = 1000  # as in the pickle of torch.save
 _FILE_NAME = re.compile(r"(?!\.\.?$)[^/\\:\0]{1,255}")
 
-# In the order of the library: the tensors of a file are sorted by it, the last ones first.
-_NAMES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "C64": "complex64",
-    "F64": "float64",
-    "I64": "int64",
-    "U64": "uint64",
+_ITEM_SIZES = {
+    # In the order of the library: the tensors of a file are sorted by it, the last ones first.
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E5M2": 1,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "C64": 8,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
 }
-_DTYPES: dict[str, torch.dtype] = {
-    name: dtype for name, attribute in _NAMES.items() if (dtype := getattr(torch, attribute, None)) is not None
-}
-_NAME_OF = {dtype: name for name, dtype in _DTYPES.items()}
-_ORDER = {name: number for number, name in enumerate(_NAMES)}
+_KNOWN = {name: name for name in _ITEM_SIZES}  # each dtype's name is kept once
+_ORDER = {name: number for number, name in enumerate(_ITEM_SIZES)}
+
+
+def item_size(dtype: str) -> int:
+    """Bytes of an element of a dtype that safetensors knows."""
+    return _ITEM_SIZES[dtype]
 
 
 class Entry(NamedTuple):
@@ -87,14 +88,14 @@ class Entry(NamedTuple):
 
     Attributes:
         name: Its name.
-        dtype: Of its elements.
+        dtype: Of its elements, as safetensors calls it: "F32".
         shape: Its sizes.
         start: Where its bytes start in the file.
         stop: Where they end.
     """
 
     name: str
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
@@ -157,7 +158,7 @@ def parse_header(data: bytes, size: int, url: str) -> Header:
 
     Raises:
         CheckpointCorruptError: it is none, or contradicts itself or the file's size.
-        CheckpointFormatError: a tensor has a dtype that this torch has not.
+        CheckpointFormatError: a tensor has a dtype that is not known.
     """
     start = len(data)
     try:
@@ -187,30 +188,28 @@ def _parse(text: str, start: int, url: str) -> Header:
 
 
 def _parse_entry(scanner: JsonScanner, name: str, start: int, url: str) -> Entry:
-    dtype_name: str | None = None
+    dtype: str | None = None
     shape: tuple[int, ...] | None = None
     offsets: tuple[int, ...] | None = None
     for key in scanner.members():
-        if key == "dtype" and dtype_name is None:
-            dtype_name = scanner.string()
+        if key == "dtype" and dtype is None:
+            dtype = scanner.string()
         elif key == "shape" and shape is None:
             shape = scanner.integers(_MOST_DIMENSIONS)
         elif key == "data_offsets" and offsets is None:
             offsets = scanner.integers(2)
         else:
             raise ValueError(f"tensor {printable(name)!r} has a field {printable(key)!r}, or has it twice")
-    if dtype_name is None or shape is None or offsets is None or len(offsets) != 2:  # noqa: PLR2004 - first and last
+    if dtype is None or shape is None or offsets is None or len(offsets) != 2:  # noqa: PLR2004 - first and last
         raise ValueError(f"tensor {printable(name)!r} lacks its dtype, shape or data_offsets")
-    dtype = _DTYPES.get(dtype_name)
-    if dtype is None:
+    if dtype not in _ITEM_SIZES:
         raise CheckpointFormatError(
-            f"{url}: tensor {printable(name)!r} has the dtype {printable(dtype_name)}, which torch "
-            f"{torch.__version__} has not."
+            f"{url}: tensor {printable(name)!r} has the dtype {printable(dtype)!r}, which is not known here."
         )
     first, last = offsets
-    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != last - first:
+    if min(shape, default=0) < 0 or math.prod(shape) * _ITEM_SIZES[dtype] != last - first:
         raise ValueError(f"tensor {printable(name)!r} has {last - first} bytes, which is not what its shape takes")
-    return Entry(name, dtype, shape, start + first, start + last)
+    return Entry(name, _KNOWN[dtype], shape, start + first, start + last)
 
 
 def _check_tiling(header: Header, size: int) -> None:
@@ -224,7 +223,7 @@ def _check_tiling(header: Header, size: int) -> None:
 
 
 def lay_out(
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
     metadata: Mapping[str, str],
     order: Mapping[str, int] | None = None,
 ) -> tuple[bytes, Header]:
@@ -236,16 +235,18 @@ def lay_out(
         order: The place of each in the file; by default the library's order.
 
     Raises:
-        CheckpointValueError: a dtype that safetensors does not know, or a name that it has for something else.
+        CheckpointValueError: a name that safetensors has for something else.
     """
     described: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     entries: list[Entry] = []
     at = 0
-    by_library = {name: (-_order(name, dtype), name.encode()) for name, (dtype, _) in tensors.items()}
+    if _METADATA in tensors:
+        raise CheckpointValueError(f"safetensors has no room for a tensor named {_METADATA!r}: rename it.")
+    by_library = {name: (-_ORDER[dtype], name.encode()) for name, (dtype, _) in tensors.items()}
     for name in sorted(tensors, key=by_library.__getitem__ if order is None else order.__getitem__):
         dtype, shape = tensors[name]
-        size = math.prod(shape) * dtype.itemsize
-        described[name] = {"dtype": _NAME_OF[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+        size = math.prod(shape) * _ITEM_SIZES[dtype]
+        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         entries.append(Entry(name, dtype, shape, at, at + size))
         at += size
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
@@ -255,16 +256,6 @@ def lay_out(
     start = LENGTH_SIZE + len(text)
     placed = tuple(entry._replace(start=start + entry.start, stop=start + entry.stop) for entry in entries)
     return len(text).to_bytes(LENGTH_SIZE, "little") + text, Header(placed, dict(metadata), start)
-
-
-def _order(name: str, dtype: torch.dtype) -> int:
-    if name == _METADATA:
-        raise CheckpointValueError(f"safetensors has no room for a tensor named {_METADATA!r}: rename it.")
-    if dtype not in _NAME_OF:
-        raise CheckpointValueError(
-            f"safetensors has no dtype for {printable(name)!r}, which is {dtype}: convert it, or use format='torch'."
-        )
-    return _ORDER[_NAME_OF[dtype]]
 
 
 def split(sizes: Mapping[str, int], most: int) -> list[list[str]]:
