@@ -73,9 +73,10 @@ class MemoryUpload(Upload[int]):
     ("size", "wanted", "expected"),
     [
         (0, None, 16 * MIB),
-        (1 << 30, None, 16 * MIB),
-        (8000 * 16 * MIB, None, 16 * MIB),
-        (8000 * 16 * MIB + 1, None, 17 * MIB),
+        ((1 << 29) - 1, None, 16 * MIB),
+        (1 << 29, None, 32 * MIB),
+        (8000 * 32 * MIB, None, 32 * MIB),
+        (8000 * 32 * MIB + 1, None, 33 * MIB),
         (5 * TIB, None, 656 * MIB),
         (0, 1, 5 * MIB),
         (0, 32 * MIB, 32 * MIB),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from http import HTTPStatus
@@ -29,6 +30,7 @@ class S3Client:
 
     def __init__(self, fs: S3FileSystem) -> None:
         self._fs = fs
+        self._prepared: weakref.WeakSet[Any] = weakref.WeakSet()  # clients that have what _client registers
 
     async def call(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """One S3 operation, one attempt. Raises botocore's errors."""
@@ -58,8 +60,10 @@ class S3Client:
     async def _client(self, bucket: str) -> Any:
         await self._fs.set_session()
         client = await self._fs.get_s3(bucket)
+        if client in self._prepared:
+            return client
+        self._prepared.add(client)
         events = client.meta.events
-        # Each of these is registered once a client: the second time, the same id takes the place of the first.
         events.register_first("needs-retry.s3", _no_repetition, unique_id="torchferry-needs-retry")
         events.register_first("choose-signer.s3", _version_4, unique_id="torchferry-choose-signer")
         events.register("before-sign.s3", _keep_request, unique_id="torchferry-before-sign")

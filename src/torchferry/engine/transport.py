@@ -40,7 +40,8 @@ _SILENCE = 30.0  # seconds in which nothing moves, after which a request has fai
 _LAST_LOOK = 1.0  # seconds to wait for the answer of a store that takes no bytes over TLS
 _SLOWEST = 1_000  # bytes a second: an answer that comes slower than this has failed,
 _GRACE = 60.0  # seconds after its first byte
-_SLICE = 2 * MIB  # bytes given to the system at once
+_SLICE = 16 * MIB  # bytes given to the system at once; it takes what it can in 0.25 s
+_LOOK = 0.1  # seconds between two looks at what has been acknowledged
 _TLS_SLICE = 128 << 10  # over TLS, what is sent of a slice shows only when all of it is
 _LAST_SLICE = 64 << 10  # so that a cancel seldom comes when the request may be complete
 _WHOLE_READS = 64 << 10  # a read of so many bytes waits for all of them
@@ -338,6 +339,7 @@ class _Sending(_Exchange):
         self._sent = 0  # bytes, into the system's queue
         self._arrived = 0  # bytes that the other end's TCP has acknowledged, in this attempt
         self._acknowledged = 0  # bytes that were counted
+        self._looked_at = 0.0  # when they were
         self._ok = False
         self._sock: socket.socket | None = None
 
@@ -439,7 +441,8 @@ class _Sending(_Exchange):
             self._moved_at = time.monotonic()
             piece = piece[count:]
             self._sent += count
-            if self._sent - self._acknowledged >= MIB:
+            if self._moved_at - self._looked_at >= _LOOK and self._sent - self._acknowledged >= MIB:
+                self._looked_at = self._moved_at
                 self._count_acknowledged()
         return True
 

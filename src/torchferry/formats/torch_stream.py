@@ -26,6 +26,7 @@ from anyio import from_thread, to_thread
 from isal import isal_zlib
 
 from torchferry.engine.cancellation import stops_as_errors
+from torchferry.engine.channel import Channel, ChannelClosedError
 from torchferry.engine.memory import BLOCK_SIZE, CPU_SAVES, EVERYTHING_ELSE, Claim, Ledger, address_of
 from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import current
@@ -40,6 +41,7 @@ __all__ = ["TorchStream", "can_fill"]
 _ZERO_COPY_FROM = MIB  # a smaller view is cheaper to copy than to hand over on its own
 _PIECE = 8 * MIB  # a large view is handed over in pieces: stores bound what is under way by counting what they get
 _SMALL_PART = 5 * MIB  # where most is copied: more parts are under way in the same memory; 5 MiB is S3's least
+_COPYING_PART = 16 * MIB  # where more than that is copied, and yet less than half: two such saves fit the ledger
 _DEVICE_SHARE = 8  # from a device, a part is at most this share of the ledger, so that several are under way
 _QUEUE = 4  # chunks between torch.save and the store
 _FILLED = ("2.13.", "2.14.")  # the versions of torch whose CRC32s Crc32Filler fills in
@@ -78,7 +80,7 @@ class TorchStream(AsyncIterator["Chunk"]):
         self._plan_for = plan_for
         self._part_size = part_size
         self._transfer = current()
-        self._send, self._receive = anyio.create_memory_object_stream[Chunk](_QUEUE)
+        self._chunks: Channel[Chunk] = Channel(_QUEUE)
         self._storages = _Storages()
         self._claims: list[Claim] = []
         self._waits_for: Ledger = CPU_SAVES
@@ -121,10 +123,10 @@ class TorchStream(AsyncIterator["Chunk"]):
     async def __anext__(self) -> Chunk:
         self._transfer.tell()
         try:
-            return await self._receive.receive()
-        except anyio.EndOfStream:
+            return await self._chunks.take()
+        except ChannelClosedError:
             if self._failure is not None:
-                raise self._failure from self._failure.__cause__  # else the EndOfStream would be its context
+                raise self._failure from self._failure.__cause__  # else the ChannelClosedError would be its context
             raise StopAsyncIteration from None
 
     async def _produce(self) -> None:
@@ -140,11 +142,11 @@ class TorchStream(AsyncIterator["Chunk"]):
             raise
         finally:
             self._begun.set()
-            self._send.close()
+            self._chunks.end()
 
     def _torch_save(self) -> None:
         filler = Crc32Filler() if torch.serialization.get_crc32_options() and can_fill() else None
-        writer = _Writer(self._storages, self._emit, filler, self._lazy)
+        writer = _Writer(self._storages, self._chunks.put, filler, self._lazy)
 
         def on_opened() -> None:
             if filler is not None:  # torch.save has read the option; what the object itself may save has its CRC32s
@@ -175,6 +177,8 @@ class TorchStream(AsyncIterator["Chunk"]):
             part_size = min(self.plan_size(part_size), ledger.limit // _DEVICE_SHARE)
         elif part_size is None and self._storages.copied_bytes > self._storages.lent_bytes:
             part_size = _SMALL_PART
+        elif part_size is None and copied > _COPYING_PART:
+            part_size = _COPYING_PART
         self.plan = self._plan_for(self.size_hint, part_size)
         # A store holds up to a part back before it sends any of it: with one block more there is always room to go on.
         claim = self._claim(ledger, min(copied, self.plan.part_size + BLOCK_SIZE))
@@ -194,12 +198,9 @@ class TorchStream(AsyncIterator["Chunk"]):
             claim.close()
         return claim
 
-    def _emit(self, chunk: Chunk) -> None:
-        from_thread.run(self._send.send, chunk)
-
     def _close(self) -> None:
         self._closed = True
-        self._receive.close()
+        self._chunks.close()
         for claim in self._claims:
             claim.abandon()
         self._waits_for.wake()
