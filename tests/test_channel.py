@@ -23,7 +23,7 @@ async def test_items_come_in_order_and_then_the_end() -> None:
     taken = []
     with pytest.raises(ChannelClosedError):
         while True:
-            taken.append(await channel.take())  # noqa: PERF401 - it ends with an error
+            taken.append(await channel.take())
     await putting
     assert taken == list(range(100))
 

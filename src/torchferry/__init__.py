@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchferry.background import BackgroundSave, save_in_background
     from torchferry.cleaning import CleanReport, clean, clean_async
+    from torchferry.comparing import Diff, diff, diff_async
     from torchferry.converting import convert, convert_async
     from torchferry.copying import copy, copy_async
     from torchferry.engine.transfer import TransferReport
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from torchferry.loading import inspect, inspect_async, load, load_async, verify, verify_async
     from torchferry.manifest import Manifest
     from torchferry.options import LoadOptions, SaveOptions
+    from torchferry.progress import RichCallback, TqdmCallback
     from torchferry.saving import save, save_async
     from torchferry.storage.base import Leftover
 
@@ -53,6 +55,7 @@ _MODULES = {
     "torchferry.background": ("BackgroundSave", "save_in_background"),
     "torchferry.formats.archive": ("Record",),
     "torchferry.cleaning": ("CleanReport", "clean", "clean_async"),
+    "torchferry.comparing": ("Diff", "diff", "diff_async"),
     "torchferry.converting": ("convert", "convert_async"),
     "torchferry.copying": ("copy", "copy_async"),
     "torchferry.errors": (
@@ -87,6 +90,7 @@ _MODULES = {
         "verify_async",
     ),
     "torchferry.options": ("LoadOptions", "SaveOptions"),
+    "torchferry.progress": ("RichCallback", "TqdmCallback"),
     "torchferry.saving": ("save", "save_async"),
     "torchferry.storage.base": ("Leftover",),
     "torchferry.engine.transfer": ("TransferReport",),
@@ -106,6 +110,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "CheckpointValueError",
     "CleanReport",
+    "Diff",
     "IncompatibleKeys",
     "Leftover",
     "LoadOptions",
@@ -113,6 +118,7 @@ __all__ = [
     "NotEnoughMemoryError",
     "ObjectStat",
     "Record",
+    "RichCallback",
     "SaveOptions",
     "SaveUnderWayError",
     "StorageError",
@@ -120,6 +126,7 @@ __all__ = [
     "StorageUnavailableError",
     "TensorInfo",
     "TorchferryError",
+    "TqdmCallback",
     "TransferReport",
     "UnsafeCheckpointError",
     "UnsupportedOptionError",
@@ -130,6 +137,8 @@ __all__ = [
     "convert_async",
     "copy",
     "copy_async",
+    "diff",
+    "diff_async",
     "inspect",
     "inspect_async",
     "load",

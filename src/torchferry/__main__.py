@@ -1,0 +1,7 @@
+"""``python -m torchferry``: the command."""
+
+import sys
+
+from torchferry.cli import main
+
+sys.exit(main())
