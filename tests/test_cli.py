@@ -277,13 +277,21 @@ def test_wrong_arguments_are_told_with_status_2(arguments: list[str], capsys: py
 @pytest.mark.parametrize(
     ("url", "given", "expected"),
     [
-        ("s3://b/x", {"endpoint_url": "http://h", "profile": "p", "anon": True, "region": "r"}, {"endpoint_url": "http://h", "profile": "p", "anon": True, "client_kwargs": {"region_name": "r"}}),
+        (
+            "s3://b/x",
+            {"endpoint_url": "http://h", "profile": "p", "anon": True, "region": "r"},
+            {"endpoint_url": "http://h", "profile": "p", "anon": True, "client_kwargs": {"region_name": "r"}},
+        ),
         ("gs://b/x", {"anon": True}, {"token": "anon"}),
-        ("az://b/x", {"endpoint_url": "https://h", "option": ["account_name=a", "n=1"]}, {"account_host": "h", "account_name": "a", "n": 1}),
+        (
+            "az://b/x",
+            {"endpoint_url": "https://h", "option": ["account_name=a", "n=1"]},
+            {"account_host": "h", "account_name": "a", "n": 1},
+        ),
         ("s3://b/x", {"option": ["client_kwargs.verify=false"]}, {"client_kwargs": {"verify": False}}),
         ("/local/x", {"profile": "p", "target_option": ()}, None),
     ],
-)  # fmt: skip
+)
 def test_the_options_of_a_store_are_those_of_its_filesystem(url: str, given: dict[str, Any], expected: Any) -> None:
     from torchferry.cli.store import storage_options_for
 

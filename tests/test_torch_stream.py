@@ -122,7 +122,7 @@ async def test_torch_computes_no_crc32_of_what_torchferry_fills_in() -> None:
     """It would be the slowest part of a save, and hold back the first byte of a storage until its last is read."""
     tensors = [torch.full((3 * MIB,), 7, dtype=torch.uint8), torch.ones(3)]
     expected = torch_saved(tensors)
-    assert stream_module._can_fill()
+    assert stream_module.can_fill()
     answers: list[bool] = []
     option = torch.serialization.get_crc32_options
 
@@ -140,26 +140,26 @@ async def test_torch_computes_no_crc32_of_what_torchferry_fills_in() -> None:
 @pytest.fixture
 def asked_anew() -> Iterator[None]:
     """Whether this torch is known is asked again in the test, and after it."""
-    stream_module._can_fill.cache_clear()
+    stream_module.can_fill.cache_clear()
     yield
-    stream_module._can_fill.cache_clear()
+    stream_module.can_fill.cache_clear()
 
 
 @pytest.mark.usefixtures("asked_anew")
 def test_a_torch_that_writes_otherwise_computes_its_own_crc32s(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.arange(MIB)
     for broken in (lambda _, data: data, lambda _, data: bytes(data)[::-1], lambda *_: 1 / 0):
-        stream_module._can_fill.cache_clear()
+        stream_module.can_fill.cache_clear()
         with monkeypatch.context() as patched:
             patched.setattr(stream_module.Crc32Filler, "_on_header", broken)
             assert b"".join(anyio.run(chunks_of, tensor)) == torch_saved(tensor)
-            assert not stream_module._can_fill()
+            assert not stream_module.can_fill()
 
 
 @pytest.mark.usefixtures("asked_anew")
 def test_a_later_torch_computes_its_own_crc32s_until_somebody_has_looked_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.99.0"))
-    assert not stream_module._can_fill()
+    assert not stream_module.can_fill()
 
 
 async def test_too_little_memory_for_a_block_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -348,7 +348,7 @@ async def _file(head: bytes, tensors: Sequence[_Tensor], stream: ExtentStream) -
     for tensor in tensors:
         if tensor.loaded is not None:
             current().tell()
-            yield Chunk(await in_thread(view_bytes, tensor.loaded))
+            yield Chunk(view_bytes(await in_thread(tensor.loaded.contiguous)))
             continue
         left = tensor.nbytes
         while left:

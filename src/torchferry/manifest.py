@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
+from torchferry.engine.html import html_table
+
 if TYPE_CHECKING:
     from torchferry.formats.archive import Record
     from torchferry.formats.graph import TensorInfo
 
 __all__ = ["Manifest", "PlainValue"]
+
+_SHOWN = 40  # in a notebook
 
 PlainValue: TypeAlias = "bool | int | float | str | None"
 
@@ -45,6 +49,22 @@ class Manifest:
         if self.format != "torch":
             return sum(record.size for record in self.records)
         return sum(record.size for record in self.records if record.name.startswith("data/"))
+
+    def _repr_html_(self) -> str:
+        """A table of the first tensors, for notebooks."""
+        rows = [
+            (
+                tensor.key,
+                str(tensor.dtype).removeprefix("torch."),
+                " x ".join(map(str, tensor.shape)) or "scalar",
+                f"{tensor.nbytes:,}",
+            )
+            for tensor in self.tensors[:_SHOWN]
+        ]
+        if len(self.tensors) > _SHOWN:
+            rows.append((f"... and {len(self.tensors) - _SHOWN:,} more", "", "", ""))
+        rows += [(f"{name} = {value!r}"[:200], "", "", "") for name, value in [*self.values.items()][:_SHOWN]]
+        return html_table(repr(self)[1:-1], rows, ("name", "dtype", "shape", "bytes"))
 
     def __repr__(self) -> str:
         return (

@@ -65,7 +65,7 @@ def missing_keys(url: str, missing: Sequence[str], names: Iterable[str]) -> Chec
 
 
 def leaves(graph: Graph, part: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors and plain values in a part of the object by name, and the attributes of the state dicts in it.
+    """The values in the dicts, lists and tuples of a part of the object by name, and the ``_metadata`` of state dicts.
 
     Raises:
         CheckpointCorruptError: there are more than the pickle's length allows.
@@ -81,7 +81,7 @@ def leaves(graph: Graph, part: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             raise CheckpointCorruptError(
                 f"{graph.url}: data.pkl has more names, or longer ones, than its length allows."
             )
-        if is_leaf(value):
+        if not isinstance(value, dict | list | tuple):
             found[name] = value
             continue
         if isinstance(value, OrderedStandIn) and (kept := value.attributes.get("_metadata")) is not None:
