@@ -293,6 +293,7 @@ def test_wrong_arguments_are_told_with_status_2(arguments: list[str], capsys: py
     ],
 )
 def test_the_options_of_a_store_are_those_of_its_filesystem(url: str, given: dict[str, Any], expected: Any) -> None:
+    assert main(["--version"]) == 0  # imports what deprecates names
     from torchferry.cli.store import storage_options_for
 
     assert storage_options_for(url, given) == expected

@@ -20,9 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
         ``diff``, where there are differences; 2 where the arguments are wrong, or ``diff`` failed.
     """
     try:
-        import click
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # rich-click's, of names that click is about to drop
+            import click
 
-        from torchferry.cli.app import cli
+            from torchferry.cli.app import cli
     except ImportError as error:
         print(f"torchferry: {error}. The command needs: pip install 'torchferry[cli]'", file=sys.stderr)
         return 1

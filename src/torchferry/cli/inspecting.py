@@ -113,16 +113,24 @@ def _print_tree(tensors: Sequence[TensorInfo], depth: int | None) -> None:
 
 
 def _count(node: _Node, depth: int) -> int:
-    return sum(1 + _count(child, depth - 1) for child in node.children.values()) if depth else 0
+    """Lines that a tree of so many levels has."""
+    if not depth:
+        return 0
+    return sum(1 + _count(_joined(child)[1], depth - 1) for child in node.children.values())
+
+
+def _joined(node: _Node) -> tuple[str, _Node]:
+    """A node and its only child, and so on, as one: the names together, and the last one."""
+    name = node.name
+    while len(node.children) == 1 and len((only := next(iter(node.children.values()))).tensors) == len(node.tensors):
+        node = only
+        name += f".{node.name}"
+    return name, node
 
 
 def _add_lines(listing: Any, node: _Node, depth: int, indent: str) -> None:
     for child in node.children.values():
-        shown = child
-        name = child.name
-        while len(shown.children) == 1 and len(next(iter(shown.children.values())).tensors) == len(shown.tensors):
-            (shown,) = shown.children.values()
-            name += f".{shown.name}"
+        name, shown = _joined(child)
         if shown.children:
             count = f"{len(shown.tensors):,} tensors"
             listing.add_row(f"{indent}{escaped(name)}", count, "", size(shown.nbytes))
@@ -133,7 +141,8 @@ def _add_lines(listing: Any, node: _Node, depth: int, indent: str) -> None:
 
 
 def _print_values(manifest: Manifest) -> None:
-    facts = {**manifest.values, **{f"metadata {name}": text for name, text in manifest.metadata.items()}}
+    nearest = sorted(manifest.values.items(), key=lambda pair: pair[0].count("."))
+    facts = {**dict(nearest), **{f"metadata {name}": text for name, text in manifest.metadata.items()}}
     if not facts:
         return
     say()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from torchferry.formats.printable import printable
@@ -60,19 +58,11 @@ def is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-@cache
-def _consoles() -> tuple[Console, Console]:
-    from rich.console import Console
-
-    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
-    return Console(width=None if is_terminal() else _UNLIMITED, **plain), Console(stderr=True, **plain)
-
-
 def console() -> Console:
     """Where tables go: as wide as the terminal, or, into a pipe, as wide as they are."""
-    if "PYTEST_CURRENT_TEST" in os.environ:  # each test has a standard output of its own
-        _consoles.cache_clear()
-    return _consoles()[0]
+    from rich.console import Console
+
+    return Console(width=None if is_terminal() else _UNLIMITED, highlight=False, markup=False, emoji=False)
 
 
 def say(text: str = "") -> None:

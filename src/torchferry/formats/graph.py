@@ -56,6 +56,7 @@ _WIDE = 1000  # values in a container whose children are not listed at once
 _LISTED = (8 << 20, 8)  # bytes of memory that the list of tensors may take, and so many for each byte of the pickle
 _PLAIN_VISITS = 1 << 16  # values that are looked at for plain ones
 _MOST_PLAIN = 1000
+_SHORT = 16  # values in a list of plain ones that is worth listing
 _LONGEST_PLAIN = 200  # characters
 _WIDEST_INTEGER = 64  # bits
 _INFO_COST = 250  # bytes of a TensorInfo
@@ -377,7 +378,7 @@ class Graph:
                 yield _tensor_info(path.key() if path else "", leaf)
 
     def plain_values(self) -> dict[str, bool | int | float | str | None]:
-        """The first 1000 plain values in dicts, lists and tuples, by name: no bytes, and no long strings."""
+        """The first 1000 plain values in dicts, short lists and tuples, by name: no bytes, and no long strings."""
         found: dict[str, bool | int | float | str | None] = {}
         stack: list[tuple[str, Any]] = [("", self.root)]
         room = _PLAIN_VISITS
@@ -386,7 +387,7 @@ class Graph:
             room -= 1 + len(name) // 64
             if _is_plain(value):
                 found[name] = value
-            elif isinstance(value, dict | list | tuple) and len(value) <= room:
+            elif isinstance(value, dict | list | tuple) and len(value) <= (room if isinstance(value, dict) else _SHORT):
                 items = dict.items(value) if isinstance(value, dict) else enumerate(value)
                 named = [(f"{name}.{name_of(key)}" if name else name_of(key), item) for key, item in items]
                 stack += reversed(named)
