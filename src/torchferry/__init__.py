@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         CheckpointNotFoundError,
         CheckpointValueError,
         NotEnoughMemoryError,
+        RankFailedError,
         SaveUnderWayError,
         StorageError,
         StoragePermissionError,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from torchferry.formats.filling import IncompatibleKeys
     from torchferry.formats.graph import TensorInfo
     from torchferry.loading import inspect, inspect_async, load, load_async, verify, verify_async
+    from torchferry.manager import CheckpointManager
     from torchferry.manifest import Manifest
     from torchferry.options import LoadOptions, SaveOptions
     from torchferry.progress import RichCallback, TqdmCallback
@@ -69,6 +71,7 @@ _MODULES = {
         "CheckpointNotFoundError",
         "CheckpointValueError",
         "NotEnoughMemoryError",
+        "RankFailedError",
         "SaveUnderWayError",
         "StorageError",
         "StoragePermissionError",
@@ -89,6 +92,7 @@ _MODULES = {
         "verify",
         "verify_async",
     ),
+    "torchferry.manager": ("CheckpointManager",),
     "torchferry.options": ("LoadOptions", "SaveOptions"),
     "torchferry.progress": ("RichCallback", "TqdmCallback"),
     "torchferry.saving": ("save", "save_async"),
@@ -106,6 +110,7 @@ __all__ = [
     "CheckpointCorruptError",
     "CheckpointFormatError",
     "CheckpointKeyError",
+    "CheckpointManager",
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "CheckpointValueError",
@@ -117,6 +122,7 @@ __all__ = [
     "Manifest",
     "NotEnoughMemoryError",
     "ObjectStat",
+    "RankFailedError",
     "Record",
     "RichCallback",
     "SaveOptions",

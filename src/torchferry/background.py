@@ -13,23 +13,28 @@ import os
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
+from torchferry.announcing import announcers_of
 from torchferry.engine.loops import Call
 from torchferry.engine.memory import SNAPSHOTS, Claim
 from torchferry.errors import SaveUnderWayError, TorchferryError, mask
-from torchferry.formats.snapshot import Snapshots
+from torchferry.formats.snapshot import LentStorages, Snapshots, size_of_copies
 from torchferry.formats.torch_pickle import Pickled, pickle_object
+from torchferry.formats.torch_stream import LENT_FROM
 from torchferry.saving import save_async
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator, Mapping
+    from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 
+    import torch
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
+    from torchferry.announcing import Announcer
     from torchferry.engine.transfer import TransferReport
     from torchferry.engine.types import ObjectStat
 
@@ -54,6 +59,19 @@ class BackgroundSave:
     def __init__(self, work: _Work) -> None:
         self.url = work.url
         self._work = work
+
+    @property
+    def copied_bytes(self) -> int:
+        """How many bytes of tensors were copied for this save, so far."""
+        return self._work.copied
+
+    def copy_rest(self) -> None:
+        """Copies what has not been sent yet. The object may be changed when this returns.
+
+        For what changes tensors and is not named by ``until=``; without ``until=``, and where everything was sent or
+        copied already, it returns at once.
+        """
+        self._work.copy_rest()
 
     def done(self) -> bool:
         """Whether the save is over, in whichever way."""
@@ -134,13 +152,33 @@ class _Work:
         future: Its outcome.
     """
 
-    def __init__(self, url: str, claim: Claim, at_exit: str) -> None:
+    def __init__(self, url: str, claim: Claim, at_exit: str, copied: int, lent: LentStorages | None) -> None:
         self.url = url
         self.future: concurrent.futures.Future[ObjectStat] = concurrent.futures.Future()
         self._claim = claim
         self._at_exit = at_exit
+        self._copied = copied
+        self._lent = lent
+        self._announcers: list[Announcer] = []
         self._ended = threading.Event()
         self._call: Call[ObjectStat] | None = None
+
+    @property
+    def copied(self) -> int:
+        """Bytes of tensors that were copied."""
+        return self._copied + (self._lent.copied if self._lent is not None else 0)
+
+    def copy_rest(self) -> None:
+        """Copies what has not been sent. Where that fails, the save does, and nobody else."""
+        if self._lent is not None:
+            with suppress(TorchferryError, OSError):
+                self._lent.recall()
+
+    def listen_to(self, announcers: Sequence[Announcer]) -> None:
+        """Calls :meth:`copy_rest` each time one of them announces a change, until the save is over."""
+        self._announcers = list(announcers)
+        for announcer in announcers:
+            announcer.listeners.add(self.copy_rest)
 
     def start(self, func: Callable[[], Coroutine[Any, Any, ObjectStat]]) -> None:
         """Starts ``func()`` on fsspec's event loop, and a thread that waits for it."""
@@ -151,7 +189,7 @@ class _Work:
             threading.Thread(target=self._wait, args=(call,), name="torchferry-background").start()
         except BaseException:
             call.cancel()
-            del _under_way[self]
+            self._end()
             raise
 
     def cancel(self) -> bool:
@@ -164,6 +202,7 @@ class _Work:
     def leave_behind(self) -> None:
         """In a forked child, which has none of the threads that work on it."""
         self._call = None
+        self._lent = None
         self.future = concurrent.futures.Future()
         self.future.set_exception(
             TorchferryError(f"The save to {self.url} goes on in the process that this one was forked from.")
@@ -185,16 +224,21 @@ class _Work:
             error = failure
             _let_go(error)
             _failed[self] = None
-        self._call = None
-        self._claim.close()
-        _under_way.pop(self, None)
+        self._end()
         if cancelled:
             self.future.cancel()
             self.future.set_running_or_notify_cancel()
         elif error is not None:
             self.future.set_exception(error)
         else:
-            self.future.set_result(result)
+            self.future.set_result(result)  # type: ignore[arg-type]  # there is one
+
+    def _end(self) -> None:
+        self._call = None
+        for announcer in self._announcers:
+            announcer.listeners.discard(self.copy_rest)
+        self._claim.close()
+        _under_way.pop(self, None)
 
 
 _under_way: dict[_Work, None] = {}
@@ -245,12 +289,14 @@ def save_in_background(
             in the background that nobody has looked at. This save has then not begun.
     """
     _raise_unseen(os.fspath(url))
-    del until
+    announcers = announcers_of(until) if until is not None else []
     pickled = pickle_object(obj)
-    claim = _claim(sum(storage.nbytes() for storage in pickled.storages), when_busy)
+    claim = _claim(size_of_copies(pickled.storages), when_busy)
     try:
-        snapshot = Pickled(pickled.data, _snapshots.copy(pickled.storages))
-        work = _Work(mask(os.fspath(url)), claim, at_exit)
+        snapshot = _snapshot(pickled, mask(os.fspath(url)), lends=until is not None)
+        del pickled
+        work = _Work(mask(os.fspath(url)), claim, at_exit, snapshot.copied, snapshot.lent)
+        work.listen_to(announcers)
         work.start(
             partial(
                 save_async,
@@ -274,6 +320,42 @@ def save_in_background(
 def free_snapshots() -> None:
     """Gives back the memory that is kept for the next snapshot."""
     _snapshots.free()
+
+
+def _snapshot(pickled: Pickled, url: str, *, lends: bool) -> Pickled:
+    """The same with copies of the storages; or, where it ``lends``, of those that are not worth lending."""
+    snapshot = _snapshots.open(size_of_copies(pickled.storages))
+    lent = _lendable(pickled.storages) if lends else {}
+    copied = [storage for number, storage in enumerate(pickled.storages) if number not in lent]
+    copies = iter(snapshot.copy(copied))
+    return Pickled(
+        pickled.data,
+        [lent[number] if number in lent else next(copies) for number in range(len(pickled.storages))],
+        lent=LentStorages(list(lent.values()), pickled.tensors, snapshot, url) if lent else None,
+        copied=sum(storage.nbytes() for storage in copied),
+    )
+
+
+def _lendable(storages: Sequence[torch.UntypedStorage]) -> dict[int, torch.UntypedStorage]:
+    """The storages, by number, that ``save`` would send from their own memory; without those that overlap others."""
+    found = {}
+    end = 0
+    last = -1
+    for number, storage in sorted(enumerate(storages), key=lambda entry: _address(entry[1])):
+        if storage.device.type != "cpu" or not storage.nbytes():
+            continue
+        overlaps = storage.data_ptr() < end
+        if overlaps:
+            found.pop(last, None)
+        if storage.nbytes() >= LENT_FROM and not overlaps:
+            found[number] = storage
+        if storage.data_ptr() + storage.nbytes() > end:
+            end, last = storage.data_ptr() + storage.nbytes(), number
+    return found
+
+
+def _address(storage: torch.UntypedStorage) -> int:
+    return storage.data_ptr() if storage.device.type == "cpu" else 0
 
 
 def _claim(nbytes: int, when_busy: str) -> Claim:

@@ -23,6 +23,7 @@ __all__ = [
     "CheckpointValueError",
     "MaskedError",
     "NotEnoughMemoryError",
+    "RankFailedError",
     "SaveUnderWayError",
     "StorageError",
     "StoragePermissionError",
@@ -120,6 +121,14 @@ class CheckpointChangedError(StorageError):
 class ChangedWhileSavingError(TorchferryError, RuntimeError):
     """A tensor was changed while it was being sent. Nothing was stored: what was there before still is."""
 
+    @classmethod
+    def at(cls, url: str) -> ChangedWhileSavingError:
+        """The error, in the words that are right wherever it is noticed."""
+        return cls(
+            f"{url}: a tensor was changed while it was being saved. Nothing was stored. Wait for the save before the "
+            "next optimizer step, or have a snapshot saved: torchferry.save_in_background(obj, url)."
+        )
+
 
 class SaveUnderWayError(TorchferryError, RuntimeError):
     """There is no room for another snapshot while a save in the background is under way. Nothing was saved."""
@@ -147,6 +156,10 @@ class CheckpointValueError(TorchferryError, ValueError):
 
 class NotEnoughMemoryError(TorchferryError, MemoryError):
     """This machine has no memory for a whole checkpoint; ``keys=`` loads a part of it."""
+
+
+class RankFailedError(TorchferryError, RuntimeError):
+    """A rank of a distributed save or load failed, and so all did; ``failures`` has each rank's error."""
 
 
 class UnsafeCheckpointError(TorchferryError, pickle.UnpicklingError):

@@ -99,7 +99,14 @@ def _format_of(path: str) -> SaveFormat:
 async def _save(
     obj: Any, backend: Backend, path: str, part_size: int | None, metadata: Mapping[str, str] | None
 ) -> ObjectStat:
-    stream = TorchStream(obj, plan_for=backend.upload_plan, part_size=part_size)
+    stream = TorchStream(
+        obj,
+        plan_for=backend.upload_plan,
+        part_size=part_size,
+        url=backend.url(path),
+        store_checks=backend.checks_chunks,
+        store_reads_loans=backend.reads_loans,
+    )
     transfer = current()
     async with stream.running(), transfer.telling():
         transfer.set_size(stream.size_hint)

@@ -88,7 +88,7 @@ async def _write_file(
     need = min(copied_bytes(tensors) + len(head), plan.part_size + BLOCK_SIZE)
     claim = await ledger.claim_async(need + plan.memory)
     try:
-        async with aclosing(file_chunks(head, header.entries, tensors, claim)) as chunks:
+        async with aclosing(file_chunks(head, header.entries, tensors, claim, backend.url(path))) as chunks:
             return await backend.write(path, chunks, plan=plan, metadata=metadata)
     finally:
         claim.close()

@@ -48,6 +48,7 @@ class AzureBackend(HttpBackend):
     :meth:`torchferry_azure.blocks.UncommittedBlocks.discard`. A note on the error, and the log, say which stay.
     """
 
+    keeps_metadata = True
     checksum_refused: ClassVar[frozenset[int]] = frozenset({400, 501})
 
     def __init__(self, fs: AzureBlobFileSystem) -> None:

@@ -17,6 +17,7 @@ from azure.storage.blob import BlobBlock
 from isal import isal_zlib
 
 from torchferry.engine.cancellation import in_thread, run_shielded
+from torchferry.engine.lending import joined, reading
 from torchferry.engine.loops import keep_running
 from torchferry.engine.transport import Answer, SignedRequest
 from torchferry.engine.types import MIB, ObjectStat
@@ -191,7 +192,7 @@ class AzureUpload(Upload[str]):
         put = partial(
             self._client.call,
             self._blob.upload_blob,
-            b"".join(body.buffers),
+            joined(body.buffers),
             overwrite=True,
             metadata=self._metadata,
             headers=dict(headers),
@@ -247,10 +248,10 @@ def _md5_of_unchanged(body: Body, ended: threading.Event | None = None) -> str |
         for start in range(0, len(view), _SLICE):
             if ended is not None and ended.is_set():
                 raise InterruptedError
-            piece = view[start : start + _SLICE]
-            md5.update(piece)
-            if chunk.crc32 is not None:
-                crc32 = isal_zlib.crc32(piece, crc32)
+            with reading(view[start : start + _SLICE]) as piece:
+                md5.update(piece)
+                if chunk.crc32 is not None:
+                    crc32 = isal_zlib.crc32(piece, crc32)
         if chunk.crc32 not in {None, crc32}:
             return None
     return base64.b64encode(md5.digest()).decode()

@@ -55,6 +55,7 @@ class GcsBackend(HttpBackend):
     the Cloud KMS key to encrypt with.
     """
 
+    keeps_metadata = True
     checksum_refused: ClassVar[frozenset[int]] = frozenset()
 
     def __init__(self, fs: GCSFileSystem) -> None:

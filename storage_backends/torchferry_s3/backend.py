@@ -47,6 +47,7 @@ class S3Backend(HttpBackend):
     A version is the object's ETag.
     """
 
+    keeps_metadata = True
     damaged_codes: ClassVar[frozenset[str]] = errors.DAMAGED
     further_options: ClassVar[Collection[str] | None] = (
         "session_vars",

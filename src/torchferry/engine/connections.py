@@ -16,13 +16,13 @@ from contextlib import suppress
 from functools import cached_property
 from urllib.parse import SplitResult
 
-__all__ = ["WAITS_IN_THE_KERNEL", "Connection", "Connections", "UnmovableError"]
+__all__ = ["TICK", "WAITS_IN_THE_KERNEL", "Connection", "Connections", "UnmovableError"]
 
 WAITS_IN_THE_KERNEL = sys.platform == "linux"
 """Whether calls on plain sockets wait in the kernel, and may move megabytes at once."""
 
 _CONNECT = 10.0  # seconds for each step of a connection
-_TICK = 0.25  # seconds that a thread waits at once; in between it looks whether bytes in the system's queue have moved
+TICK = 0.25  # seconds that a thread waits at once; in between it looks whether bytes in the system's queue have moved
 _IDLE = 10.0  # seconds after which a connection is not used again: stores close them soon, and not all of them say so
 _MOST_IDLE = 32  # connections kept for the next request
 _RESET = struct.pack("ii", 1, 0)  # for SO_LINGER: closing resets the connection, what was not sent yet is thrown away
@@ -172,9 +172,9 @@ def _wait_a_tick_at_most(sock: socket.socket) -> None:
     and a look for each piece that fits the system's queue, with the interpreter's lock in between: 0.7 s more a GiB.
     """
     if isinstance(sock, ssl.SSLSocket) or not WAITS_IN_THE_KERNEL:
-        sock.settimeout(_TICK)
+        sock.settimeout(TICK)
         return
-    limit = struct.pack("ll", int(_TICK), int(_TICK % 1 * 1e6))
+    limit = struct.pack("ll", int(TICK), int(TICK % 1 * 1e6))
     sock.settimeout(None)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)

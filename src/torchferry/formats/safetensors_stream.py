@@ -14,6 +14,7 @@ from torchferry.engine.memory import copy_bytes
 from torchferry.engine.transfer import current
 from torchferry.engine.types import MIB, Chunk
 from torchferry.errors import CheckpointValueError
+from torchferry.formats.changes import Changes
 from torchferry.formats.printable import printable
 from torchferry.formats.safetensors import Entry
 
@@ -63,7 +64,7 @@ def copied_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
 
 
 async def file_chunks(
-    head: bytes, entries: Sequence[Entry], tensors: Mapping[str, torch.Tensor], claim: Claim
+    head: bytes, entries: Sequence[Entry], tensors: Mapping[str, torch.Tensor], claim: Claim, url: str
 ) -> AsyncGenerator[Chunk]:
     """The chunks of a file.
 
@@ -72,7 +73,14 @@ async def file_chunks(
         entries: The tensors, in the order of the file.
         tensors: The same, by name. One that is not contiguous is copied while it is sent.
         claim: Memory for copies of small tensors and of those on a device.
+        url: For messages.
+
+    Raises:
+        ChangedWhileSavingError: a tensor was changed meanwhile.
     """
+    changes = Changes(url)
+    lent = [tensor for tensor in tensors.values() if _is_lent(tensor)]
+    await in_thread(changes.watch, tensors.values(), [tensor.untyped_storage() for tensor in lent])
     yield Chunk(head)
     copies = _Copies(claim)
     for entry in entries:
@@ -92,6 +100,7 @@ async def file_chunks(
                 yield full
     if (done := copies.take()) is not None:
         yield done
+    await in_thread(changes.check)  # before anything is published
 
 
 class _Copies:

@@ -19,12 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchferry.engine.cancellation import ThreadPool
+from torchferry.engine.lending import Loans
+from torchferry.engine.memory import address_of
 from torchferry.engine.types import MIB
+from torchferry.formats.changes import Changes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["Snapshots", "copy_memory"]
+__all__ = ["LentStorages", "Snapshot", "Snapshots", "copy_memory", "size_of_copies"]
 
 logger = logging.getLogger("torchferry")
 
@@ -38,10 +41,10 @@ _copiers = ThreadPool(_MOST_THREADS, "torchferry-copy")
 
 
 class Snapshots:
-    """Makes copies of storages, in memory that is kept for the next ones.
+    """Memory for copies of storages, kept from one snapshot to the next.
 
-    The memory is one piece, in use until all copies of a snapshot are gone. Where it is still in use, a snapshot takes
-    another: how many there may be is for the caller to bound (:data:`.memory.SNAPSHOTS`).
+    It is one piece, in use until all copies of a snapshot are gone. Where it is still in use, a snapshot takes another:
+    how many there may be is for the caller to bound (:data:`.memory.SNAPSHOTS`).
     """
 
     def __init__(self) -> None:
@@ -52,20 +55,58 @@ class Snapshots:
             os.register_at_fork(after_in_child=self._forget)
 
     def copy(self, storages: Sequence[torch.UntypedStorage]) -> list[torch.UntypedStorage]:
+        """Copies of storages, as :meth:`Snapshot.copy`."""
+        return self.open(size_of_copies(storages)).copy(storages)
+
+    def open(self, size: int) -> Snapshot:
+        """A snapshot with room for ``size`` bytes. Room that is not used takes no memory.
+
+        Raises:
+            OSError: the machine has no memory for it.
+        """
+        with self._lock:
+            memory, self._kept = self._kept, None
+        memory = memory or _Memory()
+        memory.grow_to(size)
+        lease = (ctypes.c_char * memory.size).from_buffer(memory.map)
+        weakref.finalize(lease, self._came_back, memory).atexit = False
+        return Snapshot(lease, memory, self._streams)
+
+    def free(self) -> None:
+        """Gives back the memory that is kept for the next snapshot."""
+        with self._lock:
+            self._kept = None
+
+    def _came_back(self, memory: _Memory) -> None:
+        with self._lock:
+            if self._kept is None or self._kept.size < memory.size:
+                self._kept = memory
+
+    def _forget(self) -> None:
+        """In a forked child: its memory is its own, and there is none yet."""
+        self._lock = threading.RLock()
+        self._kept = None
+        self._streams = {}
+
+
+class Snapshot:
+    """Room for copies. It is free again when this object, and all that it made, is gone."""
+
+    def __init__(self, lease: Any, memory: _Memory, streams: dict[torch.device, Any]) -> None:
+        self._lease = lease
+        self._memory = memory
+        self._streams = streams
+        self._used = 0
+
+    def copy(self, storages: Sequence[torch.UntypedStorage]) -> list[torch.UntypedStorage]:
         """Copies of the storages' bytes in host memory, each a storage of its own. Returns when they are made.
 
         From an accelerator into pinned memory, on a stream of its own, all before the first is waited for; from host
         memory in several threads. A storage without bytes (of the device "meta") is returned as it is.
-
-        Raises:
-            OSError: the machine has no memory for them.
         """
-        places, size = _places(storages)
-        lease = self._lease(size, pinned=any(storage.device.type == "cuda" for storage in storages))
-        copies = [
-            storage if storage.device.type == "meta" else _storage(lease, place, storage.nbytes())
-            for storage, place in zip(storages, places, strict=True)
-        ]
+        if any(storage.device.type == "cuda" for storage in storages):
+            self._memory.pin()
+        copies = [storage if storage.device.type == "meta" else self._storage(storage.nbytes()) for storage in storages]
         pairs = list(zip(storages, copies, strict=True))
         streams = self._start_copies([pair for pair in pairs if pair[0].device.type not in {"cpu", "meta"}])
         try:
@@ -79,33 +120,23 @@ class Snapshots:
                 stream.synchronize()
         return copies
 
-    def free(self) -> None:
-        """Gives back the memory that is kept for the next snapshot."""
-        with self._lock:
-            self._kept = None
+    def copy_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """Copies of ranges of memory, each given by its first and last address, exclusive."""
+        copies = [self._take(stop - start) for start, stop in ranges]
+        copy_memory((address_of(copy), start, stop - start) for copy, (start, stop) in zip(copies, ranges, strict=True))
+        return [copy.toreadonly() for copy in copies]
 
-    @property
-    def kept(self) -> int:
-        """Bytes of memory that are kept for the next snapshot."""
-        with self._lock:
-            return 0 if self._kept is None else self._kept.size
+    def _take(self, size: int) -> memoryview:
+        place = self._used
+        self._used += _aligned(size)
+        if self._used > len(self._lease):
+            raise ValueError("The snapshot has no more room.")
+        return memoryview(self._lease)[place : place + size].cast("B")
 
-    def _lease(self, size: int, *, pinned: bool) -> Any:
-        """Memory that comes back when this object and all views of it are gone."""
-        with self._lock:
-            memory, self._kept = self._kept, None
-        memory = memory or _Memory()
-        memory.grow_to(size)
-        if pinned:
-            memory.pin()
-        lease = (ctypes.c_char * size).from_buffer(memory.map)
-        weakref.finalize(lease, self._came_back, memory).atexit = False
-        return lease
-
-    def _came_back(self, memory: _Memory) -> None:
-        with self._lock:
-            if self._kept is None or self._kept.size < memory.size:
-                self._kept = memory
+    def _storage(self, size: int) -> torch.UntypedStorage:
+        if not size:
+            return torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
+        return torch.frombuffer(self._take(size), dtype=torch.uint8).untyped_storage()
 
     def _start_copies(self, pairs: Sequence[tuple[torch.UntypedStorage, torch.UntypedStorage]]) -> list[Any]:
         """Copies from devices; what is not done when this returns is when the streams that it returns are."""
@@ -127,11 +158,57 @@ class Snapshots:
                     copy.copy_(storage, non_blocking=True)
         return used
 
-    def _forget(self) -> None:
-        """In a forked child: its memory is its own, and there is none yet."""
-        self._lock = threading.RLock()
-        self._kept = None
-        self._streams = {}
+
+class LentStorages:
+    """CPU storages that are read where they lie until they are about to change.
+
+    Args:
+        storages: None overlaps another.
+        tensors: What shows whether they have changed.
+        snapshot: Where the rest is copied to; it has room for all.
+        url: For messages.
+
+    Attributes:
+        loans: Their memory.
+        changes: Whether somebody has changed it who did not say so.
+        copied: Bytes that were copied when they were recalled.
+    """
+
+    def __init__(
+        self, storages: Sequence[torch.UntypedStorage], tensors: Iterable[torch.Tensor], snapshot: Snapshot, url: str
+    ) -> None:
+        self.loans = Loans([(storage.data_ptr(), storage.nbytes()) for storage in storages])
+        self.changes = Changes(url)
+        self.changes.watch(tensors, storages)
+        self.copied = 0
+        self._addresses = {storage.data_ptr() for storage in storages}
+        self._snapshot: Snapshot | None = snapshot
+
+    def has(self, storage: torch.UntypedStorage) -> bool:
+        """Whether it is one of these."""
+        return storage.data_ptr() in self._addresses
+
+    def recall(self) -> None:
+        """Copies what has not been sent. They may change when this returns, or raises.
+
+        Raises:
+            ChangedWhileSavingError: they have changed already. The save fails, with the same error.
+        """
+        self.loans.recall(self._copy)
+
+    def end(self) -> None:
+        """Called when the save is over: nothing is needed any more."""
+        self.loans.end()
+        self.changes.forget()
+        self._snapshot = None
+
+    def _copy(self, ranges: Sequence[tuple[int, int]]) -> Sequence[memoryview]:
+        assert self._snapshot is not None  # noqa: S101 - not ended
+        self.changes.check()
+        copies = self._snapshot.copy_ranges(ranges)
+        self.changes.forget()
+        self.copied = sum(map(len, copies))
+        return copies
 
 
 class _Memory:
@@ -171,11 +248,12 @@ class _Memory:
         if self._pinned is not None:
             return
         address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
-        result = torch.cuda.cudart().cudaHostRegister(address, self.size, 0)
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        result = runtime.cudaHostRegister(address, self.size, 0)
         if int(result):
             logger.warning("The memory of snapshots cannot be pinned (%s): copies from the device are slower.", result)
             return
-        self._pinned = weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, address)
+        self._pinned = weakref.finalize(self, runtime.cudaHostUnregister, address)
         self._pinned.atexit = False
 
     def _unpin(self) -> None:
@@ -184,21 +262,13 @@ class _Memory:
             self._pinned = None
 
 
-def _places(storages: Sequence[torch.UntypedStorage]) -> tuple[list[int], int]:
-    """Where in memory each copy begins, and the bytes of all."""
-    places = []
-    end = 0
-    for storage in storages:
-        places.append(end)
-        if storage.device.type != "meta":
-            end += -(-storage.nbytes() // _ALIGNMENT) * _ALIGNMENT
-    return places, max(end, 1)
+def size_of_copies(storages: Iterable[torch.UntypedStorage]) -> int:
+    """Bytes of a snapshot of the storages."""
+    return sum(_aligned(storage.nbytes()) for storage in storages if storage.device.type != "meta")
 
 
-def _storage(lease: Any, place: int, nbytes: int) -> torch.UntypedStorage:
-    if not nbytes:
-        return torch.UntypedStorage(0)
-    return torch.frombuffer(lease, dtype=torch.uint8, offset=place, count=nbytes).untyped_storage()
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def copy_memory(copies: Iterable[tuple[int, int, int]]) -> None:

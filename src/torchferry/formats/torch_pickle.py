@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import pickle
 import types
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from torchferry.formats.snapshot import LentStorages
 
 __all__ = ["Pickled", "pickle_object", "recording_pickle", "replaying_pickle"]
 
@@ -26,10 +30,16 @@ class Pickled:
     Attributes:
         data: The pickle.
         storages: The storages, in the order of their names in the archive: "0", "1", ...
+        tensors: The tensors that were met.
+        lent: Those of the storages that may still change; None where none may.
+        copied: Bytes of memory that the storages take which are nobody else's.
     """
 
     data: bytes
     storages: Sequence[torch.UntypedStorage]
+    tensors: Sequence[torch.Tensor] = ()
+    lent: LentStorages | None = None
+    copied: int = 0
 
 
 class _PickledError(Exception):
@@ -59,18 +69,20 @@ def pickle_object(obj: Any) -> Pickled:
         pickled.append(data.getvalue())
         raise _PickledError
 
-    recorder = recording_pickle(lambda: None, storages.setdefault, on_pickled)
+    tensors: list[torch.Tensor] = []
+    recorder = recording_pickle(lambda: None, storages.setdefault, tensors.append, on_pickled)
     with suppress(_PickledError):
         torch.save(obj, _Nowhere(), pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
-    return Pickled(pickled[0], list(storages.values()))
+    return Pickled(pickled[0], list(storages.values()), tensors)
 
 
 def recording_pickle(
     on_opened: Callable[[], None],
     on_storage: Callable[[str, torch.UntypedStorage], object],
+    on_tensor: Callable[[torch.Tensor], object],
     on_pickled: Callable[[Any], None],
 ) -> Any:
-    """A ``pickle_module`` for ``torch.save`` that tells when pickling begins, of each storage, and when it is done.
+    """A ``pickle_module`` for ``torch.save`` that tells when it begins and ends, and of each storage and tensor.
 
     ``torch.save`` subclasses the module's ``Pickler`` and overrides ``persistent_id``, which returns
     ``("storage", type, key, location, numel)`` for each storage; the bytes it writes are the pickle module's own.
@@ -78,6 +90,7 @@ def recording_pickle(
     Args:
         on_opened: Called before anything is pickled.
         on_storage: Called with each storage and its name in the archive; with some several times.
+        on_tensor: Called with each tensor.
         on_pickled: Called with the ``io.BytesIO`` that the pickle is in.
     """
 
@@ -90,6 +103,8 @@ def recording_pickle(
                 if pid is not None:
                     typed = isinstance(obj, torch.TypedStorage)
                     on_storage(pid[2], obj._untyped_storage if typed else obj)  # noqa: SLF001  # .untyped() warns
+                elif isinstance(obj, torch.Tensor):
+                    on_tensor(obj)
                 return pid
 
             cls.persistent_id = persistent_id  # type: ignore[method-assign]
@@ -116,6 +131,8 @@ def replaying_pickle(
 
     ``torch.save`` notes the storages that its ``persistent_id`` is asked about, and numbers them as they come.
     """
+    storages = deque(pickled.storages)
+    data = [pickled.data]
 
     class ReplayingPickler:
         def __init__(self, file: Any, *_: Any, **__: Any) -> None:
@@ -123,12 +140,14 @@ def replaying_pickle(
             self._file = file
 
         def dump(self, _: Any) -> None:
-            for number, storage in enumerate(pickled.storages):
+            # A class refers to itself: what its methods hold must not wait for the garbage collector.
+            for number in range(len(storages)):
+                storage = storages.popleft()
                 _, _, key, _, _ = self.persistent_id(storage)  # type: ignore[attr-defined]  # torch adds it
                 if key != str(number):
                     raise RuntimeError(f"This torch.save names the storage {number} {key!r}: please report it.")
                 on_storage(key, storage)
-            self._file.write(pickled.data)
+            self._file.write(data.pop())
             on_pickled(self._file)
 
     return types.SimpleNamespace(__name__=pickle.__name__, Pickler=ReplayingPickler)

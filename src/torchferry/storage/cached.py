@@ -47,6 +47,7 @@ class CachedBackend(Backend):
         if fs.compression:
             raise UnsupportedOptionError("A cache with compression= holds other bytes than the store: leave it out.")
         self._store = store
+        self.keeps_metadata = store.keeps_metadata
         self.has_directories = store.has_directories
         self._fs = fs
         self._turn = _turns.setdefault(fs, threading.Lock())  # two threads would both fetch, into one file

@@ -92,6 +92,9 @@ class Engine:
 class HttpBackend(Backend):
     """A store that speaks HTTP."""
 
+    checks_chunks = True
+    reads_loans = True
+
     damaged_codes: ClassVar[frozenset[str]] = frozenset()
     """The store's error codes for a body that does not match its checksum."""
 
@@ -236,6 +239,8 @@ class HttpBackend(Backend):
                     return accept(answer)
             with _limit(_CALL_SECONDS + body.size / _SLOWEST):
                 result = await through_client()
+            if not engine.checksums:
+                await self._check_unchanged(path, body, publishes)
             _note_client(engine, body.size, reason, odd=odd)
             return result
 
@@ -256,6 +261,8 @@ class HttpBackend(Backend):
         checked = engine.checksums
         answer = await transport.send(await sign(checked), body.buffers, publishes=publishes)
         if answer.ok:
+            if not checked:
+                await self._check_unchanged(path, body, publishes)
             return answer
         if self.is_damaged(answer):
             if not await in_thread(unchanged or (lambda: _has_its_crc32(body))):
@@ -266,9 +273,15 @@ class HttpBackend(Backend):
             answer = await transport.send(await sign(False), body.buffers, publishes=publishes)
             if answer.ok:
                 engine.checksums = False
+                await self._check_unchanged(path, body, publishes)
                 return answer
         code = error_code(answer)
         raise UnmovableError(f"status {answer.status}" + (f" ({code})" if code else ""))
+
+    async def _check_unchanged(self, path: str, body: Body, published: bool) -> None:
+        """Where the store has not checked a body: whether its memory still is what it was."""
+        if not published and not await in_thread(_has_its_crc32, body):
+            raise changed_while_saving(self.url(path))
 
     async def _signed_read(self, path: str, stat: ObjectStat) -> SignedRequest:
         version = path, stat.etag
@@ -309,10 +322,7 @@ def _has_its_crc32(body: Body) -> bool:
 
 def changed_while_saving(url: str) -> ChangedWhileSavingError:
     """The error for a body whose memory is not what it was when its checksum was computed."""
-    return ChangedWhileSavingError(
-        f"{url}: a tensor was changed while it was being saved. Nothing was stored. Wait for the save before the next "
-        "optimizer step, or save a copy."
-    )
+    return ChangedWhileSavingError.at(url)
 
 
 def error_code(answer: Answer) -> str:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchferry.engine.cancellation import ThreadPool, clean_up, in_thread
+from torchferry.engine.lending import reading
 from torchferry.engine.transfer import current
 from torchferry.engine.types import MIB, Buffer, Chunk, ObjectStat
 from torchferry.engine.writer import UploadPlan
@@ -51,6 +52,7 @@ logger = logging.getLogger("torchferry.storage")
 
 _ENCODED = re.compile("%(?=[0-9A-Fa-f]{2})")
 _TEMPORARY = re.compile(r"(^|/)\.torchferry-([0-9a-f]+-[0-9a-f]+-[0-9]+-)?[0-9a-f]{16}\.tmp$")
+_WRITTEN = 8 * MIB  # at once; who lent the memory may wait for it
 _FLUSHED = 32 * MIB  # when so many bytes are new, and no flush is under way, the next one begins
 _ALLOCATED = 256 * MIB  # room that is asked for at once
 _FALLOC_FL_KEEP_SIZE = 1  # Linux, linux/falloc.h
@@ -76,6 +78,8 @@ class LocalBackend(Backend):
     def url(self, path: str) -> str:
         """The ``file://`` URL of ``path``; a ``%`` that would be decoded is written as ``%25``."""
         return f"file://{_ENCODED.sub('%25', path)}"
+
+    reads_loans = True
 
     async def stat(self, path: str) -> ObjectStat:
         """Looks a file up; a directory or device is not a checkpoint and raises a StorageError."""
@@ -259,7 +263,8 @@ class _StagedFile:
             self._allocate(len(data) + _ALLOCATED)
         view = memoryview(data)
         while view:
-            count = os.write(fd, view)
+            with reading(view[:_WRITTEN]) as memory:
+                count = os.write(fd, memory)
             view = view[count:]
             self._size += count
             self._unflushed += count
