@@ -35,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
     debug = "--debug" in given
     trouble = 2 if given[:1] == ["diff"] else 1
     try:
-        result = cli.main(args=given, prog_name="torchferry", standalone_mode=False)
+        if "_TORCHFERRY_COMPLETE" in os.environ:
+            cli.main(args=given, prog_name="torchferry")
+        with cli.make_context("torchferry", given) as context:  # main() would end with status 1 on a closed pipe
+            result = cli.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as exit_:
         return exit_.exit_code

@@ -62,7 +62,11 @@ def console() -> Console:
     """Where tables go: as wide as the terminal, or, into a pipe, as wide as they are."""
     from rich.console import Console
 
-    return Console(width=None if is_terminal() else _UNLIMITED, highlight=False, markup=False, emoji=False)
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would end the process with status 1
+
+    return Terminal(width=None if is_terminal() else _UNLIMITED, highlight=False, markup=False, emoji=False)
 
 
 def say(text: str = "") -> None:
@@ -72,12 +76,7 @@ def say(text: str = "") -> None:
 
 def print_json(value: Any) -> None:
     """Prints a value for programs."""
-    print(json.dumps(value, indent=2, ensure_ascii=not is_utf8()))
-
-
-def is_utf8() -> bool:
-    """Whether standard output takes any character."""
-    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, indent=2))
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:

@@ -162,7 +162,7 @@ def parse_header(data: bytes, size: int, url: str) -> Header:
     """
     start = len(data)
     try:
-        header = _parse(data[LENGTH_SIZE:].decode(), start, url)
+        header = _parse(str(memoryview(data)[LENGTH_SIZE:], "utf-8"), start, url)
         _check_tiling(header, size)
     except CheckpointFormatError:
         raise
