@@ -99,7 +99,7 @@ class TqdmCallback(_Bar):
 
     def _show(self, size: int, value: int) -> None:
         if self._bar is None:
-            from tqdm.auto import tqdm
+            from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
             self._bar = tqdm(desc=self.description or None, total=size, **self._options)
         self._bar.total = size

@@ -48,7 +48,7 @@ def completion(shell: str) -> None:
 
 for _command in (ls, inspect, diff, verify, copy, convert, clean, rm):
     cli.add_command(_command)
-for _command in cli.commands.values():
-    _command.params.append(
+for _verb in cli.commands.values():
+    _verb.params.append(
         click.Option(["--debug"], is_flag=True, expose_value=False, help="Show where an error comes from.")
     )

@@ -160,7 +160,7 @@ def rm(urls: tuple[str, ...], recursive: bool, yes: bool, dry_run: bool, **given
         say(f"removed {len(found):,} {'object' if len(found) == 1 else 'objects'}, {total}: {escaped(url)}")
 
 
-class _Time(click.ParamType):
+class _Time(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
     name = "TIME"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:

@@ -20,7 +20,7 @@ __all__ = ["convert", "copy", "verify"]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
-class _Size(click.ParamType):
+class _Size(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
     name = "SIZE"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:

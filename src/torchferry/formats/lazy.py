@@ -69,10 +69,14 @@ class LazyTensors:
         return take
 
 
+async def _next(chunks: AsyncIterator[Chunk]) -> Chunk:
+    return await anext(chunks)
+
+
 def _taken(chunks: AsyncIterator[Chunk], nbytes: int) -> Iterator[Chunk]:
     """The next chunks, up to a number of bytes; one by one, as they hold memory."""
     while nbytes:
-        chunk = from_thread.run(anext, chunks)
+        chunk = from_thread.run(_next, chunks)
         nbytes -= len(chunk)
         yield chunk
         del chunk
