@@ -16,6 +16,9 @@ FERRY = "torchferry"
 OTHERS = (OTHER,) if OTHER_CHECKOUT else ()
 FERRY_MODULE = "torchferry (module only)"
 FLYTEKIT = "flytekit"
+FERRY_SAFETENSORS = "torchferry (safetensors)"
+SAFETENSORS = "safetensors + s3fs"
+RUNAI = "runai-model-streamer"
 TO_FILE = {"save": "torch.save to a local file", "load": "torch.load of a local file"}
 FERRY_FILE = {"save": "torchferry to a file", "load": "torchferry from a file"}
 TORCH_FILE = {"save": "torch.save + fsync", "load": "torch.load"}
@@ -64,10 +67,17 @@ def _one_verb(verb: str) -> Callable[[], Iterator[Case]]:
 
     def cases() -> Iterator[Case]:
         everyone = tuple(name for of_verb, name in CONTENDERS if of_verb == verb)
-        others = {FERRY_MODULE, TO_FILE[verb], LIGHTNING, LIGHTNING_FERRY, *_on_disk(verb)}
+        ours = {FERRY_MODULE, FERRY_SAFETENSORS, SAFETENSORS, TO_FILE[verb], LIGHTNING, LIGHTNING_FERRY}
+        others = {*ours, *_on_disk(verb)}
         yield Case(verb, verb, "flat", GIB, tuple(n for n in everyone if n not in others))
 
     return cases
+
+
+def _safetensors() -> Iterator[Case]:
+    """1 GiB in the safetensors format, and the same of torch.save."""
+    yield Case("safetensors", "save", "flat", GIB, (FERRY_SAFETENSORS, FERRY, SAFETENSORS))
+    yield Case("safetensors", "load", "flat", GIB, (FERRY_SAFETENSORS, FERRY, SAFETENSORS, RUNAI))
 
 
 def _adam() -> Iterator[Case]:
@@ -130,6 +140,7 @@ def _integrations() -> Iterator[Case]:
 SUITES: dict[str, Callable[[], Iterator[Case]]] = {
     "save": _one_verb("save"),
     "load": _one_verb("load"),
+    "safetensors": _safetensors,
     "adam": _adam,
     "small": _small,
     "tiny": _tiny,

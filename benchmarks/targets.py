@@ -42,6 +42,10 @@ def rows(cases: Cases) -> Iterator[Row]:
     yield _at_least("load vs runai-model-streamer", 2.5, _faster(load, "runai-model-streamer"))
     yield _at_least("load vs tensorizer", 1.4, _faster(load, "tensorizer"))
     yield _at_least("load vs the best N bare sockets", 0.75, _faster(load, BEST_SOCKETS))
+    tensors = _of(cases, "safetensors", "load")
+    for name, target in ((suites.RUNAI, 2.5), (suites.SAFETENSORS, 4)):
+        ratio = _faster(tensors, name, than_by=suites.FERRY_SAFETENSORS)
+        yield _at_least(f"load safetensors of 1 GiB vs {name}", target, ratio)
     adam = _of(cases, "adam", "load")
     yield _at_least(
         "module only of an Adam checkpoint vs all of it", 2.5, _faster(adam, suites.FERRY, than_by=suites.FERRY_MODULE)

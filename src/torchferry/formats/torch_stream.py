@@ -16,7 +16,7 @@ import os
 import threading
 import types
 from bisect import bisect_right, insort
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -68,6 +68,8 @@ class TorchStream(AsyncIterator["Chunk"]):
         url: For messages.
         store_checks: Whether the store compares what it gets with the chunks' CRC32s.
         store_reads_loans: Whether the store reads chunks within :func:`.lending.reading`.
+        lazy: Gives the bytes of some storages in place of those in memory, by address and size
+            (:class:`.lazy.LazyTensors`); only where :func:`fills_crc32s`.
 
     Attributes:
         size_hint: About how many bytes the chunks are together; known while running.
@@ -84,7 +86,9 @@ class TorchStream(AsyncIterator["Chunk"]):
         url: str = "",
         store_checks: bool = False,
         store_reads_loans: bool = False,
+        lazy: Callable[[int, int], Iterator[Chunk] | None] | None = None,
     ) -> None:
+        self._lazy = lazy
         self.size_hint = 0
         self.plan = UploadPlan()
         self._obj = obj
@@ -187,7 +191,7 @@ class TorchStream(AsyncIterator["Chunk"]):
         filler = Crc32Filler() if fills else None
         if self._lent is not None and not self._store_reads_loans:
             self._lent.recall()
-        writer = _Writer(self._storages, self._chunks.put, filler, self._changes)
+        writer = _Writer(self._storages, self._chunks.put, filler, self._changes, self._lazy)
         tensors: list[torch.Tensor] = []
 
         def on_opened() -> None:
@@ -260,8 +264,14 @@ class _Writer:
     """The file object that ``torch.save`` writes into; where it leaves the CRC32s out, ``filler`` fills them in."""
 
     def __init__(
-        self, storages: _Storages, emit: Callable[[Chunk], None], filler: Crc32Filler | None, changes: Changes
+        self,
+        storages: _Storages,
+        emit: Callable[[Chunk], None],
+        filler: Crc32Filler | None,
+        changes: Changes,
+        lazy: Callable[[int, int], Iterator[Chunk] | None] | None = None,
     ) -> None:
+        self._lazy = lazy
         self._storages = storages
         self._changes = changes
         self._send = emit
@@ -293,6 +303,13 @@ class _Writer:
 
     def _write(self, data: memoryview) -> int:
         size = len(data)
+        if self._lazy is not None and size and (chunks := self._lazy(address_of(data), size)) is not None:
+            if size >= LENT_FROM:
+                self._emit_copies()
+                for chunk in chunks:
+                    self._emit(memoryview(chunk.data), fills=True)
+                return size
+            data = memoryview(b"".join(chunk.data for chunk in chunks))
         if size >= LENT_FROM and (owner := self._storages.owner_of(data)) is not None:
             self._emit_copies()
             self._emit(data, owner)
@@ -343,16 +360,28 @@ class _Writer:
             self._emit(self._block[self._emitted : self._filled].toreadonly())
             self._emitted = self._filled
 
-    def _emit(self, view: memoryview, owner: _Owner | None = None) -> None:
-        """Emits bytes in chunks that end where parts end; those of a storage from its own memory."""
+    def _emit(self, view: memoryview, owner: _Owner | None = None, *, fills: bool = False) -> None:
+        """Emits bytes in chunks that end where parts end; those of a storage from its own memory.
+
+        Args:
+            view: The bytes.
+            owner: The storage that they lie in.
+            fills: Whether they are a record's, whose CRC32 is filled in.
+        """
         while len(view):
             piece = view[: min(len(view), self._left, _PIECE)]
             view = view[len(piece) :]
             self._left -= len(piece)
-            self._send(Chunk(piece, isal_zlib.crc32(piece)) if owner is None else self._lend(piece, owner))
+            self._send(self._copied(piece, fills=fills) if owner is None else self._lend(piece, owner))
             if not self._left:
                 self._part += 1
                 self._left = self._plan.part_at(self._part)
+
+    def _copied(self, piece: memoryview, *, fills: bool) -> Chunk:
+        crc32 = isal_zlib.crc32(piece)
+        if fills and self._filler is not None:
+            self._filler.add(piece, crc32)
+        return Chunk(piece, crc32)
 
     def _lend(self, piece: memoryview, owner: _Owner) -> Chunk:
         lent = lend(piece, owner.storage, owner.loans)
