@@ -13,7 +13,7 @@ __all__ = ["main"]
 _INTERRUPTED = 130  # as a shell has it: 128 and SIGINT
 
 
-def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one for each way to end
+def main(arguments: Sequence[str] | None = None) -> int:  # noqa: C901, PLR0911 - one for each way to end
     """Runs the command; ``arguments`` are those of the process by default.
 
     Returns:
