@@ -18,7 +18,7 @@ from torchferry.errors import CheckpointFormatError, mask
 from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, sniff
 from torchferry.formats.checksum import Checksums
 from torchferry.formats.opcodes import UnusualPickleError
-from torchferry.loading import open_object
+from torchferry.locating import open_object
 from torchferry.opening import memory_errors, read_archive, read_legacy_format
 from torchferry.safetensors_opening import File, delete_all, open_file, open_files, prepare, publish_index
 from torchferry.storage.base import Backend

@@ -6,7 +6,6 @@ The format is told by the object's first bytes, never by its name.
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +13,13 @@ from torchferry.engine import loops
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.reader import RangeReader
 from torchferry.engine.transfer import Transfer
-from torchferry.errors import StorageError, StorageUnavailableError, mask
+from torchferry.errors import mask
 from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, sniff
 from torchferry.formats.filling import Target
 from torchferry.formats.keys import KeysArgument, as_keys
 from torchferry.formats.torch_hooks import TorchModes
-from torchferry.opening import memory_errors, open_reader
+from torchferry.locating import open_object
+from torchferry.opening import memory_errors
 from torchferry.requests import LoadRequest
 from torchferry.safetensors_files import fill_safetensors, inspect_safetensors, load_safetensors
 from torchferry.safetensors_opening import File, open_file, open_files
@@ -43,7 +43,6 @@ __all__ = [
     "inspect_async",
     "load",
     "load_async",
-    "open_object",
     "verify",
     "verify_async",
 ]
@@ -190,26 +189,6 @@ async def _open(
     url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None, filesystem: AbstractFileSystem | None
 ) -> tuple[Backend, str]:
     return await in_thread(partial(open_backend, url, storage_options=storage_options, filesystem=filesystem))
-
-
-async def open_object(backend: Backend, path: str, *, weights_only: bool = True) -> RangeReader | Contents:
-    """Opens an object; or the sharded checkpoint, where there is a directory of that name that has one.
-
-    Raises:
-        StorageError: there is neither.
-    """
-    try:
-        return await open_reader(backend, path)
-    except StorageUnavailableError:
-        raise
-    except StorageError:  # stores say in several ways that there is no object of a directory's name
-        from torchferry.distributed.whole import find
-
-        with suppress(StorageError):
-            found = await find(backend, path, mask(backend.url(path)), weights_only=weights_only)
-            if found is not None:
-                return found
-        raise
 
 
 async def _inspect(backend: Backend, path: str) -> Manifest:
