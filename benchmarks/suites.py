@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from benchmarks.contenders import CONTENDERS
 from benchmarks.contenders.ferry import OTHER, OTHER_CHECKOUT
 from benchmarks.contenders.floors import SOCKETS
+from benchmarks.contenders.integrations import LIGHTNING, LIGHTNING_FERRY
 from benchmarks.works import GIB, MIB, SMALL_TENSOR
 
 VERBS = ("save", "load")
@@ -63,7 +64,7 @@ def _one_verb(verb: str) -> Callable[[], Iterator[Case]]:
 
     def cases() -> Iterator[Case]:
         everyone = tuple(name for of_verb, name in CONTENDERS if of_verb == verb)
-        others = {FERRY_MODULE, TO_FILE[verb], *_on_disk(verb)}
+        others = {FERRY_MODULE, TO_FILE[verb], LIGHTNING, LIGHTNING_FERRY, *_on_disk(verb)}
         yield Case(verb, verb, "flat", GIB, tuple(n for n in everyone if n not in others))
 
     return cases
@@ -120,6 +121,12 @@ def _on_disk(verb: str) -> tuple[str, ...]:
     return (FERRY_FILE[verb], *other, TORCH_FILE[verb])
 
 
+def _integrations() -> Iterator[Case]:
+    """512 MiB by Lightning's Trainer, with its own CheckpointIO and with torchferry's."""
+    for verb in VERBS:
+        yield Case("integrations", verb, "flat", 512 * MIB, (LIGHTNING_FERRY, LIGHTNING))
+
+
 SUITES: dict[str, Callable[[], Iterator[Case]]] = {
     "save": _one_verb("save"),
     "load": _one_verb("load"),
@@ -130,6 +137,7 @@ SUITES: dict[str, Callable[[], Iterator[Case]]] = {
     "shaped": _shaped,
     "https": _https,
     "disk": _disk,
+    "integrations": _integrations,
 }
 
 

@@ -60,6 +60,10 @@ def rows(cases: Cases) -> Iterator[Row]:
         of, ferry, torch = _of(cases, suite, verb), suites.FERRY_FILE[verb], suites.TORCH_FILE[verb]
         how = "in place of another" if suite == "disk-replace" else {"save": "new", "load": "verified"}[verb]
         yield _at_least(f"{verb} of a file of 1 GiB, {how}, vs {torch}", 1, _faster(of, torch, than_by=ferry))
+    for verb in suites.VERBS:
+        lightning = _of(cases, "integrations", verb)
+        faster = _faster(lightning, suites.LIGHTNING, than_by=suites.LIGHTNING_FERRY)
+        yield _at_least(f"{verb} 512 MiB in Lightning vs its own CheckpointIO", 3, faster)
     yield _at_least(
         "save over https vs the best N bare sockets", 0.85, _faster(_of(cases, "https", "save"), BEST_SOCKETS)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -111,3 +112,71 @@ def test_the_command_is_installed(checkpoint: str) -> None:
     command = Path(sys.executable).with_name("torchferry")
     result = subprocess.run([command, "inspect", checkpoint], capture_output=True, text=True, check=True)
     assert "module_state_dict.bias" in result.stdout
+
+
+ACTING = "a\x1b[2J\x1b]0;title\x07\n  forged  float32  9 x 9\u202egpj.\x9b1m"
+
+
+def test_inspect_prints_nothing_of_a_key_that_acts_on_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({ACTING: torch.ones(3), "\ud800": torch.ones(1)}, path)
+    for arguments in (["inspect", str(path)], ["inspect", str(path), "--json"], ["verify", str(path)]):
+        assert main(arguments) == 0
+        output = capsys.readouterr().out
+        assert "".join(output.splitlines()).isprintable()
+        assert "\n  forged" not in output
+
+
+def test_an_error_prints_nothing_that_acts_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path / ACTING)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.rstrip("\n").isprintable()
+
+
+@pytest.mark.parametrize("module", ["torchferry", "torchferry.cli"])
+def test_python_m_runs_the_command(checkpoint: str, module: str) -> None:
+    command = [sys.executable, "-m", module, "inspect", checkpoint]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "module_state_dict.bias" in done.stdout
+
+
+def test_who_reads_the_beginning_alone_gets_no_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save([torch.zeros(1) for _ in range(20_000)], path)
+    command = [sys.executable, "-m", "torchferry", "inspect", "--all", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_a_terminal_that_cannot_show_a_key_gets_an_escape(tmp_path: Path) -> None:
+    torch.save({"gewicht.ü": torch.ones(1)}, tmp_path / "x.pt")
+    command = [sys.executable, "-m", "torchferry", "inspect", str(tmp_path / "x.pt")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert r"gewicht.\xfc" in done.stdout
+
+
+def test_copy_names_its_own_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    assert main(["copy", str(tmp_path / "x.safetensors"), str(tmp_path / "y")]) == 1
+    error = capsys.readouterr().err
+    assert "--no-verify" in error
+    assert "verify=" not in error
+
+
+def test_copy_of_a_legacy_checkpoint_goes_on_and_says_what_it_did_not_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "x.pt", tmp_path / "y.pt"
+    torch.save({"a": torch.ones(3)}, source, _use_new_zipfile_serialization=False)
+    assert main(["copy", str(source), str(target)]) == 0
+    assert "not checked" in capsys.readouterr().out
+    assert target.read_bytes() == source.read_bytes()

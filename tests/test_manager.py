@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import uuid
 import warnings
@@ -152,8 +155,7 @@ def test_error_of_a_background_save_is_raised_by_the_next_save_and_its_step_can_
             manager.wait_until_finished()
     assert "Step 1" in caplog.text
     assert manager.save(1, state(1))
-    assert manager._under_way is not None
-    manager._under_way.exception()
+    manager._under_way[0].exception()
     with pytest.raises(torchferry.StorageError, match="directory"):
         manager.save(2, state(2))
     blocked.rmdir()
@@ -249,7 +251,9 @@ def test_deletion_comes_after_the_new_checkpoint_and_no_save_waits_for_it(
 ) -> None:
     """The first deletion is never answered: saves go on, and what is superfluous goes after the next ones."""
     s3 = faulty_s3(Fault(method="DELETE", hang=True))
-    manager = CheckpointManager(s3_url, max_to_keep=1, background=False, storage_options=s3.storage_options)
+    manager = CheckpointManager(
+        s3_url, max_to_keep=1, background=False, give_up_after=1, storage_options=s3.storage_options
+    )
     for step in range(4):
         assert manager.save(step, state(step))
     s3.proxy.wait_for(method="DELETE")
@@ -430,3 +434,28 @@ def test_long_series_keeps_memory_and_descriptors_flat() -> None:
         assert manager.all_steps() == [57, 58, 59]
         assert len(manager._metrics) <= 4
         assert len(fs.find(url.removeprefix("memory:/"))) == 6
+
+
+def test_first_of_several_ranks_decides_and_an_error_of_one_is_raised_on_all(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("manager_ranks.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, str(script), str(rank), str(tmp_path)] for rank in range(2)]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) for command in commands]
+    first, second = (json.loads(rank.communicate(timeout=120)[0]) for rank in ranks)
+    for seen in (first, second):
+        assert seen.pop("failed on rank 1") in {"RuntimeError", "RankFailedError"}
+    assert first == second
+    assert first == {
+        "nothing yet": None,
+        "saved": [False, True, False, True, False, True],
+        "restored": {"step": 6, "rank": 0},
+        "step": 6,
+        "steps": [4, 6],
+        "not there": "CheckpointNotFoundError",
+        "failed on rank 0": "StorageError",
+        "began": True,
+        "failed in the background": "StorageError",
+        "before SIGTERM": [False, False],
+        "after SIGTERM": [True, True],
+        "preempted": [8],
+    }

@@ -31,3 +31,35 @@ def test_process_that_is_killed_while_it_saves_leaves_the_old_object_or_the_new_
     assert done.returncode == 0, done.stdout + done.stderr
     cells = re.findall(r"^\| kill .*? \| (\w+) +\| (\d+) +\| (\d+) +\| 0 +\| 0 +\| 0 ", done.stdout, re.MULTILINE)
     assert cells == [("s3", "6", "6"), ("local", "6", "6")]
+
+
+def test_ranks_that_are_killed_while_they_save_over_a_checkpoint_leave_the_old_one_or_the_new_one() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "reliability",
+        "--only",
+        "resaves",
+        "--cloud",
+        "local",
+        "--count",
+        "4",
+        "--mib",
+        "4",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = re.findall(
+        r"^\| sharded resave.*? \| local +\| (\d+) +\| (\d+) +\| 0 +\| 0 +\| 0 ", done.stdout, re.MULTILINE
+    )
+    assert cells == [("4", "4")]
+
+
+def test_every_test_that_the_documentation_names_is_there() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`(?:(tests/[\w/]+\.py)::)?(test_\w+)`", text)
+    assert len(named) > 30
+    file = ""
+    for where, name in named:
+        file = where or file
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"

@@ -25,6 +25,7 @@ from torchferry.engine.loops import Call, refuse_own_loop
 from torchferry.engine.memory import SNAPSHOTS, Claim
 from torchferry.errors import SaveUnderWayError, TorchferryError, mask
 from torchferry.formats.snapshot import LentStorages, Snapshots, size_of_copies
+from torchferry.formats.torch_hooks import TorchModes
 from torchferry.formats.torch_pickle import Pickled, pickle_object
 from torchferry.formats.torch_stream import LENT_FROM, fills_crc32s
 from torchferry.saving import save_async
@@ -317,20 +318,20 @@ def save_in_background(
         del pickled
         work = _Work(mask(os.fspath(url)), claim, at_exit, snapshot.copied, snapshot.lent)
         work.listen_to(announcers)
-        work.start(
-            partial(
-                save_async,
-                snapshot,
-                url,
-                storage_options=storage_options,
-                filesystem=filesystem,
-                part_size=part_size,
-                metadata=metadata,
-                give_up_after=give_up_after,
-                callback=callback,
-                report=report,
-            )
+        save = partial(
+            save_async,
+            snapshot,
+            url,
+            storage_options=storage_options,
+            filesystem=filesystem,
+            part_size=part_size,
+            metadata=metadata,
+            give_up_after=give_up_after,
+            callback=callback,
+            report=report,
         )
+        with TorchModes.carried():
+            work.start(save)
     except BaseException:
         claim.close()
         raise

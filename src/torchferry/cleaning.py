@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -15,7 +16,7 @@ from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import Transfer
-from torchferry.errors import mask
+from torchferry.errors import CheckpointNotFoundError, mask
 from torchferry.storage.base import Backend, Leftover
 from torchferry.storage.registry import open_backend
 
@@ -55,7 +56,8 @@ async def clean_async(
     """Removes what saves that were killed have left at ``url`` and below: nothing that anybody can load.
 
     Multipart uploads (S3, Google Cloud Storage), uncommitted blocks where there is no blob (Azure), temporary files
-    (local, and other fsspec filesystems). Objects are left alone, whatever they are.
+    (local, and other fsspec filesystems), and shards of sharded checkpoints that no ``.metadata`` beside them names.
+    Other objects are left alone, whatever they are.
 
     A save that is under way is not touched: what it stages changes every few seconds, and a local file is locked
     by its process besides. Ages are by the store's times and this machine's clock.
@@ -103,4 +105,15 @@ async def _clean(backend: Backend, path: str, latest: datetime | None, dry_run: 
                 else:
                     await slots.acquire()
                     tasks.start_soon(discard, leftover)
+    with suppress(CheckpointNotFoundError, ImportError):  # no directory; a torch without torch.distributed
+        from torchferry.distributed.leftovers import remove_stale_save, stale_saves
+
+        for stale in await stale_saves(backend, below):
+            leftover = Leftover(stale.paths[0], stale.url, "shards of an unfinished save", modified=stale.modified)
+            if latest is not None and stale.modified > latest:
+                younger.append(leftover)
+                continue
+            if not dry_run:
+                await remove_stale_save(backend, stale)
+            removed.append(leftover)
     return CleanReport(tuple(removed), tuple(younger), tuple(kept))

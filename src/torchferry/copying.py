@@ -20,7 +20,9 @@ from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import Chunk, ObjectStat
 from torchferry.errors import CheckpointFormatError, mask
 from torchferry.formats.checksum import Checksums
-from torchferry.opening import open_reader, read_archive
+from torchferry.formats.opcodes import UnusualPickleError
+from torchferry.loading import open_object
+from torchferry.opening import memory_errors, read_archive, read_legacy_format
 from torchferry.storage.base import Backend
 from torchferry.storage.metadata import require_storable
 from torchferry.storage.registry import open_backend
@@ -28,6 +30,8 @@ from torchferry.storage.registry import open_backend
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
+
+    from torchferry.distributed.whole import Contents
 
 __all__ = ["copy", "copy_async"]
 
@@ -57,7 +61,8 @@ async def copy_async(
     Args:
         source: The URL or local path of the checkpoint.
         target: Where to.
-        verify: Check every record's CRC32. Without, any object is copied, whatever it is.
+        verify: Check every record's CRC32. Without, any object is copied, whatever it is. Of a checkpoint in the
+            legacy format, which carries none, what can be is checked, and a warning is logged and in the report.
         source_storage_options: Arguments for the fsspec filesystem of ``source``.
         target_storage_options: Arguments for that of ``target``.
         source_filesystem: An fsspec filesystem to use as it is, instead of ``source_storage_options``.
@@ -86,7 +91,7 @@ async def copy_async(
         partial(open_backend, target, storage_options=target_storage_options, filesystem=target_filesystem)
     )
     transfer = Transfer("copy", mask(os.fspath(target)), callback=callback, give_up_after=give_up_after)
-    with transfer.running(report):
+    with transfer.running(report), memory_errors(source):
         return await run_on(
             own_loop(writer.loop), _copy, reader, source_path, writer, target_path, verify, part_size, metadata
         )
@@ -106,9 +111,17 @@ async def _copy(
 ) -> ObjectStat:
     transfer = current()
     with transfer.reading_side():
-        source = await open_reader(reader, source_path)
+        source = await open_object(reader, source_path)
+        if not isinstance(source, RangeReader):
+            return await _copy_sharded(source, writer, target_path, verify, part_size)
         archive = await read_archive(source) if verify else None
-    if verify and (archive is None or not archive.has_crc32s):
+        is_legacy = verify and archive is None and await _is_whole_legacy(source)
+    if is_legacy:
+        transfer.warn(
+            f"{source.url} is in torch's legacy format, which carries no checksums: its length was checked, and what "
+            "its tensors are. Their values are copied as they are."
+        )
+    elif verify and (archive is None or not archive.has_crc32s):
         reason = "it is not a zip file of torch.save" if archive is None else "it was saved without them"
         raise CheckpointFormatError(f"{source.url} carries no checksums: {reason}. Copy it with verify=False.")
     checksums = await in_thread(Checksums, archive.records if archive else (), source.url)
@@ -127,6 +140,39 @@ async def _copy(
             return stat
     finally:
         claim.close()
+
+
+async def _is_whole_legacy(source: RangeReader) -> bool:
+    """Whether it is a checkpoint in the legacy format; raises a CheckpointCorruptError for one that is not whole."""
+    try:
+        return await read_legacy_format(source) is not None
+    except UnusualPickleError:
+        return True
+
+
+async def _copy_sharded(
+    found: Contents, writer: Backend, target: str, verify: bool, part_size: int | None
+) -> ObjectStat:
+    """Copies a sharded checkpoint: shards under a name of this copy's own, and then its metadata."""
+    from torchferry.distributed.whole import ShardedCopy
+
+    transfer = current()
+    with transfer.reading_side():
+        sharded = await ShardedCopy.begin(found, writer, target, verify=verify)
+    async with transfer.telling():
+        transfer.set_size(sum(file.stat.size for _, _, file, _ in sharded.shards))
+        for number, (_, path, file, checksums) in enumerate(sharded.shards):
+            plan = writer.upload_plan(file.stat.size, part_size)
+            claim = await EVERYTHING_ELSE.claim_async(
+                min(file.stat.size, plan.part_size + BLOCK_SIZE) + plan.memory, piece=BLOCK_SIZE
+            )
+            try:
+                stream = _CopyStream(file, checksums, claim)
+                async with stream.running():
+                    sharded.copied(number, await writer.write(path, stream, plan=plan))
+            finally:
+                claim.close()
+        return await sharded.commit()
 
 
 class _CopyStream(AsyncIterator["Chunk"]):

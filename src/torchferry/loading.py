@@ -8,6 +8,7 @@ checks each record's CRC32 as it arrives. Then torch unpickles the buffer.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from torchferry.engine.types import Buffer
 from torchferry.errors import (
     CheckpointFormatError,
     NotEnoughMemoryError,
+    StorageError,
+    StorageUnavailableError,
     mask,
 )
 from torchferry.formats.archive import (
@@ -32,9 +35,9 @@ from torchferry.formats.checksum import Checksums
 from torchferry.formats.graph import read_graph
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
-from torchferry.formats.selection import Selection, check_graph, check_keys, everything, select
-from torchferry.formats.torch_hooks import torch_errors
-from torchferry.opening import open_reader, read_archive
+from torchferry.formats.selection import Selection, check_allowed, check_graph, check_keys, everything, select
+from torchferry.formats.torch_hooks import TorchModes, torch_errors
+from torchferry.opening import memory_errors, open_reader, read_archive, read_legacy_format
 from torchferry.storage.registry import open_backend
 
 if TYPE_CHECKING:
@@ -43,9 +46,10 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
+    from torchferry.distributed.whole import Contents
     from torchferry.engine.transfer import TransferReport
     from torchferry.formats.archive import Archive, Record
-    from torchferry.formats.graph import TensorInfo
+    from torchferry.formats.graph import Graph, TensorInfo
     from torchferry.storage.base import Backend
 
 __all__ = [
@@ -67,7 +71,7 @@ class Manifest:
         url: Where it is, without the secrets of a URL.
         size: Bytes of the object.
         etag: Names the version of the object, where the store has such names.
-        records: The records of the archive, in the order of the file.
+        records: The records of the archive, in the order of the file; of the legacy format, its storages.
         tensors: The tensors of the saved object, in its order. Several may share a storage, and so a record.
     """
 
@@ -129,10 +133,12 @@ async def load_async(
     """
     if isinstance(keys, str):
         raise TypeError(f"keys is a sequence of keys: ({keys!r},) for one.")
+    modes = TorchModes.of_caller()
     backend, path = await _open(url, storage_options, filesystem)
     forced = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in {"1", "y", "yes", "true"}  # as torch.load
-    request = _Request(None if keys is None else tuple(keys), map_location, weights_only or forced, verify)
-    with Transfer("load", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after).running(report):
+    request = _Request(None if keys is None else tuple(keys), map_location, weights_only or forced, verify, modes)
+    transfer = Transfer("load", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after)
+    with transfer.running(report), memory_errors(url):
         return await loops.run_on(backend.loop, _load, backend, path, request)
 
 
@@ -156,12 +162,13 @@ async def inspect_async(
         give_up_after: Seconds without progress after which failed requests are not repeated any more; 120 by default.
 
     Raises:
-        CheckpointFormatError: it is not a checkpoint, or one in the legacy format, which has no directory.
+        CheckpointFormatError: it is not a checkpoint.
         CheckpointCorruptError: its directory or its pickle is damaged.
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
     backend, path = await _open(url, storage_options, filesystem)
-    with Transfer("inspect", mask(os.fspath(url)), give_up_after=give_up_after).running(None):
+    transfer = Transfer("inspect", mask(os.fspath(url)), give_up_after=give_up_after)
+    with transfer.running(None), memory_errors(url):
         return await loops.run_on(backend.loop, _inspect, backend, path)
 
 
@@ -193,11 +200,12 @@ async def verify_async(
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
     backend, path = await _open(url, storage_options, filesystem)
-    with Transfer("verify", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after).running(report):
+    transfer = Transfer("verify", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after)
+    with transfer.running(report), memory_errors(url):
         return await loops.run_on(backend.loop, _verify, backend, path)
 
 
-load = loops.synchronous(load_async)
+load = loops.synchronous(load_async, within=TorchModes.carried)
 inspect = loops.synchronous(inspect_async)
 verify = loops.synchronous(verify_async)
 
@@ -214,17 +222,49 @@ class _Request:
     map_location: Any
     weights_only: bool
     verify: bool
+    modes: TorchModes
+
+
+async def open_object(backend: Backend, path: str, *, weights_only: bool = True) -> RangeReader | Contents:
+    """Opens an object; or the sharded checkpoint, where there is a directory of that name that has one.
+
+    Raises:
+        StorageError: there is neither.
+    """
+    try:
+        return await open_reader(backend, path)
+    except StorageUnavailableError:
+        raise
+    except StorageError:  # stores say in several ways that there is no object of a directory's name
+        from torchferry.distributed.whole import find
+
+        with suppress(StorageError):
+            found = await find(backend, path, mask(backend.url(path)), weights_only=weights_only)
+            if found is not None:
+                return found
+        raise
 
 
 async def _inspect(backend: Backend, path: str) -> Manifest:
-    source = await open_reader(backend, path)
-    archive = await _require_archive(source)
+    source = await open_object(backend, path)
+    if not isinstance(source, RangeReader):
+        return await in_thread(_sharded_manifest, source)
+    archive = await read_archive(source)
+    if archive is None and (legacy := await read_legacy_format(source)) is not None:
+        return await in_thread(_manifest_of, source, legacy[1], legacy[0])
+    if archive is None:
+        raise await _format_error(source)
     pickled = await _read_pickle(source, archive, verify=True)
     return await in_thread(_manifest, source, archive, pickled)
 
 
 async def _verify(backend: Backend, path: str) -> Manifest:
-    source = await open_reader(backend, path)
+    source = await open_object(backend, path)
+    if not isinstance(source, RangeReader):
+        from torchferry.distributed.whole import verify_contents
+
+        await verify_contents(source)
+        return await in_thread(_sharded_manifest, source)
     archive = await _require_archive(source)
     pickled = await _read_pickle(source, archive, verify=True)
     if not archive.has_crc32s:
@@ -239,9 +279,20 @@ async def _verify(backend: Backend, path: str) -> Manifest:
 
 
 @collector_paused()
+def _sharded_manifest(found: Contents) -> Manifest:
+    from torchferry.distributed.whole import inspect_contents
+
+    size, records, tensors = inspect_contents(found)
+    return Manifest(found.place.url, size, found.stat.etag, records, tensors)
+
+
+@collector_paused()
 def _manifest(source: RangeReader, archive: Archive, pickled: bytes) -> Manifest:
-    graph = read_graph(pickled, source.url)
-    return Manifest(mask(source.url), source.stat.size, source.stat.etag, archive.records, tuple(graph.tensors()))
+    return _manifest_of(source, archive.records, read_graph(pickled, source.url))
+
+
+def _manifest_of(source: RangeReader, records: Sequence[Record], graph: Graph) -> Manifest:
+    return Manifest(mask(source.url), source.stat.size, source.stat.etag, records, tuple(graph.tensors()))
 
 
 async def _require_archive(source: RangeReader) -> Archive:
@@ -256,8 +307,8 @@ async def _format_error(source: RangeReader) -> CheckpointFormatError:
     looks = sniff(head)
     if looks == LEGACY_FORMAT:
         return CheckpointFormatError(
-            f"{source.url} is {looks}, which has neither a directory nor checksums: it can only be loaded. "
-            "Save it again."
+            f"{source.url} is {looks}, which has no checksums to verify: it can be loaded, inspected and "
+            "copied. Save it again."
         )
     return CheckpointFormatError(
         f"{source.url} is not a checkpoint that torch.save wrote: "
@@ -305,7 +356,17 @@ async def _fetch(
 
 
 async def _load(backend: Backend, path: str, request: _Request) -> Any:
-    source = await open_reader(backend, path)
+    source = await open_object(backend, path, weights_only=request.weights_only)
+    if not isinstance(source, RangeReader):
+        from torchferry.distributed.whole import load_whole
+
+        return await load_whole(
+            source,
+            keys=request.keys,
+            map_location=request.map_location,
+            weights_only=request.weights_only,
+            verify=request.verify,
+        )
     archive = await read_archive(source)
     selection = await (_select_legacy(source, request) if archive is None else _select(source, archive, request))
     loaded = await _load_into_buffer(source, archive, selection, request)
@@ -340,7 +401,7 @@ def _select_records(pickled: bytes, archive: Archive, request: _Request) -> Sele
             archive, request.map_location
         )  # it is what was saved, by somebody whom the caller trusts: torch may understand it
     check_graph(graph, archive, weights_only=request.weights_only)
-    return select(graph, archive, request.keys, request.map_location)
+    return select(graph, archive, request.keys, request.map_location, values=not request.modes.leave_values_out)
 
 
 async def _select_legacy(source: RangeReader, request: _Request) -> Selection:
@@ -363,11 +424,15 @@ async def _load_into_buffer(
 
     def load() -> Any:
         if archive is None:
-            load_buffer.check_legacy(source.url, weights_only=request.weights_only)
-        if archive is None or archive.is_torchscript:
-            return load_buffer.load_copy(map_location=selection.map_location, weights_only=request.weights_only)
-        load_buffer.write_headers(archive)
-        return load_buffer.load(map_location=selection.map_location, weights_only=request.weights_only)
+            graph = load_buffer.check_legacy(source.url, weights_only=request.weights_only)
+            if graph is not None:
+                check_allowed(graph)
+        as_copy = archive is None or archive.is_torchscript
+        if archive is not None and not as_copy:
+            load_buffer.write_headers(archive)
+        return (load_buffer.load_copy if as_copy else load_buffer.load)(
+            map_location=selection.map_location, weights_only=request.weights_only, modes=request.modes
+        )
 
     await _fetch(source, selection.extents, checksums.add, load_buffer)
     checksums.finish()

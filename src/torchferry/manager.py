@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -22,16 +21,14 @@ from fsspec.asyn import get_loop
 from torchferry.background import BackgroundSave, save_in_background
 from torchferry.engine.cancellation import in_thread, wait_in_thread
 from torchferry.engine.loops import keep_running, run
+from torchferry.engine.tasks import task_group
 from torchferry.errors import (
-    CheckpointChangedError,
-    CheckpointFormatError,
     CheckpointNotFoundError,
     TorchferryError,
-    mask,
 )
-from torchferry.loading import load_async
 from torchferry.preemption import Preemption
 from torchferry.ranks import Ranks
+from torchferry.restoring import Candidate, Restorer
 from torchferry.retention import Best, Retention
 from torchferry.saving import save, save_async
 from torchferry.steps import Series, SeriesListing, encode_metrics, name_of, url_of
@@ -48,8 +45,6 @@ __all__ = ["CheckpointManager"]
 
 logger = logging.getLogger("torchferry")
 
-_FALLS_BACK = (CheckpointFormatError, CheckpointNotFoundError, CheckpointChangedError)
-
 
 class CheckpointManager:
     """The checkpoints of one training, one for each step that is saved, below one URL.
@@ -58,8 +53,8 @@ class CheckpointManager:
     are left alone. One thread at a time may call the methods.
 
     Where ``torch.distributed`` is initialized with several ranks, each of them makes a manager, and all of them call
-    ``save``, ``restore``, ``reached_preemption`` and ``close``, in the same order: the first rank decides, saves and
-    deletes, and an error of one is raised on all. The other methods are not collective.
+    ``save``, ``restore``, ``resume``, ``reached_preemption``, ``wait_until_finished`` and ``close``, in the same order:
+    the first rank decides, saves and deletes, and an error of one is raised on all. Other methods are not collective.
 
     Args:
         url: The directory: an fsspec URL or a local path.
@@ -130,12 +125,13 @@ class CheckpointManager:
         self._knows_latest = False
         self._damaged: dict[int, str] = {}  # the versions that restore has found damaged, by step
         self._metrics: dict[int, tuple[str, dict[str, Any]]] = {}  # with the version that they are of
-        self._under_way: Future[None] | None = None
+        self._under_way: list[Future[None]] = []  # saves whose outcome nobody has looked at
         self._retaining: Future[None] | None = None
         self._to_retain: int | None = None  # the step after which to look again for what goes
         self._turn = threading.Lock()
-        self._ends = False  # whether SIGTERM has come, to any rank, as of the last save
+        self._ends = False  # whether SIGTERM has come, to any rank, as all know
         self._warned = False
+        self._group = process_group
         self._ranks = Ranks.find(process_group)
         self._preemption = Preemption() if handle_preemption else None
 
@@ -151,8 +147,7 @@ class CheckpointManager:
     async def should_save_async(self, step: int) -> bool:
         """The asynchronous twin of :meth:`should_save`."""
         name_of(step)
-        reached = self._preemption is not None and self._preemption.reached
-        return (reached or step % self._interval == 0) and await self._is_later(step)
+        return self._wants(step, force=False) and await self._is_later(step)
 
     def save(
         self, step: int, obj: Any, metrics: Mapping[str, Any] | None = None, *, force: bool = False, until: Any = None
@@ -195,16 +190,17 @@ class CheckpointManager:
         if self._background:
             self._follow(step, await in_thread(partial(save_in_background, obj, url, until=until, **options)), encoded)
             if self._ends:
-                await self.wait_until_finished_async()
+                await self._wait_async()
         else:
             await self._finish(step, await save_async(obj, url, **options), encoded)
         return True
 
     def reached_preemption(self) -> bool:
         """Whether SIGTERM has come, to this rank or another one; always False without ``handle_preemption``."""
-        if self._preemption is None:
-            return False
-        return self._ranks.any(self._preemption.reached) if self._ranks else self._preemption.reached
+        if self._preemption is not None:
+            reached = self._preemption.reached
+            self._ends = self._ranks.any(reached) if self._ranks is not None else reached
+        return self._ends
 
     def wait_until_finished(self) -> None:
         """Waits until the checkpoint that is being saved is there, and those that go are gone.
@@ -212,11 +208,15 @@ class CheckpointManager:
         Raises:
             Exception: what the save raises. What cannot be deleted is not an error; it is tried again after the next.
         """
-        if self._under_way is not None:
-            under_way, self._under_way = self._under_way, None
-            under_way.result()
-        if self._retaining is not None:
-            self._retaining.result()
+        error: Exception | None = None
+        try:
+            self._wait()
+        except Exception as failure:  # noqa: BLE001 - raised on every rank
+            error = failure
+        if self._ranks is not None:
+            self._ranks.agree(error)
+        elif error is not None:
+            raise error
 
     async def wait_until_finished_async(self) -> None:
         """The asynchronous twin of :meth:`wait_until_finished`."""
@@ -238,10 +238,11 @@ class CheckpointManager:
 
     async def latest_step_async(self) -> int | None:
         """The asynchronous twin of :meth:`latest_step`."""
-        for url in filter(None, (self.url, self._start_from)):
-            if steps := self._good(await self._list(url)):
-                return steps[-1]
-        return None
+        if steps := self._good(await self._list()):
+            return steps[-1]
+        start = await self._start()
+        steps = self._good(await self._list(start)) if start is not None else []
+        return steps[-1] if steps else None
 
     def best_step(self) -> int | None:
         """The step of the best checkpoint; None where there is none, or none that has the metric.
@@ -315,17 +316,37 @@ class CheckpointManager:
         weights_only: bool = True,
     ) -> Any:
         """The asynchronous twin of :meth:`restore`."""
-        await self.wait_until_finished_async()
-        loading: dict[str, Any] = {"keys": keys, "map_location": map_location, "weights_only": weights_only}
-        if into is not None:
-            loading["into"] = into
-        if self._ranks is None:
-            loaded, found = await self._restore(step, loading)
-        else:
-            loaded, found = await self._restore_on_all(self._ranks, step, loading)
-        self.restored_step = found.step
-        self._latest, self._knows_latest = None, False
-        return loaded
+        found = await self._restore_anywhere(
+            step, keys=keys, into=into, map_location=map_location, weights_only=weights_only
+        )
+        if found is None:
+            raise CheckpointNotFoundError(f"There is no checkpoint in {self._said()}.")
+        return found[0]
+
+    def resume(
+        self,
+        *,
+        keys: Sequence[str] | None = None,
+        into: Any = None,
+        map_location: Any = None,
+        weights_only: bool = True,
+    ) -> Any:
+        """Loads the latest checkpoint, as :meth:`restore` does; returns None where there is none yet."""
+        return run(self.resume_async, keys=keys, into=into, map_location=map_location, weights_only=weights_only)
+
+    async def resume_async(
+        self,
+        *,
+        keys: Sequence[str] | None = None,
+        into: Any = None,
+        map_location: Any = None,
+        weights_only: bool = True,
+    ) -> Any:
+        """The asynchronous twin of :meth:`resume`."""
+        found = await self._restore_anywhere(
+            None, keys=keys, into=into, map_location=map_location, weights_only=weights_only
+        )
+        return None if found is None else found[0]
 
     def delete(self, step: int) -> None:
         """Deletes the checkpoint of a step; where there is none, nothing."""
@@ -334,7 +355,7 @@ class CheckpointManager:
     async def delete_async(self, step: int) -> None:
         """The asynchronous twin of :meth:`delete`."""
         name_of(step)
-        await self.wait_until_finished_async()
+        await self._wait_async()
         await (await self._series()).delete(await self._list(), step)
         self._latest, self._knows_latest = None, False
 
@@ -381,18 +402,38 @@ class CheckpointManager:
 
     # --- how it is done
 
+    @property
+    def _leads(self) -> bool:
+        """Whether this is the process that decides, saves and deletes."""
+        return self._ranks is None or self._ranks.rank == 0
+
+    def _wants(self, step: int, force: bool) -> bool:
+        """Whether the step may be one to save: where not, nothing need be prepared."""
+        if self._ranks is None:  # else only what all of them know counts
+            self.reached_preemption()
+        return force or self._ends or step % self._interval == 0
+
     def _passes(self, step: int, force: bool) -> bool:
         """Whether there is nothing to do, which every rank knows by itself; raises the error of the save before."""
         name_of(step)
         if self._ranks is None:
             self._raise_failure()
-        self._ends = self.reached_preemption()
-        return not force and not self._ends and step % self._interval != 0
+        self.reached_preemption()
+        return not self._wants(step, force)
+
+    def _wait(self) -> None:
+        """Waits for what this process has begun."""
+        while self._under_way:
+            self._under_way.pop(0).result()
+        if self._retaining is not None:
+            self._retaining.result()
+
+    async def _wait_async(self) -> None:
+        await wait_in_thread(self._wait)
 
     def _raise_failure(self) -> None:
-        if self._under_way is not None and self._under_way.done():
-            under_way, self._under_way = self._under_way, None
-            under_way.result()
+        while self._under_way and self._under_way[0].done():
+            self._under_way.pop(0).result()
 
     async def _begins(self, step: int, force: bool) -> bool:
         """Whether this step is to be saved; from now on it is the latest."""
@@ -411,7 +452,7 @@ class CheckpointManager:
 
     async def _warn_of_later(self, step: int) -> None:
         """Says, once, why a step that is not there is not saved."""
-        if not self._warned and step not in (await self._list()).steps:
+        if not self._warned and step != self._latest and step not in (await self._list()).steps:
             self._warned = True
             warnings.warn(
                 f"{self._said()}: step {step} is not saved, because step {self._latest} is there. To go on from an "
@@ -428,13 +469,60 @@ class CheckpointManager:
         if self._background:
             self._follow(step, save_in_background(obj, url, until=until, **options), encoded)
             if self._ends:
-                self.wait_until_finished()
+                self._wait()
         else:
             run(self._finish, step, save(obj, url, **options), encoded)
         return True
 
     def _save_sharded(self, step: int, obj: Any, metrics: Mapping[str, Any] | None, force: bool) -> bool:
-        raise NotImplementedError
+        """Saves on every rank; the first decides, and stores what goes beside."""
+        from torchferry import distributed
+
+        while self._under_way:  # its error is raised on every rank, at the same step
+            self._under_way.pop(0).result()
+        encoded = encode_metrics(metrics)
+        if not (run(self._begins, step, force) if self._ranks is None else self._begins_on_all(step, force)):
+            return False
+        url = url_of(self.url, name_of(step, sharded=True))
+        options = {**self._store, "part_size": self._part_size, "process_group": self._group}
+        if not self._background:
+            distributed.save(obj, url, **options)
+            self._on_first_rank_or_here(lambda: run(self._finish_sharded, step, encoded))
+            return True
+        over = Future[None]()
+        self._under_way.append(over)
+
+        def finish(saved: Future[Any]) -> None:
+            try:
+                saved.result()
+                if self._leads:
+                    run(self._finish_sharded, step, encoded)
+            except BaseException as error:  # noqa: BLE001 - goes on from the future
+                self._latest, self._knows_latest = None, False
+                over.set_exception(error)
+            else:
+                over.set_result(None)
+
+        distributed.async_save(obj, url, **options).upload_completion.add_done_callback(finish)
+        if self._ends:
+            self._wait()
+        return True
+
+    def _begins_on_all(self, step: int, force: bool) -> bool:
+        return self._on_first_rank(lambda: run(self._begins, step, force))
+
+    def _on_first_rank_or_here(self, func: Any) -> None:
+        if self._ranks is None:
+            func()
+        else:
+            self._on_first_rank(func)
+
+    async def _finish_sharded(self, step: int, metrics: str | None) -> None:
+        if metrics is not None:
+            series = await self._series()
+            await series.write_metrics(step, await series.stat_sharded(step), metrics)
+        if self._retention.max_to_keep is not None:
+            self._retain_soon(step)
 
     def _on_first_rank(self, func: Any) -> bool:
         """Does it on the first rank; all learn what it returned or raised."""
@@ -453,7 +541,8 @@ class CheckpointManager:
 
     def _follow(self, step: int, saving: BackgroundSave, metrics: str | None) -> None:
         """Has what belongs to a save done when it is over, in the thread that waits for it."""
-        self._under_way = over = Future[None]()
+        over = Future[None]()
+        self._under_way.append(over)
 
         def finish(saved: BackgroundSave) -> None:
             try:
@@ -500,66 +589,43 @@ class CheckpointManager:
                 raise
 
     async def _delete_superfluous(self, step: int) -> None:
-        """Deletes what goes now that this step is there."""
+        """Deletes what goes now that this step is there. Of later ones, the metrics may still be on their way."""
         listing = await self._list()
-        good = self._good(listing)
+        good = [each for each in self._good(listing) if each <= step]
         if step not in good:  # somebody has deleted it: then nothing is sure
             return
         metrics = await self._metrics_of(listing, good) if self._retention.best else {}
         orphans = [each for each in listing.metrics if each not in listing.steps and each < step]
         series = await self._series()
-        for each in [*self._retention.superfluous(good, metrics), *orphans]:
-            await series.delete(listing, each)
+        gone = [*self._retention.superfluous(good, metrics), *orphans]
+        async with task_group() as tasks:
+            for each in gone:
+                tasks.start_soon(series.delete, listing, each)
+        for each in gone:
             self._metrics.pop(each, None)
 
-    async def _restore(self, step: int | None, loading: Mapping[str, Any]) -> tuple[Any, _Candidate]:
-        """Loads the first candidate that is not damaged."""
-        failures: list[tuple[_Candidate, TorchferryError]] = []
-        for candidate in await self._candidates(step):
-            try:
-                loaded = await self._load(candidate, loading)
-            except _FALLS_BACK as error:
-                if step is not None:
-                    raise
-                failures.append((candidate, error))
-                if candidate.url == self.url:
-                    self._damaged[candidate.step] = candidate.version
-                continue
-            for failed, error in failures:
-                warnings.warn(f"{error} Restored {candidate} instead of {failed}.", stacklevel=2)
-            return loaded, candidate
-        if not failures:
-            raise CheckpointNotFoundError(f"There is no checkpoint in {self._said()}.")
-        for _, error in failures[1:]:
-            failures[0][1].add_note(str(error))
-        raise failures[0][1]
+    async def _restore_anywhere(self, step: int | None, *, into: Any, **loading: Any) -> tuple[Any, Candidate] | None:
+        await self._wait_async()
+        restorer = Restorer(self._candidates, self._store, self._ranks, self._group)
+        if self._sharded and into is not None:
+            found = await restorer.fill(step, into, loading["weights_only"], self._note_damaged)
+        else:
+            found = await restorer.load(step, loading | ({} if into is None else {"into": into}), self._note_damaged)
+        if found is not None:
+            self.restored_step = found[1].step
+            self._latest, self._knows_latest = None, False
+        return found
 
-    async def _restore_on_all(
-        self, ranks: Ranks, step: int | None, loading: Mapping[str, Any]
-    ) -> tuple[Any, _Candidate]:
-        """Loads on the first rank, and on all others what that one has found to be good."""
-        loaded: Any = None
-        said: Any = None
-        error: Exception | None = None
-        if ranks.rank == 0:
-            try:
-                loaded, found = await self._restore(step, loading)
-                said = [found.url == self.url, found.step, found.name]
-            except Exception as failure:  # noqa: BLE001 - raised on every rank
-                error = failure
-        is_own, number, name = await in_thread(ranks.from_first, said, error)
-        candidate = _Candidate(self.url if is_own else self._start_from or self.url, number, name)
-        if ranks.rank != 0:
-            try:
-                loaded = await self._load(candidate, loading)
-            except Exception as failure:  # noqa: BLE001 - the same
-                error = failure
-        await in_thread(ranks.agree, error)
-        return loaded, candidate
+    def _note_damaged(self, candidate: Candidate) -> None:
+        if candidate.url == self.url:
+            self._damaged[candidate.step] = candidate.version
 
-    async def _candidates(self, step: int | None) -> list[_Candidate]:
+    async def _candidates(self, step: int | None) -> list[Candidate]:
         """What to restore, in the order of trying."""
-        for url in filter(None, (self.url, self._start_from)):
+        for find in (self._own, self._start):
+            url = await find()
+            if url is None:
+                continue
             listing = await self._list(url)
             if step is not None:
                 name_of(step)
@@ -568,24 +634,27 @@ class CheckpointManager:
                 steps = self._good(listing)[::-1]
             if steps:
                 stored = [listing.steps[each] for each in steps]
-                return [_Candidate(url, s.step, name_of(s.step, sharded=s.sharded), s.version) for s in stored]
+                return [Candidate(url, each.step, each.sharded, each.version) for each in stored]
         if step is not None:
             raise CheckpointNotFoundError(f"{self._said()} has no checkpoint of step {step}.")
         return []
 
-    async def _load(self, candidate: _Candidate, options: Mapping[str, Any]) -> Any:
-        try:
-            return await load_async(candidate.place, **self._store, **options)
-        except CheckpointChangedError:  # replaced meanwhile by somebody who saves the same step
-            return await load_async(candidate.place, **self._store, **options)
+    async def _own(self) -> str | os.PathLike[str]:
+        return self.url
+
+    async def _start(self) -> str | os.PathLike[str] | None:
+        """The URL of the series to start from while this one is empty."""
+        return self._start_from
 
     async def _metrics_of(self, listing: SeriesListing, steps: Sequence[int]) -> dict[int, dict[str, Any]]:
         series = await self._series()
         for step in steps:
             version = listing.steps[step].version
             if self._metrics.get(step, ("", {}))[0] != version:
-                self._metrics[step] = version, await series.read_metrics(listing, step)
-        return {step: self._metrics[step][1] for step in steps}
+                self._metrics.pop(step, None)
+                if metrics := await series.read_metrics(listing, step):
+                    self._metrics[step] = version, metrics
+        return {step: self._metrics[step][1] if step in self._metrics else {} for step in steps}
 
     def _good(self, listing: SeriesListing) -> list[int]:
         return [step for step, stored in listing.steps.items() if self._damaged.get(step) != stored.version]
@@ -605,28 +674,3 @@ class CheckpointManager:
 
     def _said(self) -> str:
         return self._open(self.url).url
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """A checkpoint that may be restored.
-
-    Attributes:
-        url: Of its series.
-        step: Its step.
-        name: Its name there.
-        version: Tells it from others of the same step.
-    """
-
-    url: str | os.PathLike[str]
-    step: int
-    name: str
-    version: str = ""
-
-    @property
-    def place(self) -> str | os.PathLike[str]:
-        """Its URL."""
-        return url_of(self.url, self.name)
-
-    def __str__(self) -> str:
-        return mask(os.fspath(self.place))

@@ -20,9 +20,11 @@ class SaveOptions:
     part_size: int | None = None
     metadata: Mapping[str, str] | None = None
     give_up_after: float | None = None
+    shards: bool = False
 
     def __hash__(self) -> int:
-        return hash((_freeze(self.storage_options), self.part_size, _freeze(self.metadata), self.give_up_after))
+        options = (self.part_size, _freeze(self.metadata), self.give_up_after, self.shards)
+        return hash((_freeze(self.storage_options), *options))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

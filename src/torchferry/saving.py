@@ -12,6 +12,8 @@ from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import ObjectStat
 from torchferry.errors import mask
+from torchferry.formats.partial import parts_allowed
+from torchferry.formats.torch_hooks import TorchModes
 from torchferry.formats.torch_stream import TorchStream
 from torchferry.storage.base import Backend
 from torchferry.storage.metadata import require_storable
@@ -33,6 +35,7 @@ async def save_async(
     part_size: int | None = None,
     metadata: Mapping[str, str] | None = None,
     give_up_after: float | None = None,
+    shards: bool = False,
     callback: Callback | None = None,
     report: Callable[[TransferReport], object] | None = None,
 ) -> ObjectStat:
@@ -54,6 +57,8 @@ async def save_async(
         metadata: User metadata to store with the object, where the store can: names that HTTP takes for a field, and
             strings of printable characters.
         give_up_after: Seconds without progress after which failed requests are not repeated any more; 120 by default.
+        shards: Save tensors that are a part of larger ones (a DTensor that is not replicated, a shard of FSDP), for who
+            puts the parts together again. By default they are refused: what is stored would look complete.
         callback: Told the size in bytes, and of bytes as the store acknowledges them; in the thread that
             the store's event loop runs in.
         report: Called with the :class:`~torchferry.TransferReport` of a save that succeeded.
@@ -63,22 +68,29 @@ async def save_async(
 
     Raises:
         ChangedWhileSavingError: a tensor was changed while it was being sent. Nothing was stored.
+        CheckpointValueError: a tensor is a part of a larger one, and ``shards`` is not set.
         UnsupportedOptionError: an option is not one that this store, or any, can honour; the message names it.
         StorageError: the store refused or failed; subclasses say which way (see :mod:`torchferry.errors`).
         Exception: whatever ``torch.save`` raises for an object that cannot be pickled.
     """
+    modes = TorchModes.of_caller()
     require_storable(os.fspath(url), metadata or {})
     backend, path = await in_thread(partial(open_backend, url, storage_options=storage_options, filesystem=filesystem))
     transfer = Transfer("save", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after)
-    with transfer.running(report):
-        return await run_on(own_loop(backend.loop), _save, obj, backend, path, part_size, metadata)
+    with transfer.running(report), parts_allowed(shards):
+        return await run_on(own_loop(backend.loop), _save, obj, backend, path, part_size, metadata, modes)
 
 
-save = synchronous(save_async)
+save = synchronous(save_async, within=TorchModes.carried)
 
 
 async def _save(
-    obj: Any, backend: Backend, path: str, part_size: int | None, metadata: Mapping[str, str] | None
+    obj: Any,
+    backend: Backend,
+    path: str,
+    part_size: int | None,
+    metadata: Mapping[str, str] | None,
+    modes: TorchModes,
 ) -> ObjectStat:
     stream = TorchStream(
         obj,
@@ -87,6 +99,7 @@ async def _save(
         url=backend.url(path),
         store_checks=backend.checks_chunks,
         store_reads_loans=backend.reads_loans,
+        modes=modes,
     )
     transfer = current()
     async with stream.running(), transfer.telling():

@@ -26,7 +26,7 @@ from torchferry.errors import StorageError
 from torchferry.storage.body import RequestBody
 from torchferry.storage.http import changed_while_saving
 from torchferry_azure.blocks import UncommittedBlocks, new_block_id
-from torchferry_azure.errors import INVALID_BLOCK_LIST, code_and_status, says_damaged
+from torchferry_azure.errors import INVALID_BLOCK_LIST, code_and_status
 
 if TYPE_CHECKING:
     from torchferry_azure.backend import AzureBackend
@@ -169,12 +169,7 @@ class AzureUpload(Upload[str]):
             return str(answer.headers.get("ETag", ""))
 
         async def by_client() -> str:
-            try:
-                return await through_client({"Content-MD5": md5} if md5 and engine.checksums else {})
-            except HttpResponseError as error:
-                if says_damaged(code_and_status(error)[0], str(error)) and not await in_thread(unchanged):
-                    raise changed_while_saving(self._backend.url(self._path)) from error
-                raise
+            return await through_client({"Content-MD5": md5} if md5 and engine.checksums else {})
 
         return await self._backend.send(
             self._path,

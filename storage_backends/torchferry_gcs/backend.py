@@ -57,6 +57,18 @@ class GcsBackend(HttpBackend):
 
     keeps_metadata = True
     checksum_refused: ClassVar[frozenset[int]] = frozenset()
+    options_elsewhere: ClassVar[Mapping[str, str]] = {
+        "anon": "token='anon'",
+        "anonymous": "token='anon'",
+        "credentials": "token",
+        "key_file": "token",
+        "keyfile": "token",
+        "project_id": "project",
+        "service_account": "token",
+        "service_account_file": "token",
+        "service_account_key": "token",
+        "user_project": "requester_pays",
+    }
 
     def __init__(self, fs: GCSFileSystem) -> None:
         super().__init__()
@@ -90,7 +102,7 @@ class GcsBackend(HttpBackend):
 
     async def engine(self) -> GcsEngine:
         """The engine, unless a class or a session of the user's or a client certificate asks for the client."""
-        engine = Engine.of(self._fs, self._make_engine)
+        engine = Engine.of(self._fs, self._make_engine, lambda fs: vars(fs).get("_session"))
         assert isinstance(engine, GcsEngine)  # noqa: S101 - it is what _make_engine makes
         return engine
 
@@ -257,7 +269,7 @@ class GcsBackend(HttpBackend):
     def address(self, path: str) -> tuple[str, str, str | None]:
         """The bucket, the key, and the generation where the path names one."""
         bucket, key, generation = self._fs.split_path(path)
-        require_key(self.url(path), key)
+        require_key(self.url(path), key, bucket)
         return bucket, key, generation
 
     def forget(self, path: str) -> None:
@@ -273,6 +285,9 @@ class GcsBackend(HttpBackend):
 
     def is_damaged(self, answer: Answer) -> bool:
         return errors.is_damage(answer.body)
+
+    def is_damage(self, error: Exception) -> bool:
+        return isinstance(error, errors.GcsAnswerError) and error.damaged
 
     def transient(self, error: Exception) -> Transient | None:
         return errors.transient(error)

@@ -58,6 +58,8 @@ class S3Backend(HttpBackend):
     options_elsewhere: ClassVar[Mapping[str, str]] = {
         "access_key": "key",
         "access_key_id": "key",
+        "addressing_style": "config_kwargs={'s3': {'addressing_style': ...}}",
+        "anonymous": "anon",
         "aws_access_key_id": "key",
         "aws_secret_access_key": "secret",
         "aws_session_token": "token",
@@ -67,7 +69,9 @@ class S3Backend(HttpBackend):
         "secret_access_key": "secret",
         "secret_key": "secret",
         "session_token": "token",
+        "skip_signature": "anon",
         "verify": "client_kwargs={'verify': ...}",
+        "verify_ssl": "client_kwargs={'verify': ...}",
     }
 
     def __init__(self, fs: S3FileSystem) -> None:
@@ -196,7 +200,7 @@ class S3Backend(HttpBackend):
     async def leftovers(self, prefix: str) -> AsyncIterator[Leftover]:
         """Multipart uploads; each was last changed when its last part came, which takes one more request to know."""
         bucket, _, key = prefix.partition("/")
-        async for page in self._pages("list_multipart_uploads", prefix, "KeyMarker", Bucket=bucket, Prefix=key):
+        async for page in self.open_uploads(bucket, key):
             for found in page.get("Uploads", []):
                 upload = {"Bucket": bucket, "Key": found["Key"], "UploadId": found["UploadId"]}
                 try:
@@ -205,6 +209,11 @@ class S3Backend(HttpBackend):
                     continue
                 path, modified = f"{bucket}/{found['Key']}", max(filter(None, times), default=None)
                 yield Leftover(path, self.url(path), "multipart upload", found["UploadId"], modified)
+
+    def open_uploads(self, bucket: str, prefix: str) -> AsyncIterator[dict[str, Any]]:
+        """The multipart uploads under way, in the pages in which S3 lists them."""
+        path = f"{bucket}/{prefix}"
+        return self._pages("list_multipart_uploads", path, "KeyMarker", Bucket=bucket, Prefix=prefix)
 
     async def discard(self, leftover: Leftover) -> bool:
         await self.abort_upload(leftover.path, leftover.id)
@@ -227,7 +236,7 @@ class S3Backend(HttpBackend):
     def address(self, path: str) -> dict[str, Any]:
         """Bucket and Key, and VersionId where the path names one."""
         bucket, key, version = self._fs.split_path(path)
-        require_key(self.url(path), key)
+        require_key(self.url(path), key, bucket)
         return {"Bucket": bucket, "Key": key} | ({"VersionId": version} if version else {})
 
     def forget(self, path: str) -> None:
@@ -251,6 +260,9 @@ class S3Backend(HttpBackend):
         default = getattr(config, "request_checksum_calculation", None) == "when_supported"
         https = self._fs.s3.meta.endpoint_url.startswith("https:")
         return default and engine.checksums and not https and not self.chooses_checksum
+
+    def is_damage(self, error: Exception) -> bool:
+        return errors.code_and_status(error)[0] in errors.DAMAGED
 
     def transient(self, error: Exception) -> Transient | None:
         return errors.transient(error)

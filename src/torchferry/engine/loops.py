@@ -12,14 +12,16 @@ import os
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
 from time import monotonic
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from fsspec.asyn import get_loop, reset_lock
 
-from torchferry.engine.cancellation import refuse_threads, wait_shielded
+from torchferry.engine.cancellation import refuse_threads, require_running_interpreter, wait_shielded
 from torchferry.engine.tasks import unwrapping_exits, wrapping_exits
+from torchferry.errors import TorchferryError, forget_frames, shows_frames
 
 __all__ = ["Call", "keep_running", "own_loop", "refuse_own_loop", "run", "run_on", "synchronous"]
 
@@ -44,7 +46,9 @@ def run(func: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: An
 
     Raises:
         RuntimeError: called on the loop that would have to run it.
+        InterpreterEndedError: the interpreter ends, and threads run no more.
     """
+    require_running_interpreter()
     refuse_own_loop()
     done = threading.Event()
     call = Call(partial(func, *args, **kwargs), done.set)
@@ -84,12 +88,27 @@ def keep_running(task: asyncio.Future[Any]) -> None:
     task.add_done_callback(_kept.discard)
 
 
-def synchronous(func: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
-    """The synchronous twin of ``name_async``: a function ``name`` that runs it to its end with :func:`run`."""
+def synchronous(
+    func: Callable[P, Coroutine[Any, Any, T]],
+    *,
+    within: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Callable[P, T]:
+    """The synchronous twin of ``name_async``: a function ``name`` that runs it to its end with :func:`run`.
+
+    Args:
+        func: It.
+        within: Entered in the calling thread around the call.
+    """
 
     @wraps(func)
     def twin(*args: P.args, **kwargs: P.kwargs) -> T:
-        return run(func, *args, **kwargs)
+        try:
+            with within():
+                return run(func, *args, **kwargs)
+        except TorchferryError as error:
+            if shows_frames():
+                raise
+            raise error.with_traceback(None)  # noqa: B904 - the same error, as of here
 
     twin.__name__ = func.__name__.removesuffix("_async")
     twin.__qualname__ = func.__qualname__.removesuffix("_async")
@@ -106,6 +125,7 @@ async def run_on(
     here = asyncio.get_running_loop()
     if loop is None or loop is here:
         return await func(*args, **kwargs)
+    require_running_interpreter()
     done: asyncio.Future[None] = here.create_future()
     call = Call(partial(func, *args, **kwargs), lambda: here.call_soon_threadsafe(done.set_result, None), loop=loop)
     call.start()
@@ -156,8 +176,10 @@ class Call(Generic[T]):
         self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[T]) -> None:
-        if not task.cancelled():
-            task.exception()  # looked at: when the caller was cancelled meanwhile, nobody else does
+        # Looked at: when the caller was cancelled meanwhile, nobody else does.
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, TorchferryError):  # here, where no exception of the user's can be its context
+            forget_frames(error)
         self._coroutine.close()  # it has not begun, where the task was cancelled before its first step
         self._on_done()
 

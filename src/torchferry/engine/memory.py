@@ -68,17 +68,18 @@ class Ledger:
         self._spare: deque[mmap.mmap] = deque()  # blocks kept warm while there are claims: filling new memory is slow
         self._claims = 0
 
-    def claim(self, need: int, *, abandoned: Callable[[], bool] = lambda: False) -> Claim:
+    def claim(self, need: int, *, piece: int = 0, abandoned: Callable[[], bool] = lambda: False) -> Claim:
         """Waits until ``need`` bytes are free, and reserves them. Blocks the thread.
 
         Args:
             need: What is enough to make progress, and no more than the object can need.
+            piece: The most bytes that are needed in one block, 4 MiB at most; 0 where any blocks will do.
             abandoned: Asked before each wait; after a change, call :meth:`wake`.
 
         Raises:
             InterruptedError: ``abandoned()`` was true.
         """
-        block = BLOCK_SIZE if need > BLOCK_SIZE // 2 else _SMALL_BLOCK
+        block = BLOCK_SIZE if need > BLOCK_SIZE // 2 or piece > _SMALL_BLOCK else _SMALL_BLOCK
         need = max(1, -(-need // block)) * block
         with self.changed:
             while self.held and self.held + need > self.limit:
@@ -89,13 +90,13 @@ class Ledger:
             self._claims += 1
         return Claim(self, need, block)
 
-    async def claim_async(self, need: int) -> Claim:
+    async def claim_async(self, need: int, *, piece: int = 0) -> Claim:
         """:meth:`claim` on an event loop, which goes on meanwhile. A cancel ends the wait."""
         abandoned = False
         granted: list[Claim] = []
 
         def wait() -> None:
-            granted.append(self.claim(need, abandoned=lambda: abandoned))
+            granted.append(self.claim(need, piece=piece, abandoned=lambda: abandoned))
 
         def abandon() -> None:
             nonlocal abandoned

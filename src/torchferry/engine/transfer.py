@@ -21,6 +21,7 @@ import anyio
 
 from torchferry.engine.cancellation import stops_as_errors
 from torchferry.engine.tasks import task_group
+from torchferry.errors import mask
 
 if TYPE_CHECKING:
     from fsspec.callbacks import Callback
@@ -51,6 +52,7 @@ class TransferReport:
         client_bytes: Bytes that did not go through the engine's sockets but through the filesystem's own client.
         client_reasons: Why they did: the reasons, each once.
         peak_memory: The most bytes of host memory that were held at once, beside the tensors.
+        warnings: What the user should know of a transfer that succeeded; logged as well.
     """
 
     verb: str
@@ -64,6 +66,7 @@ class TransferReport:
     client_bytes: int = 0
     client_reasons: tuple[str, ...] = ()
     peak_memory: int = 0
+    warnings: tuple[str, ...] = ()
 
     @property
     def bytes_per_second(self) -> float:
@@ -119,6 +122,7 @@ class Transfer:
         self._told = 0
         self._memory = 0
         self._peak_memory = 0
+        self._warnings: list[str] = []
 
     # --- what moves bytes says
 
@@ -156,6 +160,12 @@ class Transfer:
         with self._lock:
             self._memory += nbytes
             self._peak_memory = max(self._peak_memory, self._memory)
+
+    def warn(self, text: str) -> None:
+        """Logs what the user should know, and has it in the report."""
+        text = mask(text)
+        logger.warning("%s", text)
+        self._warnings.append(text)
 
     @contextmanager
     def reading_side(self) -> Generator[None]:
@@ -232,6 +242,7 @@ class Transfer:
                 stages=dict(self._stages),
                 client_reasons=tuple(self._reasons),
                 peak_memory=self._peak_memory,
+                warnings=tuple(self._warnings),
                 **self._counts,
             )
 
@@ -273,6 +284,9 @@ class _ReadingSide(Transfer):
 
     def holds(self, nbytes: int) -> None:
         self._whole.holds(nbytes)
+
+    def warn(self, text: str) -> None:
+        self._whole.warn(text)
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         return self._whole.stage(name)

@@ -47,6 +47,7 @@ _TLS_SLICE = 128 << 10  # over TLS, what is sent of a slice shows only when all 
 _LAST_SLICE = 64 << 10  # so that a cancel seldom comes when the request may be complete
 _ROOM_TICK = 0.25  # seconds to wait at once for room in the system's queue
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has none; there, Python's own limit does the same
+_READ = 4 * MIB  # bytes asked of the system at once; it returns what has come in 0.25 s
 _WHOLE_READS = 64 << 10  # a read of so many bytes waits for all of them
 _INTERRUPT_PATIENCE = 0.5  # seconds that a cancel waits for the thread: a name look-up cannot be ended
 _ANSWER_PATIENCE = 10.0  # seconds that a cancel waits for the answer to a request that publishes and was sent whole
@@ -306,7 +307,7 @@ class _Reading(_Exchange):
             self._answered = True
             self._check(response)
             while self._filled < len(self._buffer):
-                count = response.readinto(self._buffer[self._filled : self._filled + MIB])
+                count = response.readinto(self._buffer[self._filled : self._filled + _READ])
                 if not count:
                     raise ConnectionResetError(f"the body ended after {self._filled} of {len(self._buffer)} bytes")
                 self._filled += count

@@ -3,8 +3,8 @@
 An archive is read from its end: the end record says where the central directory is, and the central directory
 where each record is. What it does not say is where a record's data starts: between the record's local header and
 its data lies padding of unknown length. torch reads 30 bytes of every local header to learn it. Here two ways to
-derive it from the directory alone are compared (:meth:`Records._find_offsets`). Only where they differ, the local
-header is read.
+derive it from the directory alone are compared (:meth:`Records._find_offsets`). Only where they differ for any
+record, all local headers are read.
 
 A directory may have a million records. What is known of them is held in columns, 60 bytes a record; a
 :class:`Record` is made when it is asked for.
@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, overload
 import torch
 
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError
-from torchferry.formats.printable import printable
+from torchferry.printable import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = [
     "CENTRAL_HEADER",
@@ -226,10 +226,10 @@ class Records(Sequence[Record]):
         indices = ((stored > 0) & (_tensor(self._methods).int() == 0)).nonzero().flatten()
         return _array(indices), _array(ends[indices])
 
-    def with_offsets(self, offsets: Mapping[int, int]) -> Records:
-        """The same records, with other offsets for some of them."""
+    def with_offsets(self, offsets: Iterable[tuple[int, int]]) -> Records:
+        """The same records, with other offsets for those of these indices."""
         changed = self._offsets[:]
-        for index, offset in offsets.items():
+        for index, offset in offsets:
             changed[index] = offset
         records = copy(self)
         vars(records)["_offsets"] = changed
@@ -354,11 +354,11 @@ class Records(Sequence[Record]):
                 raise ValueError(f"it contradicts itself on the size of record {printable(self.name(index))}")
 
     def _find_offsets(self, end: int) -> Sequence[int]:
-        """Fills in where the data of the records starts; returns the indices of those for which it is not proven.
+        """Fills in where the data of the records starts; returns the indices of those for which it is not proven: all.
 
         The data ends where the next local header starts, or a data descriptor before that. And it starts where torch's
         padding puts it, on the next multiple of the alignment; or right after the header, as in zip files of other
-        tools. An offset on which both agree is right.
+        tools. Offsets on which both agree for every record are right.
 
         Args:
             end: Where the last record ends.
@@ -369,12 +369,12 @@ class Records(Sequence[Record]):
         ends = self._headers[1:]
         ends.append(end)
         self._offsets = array("q", bytes(8 * len(self)))
-        unproven = array("q")
+        are_proven = True
         for first in range(0, len(self), _STEP):
             part = slice(first, first + _STEP)
-            are_proven = self._find_offsets_of(part, _tensor(ends)[part], alignment)
-            unproven.extend((~are_proven).nonzero().flatten().add(first).tolist())
-        return unproven
+            are_proven &= bool(self._find_offsets_of(part, _tensor(ends)[part], alignment).all())
+        # What moves one record may make both ways agree on a wrong offset for another: then none is certain.
+        return () if are_proven else range(len(self))
 
     def _find_offsets_of(self, part: slice, ends: torch.Tensor, alignment: int | None) -> torch.Tensor:
         headers, stored, flags, lengths = (
@@ -431,8 +431,8 @@ class Archive:
 
     Attributes:
         records: All of them, in the order of the file.
-        unproven: Indices of those whose offset could not be derived with certainty; :meth:`settle` takes them from the
-            local headers. Never any in what torch itself wrote with CRC32s.
+        unproven: Indices of those whose offset could not be derived with certainty, all or none; :meth:`settle` takes
+            them from the local headers. Never any in what torch itself wrote with CRC32s.
         start: Where the central directory starts, that is, where the records end.
     """
 
@@ -473,15 +473,16 @@ class Archive:
         Raises:
             CheckpointCorruptError: a header is none, or leaves its record no room.
         """
-        offsets: dict[int, int] = {}
+        return Archive(self.url, self.records.with_offsets(self._settled(headers)), (), self.start)
+
+    def _settled(self, headers: Mapping[int, bytes]) -> Iterator[tuple[int, int]]:
         for index in self.unproven:
             end = self.records.local_header_offset(index + 1) if index + 1 < len(self.records) else self.start
             offset = self.records.offset_by(headers[self.records.local_header_offset(index)], index, end)
             if offset is None:
                 name = printable(self.records.name(index))
                 raise CheckpointCorruptError(f"{self.url}: the local header of record {name} is damaged.")
-            offsets[index] = offset
-        return Archive(self.url, self.records.with_offsets(offsets), (), self.start)
+            yield index, offset
 
     def local_headers(self) -> Iterator[tuple[int, bytes]]:
         """Offset and bytes of a local header for each record, made from what is known.

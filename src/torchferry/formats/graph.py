@@ -18,23 +18,25 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # as torch imports them
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import GeneratorType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 
 from torchferry.errors import CheckpointCorruptError
+from torchferry.formats.archive import Record
 from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
-from torchferry.formats.printable import printable
+from torchferry.printable import printable
 
 if TYPE_CHECKING:
     import mmap
     from collections.abc import Iterator
 
-__all__ = ["Graph", "StorageRef", "TensorInfo", "check_legacy", "read_graph"]
+__all__ = ["Graph", "StorageRef", "TensorInfo", "check_legacy", "read_graph", "read_legacy"]
 
 _INT64_MAX = (1 << 63) - 1
 _MOST_GLOBALS = 10_000  # distinct ones in a pickle: the class that stands for one takes 1.2 kB
 _LEGACY_PICKLES = 5  # a magic number, a version, facts about the machine, the object, and the keys of its storages
+_LEGACY_LENGTH = 8  # bytes before a storage: how many elements it has
 _LONGEST_KEY = 1 << 18  # characters of the key of a tensor
 _WIDE = 1000  # values in a container whose children are not listed at once
 _LISTED = (8 << 20, 8)  # bytes of memory that the list of tensors may take, and so many for each byte of the pickle
@@ -42,6 +44,7 @@ _INFO_COST = 250  # bytes of a TensorInfo
 _MOST_DIMENSIONS = 1000  # of a tensor; most of torch stops at 64
 _WIDEST = 4  # bytes of a character, in text that is not ASCII
 _HASHED = (1 << 20, 16)  # values that calls may hash, and so many for each byte of the pickle
+_LONGEST_CODE = 20  # characters of the code of one of numpy's types
 _ENCODINGS = {"latin1", "latin-1", "utf-8", "utf8", "ascii"}  # others take quadratic time (punycode)
 
 _STORAGE_DTYPES = {
@@ -81,6 +84,7 @@ _SPARSE_PARTS = {
     "torch.sparse_bsc": ("ccol_indices", "row_indices", "values"),
 }
 _META = "torch._utils._rebuild_meta_tensor_no_storage"
+_NUMPY_DTYPE = "numpy.dtype"
 _DICT = "collections.OrderedDict"
 
 # What these make of a tensor does not depend on the tensor's values, and they keep nothing.
@@ -145,6 +149,7 @@ class _StandIn:
     __slots__ = ("args", "items", "state")
 
     path = ""
+    filled: ClassVar[set[str]] = set()
     args: tuple[Any, ...]
     items: list[Any]
     state: Any
@@ -176,6 +181,7 @@ class _StandIn:
     def extend(self, items: Any) -> None:
         if self.items is _NOTHING:
             self.items = []
+            self.filled.add(self.path)
         self.items += items
 
 
@@ -220,6 +226,7 @@ class _Reader(pickle.Unpickler):
         super().__init__(io.BytesIO(pickled), encoding="utf-8", errors="surrogateescape")
         self.standins: dict[str, type] = {}
         self.storages: dict[str, StorageRef] = {}
+        self.filled: set[str] = set()
         self._calls: list[_StandIn] = []  # that must be checked
         self._hashed = _Hashed(_HASHED[0] + _HASHED[1] * len(pickled))
 
@@ -234,6 +241,12 @@ class _Reader(pickle.Unpickler):
             _check_call(call.path, call.args, self._hashed)
         return root
 
+    @property
+    def numpy_dtypes(self) -> frozenset[str]:
+        """The codes of numpy's types."""
+        codes = (call.args[0] for call in self._calls if call.path == _NUMPY_DTYPE and call.args)
+        return frozenset(code for code in codes if isinstance(code, str) and len(code) <= _LONGEST_CODE)
+
     def find_class(self, module: str, name: str) -> type:
         # Names of Python 2 are those of Python 3 to weights_only=True, whatever the protocol.
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
@@ -243,11 +256,15 @@ class _Reader(pickle.Unpickler):
                 raise ValueError(f"it names more than {_MOST_GLOBALS} classes and functions")
             # A class of its own for each pickle: a pickle can set attributes of classes.
             base = _OrderedDict if path == _DICT else _CheckedStandIn if _is_checked(path) else _StandIn
-            namespace = {"path": path, "calls": self._calls, "hashed": self._hashed, "__slots__": ()}
+            namespace: dict[str, Any] = {"path": path, "calls": self._calls, "hashed": self._hashed, "__slots__": ()}
+            namespace["filled"] = self.filled
             self.standins[path] = type("StandIn", (base,), namespace)
         return self.standins[path]
 
     def persistent_load(self, pid: Any) -> StorageRef:
+        if pid[0] == "module":  # of the legacy format: a class, and the source code of it
+            standin: StorageRef = pid[1]  # not a storage, but what torch returns for it
+            return standin
         kind, storage_type, key, _, numel = pid[:5]
         if kind != "storage" or type(key) is not str or type(numel) is not int or not 0 <= numel <= _INT64_MAX:
             raise ValueError("a persistent id in it names no storage")
@@ -272,6 +289,8 @@ class Graph:
         storages: The storages that it refers to, by key, in the order in which they occur in the pickle.
         globals: The globals that the pickle names, as "module.name".
         nbytes: Bytes of the pickle.
+        filled: Those of the globals that make containers which the pickle puts values into, one by one.
+        numpy_dtypes: The codes of numpy's types in it, such as "f8".
     """
 
     url: str
@@ -279,6 +298,8 @@ class Graph:
     storages: dict[str, StorageRef]
     globals: frozenset[str]
     nbytes: int
+    filled: frozenset[str] = frozenset()
+    numpy_dtypes: frozenset[str] = frozenset()
 
     @property
     def is_transparent(self) -> bool:
@@ -335,23 +356,69 @@ def read_graph(pickled: bytes, url: str) -> Graph:
         root = reader.read()
     except Exception as error:  # what damaged pickles raise is anything
         raise UnusualPickleError(f"{url}: data.pkl cannot be read: {_cause(error)}.") from error
-    return Graph(url, root, reader.storages, frozenset(reader.standins), len(pickled))
+    names = frozenset(reader.standins)
+    return Graph(url, root, reader.storages, names, len(pickled), frozenset(reader.filled) & names, reader.numpy_dtypes)
 
 
-def check_legacy(data: mmap.mmap, url: str, *, weights_only: bool) -> None:
+def read_legacy(data: bytes, size: int, url: str) -> tuple[Graph, list[Record]]:
+    """Reads the pickles of a checkpoint in the legacy format; nothing in them is run.
+
+    Args:
+        data: Its beginning, with all of its pickles.
+        size: Bytes of the whole file.
+        url: For messages.
+
+    Returns:
+        The graph, and a record without a CRC32 for each storage. They follow the pickles, each after its length.
+
+    Raises:
+        CutOffPickleError: the pickles end after ``data``.
+        CheckpointCorruptError: they are damaged, would take too much time or memory, or the file is too short.
+        UnusualPickleError: as :func:`read_graph`.
+    """
+    stops = _legacy_pickles(data, url)
+    graph = read_graph(data[stops[3] : stops[4]], url)
+    keys = read_graph(data[stops[4] : stops[5]], url).root
+    at = stops[5]
+    records: list[Record] = []
+    for key in keys if isinstance(keys, list) else ():
+        storage = graph.storages.get(key) if isinstance(key, str) else None
+        if storage is None:
+            raise CheckpointCorruptError(f"{url} is damaged: it has a storage that none of its tensors refers to.")
+        records.append(Record(storage.record, at + _LEGACY_LENGTH, storage.nbytes, None))
+        at = records[-1].end
+    if len(records) != len(graph.storages) or len(records) != len({record.name for record in records}):
+        raise CheckpointCorruptError(f"{url} is damaged: its tensors refer to storages that it does not have.")
+    if at > size:
+        raise CheckpointCorruptError(f"{url} is truncated: its storages end at byte {at}, the file at byte {size}.")
+    return graph, records
+
+
+def _legacy_pickles(data: bytes | mmap.mmap, url: str) -> list[int]:
+    """Where the pickles of a checkpoint in the legacy format begin, and the last one ends."""
+    stops = [0]
+    for _ in range(_LEGACY_PICKLES):
+        stops.append(scan_pickle(data, url, stops[-1]))
+    return stops
+
+
+def check_legacy(data: bytes | mmap.mmap, url: str, *, weights_only: bool) -> Graph | None:
     """Checks the pickles of a checkpoint in the legacy format; nothing in them is run.
+
+    Returns:
+        The graph, where there is to be ``weights_only``.
 
     Raises:
         CheckpointCorruptError: they are damaged, would take too much time or memory, or refer to storages that the
             file is too short for.
     """
-    stops = [0]
-    for _ in range(_LEGACY_PICKLES):
-        stops.append(scan_pickle(data, url, stops[-1]))
-    if weights_only:
-        graph = read_graph(data[stops[3] : stops[4]], url)
-        if sum(storage.nbytes for storage in graph.storages.values()) > len(data):
-            raise CheckpointCorruptError(f"{url} is damaged: it refers to storages that are longer than the file.")
+    stops = _legacy_pickles(data, url)
+    if not weights_only:
+        return None
+    graph = read_graph(data[stops[3] : stops[4]], url)
+    if sum(storage.nbytes for storage in graph.storages.values()) > len(data):
+        raise CheckpointCorruptError(f"{url} is damaged: it refers to storages that are longer than the file.")
+    return graph
 
 
 def _cause(error: Exception) -> str:
@@ -376,7 +443,8 @@ _FROM_CPU = "torch._utils._rebuild_device_tensor_from_cpu_tensor"
 
 
 def _is_checked(path: str) -> bool:
-    return path in _SETS | _BYTEARRAYS | _SUBCLASSES | {_ENCODE, _COUNTER, _FROM_CPU} or _is_tensor_class(path)
+    calls = {_ENCODE, _COUNTER, _FROM_CPU, _NUMPY_DTYPE}
+    return path in _SETS | _BYTEARRAYS | _SUBCLASSES | calls or _is_tensor_class(path)
 
 
 def _is_tensor_class(path: str) -> bool:

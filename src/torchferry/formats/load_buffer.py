@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchferry.engine.memory import copy_bytes
+from torchferry.engine.memory import address_of, copy_bytes
 from torchferry.formats.graph import check_legacy
-from torchferry.formats.torch_hooks import LOADS_IN_PLACE, load_in_place
+from torchferry.formats.torch_hooks import LOADS_IN_PLACE, NO_MODES, TorchModes, load_in_place, torch_load
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torchferry.engine.types import Buffer
     from torchferry.formats.archive import Archive
+    from torchferry.formats.graph import Graph
 
 __all__ = ["LoadBuffer"]
 
@@ -74,6 +75,19 @@ class LoadBuffer:
             raise ValueError(f"The bytes {start} to {stop} are not within the {len(self._memory)} of the load buffer.")
         return memoryview(self._memory)[start:stop]
 
+    @property
+    def address(self) -> int:
+        """Where in memory it begins."""
+        return address_of(memoryview(self._memory))
+
+    def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor that is a view of the buffer, and keeps it alive."""
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if not nbytes:
+            return torch.empty(tuple(shape), dtype=dtype)
+        flat = torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes, offset=offset)
+        return flat.view(dtype).view(tuple(shape))
+
     def write(self, offset: int, buffer: Buffer) -> None:
         """Writes the bytes that the object has at ``offset``. May be called in many threads at once."""
         copy_bytes(self.view(offset, offset + len(buffer)), buffer)
@@ -86,24 +100,29 @@ class LoadBuffer:
         for offset, header in archive.local_headers():
             self._memory[offset : offset + len(header)] = header
 
-    def load(self, *, map_location: Any, weights_only: bool) -> Any:
+    def load(self, *, map_location: Any, weights_only: bool, modes: TorchModes = NO_MODES) -> Any:
         """What ``torch.load`` makes of an archive in the buffer; its tensors are views of the buffer.
 
         Where this torch has no function for that, they are copies.
         """
         if not LOADS_IN_PLACE:
-            return self.load_copy(map_location=map_location, weights_only=weights_only)
-        return load_in_place(self._memory, map_location=map_location, weights_only=weights_only)
+            return self.load_copy(map_location=map_location, weights_only=weights_only, modes=modes)
+        return load_in_place(self._memory, map_location=map_location, weights_only=weights_only, modes=modes)
 
-    def check_legacy(self, url: str, *, weights_only: bool) -> None:
+    def check_legacy(self, url: str, *, weights_only: bool) -> Graph | None:
         """Checks a checkpoint in the legacy format before torch sees it (:func:`.graph.check_legacy`).
+
+        Returns:
+            What is in it, where there is to be ``weights_only``.
 
         Raises:
             CheckpointCorruptError: it is damaged, or would take too much time or memory.
         """
-        check_legacy(self._memory, url, weights_only=weights_only)
+        return check_legacy(self._memory, url, weights_only=weights_only)
 
-    def load_copy(self, *, map_location: Any, weights_only: bool) -> Any:
+    def load_copy(self, *, map_location: Any, weights_only: bool, modes: TorchModes = NO_MODES) -> Any:
         """``torch.load`` of the buffer as a file object, in any format; the tensors are copies."""
         self._memory.seek(0)
-        return torch.load(self._memory, map_location=map_location, weights_only=weights_only)  # type: ignore[arg-type]
+        file: Any = self._memory
+        with modes.applied():
+            return torch_load(file, map_location=map_location, weights_only=weights_only)

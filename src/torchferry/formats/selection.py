@@ -6,10 +6,12 @@ import io
 import reprlib
 import zipfile
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._weights_only_unpickler import _blocklisted_modules
 from torch.serialization import default_restore_location, get_unsafe_globals_in_checkpoint
 
 from torchferry.errors import (
@@ -18,7 +20,7 @@ from torchferry.errors import (
     CheckpointKeyError,
     UnsafeCheckpointError,
 )
-from torchferry.formats.printable import printable
+from torchferry.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -26,10 +28,24 @@ if TYPE_CHECKING:
     from torchferry.formats.archive import Archive, Record
     from torchferry.formats.graph import Graph
 
-__all__ = ["Selection", "check_graph", "check_keys", "everything", "is_meta", "select", "unsafe_message"]
+__all__ = [
+    "BLOCKED_MODULES",
+    "Selection",
+    "check_allowed",
+    "check_graph",
+    "check_keys",
+    "everything",
+    "is_meta",
+    "select",
+    "unsafe_message",
+]
 
 _SHOWN_KEYS = 50  # in the message about one that is not there
 _SHOWN_GLOBALS = 20
+BLOCKED_MODULES = frozenset(_blocklisted_modules)
+"""Modules whose functions and classes ``weights_only=True`` never allows."""
+
+_FILLABLE = frozenset({"builtins.dict", "builtins.list", "collections.OrderedDict", "collections.Counter"})
 _SHORT = reprlib.Repr()  # of a key, which may be a tuple of many others
 _SHORT.maxlevel = 2
 _SHORT.maxstring = _SHORT.maxother = 200
@@ -63,8 +79,16 @@ def check_graph(graph: Graph, archive: Archive, *, weights_only: bool) -> None:
         if record is None or record.size != storage.nbytes:
             found = "is missing" if record is None else f"has {record.size} bytes, not {storage.nbytes}"
             raise CheckpointCorruptError(f"{archive.url} is damaged: record {printable(storage.record)} {found}.")
-    if weights_only and (unsafe := _unsafe_globals(graph)):
-        raise UnsafeCheckpointError(unsafe_message(archive.url, unsafe))
+    if weights_only:
+        check_allowed(graph)
+
+
+def check_allowed(graph: Graph) -> None:
+    """Raises an UnsafeCheckpointError where the pickle names globals that ``weights_only=True`` does not allow."""
+    if unsafe := _unsafe_globals(graph):
+        raise UnsafeCheckpointError(
+            unsafe_message(graph.url, unsafe, filled=graph.filled, numpy_dtypes=graph.numpy_dtypes)
+        )
 
 
 def check_keys(checkpoint: Any, keys: Sequence[str], url: str) -> None:
@@ -82,11 +106,13 @@ def check_keys(checkpoint: Any, keys: Sequence[str], url: str) -> None:
         raise CheckpointKeyError(f"{url} has no key {', '.join(map(repr, missing))}; its keys are {those}{more}.")
 
 
-def select(graph: Graph, archive: Archive, keys: Sequence[str] | None, map_location: Any) -> Selection:
+def select(
+    graph: Graph, archive: Archive, keys: Sequence[str] | None, map_location: Any, *, values: bool = True
+) -> Selection:
     """What a load needs: of some top-level keys, or of everything.
 
-    With ``map_location="meta"`` no storage is needed. With ``keys``, the storages that their values refer to, if that
-    can be told; otherwise all.
+    With ``map_location="meta"``, or without ``values``, no storage is needed. With ``keys``, the storages that their
+    values refer to, if that can be told; otherwise all.
 
     Raises:
         CheckpointFormatError: there are keys, and the checkpoint is no dict.
@@ -94,7 +120,7 @@ def select(graph: Graph, archive: Archive, keys: Sequence[str] | None, map_locat
     """
     if keys is not None and (graph.is_transparent or isinstance(graph.root, dict)):
         check_keys(graph.root, keys, archive.url)
-    if is_meta(map_location):
+    if is_meta(map_location) or not values:
         return _selection(archive, set(), map_location)
     if keys is None or not graph.is_transparent:  # then its root may be a dict of some kind, such as a Counter
         return everything(archive, map_location)
@@ -124,19 +150,70 @@ def is_meta(map_location: Any) -> bool:
     return isinstance(map_location, str | torch.device) and torch.device(map_location).type == "meta"
 
 
-def unsafe_message(url: str, unsafe: Collection[str]) -> str:
-    """Says which globals ``weights_only=True`` does not allow, and how to allow them."""
-    names = ", ".join(map(printable, sorted(unsafe)[:_SHOWN_GLOBALS]))
+def unsafe_message(
+    url: str,
+    unsafe: Collection[str],
+    *,
+    filled: Collection[str] = (),
+    numpy_dtypes: Collection[str] = (),
+) -> str:
+    """Says which globals ``weights_only=True`` does not allow, and how to allow them, where that would help.
+
+    Args:
+        url: Of the checkpoint.
+        unsafe: The globals.
+        filled: Classes whose instances the pickle fills one value after the other. torch does so with its own four
+            only, whatever is allowed.
+        numpy_dtypes: Codes of numpy's types: their classes must be allowed too, and no pickle names them.
+    """
+    named = ", ".join(map(printable, sorted(unsafe)[:_SHOWN_GLOBALS]))
+    run_any_code = "weights_only=False runs any code that the checkpoint contains: only if you trust whoever wrote it."
     if len(unsafe) > _SHOWN_GLOBALS:
+        others = len(unsafe) - _SHOWN_GLOBALS
+        return f"{url} needs {named} and {others} others, which weights_only=True does not allow. {run_any_code}"
+    needs = f"{url} needs {named}, which weights_only=True does not allow."
+    if blocked := sorted(name for name in unsafe if name.partition(".")[0] in BLOCKED_MODULES):
+        return f"{needs} torch lets nobody allow {', '.join(map(printable, blocked))}. {run_any_code}"
+    if odd := sorted(name for name in unsafe if name in filled and name not in _FILLABLE):
         return (
-            f"{url} needs {names} and {len(unsafe) - _SHOWN_GLOBALS} others, which weights_only=True does not allow. "
-            "weights_only=False runs any code that the checkpoint contains: only if you trust whoever wrote it."
+            f"{needs} To allow them does not help: torch fills no {', '.join(map(printable, odd))}, but dict, "
+            f"OrderedDict, Counter and list. Save one of these in its place. {run_any_code}"
         )
+    allowed = ", ".join(dict.fromkeys([*map(_as_argument, sorted(unsafe)), *_numpy_classes(numpy_dtypes)]))
     return (
-        f"{url} needs {names}, which weights_only=True does not allow. If you trust whoever wrote it, allow these with "
-        f"torch.serialization.add_safe_globals([{names}]), or load with weights_only=False, which runs any code that "
-        "the checkpoint contains."
+        f"{needs} If you trust whoever wrote it, allow these with torch.serialization.add_safe_globals([{allowed}]), "
+        "or load with weights_only=False, which runs any code that the checkpoint contains."
     )
+
+
+def _as_argument(name: str) -> str:
+    """What ``add_safe_globals`` is to be given for a global."""
+    name = printable(name)
+    for here, there in (("numpy._core.", "numpy.core."), ("numpy.core.", "numpy._core.")):
+        is_other = name.startswith(there) and _numpy_is_2() == (here == "numpy._core.")
+        if is_other:  # numpy 2 renamed its modules
+            return f"({here}{name.removeprefix(there)}, {name!r})"
+    return name.removeprefix("builtins.")
+
+
+def _numpy_is_2() -> bool:
+    try:
+        return not version("numpy").startswith("1.")
+    except PackageNotFoundError:
+        return True
+
+
+def _numpy_classes(codes: Collection[str]) -> list[str]:
+    """The classes of numpy's types with these codes: ``numpy.dtypes.Float64DType`` for "f8"."""
+    if not codes:
+        return []
+    try:
+        import numpy as np  # torch works without
+
+        kinds = [type(np.dtype(code)) for code in sorted(codes)]
+    except Exception:  # noqa: BLE001 - no numpy, or a code that is none: there is nothing to advise
+        return []
+    return [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
 
 
 def _unsafe_globals(graph: Graph) -> list[str]:

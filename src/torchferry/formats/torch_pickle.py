@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchferry.formats.partial import require_whole
+from torchferry.formats.torch_hooks import torch_save
+
 if TYPE_CHECKING:
     from torchferry.formats.snapshot import LentStorages
 
@@ -72,7 +75,7 @@ def pickle_object(obj: Any) -> Pickled:
     tensors: list[torch.Tensor] = []
     recorder = recording_pickle(lambda: None, storages.setdefault, tensors.append, on_pickled)
     with suppress(_PickledError):
-        torch.save(obj, _Nowhere(), pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
+        torch_save(obj, _Nowhere(), pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
     return Pickled(pickled[0], list(storages.values()), tensors)
 
 
@@ -99,6 +102,7 @@ def recording_pickle(
             torchs = cls.persistent_id
 
             def persistent_id(self: Any, obj: Any) -> Any:
+                require_whole(obj)
                 pid = torchs(self, obj)
                 if pid is not None:
                     typed = isinstance(obj, torch.TypedStorage)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextvars
 import io
+import os
+import threading
 import types
 from bisect import bisect_right, insort
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -34,7 +36,8 @@ from torchferry.engine.types import MIB, Chunk
 from torchferry.engine.writer import UploadPlan
 from torchferry.formats.archive import DESCRIPTOR_SIGNATURE
 from torchferry.formats.changes import Changes
-from torchferry.formats.checksum import Crc32Filler
+from torchferry.formats.checksum import Crc32Filler, UnknownLayoutError
+from torchferry.formats.torch_hooks import NO_MODES, TorchModes, crc32_option_is_of_the_context, torch_save
 from torchferry.formats.torch_pickle import Pickled, recording_pickle, replaying_pickle
 
 __all__ = ["LENT_FROM", "TorchStream", "fills_crc32s"]
@@ -47,7 +50,8 @@ _SMALL_PART = 5 * MIB  # where most is copied: more parts are under way in the s
 _COPYING_PART = 16 * MIB  # where more than that is copied, and yet less than half: two such saves fit the ledger
 _DEVICE_SHARE = 8  # from a device, a part is at most this share of the ledger, so that several are under way
 _QUEUE = 4  # chunks between torch.save and the store
-_FILLED = ("2.13.", "2.14.")  # the versions of torch whose CRC32s Crc32Filler fills in
+_surprised = threading.Event()  # a save met what _knows_layout had not seen: torch computes the CRC32s from then on
+_ZEROS = memoryview(bytes(64 << 10))
 _RECORD_OVERHEAD = 256  # bytes of zip headers, padding and directory for a record, at most (64-byte alignment)
 
 
@@ -60,6 +64,7 @@ class TorchStream(AsyncIterator["Chunk"]):
         obj: Anything that ``torch.save`` takes, or :class:`.torch_pickle.Pickled`.
         plan_for: The store's upload plan for a size in bytes and a part size, or None for the store's own.
         part_size: Bytes in a part, where the user chose.
+        modes: Of torch, in which it is saved.
         url: For messages.
         store_checks: Whether the store compares what it gets with the chunks' CRC32s.
         store_reads_loans: Whether the store reads chunks within :func:`.lending.reading`.
@@ -75,6 +80,7 @@ class TorchStream(AsyncIterator["Chunk"]):
         *,
         plan_for: Callable[[int, int | None], UploadPlan] = UploadPlan.for_size,
         part_size: int | None = None,
+        modes: TorchModes = NO_MODES,
         url: str = "",
         store_checks: bool = False,
         store_reads_loans: bool = False,
@@ -84,6 +90,7 @@ class TorchStream(AsyncIterator["Chunk"]):
         self._obj = obj
         self._plan_for = plan_for
         self._part_size = part_size
+        self._modes = modes
         self._transfer = current()
         self._chunks: Channel[Chunk] = Channel(_QUEUE)
         self._store_reads_loans = store_reads_loans
@@ -92,7 +99,7 @@ class TorchStream(AsyncIterator["Chunk"]):
             self._transfer.holds(obj.copied)
         self._changes = Changes(url) if self._lent is None else self._lent.changes
         self._changes.recheck = not store_checks
-        self._storages = _Storages(obj)
+        self._storages = _Storages(obj, are_lent=not modes.skips_data)
         self._claims: list[Claim] = []
         self._waits_for: Ledger = CPU_SAVES
         self._begun = anyio.Event()
@@ -176,7 +183,8 @@ class TorchStream(AsyncIterator["Chunk"]):
                 self._changes.check()
 
     def _torch_save(self) -> None:
-        filler = Crc32Filler() if torch.serialization.get_crc32_options() and fills_crc32s() else None
+        fills = torch.serialization.get_crc32_options() and not self._modes.skips_data and fills_crc32s()
+        filler = Crc32Filler() if fills else None
         if self._lent is not None and not self._store_reads_loans:
             self._lent.recall()
         writer = _Writer(self._storages, self._chunks.put, filler, self._changes)
@@ -199,7 +207,8 @@ class TorchStream(AsyncIterator["Chunk"]):
         if filler is not None:
             torch.serialization.set_crc32_options(compute_crc32=False)  # in this context, which is the thread's own
         try:
-            torch.save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
+            with self._modes.applied():
+                torch_save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
         except RuntimeError:
             if writer.error is not None:  # torch raises one of its own instead
                 raise writer.error from None
@@ -278,6 +287,8 @@ class _Writer:
             return self._write(data)
         except Exception as error:
             self.error = self.error or error
+            if isinstance(error, UnknownLayoutError):
+                _surprised.set()
             raise
 
     def _write(self, data: memoryview) -> int:
@@ -293,6 +304,14 @@ class _Writer:
         else:
             self._copy(memoryview(filled))
         return size
+
+    def seek(self, count: int, whence: int) -> None:
+        """Called by torch in place of a write, to leave out so many bytes from here (``skip_data``): zeros."""
+        assert whence == os.SEEK_CUR  # noqa: S101 - torch does nothing else
+        while count:
+            size = min(count, len(_ZEROS))
+            self.write(_ZEROS[:size])
+            count -= size
 
     def flush(self) -> None:
         """Called by torch at the end, when everything is written."""
@@ -370,9 +389,15 @@ class _Owner(NamedTuple):
 
 
 class _Storages:
-    """The storages that ``torch.save`` found in the object."""
+    """The storages that ``torch.save`` found in the object.
 
-    def __init__(self, obj: Any) -> None:
+    Args:
+        obj: What is saved.
+        are_lent: Whether torch writes the bytes of large ones from their own memory, as it does unless it skips data.
+    """
+
+    def __init__(self, obj: Any, *, are_lent: bool = True) -> None:
+        self._are_lent = are_lent
         self._pickled = obj if isinstance(obj, Pickled) else None
         # (address, size, position in _owners) of those that can be lent; several may begin at one address
         self._by_address: list[tuple[int, int, int]] = []
@@ -393,7 +418,7 @@ class _Storages:
         size = storage.nbytes()
         on_cpu = storage.device.type == "cpu"
         self.on_device |= not on_cpu
-        if on_cpu and size >= LENT_FROM:
+        if on_cpu and size >= LENT_FROM and self._are_lent:
             insort(self._by_address, (storage.data_ptr(), size, len(self._owners)))
             lent = self._pickled.lent if self._pickled is not None else None
             loans = lent.loans if lent is not None and lent.has(storage) else None
@@ -423,16 +448,19 @@ class _Storages:
         return self._owners[position] if address + len(data) <= start + size else None
 
 
-@cache
 def fills_crc32s() -> bool:
-    """Whether a stream computes CRC32s itself, and torch does not read storages for them.
+    """Whether a stream computes CRC32s itself, and torch does not read storages for them."""
+    return not _surprised.is_set() and _knows_layout()
 
-    Whether this torch, told to leave CRC32s out, writes what Crc32Filler knows.
 
-    Those of _FILLED: up to some version before, the option is one for all threads; a later one is for somebody to look
-    at, and computes its own CRC32s until then. Tried on a small archive, for a torch that somebody built or patched.
+@cache
+def _knows_layout() -> bool:
+    """Whether this torch, told to leave CRC32s out, writes what Crc32Filler knows.
+
+    Asked of torch itself, not of its version: the option must be one for each thread (in older ones it is one for
+    all: then nothing is tried), and a small archive that is filled in must be the one that torch writes, to the byte.
     """
-    if not torch.__version__.startswith(_FILLED):
+    if not crc32_option_is_of_the_context():
         return False
     looks_like_a_descriptor = torch.frombuffer(bytearray(DESCRIPTOR_SIGNATURE * 4), dtype=torch.uint8)
     obj = [torch.empty(0), looks_like_a_descriptor, torch.ones(MIB)]
@@ -442,7 +470,7 @@ def fills_crc32s() -> bool:
     def save_both() -> None:
         for compute_crc32, file in ((True, plain), (False, filling)):
             torch.serialization.set_crc32_options(compute_crc32)
-            torch.save(obj, file)
+            torch_save(obj, file)
 
     try:
         contextvars.copy_context().run(save_both)

@@ -193,7 +193,17 @@ def _path_in(fs: AbstractFileSystem, url: str) -> str:
         path = path.removeprefix(f"{fs.protocol}://")
     if "://" in url and path != url and path.endswith(url):  # the local filesystem takes s3:// for a directory
         raise UnsupportedOptionError(f"{url} is not a URL of the filesystem that was given, {type(fs).__name__}.")
+    if url.startswith(tuple(f"{protocol}://" for protocol in _LOCAL)) and _is_object_store(fs):
+        raise UnsupportedOptionError(
+            f"{url} is a file of this machine, and the filesystem that was given, {type(fs).__name__}, is a store's: "
+            "leave filesystem= out, or give it the URL of an object."
+        )
     return path
+
+
+def _is_object_store(fs: AbstractFileSystem) -> bool:
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+    return any(protocol in _EXTRAS for protocol in protocols)
 
 
 # --- what "::" and "%20" mean
