@@ -369,7 +369,7 @@ def _may_lend() -> bool:
 
 def _lendable(storages: Sequence[torch.UntypedStorage]) -> dict[int, torch.UntypedStorage]:
     """The storages, by number, that ``save`` would send from their own memory; without those that overlap others."""
-    found = {}
+    found: dict[int, torch.UntypedStorage] = {}
     end = 0
     last = -1
     for number, storage in sorted(enumerate(storages), key=lambda entry: _address(entry[1])):
