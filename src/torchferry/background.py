@@ -24,6 +24,7 @@ from torchferry.announcing import announcers_of
 from torchferry.engine.loops import Call, refuse_own_loop
 from torchferry.engine.memory import SNAPSHOTS, Claim
 from torchferry.errors import SaveUnderWayError, TorchferryError, mask
+from torchferry.formats.partial import parts_allowed
 from torchferry.formats.snapshot import LentStorages, Snapshots, size_of_copies
 from torchferry.formats.torch_hooks import TorchModes
 from torchferry.formats.torch_pickle import Pickled, pickle_object
@@ -261,6 +262,7 @@ def save_in_background(
     part_size: int | None = None,
     metadata: Mapping[str, str] | None = None,
     give_up_after: float | None = None,
+    shards: bool = False,
     callback: Callback | None = None,
     report: Callable[[TransferReport], object] | None = None,
 ) -> BackgroundSave:
@@ -291,6 +293,7 @@ def save_in_background(
         part_size: The same.
         metadata: The same.
         give_up_after: The same.
+        shards: The same.
         callback: The same.
         report: The same; called in another thread.
 
@@ -300,6 +303,7 @@ def save_in_background(
     Raises:
         SaveUnderWayError: there is no room for another snapshot, and this one was not to wait.
         TypeError: ``until=`` cannot say when it changes tensors.
+        CheckpointValueError: a tensor is a part of a larger one, and ``shards`` is not set.
         Exception: whatever ``torch.save`` raises for an object that cannot be pickled; and the error of an earlier save
             in the background that nobody has asked for. This save has then not begun.
     """
@@ -310,7 +314,8 @@ def save_in_background(
     refuse_own_loop()
     _raise_unseen(os.fspath(url))
     announcers = announcers_of(until) if until is not None else []
-    pickled = pickle_object(obj)
+    with parts_allowed(shards):
+        pickled = pickle_object(obj)
     claim = _claim(size_of_copies(pickled.storages), when_busy)
     try:
         _raise_unseen(os.fspath(url))  # of the save that this one has waited for

@@ -68,8 +68,8 @@ class Channel(Generic[T]):
                     return self._items.popleft()
                 if self._ended or self._closed:
                     raise ChannelClosedError
-                self._taker = self._loop.create_future()
-            await self._taker
+                self._taker = taker = self._loop.create_future()
+            await taker  # self._taker may be None by now
 
     def close(self) -> None:
         """Throws away what waits; :meth:`put` raises from now on. Called on the loop."""
