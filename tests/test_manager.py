@@ -358,6 +358,16 @@ def test_sharded_checkpoints_are_listed_and_deleted_with_their_shards_and_nothin
     ]
 
 
+def test_restore_fills_a_module_in_place_and_takes_keys_at_any_depth(place: tuple[str, dict[str, Any]]) -> None:
+    url, store = place
+    module, other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    with CheckpointManager(url, **store) as manager:
+        manager.save(1, {"model": module.state_dict(), "step": 1})
+        assert not manager.restore(into={"model": other}, keys=["model"]).missing_keys
+        assert torch.equal(other.weight, module.weight)
+        assert list(manager.restore(keys=["model.bias"])["model"]) == ["bias"]
+
+
 def test_restore_starts_from_another_series_while_this_one_is_empty(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path / "before") as before:
         before.save(5, state(5))

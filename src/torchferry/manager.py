@@ -26,6 +26,7 @@ from torchferry.errors import (
     CheckpointNotFoundError,
     TorchferryError,
 )
+from torchferry.formats.keys import KeysArgument
 from torchferry.preemption import Preemption
 from torchferry.ranks import Ranks
 from torchferry.restoring import Candidate, Restorer
@@ -282,7 +283,7 @@ class CheckpointManager:
         self,
         step: int | None = None,
         *,
-        keys: Sequence[str] | None = None,
+        keys: KeysArgument | None = None,
         into: Any = None,
         map_location: Any = None,
         weights_only: bool = True,
@@ -295,7 +296,7 @@ class CheckpointManager:
         Args:
             step: Which; None for the latest.
             keys: As for :func:`torchferry.load`, and so all others.
-            into: The same; where the manager is ``sharded``, the state dict to fill, on every rank.
+            into: The same: what is filled in place; where the manager is ``sharded``, a state dict, on every rank.
             map_location: The same.
             weights_only: The same.
 
@@ -310,7 +311,7 @@ class CheckpointManager:
         self,
         step: int | None = None,
         *,
-        keys: Sequence[str] | None = None,
+        keys: KeysArgument | None = None,
         into: Any = None,
         map_location: Any = None,
         weights_only: bool = True,
@@ -326,7 +327,7 @@ class CheckpointManager:
     def resume(
         self,
         *,
-        keys: Sequence[str] | None = None,
+        keys: KeysArgument | None = None,
         into: Any = None,
         map_location: Any = None,
         weights_only: bool = True,
@@ -337,7 +338,7 @@ class CheckpointManager:
     async def resume_async(
         self,
         *,
-        keys: Sequence[str] | None = None,
+        keys: KeysArgument | None = None,
         into: Any = None,
         map_location: Any = None,
         weights_only: bool = True,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -91,12 +90,16 @@ def test_outside_of_a_task_it_says_what_to_do() -> None:
         task_checkpoints()
 
 
-def test_task_that_is_killed_goes_on_when_it_is_retried() -> None:
+def test_task_that_is_killed_goes_on_when_it_is_retried(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The example, which runs two attempts as pods do."""
-    command = [sys.executable, "-W", "ignore", str(ROOT / "examples/flyte_resume.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert re.findall("starts from step (.*)", done.stdout) == ["0", "20"], done.stdout + done.stderr
-    assert "attempt 1 ended with -9" in done.stdout
-    assert "attempt 2 ended with 0" in done.stdout
-    assert "stored: ['step-0000000040.pt', 'step-0000000050.pt']" in done.stdout
-    assert "uploaded as an output: 0" in done.stdout
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    import_module("flyte_resume").main()
+    said = capfd.readouterr()
+    assert re.findall("starts from step (.*)", said.out) == ["0", "20"], said.out + said.err
+    assert "attempt 1 ended with -9" in said.out
+    assert "attempt 2 ended with 0" in said.out
+    assert "stored: ['step-0000000040.pt', 'step-0000000050.pt']" in said.out
+    assert "uploaded as an output: 0" in said.out
