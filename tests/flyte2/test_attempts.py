@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import Runs
 
-from torchferry.flyte2 import PyTorchCheckpoint, task_checkpoint
+from torchferry.flyte2 import PyTorchCheckpoint, task_checkpoint, task_checkpoints
 
 env = flyte.TaskEnvironment(name="attempts")
 
@@ -43,20 +43,24 @@ def test_a_series_goes_on_too(runs: Runs) -> None:
     begun: list[int | None] = []
 
     @env.task(retries=1)
-    def resumes(steps: int) -> list[int]:
-        with task_checkpoint().manager(max_to_keep=2) as manager:
-            loaded = manager.restore()
-            begun.append(manager.restored_step)
-            for step in range(0 if loaded is None else loaded["step"] + 1, steps):
-                manager.save(step, {"step": step, "weights": torch.ones(4)})
+    def resumes(steps: int) -> PyTorchCheckpoint:
+        module = torch.nn.Linear(2, 2)
+        with task_checkpoints(max_to_keep=2) as checkpoints:
+            loaded = checkpoints.resume()
+            begun.append(checkpoints.restored_step)
+            for step in range(1 if loaded is None else loaded.restore(module)["step"] + 1, steps + 1):
+                checkpoint = PyTorchCheckpoint(module, {"step": step})
+                checkpoints.save(step, checkpoint)
                 if loaded is None and step == 3:
-                    manager.wait_until_finished()
+                    checkpoints.wait_until_finished()
                     raise ConnectionError("killed")
-            manager.wait_until_finished()
-            return manager.all_steps()
+            checkpoints.wait_until_finished()
+            assert checkpoints.all_steps() == [5, 6]
+        return checkpoint
 
-    assert runs(resumes, steps=7) == [5, 6]
+    assert runs(resumes, steps=6)["step"] == 6
     assert begun == [None, 3]
+    assert not [path for path in runs.stored() if path.endswith("/checkpoint.pt")]  # what is stored is not stored again
 
 
 def test_outside_of_tasks_there_is_none() -> None:

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchferry.flyte2.attempts import task_checkpoint
+    from torchferry.flyte2.attempts import task_checkpoint, task_checkpoints
     from torchferry.flyte2.settings import storage_options
     from torchferry.flyte2.transformers import PyTorchCheckpointTransformer
     from torchferry.flyte2.values import LoadedCheckpoint, PyTorchCheckpoint
@@ -23,6 +23,7 @@ __all__ = [
     "PyTorchCheckpointTransformer",
     "storage_options",
     "task_checkpoint",
+    "task_checkpoints",
 ]
 
 _MODULE_OF = {
@@ -31,6 +32,7 @@ _MODULE_OF = {
     "PyTorchCheckpointTransformer": "transformers",
     "storage_options": "settings",
     "task_checkpoint": "attempts",
+    "task_checkpoints": "attempts",
 }
 
 

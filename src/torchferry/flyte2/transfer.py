@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from torchferry.checkpoint.transfer import load_content, save_content
 from torchferry.checkpoint.unchanged import fingerprint, manifest_if_unchanged
+from torchferry.checkpoint.values import PyTorchCheckpoint, remembered_place
 from torchferry.engine.cancellation import in_thread
 from torchferry.errors import CheckpointValueError, StoragePermissionError
 from torchferry.flyte2 import hooks
@@ -68,7 +69,9 @@ async def upload(value: Any, content: Any, options: SaveOptions, *, name: str) -
         CheckpointValueError: there is no raw data path: the caller is in no task, and in no run.
         TorchferryError: as :func:`torchferry.save_async` does.
     """
-    stored_at = _places.get(value) or getattr(value, "uri", None)  # the latter of what flytekit loaded
+    stored_at = _places.get(value)
+    if stored_at is None and isinstance(value, PyTorchCheckpoint):  # stored by flytekit, or for the next attempt
+        stored_at = remembered_place(value)
     if stored_at is not None and not (options.metadata or options.storage_options):
         there = await _configured(stored_at, options)
         manifest = await manifest_if_unchanged(content, stored_at, storage_options=there.storage_options)
