@@ -87,7 +87,7 @@ def _tensor(
 
 
 _DOUBLING = b")" + b"".join(_put(i) + b"h" + bytes([i]) + b"\x86" for i in range(40))  # y = (y, y), 40 times
-_DEEP = b")" + b"\x85" * 1_000_000
+_DEEP = b")" + b"\x85" * 200_000
 _EMPTY = b"ccollections\nOrderedDict\n)R"
 
 
@@ -112,7 +112,7 @@ PICKLES: dict[str, bytes] = {
     "key is a number": _pickled(_tensor(of=_storage(key=b"K\0"))),
     "nested keys": b"\x80\x02" + (b"}(" + _text("t") + _tensor() + _text("k" * 2000)) * 2000 + b"N" + b"u" * 2000 + b".",
     "nested keys of emoji": b"\x80\x02" + (b"}(" + _text("t") + _tensor() + _text("\U0001f600" * 500)) * 2000 + b"N" + b"u" * 2000 + b".",
-    "nested lists": b"\x80\x02" + b"]" * 300_000 + _tensor() + b"a" * 300_000 + b".",
+    "nested lists": b"\x80\x02" + b"]" * 100_000 + _tensor() + b"a" * 100_000 + b".",
     "shared tuples as key": b"\x80\x02}" + _DOUBLING + b"Ns.",
     "shared tuples as value": _pickled(_DOUBLING),
     "shared tuples as persistent id": b"\x80\x02" + _DOUBLING + b"Q.",
@@ -121,13 +121,13 @@ PICKLES: dict[str, bytes] = {
     "shared tuples as layout": _pickled(b"ctorch._utils\n_rebuild_sparse_tensor\n(" + _DOUBLING + _DOUBLING + b"tR"),
     "shared tuples in a set": b"\x80\x02c__builtin__\nset\n](" + _DOUBLING + b"e\x85R.",
     "shared lists in a tensor": b"\x80\x02ctorch\nFloatTensor\n](K\x01e" + b"".join(_put(i) + b"]h" + bytes([i]) + b"ah" + bytes([i]) + b"a" for i in range(30)) + b"\x85R.",
-    "a million keys of shared tuples": b"\x80\x02}(" + (b")" + b"".join(_put(i) + b"h" + bytes([i]) + b"\x86" for i in range(15))) + _put(99) + b"N" + b"h\x63N" * 200_000 + b"u.",
+    "200,000 keys of shared tuples": b"\x80\x02}(" + (b")" + b"".join(_put(i) + b"h" + bytes([i]) + b"\x86" for i in range(15))) + _put(99) + b"N" + b"h\x63N" * 200_000 + b"u.",
     "deep tuple": b"\x80\x02" + _DEEP + b".",
     "deep tuple as key": b"\x80\x02}" + _DEEP + b"Ns.",
     "deep tuple as persistent id": b"\x80\x02" + _DEEP + b"Q.",
-    "two million lists": b"\x80\x02](" + b"]" * 2_000_000 + b"e.",
-    "two million sets": b"\x80\x04](" + b"\x8f" * 2_000_000 + b"e.",
-    "a million globals": b"\x80\x02](" + b"".join(b"ca\nb%d\n" % i for i in range(200_000)) + b"e.",
+    "600,000 lists": b"\x80\x02](" + b"]" * 600_000 + b"e.",
+    "600,000 sets": b"\x80\x04](" + b"\x8f" * 600_000 + b"e.",
+    "200,000 globals": b"\x80\x02](" + b"".join(b"ca\nb%d\n" % i for i in range(200_000)) + b"e.",
     "bytearray of a size": _pickled(b"c__builtin__\nbytearray\n\x8a\x05\0\0\0\0\x01\x85R"),
     "bytearray of a size, popped": _pickled(b"c__builtin__\nbytearray\n\x8a\x05\0\0\0\0\x01\x85R0N"),
     "bytearray through a tensor": _pickled(b"ctorch._tensor\n_rebuild_from_type_v2\n(c__builtin__\nbytearray\nctorch\nTensor\n\x8a\x05\0\0\0\0\x01\x85}tR"),
@@ -155,7 +155,7 @@ PICKLES: dict[str, bytes] = {
     "no opcode": b"\x80\x02\xff.",
     "extension code": b"\x80\x02\x82\x01.",
     "nothing": b"",
-    "tensors shared 300,000 times": b"\x80\x02](" + _tensor() + _put(0) + b"h\x00" * 300_000 + b"e.",
+    "tensors shared 100,000 times": b"\x80\x02](" + _tensor() + _put(0) + b"h\x00" * 100_000 + b"e.",
     "byte of a list": _pickled(b"c__builtin__\nbytearray\n](K\x01K\x02e\x85R"),
 }  # fmt: skip
 
@@ -209,9 +209,9 @@ PICKLES |= {
     "an ordered dict with a state that is none": _pickled(_EMPTY + b"K\1b"),
     "a build of a tuple": b"\x80\x02)}b.",
     "a blocked module": b"\x80\x02cposix\nsystem\n" + _text("true") + b"\x85R.",
-    "a million marks": b"\x80\x02" + b"(" * 1_000_000 + b"N.",
-    "a million memo entries": b"\x80\x02]" + b"".join(_put(i) for i in range(200_000)) + b".",
-    "a million pops": b"\x80\x02" + b"N0" * 500_000 + b"N.",
+    "300,000 marks": b"\x80\x02" + b"(" * 300_000 + b"N.",
+    "50,000 memo entries": b"\x80\x02]" + b"".join(_put(i) for i in range(50_000)) + b".",
+    "150,000 pops": b"\x80\x02" + b"N0" * 150_000 + b"N.",
     "a gigabyte in a frame": b"\x80\x04\x95\0\0\0\x40\0\0\0\0N.",
 }  # fmt: skip
 
@@ -279,8 +279,8 @@ FILES: dict[str, Callable[[], bytes]] = {
     "records that act on a terminal": lambda: _zip_of(iter([f"a/{_ESCAPES}"])),
     "no checkpoint, with names that act on a terminal": lambda: _zip_of(iter([f"{_ESCAPES}/x"])),
     "a folder that acts on a terminal": lambda: _zip_of(iter([f"a/{_ESCAPES[:20]}"]), mode=16),
-    "300,000 records": lambda: _zip_of(f"a/data/{i}" for i in range(300_000)),
-    "300,000 records with filler": lambda: _zip_of((f"a/data/{i}" for i in range(300_000)), filler=3),
+    "100,000 records": lambda: _zip_of(f"a/data/{i}" for i in range(100_000)),
+    "100,000 records with filler": lambda: _zip_of((f"a/data/{i}" for i in range(100_000)), filler=3),
     "a record twice": lambda: _zip_of(iter(["a/x", "a/x"])),
     "a directory as large as the file": _directory_as_large_as_the_file,
     "an end record alone": lambda: b"PK\5\6" + bytes(18),
