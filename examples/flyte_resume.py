@@ -70,7 +70,7 @@ def main() -> None:
             )
             print(f"attempt {attempt + 1} ended with {done.returncode}", flush=True)
             previous = str(here / "checkpoints")
-        print(f"stored: {sorted(path.name for path in (here / 'checkpoints').iterdir())}")
+        print(f"stored: {sorted(path.name for path in (here / 'checkpoints').glob('step-*'))}")
         print(f"uploaded as an output: {len([path for path in (here / 'raw').rglob('*') if path.is_file()])}")
 
 

@@ -10,12 +10,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from reliability import cancels, flips, fuzz, growth, hostile, kills, managed, outages, resaves
+from reliability import cancels, flips, fuzz, growth, hostile, kills, managed, outages, resaves, series
 from reliability.outcome import Outcome, table
 from reliability.stores import CLOUDS, Store
 from torchferry.testing.servers import ServerStartError
 
-SCENARIOS = ("cancels", "outages", "growth", "flips", "kills", "managed", "resaves", "hostile", "fuzz")
+SCENARIOS = ("cancels", "outages", "growth", "flips", "kills", "managed", "resaves", "series", "hostile", "fuzz")
 LOCAL = "local"
 
 
@@ -83,6 +83,10 @@ def _run(scenario: str, store: Store, arguments: argparse.Namespace) -> list[Out
             with store.proxy() as proxy:
                 place, options = managed.StorePlace(store, "managed"), store.options(proxy)
                 outcomes = managed.run(place, store.cloud, options, count=count or 100, seed=seed, say=_say)
+        case "series":
+            with store.proxy() as proxy:
+                place, options = managed.StorePlace(store, "series"), store.options(proxy)
+                outcomes = series.run(place, store.cloud, options, count=count or 1000, say=_say)
         case "resaves":
             outcomes = resaves.run(store, count=count or 50, mib=mib, seed=seed, say=_say)
         case "hostile":
@@ -110,6 +114,11 @@ def _run_locally(arguments: argparse.Namespace) -> list[Outcome]:
         with tempfile.TemporaryDirectory(prefix="managed-") as name:
             place = managed.LocalPlace(Path(name) / "run")
             outcomes += managed.run(place, LOCAL, {}, count=arguments.count or 100, seed=seed, say=_say)
+    if "series" in chosen:
+        with tempfile.TemporaryDirectory(prefix="series-") as name:
+            outcomes += series.run(
+                managed.LocalPlace(Path(name) / "run"), LOCAL, {}, count=arguments.count or 1000, say=_say
+            )
     return outcomes
 
 

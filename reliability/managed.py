@@ -88,9 +88,9 @@ def run(
         log, done, kills = Path(name) / "log", 0, 0
         while kills < count:
             whole = _steps(place)
-            before = _resumes(log)
+            before, early = _resumes(log), randomly.random() < 0.1  # while it starts and resumes
             victim = victims.start(train, place.url, options, steps, str(log), 0.02)
-            while randomly.random() > 0.002 and victim.is_alive() and _resumes(log) == before:  # or while it resumes
+            while not early and victim.is_alive() and _resumes(log) == before:
                 time.sleep(0.01)
             victim.join(randomly.uniform(0.0, 2.0))
             victim.kill()

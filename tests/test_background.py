@@ -281,6 +281,28 @@ def test_an_error_that_nobody_looked_at_is_raised_by_the_next_save(tmp_path: Pat
     torchferry.save_in_background([2], tmp_path / "x.pt").result()
 
 
+def test_the_error_of_a_save_that_another_waits_for_is_raised_by_that(tmp_path: Path) -> None:
+    (tmp_path / "directory").mkdir()
+    held = SNAPSHOTS.claim(1)
+    raised: list[Exception] = []
+
+    def save() -> None:
+        try:
+            torchferry.save_in_background([2], tmp_path / "x.pt")
+        except torchferry.StorageError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=save)
+    failing = background._Work("file:///x.pt", held, "finish", 0, None)
+    thread.start()
+    failing.future.set_exception(torchferry.StorageError("the disk is full"))
+    background._failed[failing] = None
+    held.close()
+    thread.join(60)
+    assert [str(error) for error in raised] == ["the disk is full"]
+    assert not (tmp_path / "x.pt").exists()
+
+
 def test_an_error_that_somebody_looked_at_is_not_raised_again(tmp_path: Path) -> None:
     (tmp_path / "directory").mkdir()
     failed = torchferry.save_in_background([1], tmp_path / "directory")
@@ -296,7 +318,8 @@ def test_a_failed_save_gives_its_memory_back(tmp_path: Path) -> None:
     try:
         failed = torchferry.save_in_background([torch.ones(MIB)], tmp_path / "directory")
         assert failed.exception() is not None
-        assert background._snapshots._kept is not None
+        while background._snapshots._kept is None:  # the thread that pickled lets go in a moment; else this times out
+            threading.Event().wait(0.01)
     finally:
         gc.enable()
 
@@ -364,7 +387,8 @@ def test_a_second_ctrl_c_at_exit_cancels_what_the_first_let_finish(
 ) -> None:
     s3 = faulty_s3(Fault(method="PUT", target="partNumber=2", hang=True, times=None))
     script = """
-        import sys, json, threading, torch, torchferry
+        import json, signal, sys, threading, torch, torchferry
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
         options = json.loads(sys.argv[2])
         torchferry.save_in_background([torch.ones(4 << 20)], sys.argv[1], storage_options=options, part_size=8 << 20)
         print("training", flush=True)
@@ -544,6 +568,12 @@ def test_an_optimizer_has_one_hook_however_many_saves() -> None:
         torchferry.save_in_background(model.checkpoint, "memory://x/x.pt", until=model.optimizer).result()
     assert len(model.optimizer._optimizer_step_pre_hooks) == 1
     torchferry.save_in_background(copy.deepcopy(model.optimizer).state_dict(), "memory://x/x.pt").result()
+
+
+def test_misspelt_choices_are_refused() -> None:
+    for choice in ({"when_busy": "waits"}, {"at_exit": "kill"}):
+        with pytest.raises(ValueError, match=next(iter(choice))):
+            torchferry.save_in_background([1], "memory://x/x.pt", **choice)  # type: ignore[arg-type]
 
 
 def test_what_cannot_announce_changes_is_refused() -> None:

@@ -411,23 +411,18 @@ async def test_an_unknown_key_lists_those_that_are(stored: Callable[[bytes], str
 
 async def test_an_unknown_key_of_very_many_lists_some(stored: Callable[[bytes], str]) -> None:
     url = stored(saved({f"layer.{i}": i for i in range(1000)}))
-    with pytest.raises(CheckpointKeyError, match=r"'layer.49' and 950 more\.$"):
-        await load_async(url, keys=("layer",))
+    with pytest.raises(CheckpointKeyError, match=r"'layer.49' and 950 more\. Did you mean 'layer.9"):
+        await load_async(url, keys=("layr.9",))
 
 
 async def test_keys_of_what_is_no_dict(stored: Callable[[bytes], str]) -> None:
     with pytest.raises(CheckpointFormatError, match="no dict"):
-        await load_async(stored(saved([torch.ones(1)])), keys=("a",))
+        await load_async(stored(saved(torch.ones(1))), keys=("a",))
 
 
 async def test_keys_of_a_dict_of_another_kind(stored: Callable[[bytes], str]) -> None:
     url = stored(saved(collections.Counter(a=2, b=3)))
     assert await load_async(url, keys=("b",)) == {"b": 3}
-
-
-async def test_one_string_is_not_taken_for_keys(counting_store: CountingStore) -> None:
-    with pytest.raises(TypeError, match="'lr'"):
-        await load_async(counting_store.put({"lr": 1}), keys="lr")
 
 
 # Bad input
@@ -535,7 +530,8 @@ async def test_loading_runs_no_code_of_the_checkpoint(stored: Callable[[bytes], 
     with pytest.raises(UnsafeCheckpointError):
         await load_async(url)
     with pytest.raises(UnsafeCheckpointError):
-        await load_async(url, keys=("b",))
+        await load_async(url, keys=("a",))
+    assert (await load_async(url, keys=("b",)))["b"].tolist() == [1]
     await torchferry.inspect_async(url)
     assert not marker.exists()
 

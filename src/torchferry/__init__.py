@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchferry.background import BackgroundSave, save_in_background
     from torchferry.cleaning import CleanReport, clean, clean_async
+    from torchferry.comparing import Diff, diff, diff_async
+    from torchferry.converting import convert, convert_async
     from torchferry.copying import copy, copy_async
     from torchferry.engine.transfer import TransferReport
     from torchferry.engine.types import ObjectStat
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
         CheckpointCorruptError,
         CheckpointFormatError,
         CheckpointKeyError,
+        CheckpointMismatchError,
         CheckpointNotFoundError,
         CheckpointValueError,
         InterpreterEndedError,
@@ -41,10 +44,13 @@ if TYPE_CHECKING:
         UnsupportedURLError,
     )
     from torchferry.formats.archive import Record
+    from torchferry.formats.filling import IncompatibleKeys
     from torchferry.formats.graph import TensorInfo
-    from torchferry.loading import Manifest, inspect, inspect_async, load, load_async, verify, verify_async
+    from torchferry.loading import inspect, inspect_async, load, load_async, verify, verify_async
     from torchferry.manager import CheckpointManager
+    from torchferry.manifest import Manifest
     from torchferry.options import LoadOptions, SaveOptions
+    from torchferry.progress import RichCallback, TqdmCallback
     from torchferry.saving import save, save_async
     from torchferry.storage.base import Leftover
 
@@ -52,6 +58,8 @@ _MODULES = {
     "torchferry.background": ("BackgroundSave", "save_in_background"),
     "torchferry.formats.archive": ("Record",),
     "torchferry.cleaning": ("CleanReport", "clean", "clean_async"),
+    "torchferry.comparing": ("Diff", "diff", "diff_async"),
+    "torchferry.converting": ("convert", "convert_async"),
     "torchferry.copying": ("copy", "copy_async"),
     "torchferry.errors": (
         "BackendNotInstalledError",
@@ -60,6 +68,7 @@ _MODULES = {
         "CheckpointCorruptError",
         "CheckpointFormatError",
         "CheckpointKeyError",
+        "CheckpointMismatchError",
         "CheckpointNotFoundError",
         "CheckpointValueError",
         "InterpreterEndedError",
@@ -75,8 +84,9 @@ _MODULES = {
         "UnsupportedURLError",
     ),
     "torchferry.formats.graph": ("TensorInfo",),
+    "torchferry.formats.filling": ("IncompatibleKeys",),
+    "torchferry.manifest": ("Manifest",),
     "torchferry.loading": (
-        "Manifest",
         "inspect",
         "inspect_async",
         "load",
@@ -86,6 +96,7 @@ _MODULES = {
     ),
     "torchferry.manager": ("CheckpointManager",),
     "torchferry.options": ("LoadOptions", "SaveOptions"),
+    "torchferry.progress": ("RichCallback", "TqdmCallback"),
     "torchferry.saving": ("save", "save_async"),
     "torchferry.storage.base": ("Leftover",),
     "torchferry.engine.transfer": ("TransferReport",),
@@ -102,9 +113,12 @@ __all__ = [
     "CheckpointFormatError",
     "CheckpointKeyError",
     "CheckpointManager",
+    "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "CheckpointValueError",
     "CleanReport",
+    "Diff",
+    "IncompatibleKeys",
     "InterpreterEndedError",
     "Leftover",
     "LoadOptions",
@@ -113,6 +127,7 @@ __all__ = [
     "ObjectStat",
     "RankFailedError",
     "Record",
+    "RichCallback",
     "SaveOptions",
     "SaveUnderWayError",
     "StorageError",
@@ -120,14 +135,19 @@ __all__ = [
     "StorageUnavailableError",
     "TensorInfo",
     "TorchferryError",
+    "TqdmCallback",
     "TransferReport",
     "UnsafeCheckpointError",
     "UnsupportedOptionError",
     "UnsupportedURLError",
     "clean",
     "clean_async",
+    "convert",
+    "convert_async",
     "copy",
     "copy_async",
+    "diff",
+    "diff_async",
     "inspect",
     "inspect_async",
     "load",

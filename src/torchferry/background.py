@@ -239,6 +239,8 @@ class _Work:
         self._call = None
         for announcer in self._announcers:
             announcer.listeners.discard(self.copy_rest)
+        if self._lent is not None:
+            self._lent.end()
         self._claim.close()
         _under_way.pop(self, None)
 
@@ -301,12 +303,17 @@ def save_in_background(
         Exception: whatever ``torch.save`` raises for an object that cannot be pickled; and the error of an earlier save
             in the background that nobody has asked for. This save has then not begun.
     """
+    if when_busy not in {"wait", "refuse"}:
+        raise ValueError(f'when_busy= is "wait" or "refuse", not {when_busy!r}.')
+    if at_exit not in {"finish", "cancel"}:
+        raise ValueError(f'at_exit= is "finish" or "cancel", not {at_exit!r}.')
     refuse_own_loop()
     _raise_unseen(os.fspath(url))
     announcers = announcers_of(until) if until is not None else []
     pickled = pickle_object(obj)
     claim = _claim(size_of_copies(pickled.storages), when_busy)
     try:
+        _raise_unseen(os.fspath(url))  # of the save that this one has waited for
         snapshot = _snapshot(pickled, mask(os.fspath(url)), lends=until is not None and _may_lend())
         del pickled
         work = _Work(mask(os.fspath(url)), claim, at_exit, snapshot.copied, snapshot.lent)
@@ -357,7 +364,7 @@ def _may_lend() -> bool:
 
 def _lendable(storages: Sequence[torch.UntypedStorage]) -> dict[int, torch.UntypedStorage]:
     """The storages, by number, that ``save`` would send from their own memory; without those that overlap others."""
-    found = {}
+    found: dict[int, torch.UntypedStorage] = {}
     end = 0
     last = -1
     for number, storage in sorted(enumerate(storages), key=lambda entry: _address(entry[1])):
@@ -420,8 +427,10 @@ def _at_exit() -> None:
     for work in list(_under_way):
         concurrent.futures.wait([work.future], max(0.0, deadline - monotonic()))
     for work in _failed:
+        error = work.future.exception()
+        lines = traceback.format_exception_only if isinstance(error, TorchferryError) else traceback.format_exception
         print(f"torchferry: a save in the background to {work.url} failed:", file=sys.stderr)  # noqa: T201
-        traceback.print_exception(work.future.exception())
+        print("".join(lines(error)), file=sys.stderr)  # noqa: T201
 
 
 def _after_fork() -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "CheckpointCorruptError",
     "CheckpointFormatError",
     "CheckpointKeyError",
+    "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "CheckpointValueError",
     "InterpreterEndedError",
@@ -182,6 +183,10 @@ class CheckpointCorruptError(CheckpointFormatError):
 
 class CheckpointKeyError(TorchferryError, KeyError):
     """A key asked for in ``keys=`` is not in the checkpoint; the message lists those that are."""
+
+
+class CheckpointMismatchError(TorchferryError, RuntimeError):
+    """A checkpoint does not fit what it is to be loaded into; the message names what differs. Nothing was changed."""
 
 
 class CheckpointValueError(TorchferryError, ValueError):

@@ -21,6 +21,7 @@ from fsspec.asyn import get_loop
 from torchferry.background import BackgroundSave, save_in_background
 from torchferry.engine.cancellation import in_thread, wait_in_thread
 from torchferry.engine.loops import keep_running, run
+from torchferry.engine.tasks import task_group
 from torchferry.errors import (
     CheckpointNotFoundError,
     TorchferryError,
@@ -596,8 +597,11 @@ class CheckpointManager:
         metrics = await self._metrics_of(listing, good) if self._retention.best else {}
         orphans = [each for each in listing.metrics if each not in listing.steps and each < step]
         series = await self._series()
-        for each in [*self._retention.superfluous(good, metrics), *orphans]:
-            await series.delete(listing, each)
+        gone = [*self._retention.superfluous(good, metrics), *orphans]
+        async with task_group() as tasks:
+            for each in gone:
+                tasks.start_soon(series.delete, listing, each)
+        for each in gone:
             self._metrics.pop(each, None)
 
     async def _restore_anywhere(self, step: int | None, *, into: Any, **loading: Any) -> tuple[Any, Candidate] | None:

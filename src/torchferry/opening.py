@@ -26,7 +26,6 @@ from torchferry.formats.archive import (
     parse_directory,
     sniff,
 )
-from torchferry.formats.graph import read_legacy
 from torchferry.formats.opcodes import CutOffPickleError
 
 if TYPE_CHECKING:
@@ -108,6 +107,8 @@ async def read_legacy_format(source: RangeReader) -> tuple[Graph, list[Record]] 
     size = source.stat.size
     if sniff(await source.read(0, min(size, SNIFF_SIZE))) != LEGACY_FORMAT:
         return None
+    from torchferry.formats.graph import read_legacy  # needs torch, and nothing else here does
+
     length = min(size, _WHOLE)
     while True:
         data = bytes(await source.read(0, length))

@@ -156,13 +156,13 @@ class Restorer:
                 failures.append((candidate, error))
                 damaged(candidate)
                 continue
-            for failed, error in failures:
-                warnings.warn(f"{error} Restored {candidate} instead of {failed}.", stacklevel=2)
+            for failed, failure in failures:
+                warnings.warn(f"{failure} Restored {candidate} instead of {failed}.", stacklevel=2)
             return loaded, candidate
         if not failures:
             return None
-        for _, error in failures[1:]:
-            failures[0][1].add_note(str(error))
+        for _, failure in failures[1:]:
+            failures[0][1].add_note(str(failure))
         raise failures[0][1]
 
     async def _load(self, options: Mapping[str, Any], candidate: Candidate) -> Any:

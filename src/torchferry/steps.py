@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import own_loop, run_on
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 __all__ = ["Series", "SeriesListing", "StoredStep", "encode_metrics", "name_of", "url_of"]
+
+T = TypeVar("T")
 
 LAST = 10**10 - 1
 """The last step that there can be: names have ten digits, so that they sort by step."""
@@ -120,8 +122,7 @@ class Series:
     async def stat_sharded(self, step: int) -> ObjectStat:
         """The version of a sharded checkpoint: that of its metadata."""
         path = f"{self._path}/{name_of(step, sharded=True)}/.metadata"
-        stat: ObjectStat = await self._run("look up", partial(self._backend.stat, path))
-        return stat
+        return await self._run("look up", partial(self._backend.stat, path))
 
     async def read_metrics(self, listing: SeriesListing, step: int) -> dict[str, Any]:
         """The metrics of a checkpoint; empty where it was saved without, or is another version by now."""
@@ -135,7 +136,7 @@ class Series:
         """Writes a small object into the directory."""
         await self._run("write", partial(self._write, f"{self._path}/{name}", data))
 
-    async def _run(self, verb: str, func: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    async def _run(self, verb: str, func: Callable[[], Coroutine[Any, Any, T]]) -> T:
         with Transfer(verb, self.url, give_up_after=self._give_up_after).running(None):
             return await run_on(own_loop(self._backend.loop), func)
 

@@ -269,7 +269,7 @@ class GcsBackend(HttpBackend):
     def address(self, path: str) -> tuple[str, str, str | None]:
         """The bucket, the key, and the generation where the path names one."""
         bucket, key, generation = self._fs.split_path(path)
-        require_key(self.url(path), key, bucket)
+        require_key(self.url(path), path)
         return bucket, key, generation
 
     def forget(self, path: str) -> None:

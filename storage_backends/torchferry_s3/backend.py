@@ -236,7 +236,7 @@ class S3Backend(HttpBackend):
     def address(self, path: str) -> dict[str, Any]:
         """Bucket and Key, and VersionId where the path names one."""
         bucket, key, version = self._fs.split_path(path)
-        require_key(self.url(path), key, bucket)
+        require_key(self.url(path), path)
         return {"Bucket": bucket, "Key": key} | ({"VersionId": version} if version else {})
 
     def forget(self, path: str) -> None:

@@ -133,7 +133,7 @@ def test_styles_apply_to_this_block_only_and_nothing_comes_from_the_network() ->
 
 
 def test_ten_thousand_tensors_take_less_than_200_kb() -> None:
-    name = "model.transformer.layers.{}.self_attention.query_key_value.projection.weight"
+    name = "model.transformer.layer_{}.self_attention.query_key_value.projection.weight"
     state = {name.format(i): torch.zeros(i % 7 + 1, 3) for i in range(10_000)}
     optimizer = {
         "state": {i: {"exp_avg": torch.zeros(2)} for i in range(10_000)},

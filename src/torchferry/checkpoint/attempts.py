@@ -12,12 +12,15 @@ from torchferry.checkpoint.values import LoadedCheckpoint, PyTorchCheckpoint
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import synchronous
 from torchferry.errors import CheckpointNotFoundError
+from torchferry.manager import CheckpointManager
 from torchferry.options import LoadOptions, SaveOptions
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 __all__ = ["TaskCheckpoint"]
+
+_SERIES = "-steps"
 
 OptionsT = TypeVar("OptionsT", LoadOptions, SaveOptions)
 
@@ -96,6 +99,23 @@ class TaskCheckpoint:
 
     load = synchronous(load_async)
     save = synchronous(save_async)
+
+    def manager(self, **options: Any) -> CheckpointManager:
+        """A series of checkpoints in place of one: saved in the background, by steps, with as many kept as you say.
+
+        It goes on from that of the attempt before, while it is empty itself. Nothing of it is a local file either.
+
+        Args:
+            **options: Of :class:`torchferry.CheckpointManager`, but for where and from where.
+        """
+        earlier = next((source for source in self.sources if source != self.destination), None)
+        store: dict[str, Any] = {}
+        if self._filesystem is not None:
+            store["filesystem"] = self._filesystem(self.destination)
+        elif self._storage_options is not None:
+            store["storage_options"] = self._storage_options(self.destination)
+        start = earlier and f"{earlier}{_SERIES}"
+        return CheckpointManager(f"{self.destination}{_SERIES}", start_from=start, **{**store, **options})
 
     async def _reach(self, url: str, options: OptionsT) -> tuple[OptionsT, AbstractFileSystem | None]:
         if options.storage_options or (self._filesystem is None and self._storage_options is None):

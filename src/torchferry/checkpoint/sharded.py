@@ -24,13 +24,22 @@ def load_module(module: torch.nn.Module, state: Mapping[str, Any], *, strict: bo
         The keys that are missing in ``state``, and those that the module does not have.
 
     Raises:
-        RuntimeError: ``strict``, and keys or shapes do not match; raised by torch, which lists them.
+        RuntimeError: ``strict``, and keys do not match; or shapes do not.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    options = StateDictOptions(full_state_dict=True, strict=strict)
-    result = set_model_state_dict(module, dict(state), options=options)
-    return list(result.missing_keys), list(result.unexpected_keys)
+    own = [_without_wrappers(key) for key in module.state_dict()]  # of FSDP2's modules: nothing is gathered
+    given = {_without_wrappers(key): key for key in state}
+    missing = [key for key in own if key not in given]
+    unexpected = [given[key] for key in given.keys() - {*own}]
+    if strict and (missing or unexpected):  # torch would fill what is missing from the module itself, and say nothing
+        raise RuntimeError(
+            f"Error(s) in loading state_dict for {type(module).__qualname__}: missing keys {missing}, unexpected keys "
+            f"{unexpected}."
+        )
+    known = {key: state[given[key]] for key in own if key in given}
+    set_model_state_dict(module, known, options=StateDictOptions(full_state_dict=True, strict=False))
+    return missing, unexpected
 
 
 def load_optimizer(module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -56,7 +65,7 @@ def _by_name(module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: M
     saved = [key for group in groups for key in group["params"]]
     if any(isinstance(key, str) for key in saved):
         return dict(state)
-    names = {id(parameter): name.replace("_orig_mod.", "") for name, parameter in module.named_parameters()}
+    names = {id(parameter): _without_wrappers(name) for name, parameter in module.named_parameters()}
     own = [names.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
     if len(own) != len(saved) or None in own:
         raise ValueError(
@@ -68,3 +77,7 @@ def _by_name(module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: M
         "state": {name_of[key]: value for key, value in state["state"].items()},
         "param_groups": [{**group, "params": [name_of[key] for key in group["params"]]} for group in groups],
     }
+
+
+def _without_wrappers(key: str) -> str:
+    return key.replace("_orig_mod.", "")  # as torch's own names for the keys of a sharded module

@@ -72,6 +72,7 @@ async def load_content(uri: str, options: LoadOptions, *, filesystem: AbstractFi
     map_location = default_map_location() if options.map_location is None else options.map_location
     arguments: dict[str, Any] = {
         "keys": options.keys,
+        "exclude": options.exclude,
         "map_location": map_location,
         "weights_only": options.weights_only,
         "verify": options.verify,

@@ -23,7 +23,7 @@ from torchferry.loading import inspect_async
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-    from torchferry.loading import Manifest
+    from torchferry.manifest import Manifest
 
 __all__ = ["fingerprint", "manifest_if_unchanged"]
 

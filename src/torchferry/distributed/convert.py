@@ -43,6 +43,7 @@ from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.selection import check_graph
 from torchferry.formats.torch_hooks import torch_errors
 from torchferry.opening import open_reader, read_archive
+from torchferry.requests import LoadRequest
 from torchferry.storage.base import Backend
 from torchferry.storage.registry import open_backend
 
@@ -237,9 +238,8 @@ async def _script_of(found: Contents, *, weights_only: bool, as_safetensors: boo
             )
         return await in_thread(_safetensors, tensors, found.place.url)
     paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
-    plain = await load_whole(
-        found, keys=None, map_location=None, weights_only=weights_only, verify=True, names=others, nested=False
-    )
+    request = LoadRequest(None, None, None, weights_only, verify=True)
+    plain = await load_whole(found, request, names=others, nested=False)
 
     def make() -> Script:
         stand_ins = StandIns(tensors)
@@ -326,13 +326,13 @@ async def _shard(reader: Backend, source: str, place: Place, part_size: int | No
         if archive is None or pickled is None or archive.is_torchscript:
             raise CheckpointFormatError(f"{file.url} is not a zip file of torch.save: load it, and save it sharded.")
         data = await file.read(pickled.offset, pickled.end)
-        buffer = await in_thread(partial(LoadBuffer, file.stat.size, sparse=True))
+        buffer = await in_thread(partial(LoadBuffer, archive.whole(file.stat.size), sparse=True))
 
         def unpickle() -> Any:
             check_graph(read_graph(data, file.url), archive, weights_only=weights_only)
             for start, kept in file.kept:
                 buffer.write(start, kept)
-            buffer.write_headers(archive)
+            buffer.finish()
             with torch_errors(file.url, map_location=None, weights_only=weights_only, checked=True):
                 return buffer.load(map_location="cpu", weights_only=weights_only)
 

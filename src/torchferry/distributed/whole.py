@@ -28,13 +28,13 @@ from torchferry.distributed.reader import StorageReader
 from torchferry.distributed.slices import Piece
 from torchferry.distributed.writer import remove_before, shards_before
 from torchferry.engine.cancellation import in_thread
+from torchferry.engine.collector import collector_paused
 from torchferry.engine.memory import BLOCK_SIZE
 from torchferry.engine.reader import RangeReader
 from torchferry.engine.transfer import current
 from torchferry.engine.types import Buffer, ObjectStat
 from torchferry.errors import (
     CheckpointCorruptError,
-    CheckpointKeyError,
     NotEnoughMemoryError,
     StorageError,
     UnsupportedOptionError,
@@ -45,8 +45,11 @@ from torchferry.formats.checked import load_bytes
 from torchferry.formats.checksum import Checksums
 from torchferry.formats.graph import TensorInfo
 from torchferry.formats.load_buffer import LoadBuffer
+from torchferry.formats.picking import missing_keys
 from torchferry.formats.torch_hooks import torch_errors
+from torchferry.manifest import Manifest
 from torchferry.printable import printable
+from torchferry.requests import LoadRequest
 from torchferry.storage.base import Backend
 
 __all__ = ["Contents", "ShardedCopy", "find", "inspect_contents", "load_whole", "verify_contents"]
@@ -92,29 +95,19 @@ async def find(backend: Backend, path: str, url: str, *, weights_only: bool = Tr
 
 
 async def load_whole(
-    found: Contents,
-    *,
-    keys: Sequence[str] | None,
-    map_location: Any,
-    weights_only: bool,
-    verify: bool,
-    names: Sequence[str] | None = None,
-    nested: bool = True,
+    found: Contents, request: LoadRequest, *, names: Sequence[str] | None = None, nested: bool = True
 ) -> dict[str, Any]:
     """The state dict, nested as it was saved.
 
     Args:
         found: The checkpoint.
-        keys: Only these keys of it; None for all.
-        map_location: A device; the tensors are loaded to the CPU first.
-        weights_only: As in ``torch.load``, for what is no tensor.
-        verify: Check CRC32s, and that each shard is the one that was saved.
-        names: Only these items of it; None for all.
+        request: What to load of it. ``map_location`` is a device; the tensors are loaded to the CPU first.
+        names: Only these items of it; None for all that are asked for.
         nested: Whether to nest them; else they are by their names.
     """
-    metadata, url = found.metadata, found.place.url
+    metadata, url, map_location = found.metadata, found.place.url, request.map_location
     paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
-    names = [name for name in metadata.state_dict_metadata if keys is None or str(paths.get(name, (name,))[0]) in keys]
+    names = _choose(metadata, request, url) if names is None else names
     device = _device(map_location, url)
     tensors = await in_thread(_allocate, metadata, names, device, url)
     requests, targets = _requests(metadata, names, tensors)
@@ -123,14 +116,15 @@ async def load_whole(
         chosen = [index for index, target in enumerate(targets) if target is None]
         requests, targets = [requests[index] for index in chosen], [None] * len(chosen)
     if requests:
-        reader = StorageReader.at(found.place, verify=verify)
+        reader = StorageReader.at(found.place, verify=request.verify)
         await reader.read_items_within(found.place, metadata, requests, targets, contents)
     with current().stage("unpickling"):
         values: dict[str, Any] = {
             name: tensor if device.type in {"cpu", "meta"} else tensor.to(device) for name, tensor in tensors.items()
         }
         for index, content in contents.items():
-            with torch_errors(url, map_location=map_location, weights_only=weights_only, checked=verify):
+            weights_only = request.weights_only
+            with torch_errors(url, map_location=map_location, weights_only=weights_only, checked=request.verify):
                 loaded = load_bytes(content, url, map_location=map_location, weights_only=weights_only)
             values[requests[index].storage_index.fqn] = loaded
     if not nested:
@@ -138,11 +132,22 @@ async def load_whole(
     state: dict[str, Any] = {}
     for name in names:
         set_element(state, paths.get(name, (name,)), values[name])
-    for key in keys or ():
-        if key not in state:
-            there = ", ".join(sorted(printable(str(path[0])) for path in {tuple(p)[:1] for p in paths.values()})[:20])
-            raise CheckpointKeyError(f"{url} has no key {printable(key)}. Its keys: {there}.")
     return state
+
+
+def _choose(metadata: Metadata, request: LoadRequest, url: str) -> list[str]:
+    """The items that are asked for: by the names that :func:`inspect_contents` gives them."""
+    keys, exclude = request.choice()
+
+    def is_asked(name: str) -> bool:
+        if exclude is not None and exclude.takes(name, is_leaf=True):
+            return False
+        return keys is None or keys.takes(name, is_leaf=True)
+
+    names = [name for name in metadata.state_dict_metadata if is_asked(name)]
+    if keys is not None and keys.unmatched:
+        raise missing_keys(url, keys.unmatched, metadata.state_dict_metadata)
+    return names
 
 
 def _device(map_location: Any, url: str) -> torch.device:
@@ -214,8 +219,9 @@ def _request(kind: LoadItemType, index: MetadataIndex, offsets: Sequence[int], l
 # --- what is in it
 
 
-def inspect_contents(found: Contents) -> tuple[int, list[Record], tuple[TensorInfo, ...]]:
-    """Bytes of all shards (as far as the metadata tells), the items as records, and the tensors."""
+@collector_paused()
+def inspect_contents(found: Contents) -> Manifest:
+    """What is in it: the bytes of all shards (as far as the metadata tells), the items as records, and the tensors."""
     metadata = found.metadata
     records = [
         Record(f"{info.relative_path}: {index.fqn}", info.offset, info.length, getattr(info, "crc32", None))
@@ -235,7 +241,7 @@ def inspect_contents(found: Contents) -> tuple[int, list[Record], tuple[TensorIn
         for name, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     )
-    return size, records, tensors
+    return Manifest(found.place.url, size, found.stat.etag, records, tensors, format="sharded")
 
 
 async def verify_contents(found: Contents) -> None:

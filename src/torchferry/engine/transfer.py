@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from torchferry.engine.cancellation import stops_as_errors
+from torchferry.engine.html import html_table
 from torchferry.engine.tasks import task_group
+from torchferry.engine.types import MIB
 from torchferry.errors import mask
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ _TICK = 0.1  # seconds between two calls of the user's callback
 logger = logging.getLogger("torchferry")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TransferReport:
     """What a save, load, copy or verify did. Logged in one line at INFO by the logger "torchferry".
 
@@ -72,6 +74,28 @@ class TransferReport:
     def bytes_per_second(self) -> float:
         """The throughput of the whole call, in bytes a second."""
         return self.nbytes / self.seconds if self.seconds else 0.0
+
+    def __repr__(self) -> str:
+        return f"<TransferReport of {self}>"
+
+    def _repr_html_(self) -> str:
+        """A table, for notebooks."""
+        rows = {
+            "bytes": f"{self.nbytes:,}",
+            "seconds": f"{self.seconds:.2f}",
+            "GB/s": f"{self.bytes_per_second / 1e9:.2f}",
+            "parts": f"{self.parts:,}",
+            "requests": f"{self.requests:,}",
+            "retries": f"{self.retries:,}",
+            "peak of host memory": f"{self.peak_memory / MIB:.0f} MiB",
+            **{f"stage {name}": f"{seconds:.2f} s" for name, seconds in self.stages.items()},
+            **(
+                {"by the client": f"{self.client_bytes:,}: {'; '.join(self.client_reasons)}"}
+                if self.client_bytes
+                else {}
+            ),
+        }
+        return html_table(f"{self.verb} {self.url}", rows.items())
 
     def __str__(self) -> str:
         stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stages.items())
@@ -254,6 +278,10 @@ class Transfer:
             with _span(self._verb, self._url) as span:
                 try:
                     yield self
+                except BaseException:
+                    if self._callback is not None:
+                        stops_as_errors(self._callback.close)  # a bar that would stay where it is
+                    raise
                 finally:
                     report = self.report()
                     if span is not None:

@@ -83,10 +83,10 @@ def execution_metadata(ctx: FlyteContext) -> Mapping[str, str]:
 
 def checkpoint_folders(ctx: FlyteContext) -> tuple[str, str | None] | None:
     """Where this attempt of the task keeps checkpoints, and where the one before did; None where there is no place."""
-    parameters = ctx.user_space_params
-    checkpoint = parameters.checkpoint if parameters is not None and parameters._checkpoint is not None else None
+    parameters: Any = ctx.user_space_params
+    checkpoint: Any = None if parameters is None else parameters._checkpoint
     destination = getattr(checkpoint, "_checkpoint_dest", None)
-    if checkpoint is None or destination is None:
+    if destination is None:
         return None
     source = (checkpoint._checkpoint_src or "").strip('"')  # what a template leaves where there was no attempt before
     return str(destination), source or None

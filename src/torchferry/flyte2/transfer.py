@@ -146,7 +146,7 @@ async def once(key: Hashable, save: Callable[[], Awaitable[Stored]]) -> Stored:
 
 
 # Where values of tasks are stored. By identity, and not by equality: that of tensors is another tensor.
-_places: MutableMapping[Any, str] = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]  # torch's, without types
+_places: MutableMapping[Any, str] = WeakIdKeyDictionary()
 _lock = threading.Lock()
 _under_way: dict[Hashable, Future[Stored]] = {}
 

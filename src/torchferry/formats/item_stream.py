@@ -137,7 +137,7 @@ class _ItemWriter(_Writer):
     """Writes items; what it emits is cut into chunks as in :class:`TorchStream`."""
 
     def __init__(self, emit: Callable[[Chunk], None], *, fill: bool) -> None:
-        super().__init__(_Storages(None), emit, None, Changes())
+        super().__init__(_Storages(None, are_lent=True), emit, None, Changes())
         self._fill = fill
         self._position = 0
         # What torch writes for a tensor of a dtype and shape, in order, without CRC32s; None for the tensor's bytes.

@@ -13,7 +13,7 @@ import pickle
 import re
 import struct
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from torchferry.errors import (
     UnsafeCheckpointError,
     mask,
 )
+from torchferry.formats.lending import LENT_FROM, lend
 from torchferry.formats.selection import is_meta, unsafe_message
 from torchferry.printable import printable
 
@@ -38,7 +39,16 @@ if TYPE_CHECKING:
     import mmap
     from collections.abc import Iterator
 
-__all__ = ["LOADS_IN_PLACE", "NO_MODES", "TorchModes", "load_in_place", "torch_errors", "torch_load", "torch_save"]
+__all__ = [
+    "LOADS_IN_PLACE",
+    "NO_MODES",
+    "TorchModes",
+    "crc32_option_is_of_the_context",
+    "load_in_place",
+    "torch_errors",
+    "torch_load",
+    "torch_save",
+]
 
 # Bound here: a user may put torchferry's own functions in their place.
 torch_save = serialization.save
@@ -79,21 +89,52 @@ _NOT_OF_TORCHSCRIPT = (
 _DIRECTORIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
 
 
+def crc32_option_is_of_the_context() -> bool:
+    """Whether ``set_crc32_options`` is seen by this thread alone: older versions of torch have one option for all."""
+    from torch.utils.serialization import config
+
+    entry = getattr(config, "_config", {}).get("save.compute_crc32")
+    return isinstance(getattr(entry, "user_override", None), ContextVar)
+
+
 class _Storages:
     """The storages in some memory, as ``torch.serialization._load`` takes them: by slices.
+
+    A large one gives its own memory back when its tensors are gone.
 
     torch keeps a storage for all tensors with its key, unless its address is 0, as that of an empty storage is. Empty
     tensors of several dtypes have one key. So an empty slice must be such a storage, not one within the memory.
     """
 
     def __init__(self, memory: mmap.mmap) -> None:
+        self._memory: mmap.mmap | None = memory
+        self._lent: list[torch.UntypedStorage] = []  # torch may ask for one twice
         self._all = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
 
     def __getitem__(self, part: slice) -> torch.UntypedStorage:
         if part.start >= part.stop:
             return torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
+        if part.stop - part.start >= LENT_FROM:
+            assert self._memory is not None  # noqa: S101 - not closed
+            lent = lend(self._memory, part.start, part.stop - part.start)
+            with _without_modes():
+                self._lent.append(torch.frombuffer(lent, dtype=torch.uint8).untyped_storage())
+            return self._lent[-1]
         storage: torch.UntypedStorage = self._all[part]
         return storage
+
+    def close(self) -> None:
+        """Lets go of the memory: what torch keeps of a load until the collector runs must not keep it alive."""
+        self._memory = None
+        self._lent.clear()
+        self._all = torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _without_modes() -> Iterator[None]:
+    """Has modes of the caller's not see what is done."""
+    with _python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():  # noqa: SLF001
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,9 +238,12 @@ def load_in_place(memory: mmap.mmap, *, map_location: Any, weights_only: bool, m
     memory.seek(0)
     unpickler = _weights_only_unpickler if weights_only else pickle
     options = {"weights_only": weights_only} if _TAKES_WEIGHTS_ONLY else {}
-    storages = _Storages(memory)
     has_meta_storages = is_meta(map_location) or modes.make_fakes
-    with serialization._open_zipfile_reader(memory) as reader, modes.applied():  # type: ignore[arg-type]  # noqa: SLF001
+    with (
+        closing(_Storages(memory)) as storages,
+        serialization._open_zipfile_reader(memory) as reader,  # type: ignore[arg-type]  # noqa: SLF001
+        modes.applied(),
+    ):
         return serialization._load(  # type: ignore[no-untyped-call]  # noqa: SLF001
             _NativeReader(reader) if has_meta_storages else reader,
             map_location,

@@ -13,9 +13,10 @@ from __future__ import annotations
 import contextvars
 import io
 import os
+import threading
 import types
 from bisect import bisect_right, insort
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -35,8 +36,8 @@ from torchferry.engine.types import MIB, Chunk
 from torchferry.engine.writer import UploadPlan
 from torchferry.formats.archive import DESCRIPTOR_SIGNATURE
 from torchferry.formats.changes import Changes
-from torchferry.formats.checksum import Crc32Filler
-from torchferry.formats.torch_hooks import NO_MODES, TorchModes, torch_save
+from torchferry.formats.checksum import Crc32Filler, UnknownLayoutError
+from torchferry.formats.torch_hooks import NO_MODES, TorchModes, crc32_option_is_of_the_context, torch_save
 from torchferry.formats.torch_pickle import Pickled, recording_pickle, replaying_pickle
 
 __all__ = ["LENT_FROM", "TorchStream", "fills_crc32s"]
@@ -49,7 +50,7 @@ _SMALL_PART = 5 * MIB  # where most is copied: more parts are under way in the s
 _COPYING_PART = 16 * MIB  # where more than that is copied, and yet less than half: two such saves fit the ledger
 _DEVICE_SHARE = 8  # from a device, a part is at most this share of the ledger, so that several are under way
 _QUEUE = 4  # chunks between torch.save and the store
-_FILLED = ("2.13.", "2.14.")  # the versions of torch whose CRC32s Crc32Filler fills in
+_surprised = threading.Event()  # a save met what _knows_layout had not seen: torch computes the CRC32s from then on
 _ZEROS = memoryview(bytes(64 << 10))
 _RECORD_OVERHEAD = 256  # bytes of zip headers, padding and directory for a record, at most (64-byte alignment)
 
@@ -67,6 +68,8 @@ class TorchStream(AsyncIterator["Chunk"]):
         url: For messages.
         store_checks: Whether the store compares what it gets with the chunks' CRC32s.
         store_reads_loans: Whether the store reads chunks within :func:`.lending.reading`.
+        lazy: Gives the bytes of some storages in place of those in memory, by address and size
+            (:class:`.lazy.LazyTensors`); only where :func:`fills_crc32s`.
 
     Attributes:
         size_hint: About how many bytes the chunks are together; known while running.
@@ -83,7 +86,9 @@ class TorchStream(AsyncIterator["Chunk"]):
         url: str = "",
         store_checks: bool = False,
         store_reads_loans: bool = False,
+        lazy: Callable[[int, int], Iterator[Chunk] | None] | None = None,
     ) -> None:
+        self._lazy = lazy
         self.size_hint = 0
         self.plan = UploadPlan()
         self._obj = obj
@@ -186,7 +191,7 @@ class TorchStream(AsyncIterator["Chunk"]):
         filler = Crc32Filler() if fills else None
         if self._lent is not None and not self._store_reads_loans:
             self._lent.recall()
-        writer = _Writer(self._storages, self._chunks.put, filler, self._changes)
+        writer = _Writer(self._storages, self._chunks.put, filler, self._changes, self._lazy)
         tensors: list[torch.Tensor] = []
 
         def on_opened() -> None:
@@ -259,8 +264,14 @@ class _Writer:
     """The file object that ``torch.save`` writes into; where it leaves the CRC32s out, ``filler`` fills them in."""
 
     def __init__(
-        self, storages: _Storages, emit: Callable[[Chunk], None], filler: Crc32Filler | None, changes: Changes
+        self,
+        storages: _Storages,
+        emit: Callable[[Chunk], None],
+        filler: Crc32Filler | None,
+        changes: Changes,
+        lazy: Callable[[int, int], Iterator[Chunk] | None] | None = None,
     ) -> None:
+        self._lazy = lazy
         self._storages = storages
         self._changes = changes
         self._send = emit
@@ -286,10 +297,19 @@ class _Writer:
             return self._write(data)
         except Exception as error:
             self.error = self.error or error
+            if isinstance(error, UnknownLayoutError):
+                _surprised.set()
             raise
 
     def _write(self, data: memoryview) -> int:
         size = len(data)
+        if self._lazy is not None and size and (chunks := self._lazy(address_of(data), size)) is not None:
+            if size >= LENT_FROM:
+                self._emit_copies()
+                for chunk in chunks:
+                    self._emit(memoryview(chunk.data), fills=True)
+                return size
+            data = memoryview(b"".join(chunk.data for chunk in chunks))
         if size >= LENT_FROM and (owner := self._storages.owner_of(data)) is not None:
             self._emit_copies()
             self._emit(data, owner)
@@ -340,16 +360,28 @@ class _Writer:
             self._emit(self._block[self._emitted : self._filled].toreadonly())
             self._emitted = self._filled
 
-    def _emit(self, view: memoryview, owner: _Owner | None = None) -> None:
-        """Emits bytes in chunks that end where parts end; those of a storage from its own memory."""
+    def _emit(self, view: memoryview, owner: _Owner | None = None, *, fills: bool = False) -> None:
+        """Emits bytes in chunks that end where parts end; those of a storage from its own memory.
+
+        Args:
+            view: The bytes.
+            owner: The storage that they lie in.
+            fills: Whether they are a record's, whose CRC32 is filled in.
+        """
         while len(view):
             piece = view[: min(len(view), self._left, _PIECE)]
             view = view[len(piece) :]
             self._left -= len(piece)
-            self._send(Chunk(piece, isal_zlib.crc32(piece)) if owner is None else self._lend(piece, owner))
+            self._send(self._copied(piece, fills=fills) if owner is None else self._lend(piece, owner))
             if not self._left:
                 self._part += 1
                 self._left = self._plan.part_at(self._part)
+
+    def _copied(self, piece: memoryview, *, fills: bool) -> Chunk:
+        crc32 = isal_zlib.crc32(piece)
+        if fills and self._filler is not None:
+            self._filler.add(piece, crc32)
+        return Chunk(piece, crc32)
 
     def _lend(self, piece: memoryview, owner: _Owner) -> Chunk:
         lent = lend(piece, owner.storage, owner.loans)
@@ -445,16 +477,19 @@ class _Storages:
         return self._owners[position] if address + len(data) <= start + size else None
 
 
-@cache
 def fills_crc32s() -> bool:
-    """Whether a stream computes CRC32s itself, and torch does not read storages for them.
+    """Whether a stream computes CRC32s itself, and torch does not read storages for them."""
+    return not _surprised.is_set() and _knows_layout()
 
-    Whether this torch, told to leave CRC32s out, writes what Crc32Filler knows.
 
-    Those of _FILLED: up to some version before, the option is one for all threads; a later one is for somebody to look
-    at, and computes its own CRC32s until then. Tried on a small archive, for a torch that somebody built or patched.
+@cache
+def _knows_layout() -> bool:
+    """Whether this torch, told to leave CRC32s out, writes what Crc32Filler knows.
+
+    Asked of torch itself, not of its version: the option must be one for each thread (in older ones it is one for
+    all: then nothing is tried), and a small archive that is filled in must be the one that torch writes, to the byte.
     """
-    if not torch.__version__.startswith(_FILLED):
+    if not crc32_option_is_of_the_context():
         return False
     looks_like_a_descriptor = torch.frombuffer(bytearray(DESCRIPTOR_SIGNATURE * 4), dtype=torch.uint8)
     obj = [torch.empty(0), looks_like_a_descriptor, torch.ones(MIB)]

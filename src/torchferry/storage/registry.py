@@ -35,7 +35,7 @@ from torchferry.storage.options import option_names, require_known, unknown_opti
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["ENTRY_POINT_GROUP", "open_backend"]
+__all__ = ["ENTRY_POINT_GROUP", "open_backend", "protocol_of"]
 
 ENTRY_POINT_GROUP = "torchferry.storage_backends"
 
@@ -85,6 +85,13 @@ def open_backend(
     while isinstance(filesystem, DirFileSystem):  # a directory of a store is reached as the store is
         filesystem, path = filesystem.fs, filesystem._join(path)
     return _backend_for(_of_this_process(filesystem)), path.rstrip("/") if directory else path
+
+
+def protocol_of(url: str | os.PathLike[str]) -> str:
+    """The protocol of a URL, or of the last one of a chain: "file" for a local path."""
+    last = os.fspath(url).rpartition("::")[2]
+    found = _URL.match(last)
+    return found.group(1).lower() if found else "file"
 
 
 def _backend_for(fs: AbstractFileSystem) -> Backend:
