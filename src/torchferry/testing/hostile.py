@@ -33,7 +33,19 @@ from torchferry.checkpoint.values import LoadedCheckpoint
 from torchferry.cli import main as command
 from torchferry.formats.opcodes import scan_pickle
 
-__all__ = ["FILES", "PICKLES", "UNWANTED", "VALUES", "acts", "archive_of", "legacy_of", "run", "saved", "taken"]
+__all__ = [
+    "FILES",
+    "PICKLES",
+    "SAFETENSORS",
+    "UNWANTED",
+    "VALUES",
+    "acts",
+    "archive_of",
+    "legacy_of",
+    "run",
+    "saved",
+    "taken",
+]
 
 UNWANTED = ("other error", "long", "memory", "acts on a terminal")
 """What no try may end with, in the report of :func:`run`."""
@@ -267,6 +279,46 @@ def _directory_as_large_as_the_file() -> bytes:
 
 _SMALL = saved({"a": torch.ones(4)})
 
+
+def _safetensors_of(header: str, data: bytes = bytes(16)) -> bytes:
+    content = header.encode("utf-8", "surrogatepass")
+    return struct.pack("<Q", len(content)) + content + data
+
+
+_F32 = '{"dtype":"F32","shape":[4],"data_offsets":[0,16]}'
+_JSON_ESCAPES = json.dumps(_ESCAPES)
+
+SAFETENSORS: dict[str, Callable[[], bytes]] = {
+    "a name that acts on a terminal": lambda: _safetensors_of(f"{{{_JSON_ESCAPES}:{_F32}}}"),
+    "metadata that acts on a terminal": lambda: _safetensors_of(
+        f'{{"__metadata__":{{{_JSON_ESCAPES}:{_JSON_ESCAPES}}},"a":{_F32}}}'
+    ),
+    "a dtype that acts on a terminal": lambda: _safetensors_of(f'{{"a":{{"dtype":{_JSON_ESCAPES},"shape":[4]}}}}'),
+    "a million brackets": lambda: _safetensors_of("[" * 1_000_000),
+    "deep metadata": lambda: _safetensors_of('{"__metadata__":' * 100_000),
+    "a million numbers": lambda: _safetensors_of('{"a":{"dtype":"F32","shape":[' + "1," * 1_000_000 + "4]}}"),
+    "20,000 tensors of nothing": lambda: _safetensors_of(
+        "{" + ",".join(f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(20_000)) + "}", b""
+    ),
+    "a shape of huge numbers": lambda: _safetensors_of(
+        '{"a":{"dtype":"F32","shape":[9223372036854775807,9223372036854775807],"data_offsets":[0,16]}}'
+    ),
+    "a number of a million digits": lambda: _safetensors_of('{"a":{"dtype":"F32","shape":[' + "9" * 1_000_000 + "]}}"),
+    "a negative shape": lambda: _safetensors_of('{"a":{"dtype":"F32","shape":[-4],"data_offsets":[0,16]}}'),
+    "offsets beyond the file": lambda: _safetensors_of('{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,1600]}}'),
+    "offsets that overlap": lambda: _safetensors_of(f'{{"a":{_F32},"b":{_F32}}}'),
+    "a name twice": lambda: _safetensors_of(f'{{"a":{_F32},"a":{_F32}}}'),
+    "a name of a million characters": lambda: _safetensors_of(f'{{"{"k" * 1_000_000}":{_F32}}}'),
+    "a shape of text": lambda: _safetensors_of('{"a":{"dtype":"F32","shape":"4","data_offsets":[0,16]}}'),
+    "a tensor that is null": lambda: _safetensors_of('{"a":null}'),
+    "not a number": lambda: _safetensors_of('{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,16]}}'),
+    "an escape that is none": lambda: _safetensors_of(f'{{"\\q":{_F32}}}'),
+    "half of a surrogate pair": lambda: _safetensors_of(f'{{"\\ud800":{_F32}}}'),
+    "a header that is no UTF-8": lambda: struct.pack("<Q", 2) + b"\xff\xff",
+    "a header of 2**60 bytes": lambda: struct.pack("<Q", 1 << 60) + b"{}",
+    "a header of spaces": lambda: _safetensors_of(" " * 1_000_000),
+}
+
 FILES: dict[str, Callable[[], bytes]] = {
     **{f"{name}, zip": partial(archive_of, data, bytes(16)) for name, data in PICKLES.items()},
     **{f"{name}, legacy": partial(legacy_of, data) for name, data in PICKLES.items()},
@@ -291,8 +343,8 @@ FILES: dict[str, Callable[[], bytes]] = {
     ),
     "one byte": lambda: b"\x80",
     "a plain pickle": lambda: PICKLES["memo index"],
-    "safetensors": lambda: struct.pack("<Q", 2) + b"{}",
-    "a safetensors header of 2**60": lambda: struct.pack("<Q", 1 << 60) + b"{}",
+    **{f"{name}, safetensors": make for name, make in SAFETENSORS.items()},
+    "safetensors of nothing": lambda: struct.pack("<Q", 2) + b"{}",
     "text that acts on a terminal": lambda: _ESCAPES.encode("utf-8", "surrogatepass") * 100,
 }
 """Makes each file."""
@@ -376,7 +428,6 @@ def acts(url: str, target: str, options: Mapping[str, Any] | None = None) -> dic
     more: dict[str, Any] = {"storage_options": options} if options else {}
     both: dict[str, Any] = {"source_storage_options": options, "target_storage_options": options} if options else {}
     shell = ["--storage-options", json.dumps(options)] if options else []
-    shells = ["--source-options", json.dumps(options), "--target-options", json.dumps(options)] if options else []
 
     def load(**arguments: Any) -> None:
         torchferry.load(url, **arguments, **more)
@@ -389,15 +440,22 @@ def acts(url: str, target: str, options: Mapping[str, Any] | None = None) -> dic
         "load, verify=False": lambda: load(verify=False),
         "load, keys": lambda: load(keys=["k0"]),
         "load, meta": lambda: load(map_location="meta"),
-        "inspect": lambda: torchferry.inspect(url, **more) and None,
+        "inspect": lambda: repr(torchferry.inspect(url, **more)),
+        "inspect, in a notebook": lambda: torchferry.inspect(url, **more)._repr_html_(),
         "verify": lambda: torchferry.verify(url, **more) and None,
         "copy": lambda: torchferry.copy(url, target, **both) and None,
         "copy, verify=False": lambda: torchferry.copy(url, target, verify=False, **both) and None,
+        "diff": lambda: str(torchferry.diff(url, url, first_storage_options=options, second_storage_options=options)),
+        "convert": lambda: torchferry.convert(url, f"{target}.safetensors", **both) and None,
         "torchferry inspect": lambda: _output("inspect", url, *shell),
         "torchferry inspect --all": lambda: _output("inspect", url, "--all", *shell),
+        "torchferry inspect --depth": lambda: _output("inspect", url, "--depth", "100000", *shell),
         "torchferry inspect --json": lambda: _output("inspect", url, "--json", *shell),
         "torchferry verify": lambda: _output("verify", url, *shell),
-        "torchferry copy": lambda: _output("copy", url, target, *shells),
+        "torchferry copy": lambda: _output("copy", url, target, *shell),
+        "torchferry ls": lambda: _output("ls", "--long", url, *shell),
+        "torchferry diff": lambda: _output("diff", url, url, *shell),
+        "torchferry convert": lambda: _output("convert", url, f"{target}.safetensors", *shell),
         "Deck": deck,
     }
 
