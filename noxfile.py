@@ -162,7 +162,7 @@ def build(session: nox.Session) -> None:
 @nox.session
 def reliability(session: nox.Session) -> None:
     """Cancels, kills, outages, bit flips and growth on every cloud, in one table; `nox -s reliability -- --help`."""
-    install(session, "s3", "gcs", "azure", "test")
+    install(session, "s3", "gcs", "azure", "cli", "test")
     install_stores(session)
     session.run("python", "-m", "reliability", *session.posargs)
 

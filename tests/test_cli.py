@@ -383,19 +383,6 @@ def test_python_m_runs_the_command(checkpoint: str, module: str) -> None:
     assert "module_state_dict.bias" in done.stdout
 
 
-def test_who_reads_the_beginning_alone_gets_no_error(tmp_path: Path) -> None:
-    path = tmp_path / "x.pt"
-    torch.save([torch.zeros(1) for _ in range(20_000)], path)
-    command = [sys.executable, "-m", "torchferry", "inspect", "--all", str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.readline()
-        process.stdout.close()
-        assert process.stderr.read() == b""
-    assert process.returncode == 0
-
-
 def test_a_terminal_that_cannot_show_a_key_gets_an_escape(tmp_path: Path) -> None:
     torch.save({"gewicht.ü": torch.ones(1)}, tmp_path / "x.pt")
     command = [sys.executable, "-m", "torchferry", "inspect", str(tmp_path / "x.pt")]
@@ -405,8 +392,8 @@ def test_a_terminal_that_cannot_show_a_key_gets_an_escape(tmp_path: Path) -> Non
 
 
 def test_copy_names_its_own_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "x.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    assert main(["copy", str(tmp_path / "x.safetensors"), str(tmp_path / "y")]) == 1
+    (tmp_path / "x.txt").write_bytes(b"no checkpoint")
+    assert main(["copy", str(tmp_path / "x.txt"), str(tmp_path / "y")]) == 1
     error = capsys.readouterr().err
     assert "--no-verify" in error
     assert "verify=" not in error

@@ -151,7 +151,9 @@ def test_the_traceback_of_an_error_of_the_users_stays(tmp_path: Path) -> None:
             fail()
         except ValueError:
             torchferry.load(tmp_path / "missing.pt")
-    assert "in fail" in "".join(traceback.format_exception(raised.value))
+    context = raised.value.__context__
+    assert isinstance(context, ValueError)
+    assert "in fail" in "".join(traceback.format_exception(context))
 
 
 def test_the_whole_traceback_is_there_for_who_debugs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -49,7 +49,7 @@ def test_no_hostile_file_hangs_fills_memory_deceives_or_raises_anything_but_docu
 
 def test_a_hostile_pickle_is_refused_with_weights_only_false_as_well(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
-    for name in ("memo index", "shared tuples as key", "deep tuple as key", "two million sets", "bytearray8 of a size"):
+    for name in ("memo index", "shared tuples as key", "deep tuple as key", "600,000 sets", "bytearray8 of a size"):
         path.write_bytes(archive_of(PICKLES[name]))
         for verify in (True, False):
             with pytest.raises(CheckpointCorruptError):
@@ -71,7 +71,7 @@ def test_a_legacy_checkpoint_of_storages_longer_than_itself_is_refused(tmp_path:
         torchferry.load(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("name", ["memo index", "nested keys", "shared tuples as key", "two million sets"])
+@pytest.mark.parametrize("name", ["memo index", "nested keys", "shared tuples as key", "600,000 sets"])
 def test_a_hostile_pickle_is_refused_before_it_is_unpickled(name: str) -> None:
     with pytest.raises(CheckpointCorruptError, match=r"^test://x: data\.pkl"):
         list(read_graph(PICKLES[name], "test://x").tensors())

@@ -15,9 +15,10 @@ from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.memory import BLOCK_SIZE, EVERYTHING_ELSE
 from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import Transfer, current
-from torchferry.errors import mask
+from torchferry.errors import CheckpointCorruptError, mask
 from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, Record, sniff
 from torchferry.opening import open_reader
+from torchferry.printable import printable
 from torchferry.safetensors_files import inspect_safetensors
 from torchferry.safetensors_opening import open_file, open_files
 from torchferry.storage.registry import open_backend
@@ -161,6 +162,9 @@ async def _open(backend: Backend, path: str) -> _Side:
     if looks not in {SAFETENSORS_FORMAT, INDEX_FORMAT}:
         manifest = await inspect_torch(source)
         records = {record.name: record for record in manifest.records}
+        for tensor in manifest.tensors:
+            if tensor.record is not None and tensor.record not in records:
+                raise CheckpointCorruptError(f"{source.url} is damaged: record {printable(tensor.record)} is missing.")
         return _Side(manifest, dict.fromkeys(records, source), records)
     files = [await open_file(source, path)] if looks == SAFETENSORS_FORMAT else await open_files(backend, path, source)
     manifest = await in_thread(inspect_safetensors, files, source)

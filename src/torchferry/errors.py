@@ -102,10 +102,15 @@ def shows_frames() -> bool:
     return logging.getLogger("torchferry").isEnabledFor(logging.DEBUG)
 
 
-def forget_frames(error: TorchferryError) -> None:
-    """Lets go of the frames that an error and its causes were raised in, unless :func:`shows_frames`."""
+def forget_frames(error: TorchferryError, but: BaseException | None = None) -> None:
+    """Lets go of the frames that an error and its causes were raised in, unless :func:`shows_frames`.
+
+    Args:
+        error: It.
+        but: An exception that was being handled before, which is none of ours.
+    """
     left: list[BaseException | None] = [] if shows_frames() else [error]
-    seen: set[int] = set()
+    seen = {id(but)}
     while left:
         forgets = left.pop()
         if forgets is not None and id(forgets) not in seen:

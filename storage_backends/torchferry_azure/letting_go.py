@@ -35,7 +35,12 @@ def session_of(fs: AbstractFileSystem) -> Any:
 
 
 def let_go(fs: AzureBlobFileSystem) -> None:
-    """Replaces the finalizers of a filesystem; called once for each."""
+    """Replaces the finalizers of a filesystem; called once for each.
+
+    Those of one that its user drives from a loop of their own stay: nobody else can close its clients.
+    """
+    if fs.asynchronous:
+        return
     for finalizer in list(getattr(weakref.finalize, "_registry", {})):
         held = finalizer.peek()
         if held is not None and held[0] is fs and any(argument is fs for argument in held[2]):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from torchferry.cli.printing import console, escaped, is_terminal, print_json, say, size, table
+from torchferry.cli.printing import Table, escaped, is_terminal, print_json, say, size
 from torchferry.cli.store import storage_options_for, store_options
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ __all__ = ["inspect"]
 _SHOWN = 40  # lines of a tree on a terminal, where no depth is given
 _VALUES = 20
 _ALWAYS = 1 << 30
+_DEEPEST = 100  # levels of a tree that are shown
 
 
 @dataclass(slots=True)
@@ -87,10 +88,10 @@ def _described(tensor: TensorInfo) -> tuple[str, str]:
 
 
 def _print_table(tensors: Iterable[TensorInfo]) -> None:
-    listing = table("tensor", "dtype", "shape", "bytes", "record", right=("bytes",))
+    listing = Table("tensor", "dtype", "shape", "bytes", "record", right=("bytes",))
     for tensor in tensors:
         listing.add_row(escaped(tensor.key), *_described(tensor), size(tensor.nbytes), escaped(tensor.record or "meta"))
-    console().print(listing)
+    listing.show()
 
 
 def _print_tree(tensors: Sequence[TensorInfo], depth: int | None) -> None:
@@ -107,9 +108,9 @@ def _print_tree(tensors: Sequence[TensorInfo], depth: int | None) -> None:
             if lines == _count(root, depth):
                 break
             depth += 1
-    listing = table("name", "dtype", "shape", "bytes", right=("bytes",))
-    _add_lines(listing, root, depth, "")
-    console().print(listing)
+    listing = Table("name", "dtype", "shape", "bytes", right=("bytes",))
+    _add_lines(listing, root, min(depth, _DEEPEST), "")
+    listing.show()
 
 
 def _count(node: _Node, depth: int) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from torchferry.cli.printing import age, console, escaped, print_json, say, size, table
+from torchferry.cli.printing import Table, age, escaped, print_json, say, size
 from torchferry.cli.store import storage_options_for, store_options
 
 if TYPE_CHECKING:
@@ -68,13 +68,13 @@ def ls(url: str, is_long: bool, is_all: bool, sort: str, as_json: bool, **given:
         print_json([_as_json(row) for row in rows])
         return
     more = ("format", "tensors") if is_long else ()
-    listing = table("step", "size", "age", *more, "name", right=("step", "size", "age", "tensors"))
+    listing = Table("step", "size", "age", *more, "name", right=("step", "size", "age", "tensors"))
     for row in rows:
         extra = (row.format, "" if row.tensors is None else f"{row.tensors:,}") if is_long else ()
         step = "" if row.step is None else str(row.step)
         listing.add_row(step, size(row.size), age(row.modified), *extra, escaped(row.name))
     if rows:
-        console().print(listing)
+        listing.show()
     hidden = len(found) - sum(row.objects for row in rows)
     note = f" ({hidden:,} other objects: --all lists them)" if hidden and not is_all else ""
     say(f"{len(rows):,} {'objects' if is_all else 'checkpoints'}, {size(sum(row.size for row in rows))}{note}")

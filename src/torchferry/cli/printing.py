@@ -13,12 +13,11 @@ from torchferry.printable import escaped
 
 if TYPE_CHECKING:
     from fsspec.callbacks import Callback
-    from rich.console import Console
-    from rich.table import Table
 
-__all__ = ["age", "console", "escaped", "is_terminal", "one_line", "print_json", "progress", "say", "size", "table"]
+__all__ = ["Table", "age", "escaped", "is_terminal", "one_line", "print_json", "progress", "say", "size"]
 
-_UNLIMITED = 1 << 20  # columns
+_WIDEST = 200  # characters that a column is filled up to
+_MOST_BY_RICH = 1000  # rows: it takes a millisecond each
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 _AGES = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -53,17 +52,6 @@ def is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-def console() -> Console:
-    """Where tables go: as wide as the terminal, or, into a pipe, as wide as they are."""
-    from rich.console import Console
-
-    class Terminal(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # rich would end the process with status 1
-
-    return Terminal(width=None if is_terminal() else _UNLIMITED, highlight=False, markup=False, emoji=False)
-
-
 def say(text: str = "") -> None:
     """Prints a line."""
     print(text)
@@ -74,16 +62,52 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
-    """A table without lines, whose first column is never cut."""
-    from rich.table import Table
+class Table:
+    """Rows in columns, without lines; nothing is cut.
 
-    made = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for column in made.columns:
-        column.overflow = "fold"
-        column.justify = "right" if column.header in right else "left"
-        column.no_wrap = column.header in right
-    return made
+    Args:
+        columns: Their headings.
+        right: Those whose cells stand on the right.
+    """
+
+    def __init__(self, *columns: str, right: tuple[str, ...] = ()) -> None:
+        self._columns = columns
+        self._right = right
+        self._rows: list[tuple[str, ...]] = []
+
+    def add_row(self, *cells: str) -> None:
+        """Adds a row."""
+        self._rows.append(cells)
+
+    def show(self) -> None:
+        """Prints it: on a terminal by rich, as wide as that is; into a pipe, or where it is long, by itself."""
+        if is_terminal() and len(self._rows) <= _MOST_BY_RICH:
+            self._show_by_rich()
+            return
+        rows = [self._columns, *self._rows]
+        widths = [min(max(map(len, column)), _WIDEST) for column in zip(*rows, strict=True)]
+        widths[-1] = widths[-1] if self._columns[-1] in self._right else 0
+        aligned = [">" if column in self._right else "<" for column in self._columns]
+        for row in rows:
+            cells = zip(row, aligned, widths, strict=True)
+            print("  ".join(f"{cell:{align}{width}}" for cell, align, width in cells).rstrip())
+
+    def _show_by_rich(self) -> None:
+        from rich.console import Console
+        from rich.table import Table as RichTable
+
+        class Terminal(Console):
+            def on_broken_pipe(self) -> None:
+                raise BrokenPipeError  # rich would end the process with status 1
+
+        made = RichTable(*self._columns, box=None, pad_edge=False, header_style="bold")
+        for column in made.columns:
+            column.overflow = "fold"
+            column.justify = "right" if column.header in self._right else "left"
+            column.no_wrap = column.header in self._right
+        for row in self._rows:
+            made.add_row(*row)
+        Terminal(highlight=False, markup=False, emoji=False).print(made)
 
 
 @contextmanager

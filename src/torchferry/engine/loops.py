@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -124,7 +125,12 @@ async def run_on(
     """
     here = asyncio.get_running_loop()
     if loop is None or loop is here:
-        return await func(*args, **kwargs)
+        handled = sys.exception()
+        try:
+            return await func(*args, **kwargs)
+        except TorchferryError as error:
+            forget_frames(error, but=handled)
+            raise
     require_running_interpreter()
     done: asyncio.Future[None] = here.create_future()
     call = Call(partial(func, *args, **kwargs), lambda: here.call_soon_threadsafe(done.set_result, None), loop=loop)

@@ -33,7 +33,19 @@ from torchferry.checkpoint.values import LoadedCheckpoint
 from torchferry.cli import main as command
 from torchferry.formats.opcodes import scan_pickle
 
-__all__ = ["FILES", "PICKLES", "UNWANTED", "VALUES", "acts", "archive_of", "legacy_of", "run", "saved", "taken"]
+__all__ = [
+    "FILES",
+    "PICKLES",
+    "SAFETENSORS",
+    "UNWANTED",
+    "VALUES",
+    "acts",
+    "archive_of",
+    "legacy_of",
+    "run",
+    "saved",
+    "taken",
+]
 
 UNWANTED = ("other error", "long", "memory", "acts on a terminal")
 """What no try may end with, in the report of :func:`run`."""
@@ -87,7 +99,7 @@ def _tensor(
 
 
 _DOUBLING = b")" + b"".join(_put(i) + b"h" + bytes([i]) + b"\x86" for i in range(40))  # y = (y, y), 40 times
-_DEEP = b")" + b"\x85" * 1_000_000
+_DEEP = b")" + b"\x85" * 200_000
 _EMPTY = b"ccollections\nOrderedDict\n)R"
 
 
@@ -112,7 +124,7 @@ PICKLES: dict[str, bytes] = {
     "key is a number": _pickled(_tensor(of=_storage(key=b"K\0"))),
     "nested keys": b"\x80\x02" + (b"}(" + _text("t") + _tensor() + _text("k" * 2000)) * 2000 + b"N" + b"u" * 2000 + b".",
     "nested keys of emoji": b"\x80\x02" + (b"}(" + _text("t") + _tensor() + _text("\U0001f600" * 500)) * 2000 + b"N" + b"u" * 2000 + b".",
-    "nested lists": b"\x80\x02" + b"]" * 300_000 + _tensor() + b"a" * 300_000 + b".",
+    "nested lists": b"\x80\x02" + b"]" * 100_000 + _tensor() + b"a" * 100_000 + b".",
     "shared tuples as key": b"\x80\x02}" + _DOUBLING + b"Ns.",
     "shared tuples as value": _pickled(_DOUBLING),
     "shared tuples as persistent id": b"\x80\x02" + _DOUBLING + b"Q.",
@@ -121,13 +133,13 @@ PICKLES: dict[str, bytes] = {
     "shared tuples as layout": _pickled(b"ctorch._utils\n_rebuild_sparse_tensor\n(" + _DOUBLING + _DOUBLING + b"tR"),
     "shared tuples in a set": b"\x80\x02c__builtin__\nset\n](" + _DOUBLING + b"e\x85R.",
     "shared lists in a tensor": b"\x80\x02ctorch\nFloatTensor\n](K\x01e" + b"".join(_put(i) + b"]h" + bytes([i]) + b"ah" + bytes([i]) + b"a" for i in range(30)) + b"\x85R.",
-    "a million keys of shared tuples": b"\x80\x02}(" + (b")" + b"".join(_put(i) + b"h" + bytes([i]) + b"\x86" for i in range(15))) + _put(99) + b"N" + b"h\x63N" * 200_000 + b"u.",
+    "200,000 keys of shared tuples": b"\x80\x02}(" + (b")" + b"".join(_put(i) + b"h" + bytes([i]) + b"\x86" for i in range(15))) + _put(99) + b"N" + b"h\x63N" * 200_000 + b"u.",
     "deep tuple": b"\x80\x02" + _DEEP + b".",
     "deep tuple as key": b"\x80\x02}" + _DEEP + b"Ns.",
     "deep tuple as persistent id": b"\x80\x02" + _DEEP + b"Q.",
-    "two million lists": b"\x80\x02](" + b"]" * 2_000_000 + b"e.",
-    "two million sets": b"\x80\x04](" + b"\x8f" * 2_000_000 + b"e.",
-    "a million globals": b"\x80\x02](" + b"".join(b"ca\nb%d\n" % i for i in range(200_000)) + b"e.",
+    "600,000 lists": b"\x80\x02](" + b"]" * 600_000 + b"e.",
+    "600,000 sets": b"\x80\x04](" + b"\x8f" * 600_000 + b"e.",
+    "200,000 globals": b"\x80\x02](" + b"".join(b"ca\nb%d\n" % i for i in range(200_000)) + b"e.",
     "bytearray of a size": _pickled(b"c__builtin__\nbytearray\n\x8a\x05\0\0\0\0\x01\x85R"),
     "bytearray of a size, popped": _pickled(b"c__builtin__\nbytearray\n\x8a\x05\0\0\0\0\x01\x85R0N"),
     "bytearray through a tensor": _pickled(b"ctorch._tensor\n_rebuild_from_type_v2\n(c__builtin__\nbytearray\nctorch\nTensor\n\x8a\x05\0\0\0\0\x01\x85}tR"),
@@ -155,7 +167,7 @@ PICKLES: dict[str, bytes] = {
     "no opcode": b"\x80\x02\xff.",
     "extension code": b"\x80\x02\x82\x01.",
     "nothing": b"",
-    "tensors shared 300,000 times": b"\x80\x02](" + _tensor() + _put(0) + b"h\x00" * 300_000 + b"e.",
+    "tensors shared 100,000 times": b"\x80\x02](" + _tensor() + _put(0) + b"h\x00" * 100_000 + b"e.",
     "byte of a list": _pickled(b"c__builtin__\nbytearray\n](K\x01K\x02e\x85R"),
 }  # fmt: skip
 
@@ -209,9 +221,9 @@ PICKLES |= {
     "an ordered dict with a state that is none": _pickled(_EMPTY + b"K\1b"),
     "a build of a tuple": b"\x80\x02)}b.",
     "a blocked module": b"\x80\x02cposix\nsystem\n" + _text("true") + b"\x85R.",
-    "a million marks": b"\x80\x02" + b"(" * 1_000_000 + b"N.",
-    "a million memo entries": b"\x80\x02]" + b"".join(_put(i) for i in range(200_000)) + b".",
-    "a million pops": b"\x80\x02" + b"N0" * 500_000 + b"N.",
+    "300,000 marks": b"\x80\x02" + b"(" * 300_000 + b"N.",
+    "50,000 memo entries": b"\x80\x02]" + b"".join(_put(i) for i in range(50_000)) + b".",
+    "150,000 pops": b"\x80\x02" + b"N0" * 150_000 + b"N.",
     "a gigabyte in a frame": b"\x80\x04\x95\0\0\0\x40\0\0\0\0N.",
 }  # fmt: skip
 
@@ -267,6 +279,46 @@ def _directory_as_large_as_the_file() -> bytes:
 
 _SMALL = saved({"a": torch.ones(4)})
 
+
+def _safetensors_of(header: str, data: bytes = bytes(16)) -> bytes:
+    content = header.encode("utf-8", "surrogatepass")
+    return struct.pack("<Q", len(content)) + content + data
+
+
+_F32 = '{"dtype":"F32","shape":[4],"data_offsets":[0,16]}'
+_JSON_ESCAPES = json.dumps(_ESCAPES)
+
+SAFETENSORS: dict[str, Callable[[], bytes]] = {
+    "a name that acts on a terminal": lambda: _safetensors_of(f"{{{_JSON_ESCAPES}:{_F32}}}"),
+    "metadata that acts on a terminal": lambda: _safetensors_of(
+        f'{{"__metadata__":{{{_JSON_ESCAPES}:{_JSON_ESCAPES}}},"a":{_F32}}}'
+    ),
+    "a dtype that acts on a terminal": lambda: _safetensors_of(f'{{"a":{{"dtype":{_JSON_ESCAPES},"shape":[4]}}}}'),
+    "a million brackets": lambda: _safetensors_of("[" * 1_000_000),
+    "deep metadata": lambda: _safetensors_of('{"__metadata__":' * 100_000),
+    "a million numbers": lambda: _safetensors_of('{"a":{"dtype":"F32","shape":[' + "1," * 1_000_000 + "4]}}"),
+    "5,000 tensors of nothing": lambda: _safetensors_of(
+        "{" + ",".join(f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(5_000)) + "}", b""
+    ),
+    "a shape of huge numbers": lambda: _safetensors_of(
+        '{"a":{"dtype":"F32","shape":[9223372036854775807,9223372036854775807],"data_offsets":[0,16]}}'
+    ),
+    "a number of a million digits": lambda: _safetensors_of('{"a":{"dtype":"F32","shape":[' + "9" * 1_000_000 + "]}}"),
+    "a negative shape": lambda: _safetensors_of('{"a":{"dtype":"F32","shape":[-4],"data_offsets":[0,16]}}'),
+    "offsets beyond the file": lambda: _safetensors_of('{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,1600]}}'),
+    "offsets that overlap": lambda: _safetensors_of(f'{{"a":{_F32},"b":{_F32}}}'),
+    "a name twice": lambda: _safetensors_of(f'{{"a":{_F32},"a":{_F32}}}'),
+    "a name of a million characters": lambda: _safetensors_of(f'{{"{"k" * 1_000_000}":{_F32}}}'),
+    "a shape of text": lambda: _safetensors_of('{"a":{"dtype":"F32","shape":"4","data_offsets":[0,16]}}'),
+    "a tensor that is null": lambda: _safetensors_of('{"a":null}'),
+    "not a number": lambda: _safetensors_of('{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,16]}}'),
+    "an escape that is none": lambda: _safetensors_of(f'{{"\\q":{_F32}}}'),
+    "half of a surrogate pair": lambda: _safetensors_of(f'{{"\\ud800":{_F32}}}'),
+    "a header that is no UTF-8": lambda: struct.pack("<Q", 2) + b"\xff\xff",
+    "a header of 2**60 bytes": lambda: struct.pack("<Q", 1 << 60) + b"{}",
+    "a header of spaces": lambda: _safetensors_of(" " * 1_000_000),
+}
+
 FILES: dict[str, Callable[[], bytes]] = {
     **{f"{name}, zip": partial(archive_of, data, bytes(16)) for name, data in PICKLES.items()},
     **{f"{name}, legacy": partial(legacy_of, data) for name, data in PICKLES.items()},
@@ -279,8 +331,8 @@ FILES: dict[str, Callable[[], bytes]] = {
     "records that act on a terminal": lambda: _zip_of(iter([f"a/{_ESCAPES}"])),
     "no checkpoint, with names that act on a terminal": lambda: _zip_of(iter([f"{_ESCAPES}/x"])),
     "a folder that acts on a terminal": lambda: _zip_of(iter([f"a/{_ESCAPES[:20]}"]), mode=16),
-    "300,000 records": lambda: _zip_of(f"a/data/{i}" for i in range(300_000)),
-    "300,000 records with filler": lambda: _zip_of((f"a/data/{i}" for i in range(300_000)), filler=3),
+    "100,000 records": lambda: _zip_of(f"a/data/{i}" for i in range(100_000)),
+    "100,000 records with filler": lambda: _zip_of((f"a/data/{i}" for i in range(100_000)), filler=3),
     "a record twice": lambda: _zip_of(iter(["a/x", "a/x"])),
     "a directory as large as the file": _directory_as_large_as_the_file,
     "an end record alone": lambda: b"PK\5\6" + bytes(18),
@@ -291,8 +343,8 @@ FILES: dict[str, Callable[[], bytes]] = {
     ),
     "one byte": lambda: b"\x80",
     "a plain pickle": lambda: PICKLES["memo index"],
-    "safetensors": lambda: struct.pack("<Q", 2) + b"{}",
-    "a safetensors header of 2**60": lambda: struct.pack("<Q", 1 << 60) + b"{}",
+    **{f"{name}, safetensors": make for name, make in SAFETENSORS.items()},
+    "safetensors of nothing": lambda: struct.pack("<Q", 2) + b"{}",
     "text that acts on a terminal": lambda: _ESCAPES.encode("utf-8", "surrogatepass") * 100,
 }
 """Makes each file."""
@@ -376,7 +428,6 @@ def acts(url: str, target: str, options: Mapping[str, Any] | None = None) -> dic
     more: dict[str, Any] = {"storage_options": options} if options else {}
     both: dict[str, Any] = {"source_storage_options": options, "target_storage_options": options} if options else {}
     shell = ["--storage-options", json.dumps(options)] if options else []
-    shells = ["--source-options", json.dumps(options), "--target-options", json.dumps(options)] if options else []
 
     def load(**arguments: Any) -> None:
         torchferry.load(url, **arguments, **more)
@@ -389,15 +440,22 @@ def acts(url: str, target: str, options: Mapping[str, Any] | None = None) -> dic
         "load, verify=False": lambda: load(verify=False),
         "load, keys": lambda: load(keys=["k0"]),
         "load, meta": lambda: load(map_location="meta"),
-        "inspect": lambda: torchferry.inspect(url, **more) and None,
+        "inspect": lambda: repr(torchferry.inspect(url, **more)),
+        "inspect, in a notebook": lambda: torchferry.inspect(url, **more)._repr_html_(),
         "verify": lambda: torchferry.verify(url, **more) and None,
         "copy": lambda: torchferry.copy(url, target, **both) and None,
         "copy, verify=False": lambda: torchferry.copy(url, target, verify=False, **both) and None,
+        "diff": lambda: str(torchferry.diff(url, url, first_storage_options=options, second_storage_options=options)),
+        "convert": lambda: torchferry.convert(url, f"{target}.safetensors", **both) and None,
         "torchferry inspect": lambda: _output("inspect", url, *shell),
         "torchferry inspect --all": lambda: _output("inspect", url, "--all", *shell),
+        "torchferry inspect --depth": lambda: _output("inspect", url, "--depth", "100000", *shell),
         "torchferry inspect --json": lambda: _output("inspect", url, "--json", *shell),
         "torchferry verify": lambda: _output("verify", url, *shell),
-        "torchferry copy": lambda: _output("copy", url, target, *shells),
+        "torchferry copy": lambda: _output("copy", url, target, *shell),
+        "torchferry ls": lambda: _output("ls", "--long", url, *shell),
+        "torchferry diff": lambda: _output("diff", url, url, *shell),
+        "torchferry convert": lambda: _output("convert", url, f"{target}.safetensors", *shell),
         "Deck": deck,
     }
 
