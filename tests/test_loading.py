@@ -8,7 +8,6 @@ import os
 import pathlib
 import pickle
 import random
-import struct
 import subprocess
 import sys
 import tarfile
