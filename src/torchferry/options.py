@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-from torchferry.formats.keys import KeysArgument, as_keys
 
 __all__ = ["LoadOptions", "SaveOptions"]
 
@@ -22,11 +20,9 @@ class SaveOptions:
     part_size: int | None = None
     metadata: Mapping[str, str] | None = None
     give_up_after: float | None = None
-    shards: bool = False
 
     def __hash__(self) -> int:
-        options = (self.part_size, _freeze(self.metadata), self.give_up_after, self.shards)
-        return hash((_freeze(self.storage_options), *options))
+        return hash((_freeze(self.storage_options), self.part_size, _freeze(self.metadata), self.give_up_after))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +33,7 @@ class LoadOptions:
     hashes by what it holds.
     """
 
-    keys: KeysArgument | None = None
-    exclude: KeysArgument | None = None
+    keys: Sequence[str] | None = None
     map_location: Any = None
     weights_only: bool = True
     verify: bool = True
@@ -46,14 +41,13 @@ class LoadOptions:
     give_up_after: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("keys", "exclude"):
-            object.__setattr__(self, name, as_keys(getattr(self, name)))  # hashable, and of one kind
+        if isinstance(self.keys, str):
+            raise TypeError(f"keys is a sequence of keys: ({self.keys!r},) for one.")
 
     def __hash__(self) -> int:
         return hash(
             (
-                self.keys,
-                self.exclude,
+                _freeze(self.keys),
                 _freeze(self.map_location),
                 self.weights_only,
                 self.verify,

@@ -10,7 +10,6 @@ from importlib import import_module
 
 import google_crc32c
 
-from torchferry.engine.lending import joined, reading
 from torchferry.engine.memory import address_of
 from torchferry.engine.types import Buffer
 
@@ -33,12 +32,11 @@ def crc32c(buffers: Iterable[Buffer], value: int = 0) -> int:
         if not len(buffer):
             continue
         if native is not None:
-            with reading(buffer) as memory:
-                value = native(value, address_of(memory), len(memory))
+            value = native(value, address_of(buffer), len(buffer))
             continue
         view = memoryview(buffer)
         for start in range(0, len(view), _PIECE):  # it takes bytes only
-            value = google_crc32c.extend(value, joined([view[start : start + _PIECE]]))
+            value = google_crc32c.extend(value, bytes(view[start : start + _PIECE]))
     return value
 
 

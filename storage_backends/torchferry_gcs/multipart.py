@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import partial
 from http import HTTPStatus
+from time import monotonic
 from xml.sax.saxutils import escape
 
 from torchferry.engine.cancellation import in_thread
@@ -15,8 +16,7 @@ from torchferry.engine.transport import Answer, SignedRequest
 from torchferry.engine.types import ObjectStat
 from torchferry.engine.writer import Body
 from torchferry.errors import CheckpointNotFoundError, StorageError, StorageUnavailableError
-from torchferry.storage.body import RequestBody
-from torchferry.storage.creations import LostCreations, OpenUpload
+from torchferry.storage.body import RequestBody, whole_or_not_at_all
 from torchferry_gcs.checksum import combine, crc32c, encoded
 from torchferry_gcs.client import Reply, text_of
 from torchferry_gcs.errors import GcsAnswerError, is_missing, is_not_xml, may_have_arrived
@@ -53,13 +53,13 @@ class MultipartUpload:
         self._backend = target.backend
         self._client = target.backend.client
         self._upload_id: str | None = None
-        url = self._backend.url(target.path)
-        self._lost = LostCreations(url, self._list_uploads, self._has_parts, self._abort_upload)
+        self._started = 0.0  # when the creation was first asked for
+        self._lost_creations = 0  # creations without an answer: the store may have opened an upload for each
         self._parts_cut_off = False
 
     async def start(self) -> bool:
         """Opens the upload. Returns False where the server does not speak the XML API."""
-        self._lost.ask()
+        self._started = self._started or monotonic()
         try:
             reply = await self._backend.call("write", self._target.path, self._initiate)
         except StorageError as error:
@@ -70,7 +70,8 @@ class MultipartUpload:
         if result is None:
             return False
         self._upload_id = text_of(result, "UploadId")
-        await self._lost.abort_beside(self._upload_id)
+        if self._lost_creations:
+            await self._abort_lost_creations()
         return True
 
     async def put_part(self, index: int, body: Body) -> Part:
@@ -84,8 +85,8 @@ class MultipartUpload:
 
         async def through_client() -> str:
             request = RequestBody(body.buffers)
-            reply = await self._client.call("PUT", url, headers=fields, body=request)  # publishes nothing
-            return reply.headers.get("ETag", "")
+            call = partial(self._client.call, "PUT", url, headers=fields, body=request)
+            return (await whole_or_not_at_all(request, call)).headers.get("ETag", "")
 
         def accept(answer: Answer) -> str:
             return answer.headers.get("ETag", "")
@@ -141,7 +142,8 @@ class MultipartUpload:
     async def abort(self) -> None:
         """Removes the parts; finds the upload where its creation was cut off without an answer."""
         if self._upload_id is None:
-            await self._lost.abort()
+            if self._lost_creations:
+                await self._abort_lost_creations()
             return
         try:
             for _ in range(_ABORTS):
@@ -156,8 +158,7 @@ class MultipartUpload:
         try:
             return await self._client.call("POST", self._url(uploads=""), headers=self._target.fields)
         except BaseException as error:
-            if may_have_arrived(error):
-                self._lost.add()
+            self._lost_creations += may_have_arrived(error)
             raise
 
     async def _abort_upload(self, upload_id: str) -> None:
@@ -172,12 +173,29 @@ class MultipartUpload:
         found = reply.xml("ListPartsResult")
         return found is not None and found.find("{*}Part") is not None
 
-    async def _list_uploads(self) -> AsyncIterator[OpenUpload]:
+    async def _abort_lost_creations(self) -> None:
+        """Aborts the uploads that were opened for creations without an answer.
+
+        GCS tells the key and the time of an upload, and not who opened it: only as many as creations were lost, opened
+        since, without parts, are ours. Where there are more, somebody else is writing to this key: all stay.
+        """
         target = self._target
+        since: datetime | None = None
+        found: list[str] = []
         async for date, upload in self._backend.uploads(target.path, target.bucket, target.key):
-            if text_of(upload, "Key") == target.key:
-                begun = datetime.fromisoformat(text_of(upload, "Initiated"))
-                yield OpenUpload(text_of(upload, "UploadId"), begun, parsedate_to_datetime(date))
+            since = since or parsedate_to_datetime(date) - timedelta(seconds=monotonic() - self._started + 1)
+            upload_id = text_of(upload, "UploadId")
+            started = datetime.fromisoformat(text_of(upload, "Initiated"))
+            if text_of(upload, "Key") == target.key and upload_id != self._upload_id and started >= since:
+                found.append(upload_id)
+        lost = [upload_id for upload_id in found if not await self._has_parts(upload_id)]
+        if len(lost) > self._lost_creations:
+            raise StorageError(
+                f"Cannot clean up {self._backend.url(target.path)}: {len(lost)} uploads could be the "
+                f"{self._lost_creations} whose creation was not answered."
+            )
+        for upload_id in lost:
+            await self._abort_upload(upload_id)
 
     def _url(self, **parameters: str) -> str:
         return self._client.xml_url(self._target.bucket, self._target.key, **parameters)

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchferry.engine.cancellation import ThreadPool, clean_up, in_thread
-from torchferry.engine.lending import reading
 from torchferry.engine.transfer import current
 from torchferry.engine.types import MIB, Buffer, Chunk, ObjectStat
 from torchferry.engine.writer import UploadPlan
@@ -52,7 +51,6 @@ logger = logging.getLogger("torchferry.storage")
 
 _ENCODED = re.compile("%(?=[0-9A-Fa-f]{2})")
 _TEMPORARY = re.compile(r"(^|/)\.torchferry-([0-9a-f]+-[0-9a-f]+-[0-9]+-)?[0-9a-f]{16}\.tmp$")
-_WRITTEN = 2 * MIB  # at once; who lent the memory may wait for it
 _FLUSHED = 32 * MIB  # when so many bytes are new, and no flush is under way, the next one begins
 _ALLOCATED = 256 * MIB  # room that is asked for at once
 _FALLOC_FL_KEEP_SIZE = 1  # Linux, linux/falloc.h
@@ -67,8 +65,6 @@ class LocalBackend(Backend):
     place has a new time. User metadata is not stored. All file work happens in worker threads.
     """
 
-    has_directories = True
-
     @classmethod
     def from_filesystem(cls, fs: AbstractFileSystem) -> LocalBackend:
         """A backend for fsspec's local filesystem."""
@@ -78,8 +74,6 @@ class LocalBackend(Backend):
     def url(self, path: str) -> str:
         """The ``file://`` URL of ``path``; a ``%`` that would be decoded is written as ``%25``."""
         return f"file://{_ENCODED.sub('%25', path)}"
-
-    reads_loans = True
 
     async def stat(self, path: str) -> ObjectStat:
         """Looks a file up; a directory or device is not a checkpoint and raises a StorageError."""
@@ -160,7 +154,7 @@ class LocalBackend(Backend):
         top = os.path.dirname(f"{prefix}x")  # noqa: PTH120 - a path like fsspec's, not a Path
         found = []
         with _translated(self.url(prefix), "list"):
-            os.scandir(top).close()  # raises where there is no such directory
+            os.stat(top)  # noqa: PTH116 - raises where there is no such directory
             for directory, _, names in os.walk(top):
                 for name in names:
                     path = os.path.join(directory, name)  # noqa: PTH118 - the same
@@ -263,8 +257,7 @@ class _StagedFile:
             self._allocate(len(data) + _ALLOCATED)
         view = memoryview(data)
         while view:
-            with reading(view[:_WRITTEN]) as memory:
-                count = os.write(fd, memory)
+            count = os.write(fd, view)
             view = view[count:]
             self._size += count
             self._unflushed += count
