@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from benchmarks.contenders import CONTENDERS
 from benchmarks.contenders.ferry import OTHER, OTHER_CHECKOUT
 from benchmarks.contenders.floors import SOCKETS
+from benchmarks.contenders.integrations import LIGHTNING, LIGHTNING_FERRY
 from benchmarks.works import GIB, MIB, SMALL_TENSOR
 
 VERBS = ("save", "load")
@@ -15,6 +16,9 @@ FERRY = "torchferry"
 OTHERS = (OTHER,) if OTHER_CHECKOUT else ()
 FERRY_MODULE = "torchferry (module only)"
 FLYTEKIT = "flytekit"
+FERRY_SAFETENSORS = "torchferry (safetensors)"
+SAFETENSORS = "safetensors + s3fs"
+RUNAI = "runai-model-streamer"
 TO_FILE = {"save": "torch.save to a local file", "load": "torch.load of a local file"}
 FERRY_FILE = {"save": "torchferry to a file", "load": "torchferry from a file"}
 TORCH_FILE = {"save": "torch.save + fsync", "load": "torch.load"}
@@ -63,10 +67,17 @@ def _one_verb(verb: str) -> Callable[[], Iterator[Case]]:
 
     def cases() -> Iterator[Case]:
         everyone = tuple(name for of_verb, name in CONTENDERS if of_verb == verb)
-        others = {FERRY_MODULE, TO_FILE[verb], *_on_disk(verb)}
+        ours = {FERRY_MODULE, FERRY_SAFETENSORS, SAFETENSORS, TO_FILE[verb], LIGHTNING, LIGHTNING_FERRY}
+        others = {*ours, *_on_disk(verb)}
         yield Case(verb, verb, "flat", GIB, tuple(n for n in everyone if n not in others))
 
     return cases
+
+
+def _safetensors() -> Iterator[Case]:
+    """1 GiB in the safetensors format, and the same of torch.save."""
+    yield Case("safetensors", "save", "flat", GIB, (FERRY_SAFETENSORS, FERRY, SAFETENSORS))
+    yield Case("safetensors", "load", "flat", GIB, (FERRY_SAFETENSORS, FERRY, SAFETENSORS, RUNAI))
 
 
 def _adam() -> Iterator[Case]:
@@ -120,9 +131,16 @@ def _on_disk(verb: str) -> tuple[str, ...]:
     return (FERRY_FILE[verb], *other, TORCH_FILE[verb])
 
 
+def _integrations() -> Iterator[Case]:
+    """512 MiB by Lightning's Trainer, with its own CheckpointIO and with torchferry's."""
+    for verb in VERBS:
+        yield Case("integrations", verb, "flat", 512 * MIB, (LIGHTNING_FERRY, LIGHTNING))
+
+
 SUITES: dict[str, Callable[[], Iterator[Case]]] = {
     "save": _one_verb("save"),
     "load": _one_verb("load"),
+    "safetensors": _safetensors,
     "adam": _adam,
     "small": _small,
     "tiny": _tiny,
@@ -130,6 +148,7 @@ SUITES: dict[str, Callable[[], Iterator[Case]]] = {
     "shaped": _shaped,
     "https": _https,
     "disk": _disk,
+    "integrations": _integrations,
 }
 
 

@@ -42,6 +42,10 @@ def rows(cases: Cases) -> Iterator[Row]:
     yield _at_least("load vs runai-model-streamer", 2.5, _faster(load, "runai-model-streamer"))
     yield _at_least("load vs tensorizer", 1.4, _faster(load, "tensorizer"))
     yield _at_least("load vs the best N bare sockets", 0.75, _faster(load, BEST_SOCKETS))
+    tensors = _of(cases, "safetensors", "load")
+    for name, target in ((suites.RUNAI, 2.5), (suites.SAFETENSORS, 4)):
+        ratio = _faster(tensors, name, than_by=suites.FERRY_SAFETENSORS)
+        yield _at_least(f"load safetensors of 1 GiB vs {name}", target, ratio)
     adam = _of(cases, "adam", "load")
     yield _at_least(
         "module only of an Adam checkpoint vs all of it", 2.5, _faster(adam, suites.FERRY, than_by=suites.FERRY_MODULE)
@@ -60,6 +64,10 @@ def rows(cases: Cases) -> Iterator[Row]:
         of, ferry, torch = _of(cases, suite, verb), suites.FERRY_FILE[verb], suites.TORCH_FILE[verb]
         how = "in place of another" if suite == "disk-replace" else {"save": "new", "load": "verified"}[verb]
         yield _at_least(f"{verb} of a file of 1 GiB, {how}, vs {torch}", 1, _faster(of, torch, than_by=ferry))
+    for verb in suites.VERBS:
+        lightning = _of(cases, "integrations", verb)
+        faster = _faster(lightning, suites.LIGHTNING, than_by=suites.LIGHTNING_FERRY)
+        yield _at_least(f"{verb} 512 MiB in Lightning vs its own CheckpointIO", 3, faster)
     yield _at_least(
         "save over https vs the best N bare sockets", 0.85, _faster(_of(cases, "https", "save"), BEST_SOCKETS)
     )

@@ -1,4 +1,4 @@
-"""What becomes of saves, loads and copies when they are cut short, on each cloud's stand-in on this machine.
+"""What becomes of saves, loads and copies when they are cut short or killed, on each cloud's stand-in on this machine.
 
 ``python -m reliability`` prints one table; it uses torchferry's public functions only.
 """

@@ -4,29 +4,67 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import pickle
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
-from reliability import cancels, flips, growth, outages
+from reliability import cancels, flips, fuzz, growth, hostile, kills, managed, outages, resaves, series
 from reliability.outcome import Outcome, table
 from reliability.stores import CLOUDS, Store
 from torchferry.testing.servers import ServerStartError
 
-SCENARIOS = ("cancels", "outages", "growth", "flips")
+SCENARIOS = ("cancels", "outages", "growth", "flips", "kills", "managed", "resaves", "series", "hostile", "fuzz")
+LOCAL = "local"
 
 
 def main() -> None:
     arguments = _parser().parse_args()
-    outcomes: list[Outcome] = []
-    for cloud in arguments.cloud or CLOUDS:
-        try:
-            with CLOUDS[cloud]() as store:
-                for scenario in arguments.only or SCENARIOS:
-                    outcomes += _run(scenario, store, arguments)
-        except ServerStartError as error:
-            sys.exit(str(error))
-    print(table(outcomes))
+    clouds = arguments.cloud or [LOCAL, *CLOUDS]
+    outcomes = _run_cloud(clouds[0], arguments) if len(clouds) == 1 else _run_side_by_side(clouds, arguments)
+    if arguments.rows:
+        Path(arguments.rows).write_bytes(pickle.dumps(outcomes))
+    else:
+        print(table(outcomes))
     sys.stdout.flush()
     sys.exit(any(outcome.wrong or outcome.left for outcome in outcomes))
+
+
+def _run_side_by_side(clouds: list[str], arguments: argparse.Namespace) -> list[Outcome]:
+    """Runs each cloud in a process of its own: most of the time they wait for slow links and outages."""
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory(prefix="reliability-") as name:
+        rows = {cloud: Path(name, cloud) for cloud in clouds}
+        chosen = [f"--only={scenario}" for scenario in arguments.only or ()]
+        options = {name: getattr(arguments, name) for name in ("count", "seconds", "mib", "bandwidth", "seed")}
+        chosen += [f"--{name}={value}" for name, value in options.items() if value is not None]
+        command = [sys.executable, "-m", "reliability", *chosen]
+        started = {
+            cloud: subprocess.Popen([*command, f"--cloud={cloud}", f"--rows={path}"]) for cloud, path in rows.items()
+        }
+        for cloud, process in started.items():
+            code = process.wait()
+            if rows[cloud].exists():
+                outcomes += pickle.loads(rows[cloud].read_bytes())
+            else:
+                failed = Outcome("all", cloud)
+                failed.add_wrong(f"the process ended with {code}")
+                outcomes.append(failed)
+    return sorted(outcomes, key=lambda outcome: outcome.scenario)
+
+
+def _run_cloud(cloud: str, arguments: argparse.Namespace) -> list[Outcome]:
+    if cloud == LOCAL:
+        return _run_locally(arguments)
+    outcomes: list[Outcome] = []
+    try:
+        with CLOUDS[cloud]() as store:
+            for scenario in arguments.only or SCENARIOS:
+                outcomes += _run(scenario, store, arguments)
+    except ServerStartError as error:
+        sys.exit(str(error))
+    return outcomes
 
 
 def _run(scenario: str, store: Store, arguments: argparse.Namespace) -> list[Outcome]:
@@ -34,13 +72,54 @@ def _run(scenario: str, store: Store, arguments: argparse.Namespace) -> list[Out
     mib = arguments.mib or (64 if scenario == "outages" else 32)
     match scenario:
         case "cancels":
-            return cancels.run(store, count=count or 200, mib=mib, bandwidth=bandwidth, seed=seed, say=_say)
+            outcomes = cancels.run(store, count=count or 200, mib=mib, bandwidth=bandwidth, seed=seed, say=_say)
         case "outages":
-            return outages.run(store, seconds=arguments.seconds, mib=mib, bandwidth=bandwidth, say=_say)
+            outcomes = outages.run(store, seconds=arguments.seconds, mib=mib, bandwidth=bandwidth, say=_say)
         case "growth":
-            return growth.run(store, count=count or 300, say=_say)
+            outcomes = growth.run(store, count=count or 300, say=_say)
+        case "kills":
+            outcomes = kills.run(store, count=count, mib=mib, seed=seed, say=_say)
+        case "managed":
+            with store.proxy() as proxy:
+                place, options = managed.StorePlace(store, "managed"), store.options(proxy)
+                outcomes = managed.run(place, store.cloud, options, count=count or 100, seed=seed, say=_say)
+        case "series":
+            with store.proxy() as proxy:
+                place, options = managed.StorePlace(store, "series"), store.options(proxy)
+                outcomes = series.run(place, store.cloud, options, count=count or 1000, say=_say)
+        case "resaves":
+            outcomes = resaves.run(store, count=count or 50, mib=mib, seed=seed, say=_say)
+        case "hostile":
+            outcomes = hostile.run(store, say=_say)
+        case "fuzz":
+            outcomes = fuzz.run(store, count=count or 500, seed=seed, say=_say)
         case _:
-            return flips.run(store, count=count or 5, mib=mib, seed=seed, say=_say)
+            outcomes = flips.run(store, count=count or 5, mib=mib, seed=seed, say=_say)
+    return outcomes
+
+
+def _run_locally(arguments: argparse.Namespace) -> list[Outcome]:
+    chosen = arguments.only or SCENARIOS
+    mib, seed = arguments.mib or 32, arguments.seed
+    outcomes: list[Outcome] = []
+    if "hostile" in chosen:
+        outcomes += hostile.run_locally(say=_say)
+    if "fuzz" in chosen:
+        outcomes += fuzz.run_locally(count=arguments.count or 20_000, seed=seed, say=_say)
+    if "kills" in chosen:
+        outcomes += kills.run_locally(count=arguments.count or 100, mib=mib, seed=seed, say=_say)
+    if "resaves" in chosen:
+        outcomes += resaves.run_locally(count=arguments.count or 50, mib=mib, seed=seed, say=_say)
+    if "managed" in chosen:
+        with tempfile.TemporaryDirectory(prefix="managed-") as name:
+            place = managed.LocalPlace(Path(name) / "run")
+            outcomes += managed.run(place, LOCAL, {}, count=arguments.count or 100, seed=seed, say=_say)
+    if "series" in chosen:
+        with tempfile.TemporaryDirectory(prefix="series-") as name:
+            outcomes += series.run(
+                managed.LocalPlace(Path(name) / "run"), LOCAL, {}, count=arguments.count or 1000, say=_say
+            )
+    return outcomes
 
 
 def _say(text: str) -> None:
@@ -51,11 +130,17 @@ def _say(text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m reliability", description=__doc__)
     parser.add_argument("--only", action="append", choices=SCENARIOS, help="only this; may be given again")
-    parser.add_argument("--cloud", action="append", choices=list(CLOUDS), help="only this; may be given again")
-    parser.add_argument("--count", type=int, help="tries: cancels (200), saves and loads (300), flips of a kind (5)")
+    parser.add_argument("--cloud", action="append", choices=[LOCAL, *CLOUDS], help="only this; may be given again")
+    parser.add_argument(
+        "--count",
+        type=int,
+        help="tries: cancels (200), saves and loads (300), flips (5), resaves (50), kills (each request), mutants "
+        "(500, and 20,000 of local files), others (100)",
+    )
     parser.add_argument("--seconds", type=float, default=30.0, help="length of an outage (30)")
     parser.add_argument("--mib", type=int, help="size of the checkpoint (32; 64 for outages)")
     parser.add_argument("--bandwidth", type=float, default=20.0, help="of the link, in MB/s, each way (20)")
+    parser.add_argument("--rows", help=argparse.SUPPRESS)  # where to put the outcomes, for who prints the table
     parser.add_argument("--seed", type=int, default=0, help="of the random moments and bytes (0)")
     return parser
 

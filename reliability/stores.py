@@ -63,6 +63,10 @@ class Store(ABC):
         """Puts an object."""
 
     @abstractmethod
+    def names(self, prefix: str) -> list[str]:
+        """The keys of the objects that begin so."""
+
+    @abstractmethod
     def staged(self, prefix: str = "") -> list[str]:
         """What is staged and not published: the keys that it is for."""
 
@@ -108,6 +112,10 @@ class S3(Store):
     def write(self, key: str, data: bytes) -> None:
         self._client.put_object(Bucket=self.bucket, Key=key, Body=data)
 
+    def names(self, prefix: str) -> list[str]:
+        found = self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix)
+        return [each["Key"] for each in found.get("Contents", [])]
+
     def staged(self, prefix: str = "") -> list[str]:
         found = self._client.list_multipart_uploads(Bucket=self.bucket, Prefix=prefix)
         return [upload["Key"] for upload in found.get("Uploads", [])]
@@ -140,6 +148,9 @@ class Gcs(Store):
 
     def write(self, key: str, data: bytes) -> None:
         self._call("PUT", quote(key), data).raise_for_status()
+
+    def names(self, prefix: str) -> list[str]:
+        return re.findall("<Key>(.*?)</Key>", self._call("GET", f"?list-type=2&prefix={quote(prefix)}").text)
 
     def staged(self, prefix: str = "") -> list[str]:
         listed = self._call("GET", f"?uploads&prefix={quote(prefix)}").text
@@ -187,6 +198,9 @@ class Azure(Store):
 
     def write(self, key: str, data: bytes) -> None:
         self._container.upload_blob(key, data, overwrite=True)
+
+    def names(self, prefix: str) -> list[str]:
+        return [blob.name for blob in self._container.list_blobs(prefix)]
 
     def staged(self, prefix: str = "") -> list[str]:
         """Blobs that are nothing but uncommitted blocks: those of a blob that exists stay, where nobody sees them."""

@@ -132,14 +132,15 @@ def test_archives_that_other_tools_wrote_are_read() -> None:
     assert_true(parsed.settle({at: data[at : at + LOCAL_HEADER_SIZE] for at in parsed.unproven_headers}), data)
 
 
+@pytest.mark.parametrize("size", [1, 8, 16, 24, 30, 40, 64, 128, 4096])
 @pytest.mark.parametrize("alignment", [64, 128])
-def test_filler_between_records_is_found_in_the_local_headers(alignment: int) -> None:
+def test_filler_of_any_size_moves_no_record(alignment: int, size: int) -> None:
     config.save.storage_alignment = alignment
     try:
         data = saved(CHECKPOINT)
     finally:
         config.save.storage_alignment = 64
-    data = with_filler(data, alignment)
+    data = with_filler(data, size)
     archive = parse(data)
     assert archive.unproven
     assert_true(archive.settle({at: data[at : at + LOCAL_HEADER_SIZE] for at in archive.unproven_headers}), data)

@@ -142,3 +142,27 @@ def _case(**medians: float) -> dict[str, Any]:
         for name, seconds in medians.items()
     }
     return {"suite": "save", "verb": "save", "size": works.GIB, "shaped": False, "contenders": contenders}
+
+
+@pytest.mark.timeout(300)
+def test_waiting_for_background_saves_is_measured(tmp_path: Path) -> None:
+    output = tmp_path / "background.json"
+    command = [sys.executable, "-m", "benchmarks.background", "--size", "16", "--rounds", "1", "--only", "until-short"]
+    finished = subprocess.run(
+        [*command, "--endpoint", "seaweedfs", "--output", str(output)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    found = json.loads(output.read_text())
+    assert found["until=, upload shorter than the step: copied (MiB)"] < 1, found
+
+
+@pytest.mark.timeout(300)
+def test_the_benchmark_of_gpus_runs_without_one_and_says_so() -> None:
+    command = [sys.executable, "benchmarks/gpu.py", "--size", "0.02", "--rounds", "1", "--device", "cpu"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "no GPU" in json.loads(finished.stdout.splitlines()[-1])["device"]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,11 +27,12 @@ def checkpoint(tmp_path: Path) -> str:
     return path
 
 
-def test_inspect_lists_the_tensors(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_lists_the_tensors_values_and_totals(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", checkpoint]) == 0
     output = capsys.readouterr().out
     assert "module_state_dict.weight" in output
     assert "20 x 30" in output
+    assert "epoch = 3" in output
     assert "2 tensors in 2 storages" in output
 
 
@@ -39,7 +44,7 @@ def test_inspect_prints_keys_as_they_are(tmp_path: Path, capsys: pytest.CaptureF
     assert [key for key in keys if key in output] == keys
 
 
-def test_inspect_cuts_no_key_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_cuts_no_key_off_in_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key = "module." * 40 + "weight"
     torch.save({key: torch.ones(1)}, tmp_path / "x.pt")
     assert main(["inspect", str(tmp_path / "x.pt")]) == 0
@@ -47,26 +52,33 @@ def test_inspect_cuts_no_key_off(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [line.split() for line in lines if key in line] == [[key, "float32", "1", "4", "bytes", "data/0"]]
 
 
-def test_copy_does_not_call_checked_what_carries_no_crc32s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.serialization.set_crc32_options(compute_crc32=False)
-    try:
-        torch.save(torch.ones(3), tmp_path / "x.pt")
-    finally:
-        torch.serialization.set_crc32_options(compute_crc32=True)
-    copy = ["copy", str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
-    assert main(copy) == 1
-    assert "was saved without them" in capsys.readouterr().err
-    assert main([*copy, "--no-verify"]) == 0
-    assert "not checked" in capsys.readouterr().out
+def test_what_acts_on_a_terminal_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "a\x1b[2J\u202eb\n" + "long" * 100 + "\x07"
+    torch.save({hostile: torch.ones(1), "text": hostile[:100]}, tmp_path / "x.pt")
+    torch.save({"b": torch.ones(1)}, tmp_path / "y.pt")
+    for arguments in (["inspect"], ["inspect", "--depth", "1"], ["inspect", "--json"]):
+        assert main([*arguments, str(tmp_path / "x.pt")]) == 0
+    assert main(["diff", str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]) == 1
+    assert main(["verify", str(tmp_path / hostile[:40])]) == 1
+    captured = capsys.readouterr()
+    assert not any(character in captured.out + captured.err for character in "\x1b\x07\u202e")
+    assert "a\\x1b[2J" in captured.out
 
 
-def test_inspect_shortens_a_long_list_unless_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = str(tmp_path / "many.pt")
-    torchferry.save([torch.zeros(1) for _ in range(50)], path)
-    main(["inspect", path])
-    assert "... and 10 more" in capsys.readouterr().out
-    main(["inspect", path, "--all"])
-    assert "more" not in capsys.readouterr().out
+def test_inspect_shows_a_tree_to_a_depth_and_chooses_by_name_and_sorts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {f"layer.{i}.{name}": torch.zeros(i + 1) for i in range(30) for name in ("weight", "bias")}
+    torch.save({"model": tensors, "other": torch.zeros(3, dtype=torch.int8)}, tmp_path / "x.pt")
+    url = str(tmp_path / "x.pt")
+    main(["inspect", url, "--depth", "1"])
+    output = capsys.readouterr().out
+    assert "model.layer  60 tensors" in output
+    assert "weight" not in output
+    assert "by dtype: float32 3.7 kB in 60, int8 3 bytes in 1" in output
+    main(["inspect", url, "model.layer.2*.bias", "--sort", "size"])
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("model")]
+    assert lines == [f"model.layer.{i}.bias" for i in (29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 2)]
 
 
 def test_inspect_prints_json_for_programs(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,34 +92,318 @@ def test_inspect_prints_json_for_programs(checkpoint: str, capsys: pytest.Captur
         "record": "data/0",
     }
     assert {record["name"] for record in manifest["records"]} >= {"data.pkl", "data/0", "data/1"}
+    assert manifest["values"] == {"epoch": 3}
+    assert manifest["format"] == "torch"
+
+
+def test_diff_tells_what_was_added_removed_reshaped_and_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = {"same": torch.ones(3), "gone": torch.ones(1), "shape": torch.ones(2), "changed": torch.ones(5), "lr": 0.1}
+    second = {"same": torch.ones(3), "new": torch.ones(1), "shape": torch.ones(3), "changed": torch.zeros(5), "lr": 0.2}
+    torch.save(first, tmp_path / "a.pt")
+    torch.save(second, tmp_path / "b.pt")
+    a, b = str(tmp_path / "a.pt"), str(tmp_path / "b.pt")
+    assert main(["diff", a, a]) == 0
+    assert "4 tensors the same" in capsys.readouterr().out
+    assert main(["diff", a, b]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "- gone",
+        "+ new",
+        "! shape: float32 2 -> float32 3",
+        "~ changed: other content",
+        "= lr: 0.1 -> 0.2",
+        "1 removed; 1 added; 1 of another shape or dtype; 1 of other content; 1 other values; 1 tensors the same",
+    ]
+    assert main(["diff", "--json", a, b]) == 1
+    assert json.loads(capsys.readouterr().out)["changed"] == ["changed"]
+    assert main(["diff", a, str(tmp_path / "missing")]) == 2
+    assert main(["diff", a]) == 2
+
+
+def test_diff_reads_what_carries_no_checksums(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = {"a": torch.arange(300_000), "b": torch.ones(5)}
+    torchferry.save(tensors, tmp_path / "x.pt")
+    torchferry.save(tensors, tmp_path / "x.safetensors")
+    torchferry.save({**tensors, "b": torch.zeros(5)}, tmp_path / "y.safetensors")
+    assert main(["diff", str(tmp_path / "x.pt"), str(tmp_path / "x.safetensors")]) == 0
+    assert main(["diff", str(tmp_path / "y.safetensors"), str(tmp_path / "x.safetensors")]) == 1
+    assert "~ b" in capsys.readouterr().out
+
+
+def test_ls_lists_checkpoints_with_step_size_and_age(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (100, 20):
+        torchferry.save({"w": torch.ones(step)}, tmp_path / f"step-{step}.pt")
+    torchferry.save(
+        {f"w{i}": torch.ones(1 << 18) for i in range(3)}, tmp_path / "m.safetensors", max_shard_size=2 << 20
+    )
+    (tmp_path / "dcp").mkdir()
+    for name in (".metadata", "__0_0.distcp"):
+        (tmp_path / "dcp" / name).write_bytes(b"x" * 100)
+    (tmp_path / "notes.txt").write_text("x")
+    assert main(["ls", str(tmp_path), "--sort", "step"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[1:-1]] == [
+        "step-20.pt",
+        "step-100.pt",
+        "dcp/",
+        "m.safetensors.index.json",
+    ]
+    assert lines[-1].startswith("4 checkpoints, 3.2 MB (1 other objects")
+    assert main(["ls", str(tmp_path), "--json", "--long"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert (
+        rows["step-100.pt"] | {"modified": None, "size": 0}
+        == {
+            "name": "step-100.pt",
+            "step": 100,
+            "size": 0,
+            "modified": None,
+            "objects": 1,
+            "format": "torch",
+            "tensors": 1,
+            "url": str(tmp_path / "step-100.pt"),
+        }
+        or rows["step-100.pt"]["tensors"] == 1
+    )
+    assert (rows["m.safetensors.index.json"]["objects"], rows["m.safetensors.index.json"]["tensors"]) == (3, 3)
+    assert rows["dcp/"]["format"] == "dcp"
+
+
+def test_rm_removes_a_checkpoint_with_its_shards_and_asks_before_it_removes_many(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torchferry.save(
+        {f"w{i}": torch.ones(1 << 18) for i in range(3)}, tmp_path / "m.safetensors", max_shard_size=1 << 20
+    )
+    torchferry.save({}, tmp_path / "x.pt")
+    index = str(tmp_path / "m.safetensors.index.json")
+    assert main(["rm", "--dry-run", index]) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    assert main(["rm", index]) == 130
+    assert len(list(tmp_path.iterdir())) == 5
+    assert main(["rm", "--yes", index]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+    assert main(["rm", str(tmp_path / "x.pt")]) == 0
+    assert main(["rm", str(tmp_path / "x.pt")]) == 1
+    assert "removed 4 objects" in capsys.readouterr().out
 
 
 def test_copy_and_verify_across_stores(
     checkpoint: str, s3_url: str, s3_storage_options: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = json.dumps(s3_storage_options)
-    assert main(["copy", checkpoint, f"{s3_url}/copy.pt", "--target-options", options]) == 0
+    assert main(["copy", checkpoint, f"{s3_url}/copy.pt", "--target-storage-options", options]) == 0
     assert main(["verify", f"{s3_url}/copy.pt", "--storage-options", options]) == 0
-    output = capsys.readouterr().out
-    assert output.count("matches its CRC32") == 2
+    assert capsys.readouterr().out.lower().count("every record matches its crc32") == 2
     assert torchferry.load(f"{s3_url}/copy.pt", storage_options=s3_storage_options)["epoch"] == 3
 
 
-def test_a_failure_is_one_line_on_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prefix_is_copied_with_the_stores_options_and_then_only_what_is_missing(
+    tmp_path: Path, s3_url: str, s3_storage_options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("a.pt", "deep/b.pt"):
+        torchferry.save({"w": torch.ones(3)}, tmp_path / name)
+    (tmp_path / "notes.txt").write_text("x")
+    options = []
+    for key, value in s3_storage_options.items():
+        options += ["-o", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
+    copy = ["copy", "-r", "--missing", str(tmp_path), f"{s3_url}/all", *options]
+    assert main(copy) == 0
+    assert "3 copied" in capsys.readouterr().out
+    torchferry.save({"w": torch.ones(300)}, tmp_path / "a.pt")
+    assert main(copy) == 0
+    assert "1 copied" in (output := capsys.readouterr().out)
+    assert "2 there already" in output
+    assert main(["ls", f"{s3_url}/all", *options]) == 0
+    assert "2 checkpoints" in capsys.readouterr().out
+    assert main(["rm", "-r", "-y", f"{s3_url}/all", *options]) == 0
+    assert "removed 3 objects" in capsys.readouterr().out
+
+
+def test_convert_writes_safetensors_and_back(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(700_000)}, "epoch": 1}, tmp_path / "x.pt")
+    target = str(tmp_path / "x.safetensors")
+    arguments = ["convert", str(tmp_path / "x.pt"), target, "-k", "model", "--strip-prefix", "model."]
+    assert main(arguments) == 0
+    assert main(["convert", target, str(tmp_path / "y.pt")]) == 0
+    assert list(torch.load(tmp_path / "y.pt")) == ["w"]
+    assert main([*arguments[:2], str(tmp_path / "s.safetensors"), "-x", "epoch", "--max-shard-size", "1MB"]) == 0
+    assert (tmp_path / "s.safetensors.index.json").exists()
+
+
+def test_copy_does_not_call_checked_what_carries_no_crc32s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.serialization.set_crc32_options(compute_crc32=False)
+    try:
+        torch.save(torch.ones(3), tmp_path / "x.pt")
+    finally:
+        torch.serialization.set_crc32_options(compute_crc32=True)
+    copy = ["copy", str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
+    assert main(copy) == 1
+    assert "was saved without" in capsys.readouterr().err
+    assert main([*copy, "--no-verify"]) == 0
+    assert "not checked" in capsys.readouterr().out
+
+
+def test_a_failure_is_one_line_on_standard_error_and_debug_shows_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["verify", str(tmp_path / "missing.pt")]) == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
     assert "missing.pt" in captured.err
+    with pytest.raises(torchferry.CheckpointNotFoundError):
+        main(["verify", "--debug", str(tmp_path / "missing.pt")])
 
 
-@pytest.mark.parametrize("text", ["{bad", "[1]"])
-def test_options_that_are_no_json_object_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["inspect", "memory://x", "--storage-options", text])
-    assert "not " in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "memory://x", "--storage-options", "{bad"],
+        ["inspect", "memory://x", "--storage-options", "[1]"],
+        ["inspect", "memory://x", "-o", "novalue"],
+        ["verify", "gs://x/y", "--profile", "me"],
+        ["clean", "memory://x", "--older-than", "soon"],
+        ["nothing"],
+    ],
+)
+def test_wrong_arguments_are_told_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("url", "given", "expected"),
+    [
+        (
+            "s3://b/x",
+            {"endpoint_url": "http://h", "profile": "p", "anon": True, "region": "r"},
+            {"endpoint_url": "http://h", "profile": "p", "anon": True, "client_kwargs": {"region_name": "r"}},
+        ),
+        ("gs://b/x", {"anon": True}, {"token": "anon"}),
+        (
+            "az://b/x",
+            {"endpoint_url": "https://h", "option": ["account_name=a", "n=1"]},
+            {"account_host": "h", "account_name": "a", "n": 1},
+        ),
+        ("s3://b/x", {"option": ["client_kwargs.verify=false"]}, {"client_kwargs": {"verify": False}}),
+        ("/local/x", {"profile": "p", "target_option": ()}, None),
+    ],
+)
+def test_the_options_of_a_store_are_those_of_its_filesystem(url: str, given: dict[str, Any], expected: Any) -> None:
+    assert main(["--version"]) == 0  # imports what deprecates names
+    from torchferry.cli.store import storage_options_for
+
+    assert storage_options_for(url, given) == expected
+
+
+def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "importtime", "-m", "torchferry", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["ls", "."], ["copy", "x.pt", "y.pt"], ["rm", "x.pt"], ["clean", "."], ["--version"]]
+)
+def test_the_quick_verbs_import_no_torch(arguments: list[str], tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(3)}, tmp_path / "x.pt")
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not [line for line in done.stderr.splitlines() if line.rpartition("|")[2].strip() == "torch"]
+
+
+def test_head_ends_it_without_an_error(tmp_path: Path) -> None:
+    torch.save({f"key.{i}": torch.zeros(1) for i in range(5000)}, tmp_path / "x.pt")
+    command = f"{sys.executable} -m torchferry inspect {tmp_path / 'x.pt'} | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1] == "0"
+    assert not done.stderr
+
+
+def on_a_terminal(arguments: list[str], columns: int, **environment: str) -> str:
+    """What a terminal of some width shows."""
+    script = f"stty cols {columns}; {sys.executable} -m torchferry {' '.join(arguments)}"
+    variables = {**os.environ, "TERM": "xterm-256color", **environment}
+    done = subprocess.run(
+        ["script", "-qec", script, "/dev/null"], capture_output=True, text=True, check=True, env=variables
+    )
+    return done.stdout
+
+
+@pytest.mark.skipif(shutil.which("script") is None, reason="util-linux makes the terminal")
+def test_on_a_narrow_terminal_no_line_is_longer_and_no_colour_is_obeyed(tmp_path: Path) -> None:
+    state = {f"transformer.layers.{i}.attention.projection.weight": torch.zeros(3, 4) for i in range(4)}
+    torch.save({"model": state, "epoch": 4}, tmp_path / "x.pt")
+    for arguments in (["inspect", str(tmp_path / "x.pt")], ["ls", str(tmp_path)]):
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", on_a_terminal(arguments, 60, NO_COLOR="1"))
+        assert max(len(line) for line in plain.splitlines() if "tensors in" not in line) <= 60
+        assert "\x1b[3" not in on_a_terminal(arguments, 60, NO_COLOR="1")
+    assert "epoch = 4" in on_a_terminal(["inspect", str(tmp_path / "x.pt")], 60)
+
+
+def test_completion_prints_a_script(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    assert "_TORCHFERRY_COMPLETE" in capsys.readouterr().out
 
 
 def test_the_command_is_installed(checkpoint: str) -> None:
     command = Path(sys.executable).with_name("torchferry")
     result = subprocess.run([command, "inspect", checkpoint], capture_output=True, text=True, check=True)
     assert "module_state_dict.bias" in result.stdout
+
+
+ACTING = "a\x1b[2J\x1b]0;title\x07\n  forged  float32  9 x 9\u202egpj.\x9b1m"
+
+
+def test_inspect_prints_nothing_of_a_key_that_acts_on_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({ACTING: torch.ones(3), "\ud800": torch.ones(1)}, path)
+    for arguments in (["inspect", str(path)], ["inspect", str(path), "--json"], ["verify", str(path)]):
+        assert main(arguments) == 0
+        output = capsys.readouterr().out
+        assert "".join(output.splitlines()).isprintable()
+        assert "\n  forged" not in output
+
+
+def test_an_error_prints_nothing_that_acts_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path / ACTING)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.rstrip("\n").isprintable()
+
+
+@pytest.mark.parametrize("module", ["torchferry", "torchferry.cli"])
+def test_python_m_runs_the_command(checkpoint: str, module: str) -> None:
+    command = [sys.executable, "-m", module, "inspect", checkpoint]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "module_state_dict.bias" in done.stdout
+
+
+def test_a_terminal_that_cannot_show_a_key_gets_an_escape(tmp_path: Path) -> None:
+    torch.save({"gewicht.ü": torch.ones(1)}, tmp_path / "x.pt")
+    command = [sys.executable, "-m", "torchferry", "inspect", str(tmp_path / "x.pt")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert r"gewicht.\xfc" in done.stdout
+
+
+def test_copy_names_its_own_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.txt").write_bytes(b"no checkpoint")
+    assert main(["copy", str(tmp_path / "x.txt"), str(tmp_path / "y")]) == 1
+    error = capsys.readouterr().err
+    assert "--no-verify" in error
+    assert "verify=" not in error
+
+
+def test_copy_of_a_legacy_checkpoint_goes_on_and_says_what_it_did_not_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "x.pt", tmp_path / "y.pt"
+    torch.save({"a": torch.ones(3)}, source, _use_new_zipfile_serialization=False)
+    assert main(["copy", str(source), str(target)]) == 0
+    assert "not checked" in capsys.readouterr().out
+    assert target.read_bytes() == source.read_bytes()

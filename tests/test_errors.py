@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 import traceback
 import uuid
+from pathlib import Path
 
 import pytest
 
+import torchferry
 from torchferry import errors
-from torchferry.errors import CheckpointNotFoundError, StorageError, TorchferryError, masked
+from torchferry.errors import CheckpointNotFoundError, StorageError, TorchferryError, mask, masked
 
 WITH_SECRETS = [
     "Cannot read ftp://ferry:TOPSECRET@host/x.pt: broken.",
@@ -109,3 +112,52 @@ def test_cause_without_a_secret_stays_what_it_is() -> None:
     error.__cause__ = cause = ValueError("broken")
     assert masked(error) is error
     assert error.__cause__ is cause
+
+
+@pytest.mark.parametrize("text", ["http://token@host/x", "https://host/x?jwt=SECRET", "https://host/x?code=SECRET&a=b"])
+def test_a_token_in_odd_places_of_a_url_is_masked_as_well(text: str) -> None:
+    assert "token@" not in mask(text)
+    assert "SECRET" not in mask(text)
+
+
+def test_messages_act_on_no_terminal() -> None:
+    error = TorchferryError("a\x1b[2J\x07b\nc")
+    error.add_note("d\u202ee")
+    assert str(error) == "a\\x1b[2J\\x07b\nc"
+    assert error.__notes__ == ["d\\u202ee"]
+
+
+def test_the_traceback_of_a_missing_object_is_the_users(tmp_path: Path) -> None:
+    """It was 101 lines long."""
+
+    async def load() -> None:
+        await torchferry.load_async(tmp_path / "missing.pt")
+
+    with pytest.raises(CheckpointNotFoundError) as raised:
+        torchferry.load(tmp_path / "missing.pt")
+    lines = "".join(traceback.format_exception(raised.value)).splitlines()
+    assert len(lines) < 20
+    with pytest.raises(CheckpointNotFoundError) as raised:
+        asyncio.run(load())
+    assert len("".join(traceback.format_exception(raised.value)).splitlines()) < 60
+
+
+def test_the_traceback_of_an_error_of_the_users_stays(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise ValueError("the user's")
+
+    with pytest.raises(CheckpointNotFoundError) as raised:
+        try:
+            fail()
+        except ValueError:
+            torchferry.load(tmp_path / "missing.pt")
+    context = raised.value.__context__
+    assert isinstance(context, ValueError)
+    assert "in fail" in "".join(traceback.format_exception(context))
+
+
+def test_the_whole_traceback_is_there_for_who_debugs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", logger="torchferry")
+    with pytest.raises(CheckpointNotFoundError) as raised:
+        torchferry.load(tmp_path / "missing.pt")
+    assert "storage/local.py" in "".join(traceback.format_exception(raised.value))

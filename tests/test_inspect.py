@@ -170,11 +170,32 @@ async def test_torchscript_can_be_inspected_and_verified(counting_store: Countin
     assert manifest == await inspect_async(url)
 
 
-@pytest.mark.parametrize("act", [inspect_async, verify_async])
-async def test_the_legacy_format_can_only_be_loaded(counting_store: CountingStore, act: Any) -> None:
+async def test_the_legacy_format_can_be_inspected_without_its_values(counting_store: CountingStore) -> None:
+    """Five of nine checkpoints found in wheels on PyPI are in it. Its pickles come first."""
+    shared = torch.arange(1 << 20)
+    obj = {"a": torch.ones(3), "b": [shared, shared[5:]], "c": torch.nn.Linear(2, 2), "empty": torch.empty(0)}
+    data = saved(obj, _use_new_zipfile_serialization=False)
+    url = counting_store.put(data)
+    manifest = await inspect_async(url)
+    tensors = {info.key: (info.dtype, info.shape) for info in manifest.tensors}
+    assert tensors["b.1"] == (torch.int64, ((1 << 20) - 5,))
+    assert tensors["c._parameters.weight"] == (torch.float32, (2, 2))
+    records = {record.name: record for record in manifest.records}
+    record = records[next(info.record for info in manifest.tensors if info.key == "b.0") or ""]
+    assert data[record.offset : record.end] == bytes(memoryview(shared.numpy()).cast("B"))
+    assert sum(stop - start for start, stop in counting_store.reads) < 2.1 * (1 << 20)
+
+
+async def test_a_truncated_legacy_checkpoint_is_found_by_inspect(counting_store: CountingStore) -> None:
+    data = saved({"a": torch.ones(300)}, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointCorruptError, match="truncated"):
+        await inspect_async(counting_store.put(data[:-1]))
+
+
+async def test_the_legacy_format_has_nothing_to_verify(counting_store: CountingStore) -> None:
     url = counting_store.put(saved({"a": torch.ones(3)}, _use_new_zipfile_serialization=False))
-    with pytest.raises(CheckpointFormatError, match="legacy format"):
-        await act(url)
+    with pytest.raises(CheckpointFormatError, match="no checksums to verify"):
+        await verify_async(url)
 
 
 @pytest.mark.parametrize("act", [inspect_async, verify_async])
@@ -235,3 +256,11 @@ def test_the_synchronous_functions_are_the_same(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     torch.save({"a": torch.ones(3)}, path)
     assert torchferry.inspect(path) == torchferry.verify(path)
+
+
+@pytest.mark.parametrize("nbytes", [1_200_000, 1_900_000, 2_200_000])
+async def test_a_range_that_is_longer_than_a_small_block_is_read_whole(tmp_path: Path, nbytes: int) -> None:
+    """What is neither head nor tail of such a file is one range of 64 KiB to 2 MiB."""
+    path = tmp_path / "x.pt"
+    torch.save(torch.zeros(nbytes, dtype=torch.uint8), path)
+    assert (await verify_async(path)).size == path.stat().st_size

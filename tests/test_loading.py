@@ -8,7 +8,6 @@ import os
 import pathlib
 import pickle
 import random
-import struct
 import subprocess
 import sys
 import tarfile
@@ -26,7 +25,7 @@ import torch
 from fsspec.callbacks import Callback
 
 import torchferry
-import torchferry.loading
+import torchferry.torch_files
 from torchferry.errors import (
     CheckpointChangedError,
     CheckpointCorruptError,
@@ -37,6 +36,7 @@ from torchferry.errors import (
     TorchferryError,
     UnsafeCheckpointError,
 )
+from torchferry.formats.layout import Layout
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.loading import load_async
 
@@ -411,23 +411,18 @@ async def test_an_unknown_key_lists_those_that_are(stored: Callable[[bytes], str
 
 async def test_an_unknown_key_of_very_many_lists_some(stored: Callable[[bytes], str]) -> None:
     url = stored(saved({f"layer.{i}": i for i in range(1000)}))
-    with pytest.raises(CheckpointKeyError, match=r"'layer.49' and 950 more\.$"):
-        await load_async(url, keys=("layer",))
+    with pytest.raises(CheckpointKeyError, match=r"'layer.49' and 950 more\. Did you mean 'layer.9"):
+        await load_async(url, keys=("layr.9",))
 
 
 async def test_keys_of_what_is_no_dict(stored: Callable[[bytes], str]) -> None:
     with pytest.raises(CheckpointFormatError, match="no dict"):
-        await load_async(stored(saved([torch.ones(1)])), keys=("a",))
+        await load_async(stored(saved(torch.ones(1))), keys=("a",))
 
 
 async def test_keys_of_a_dict_of_another_kind(stored: Callable[[bytes], str]) -> None:
     url = stored(saved(collections.Counter(a=2, b=3)))
     assert await load_async(url, keys=("b",)) == {"b": 3}
-
-
-async def test_one_string_is_not_taken_for_keys(counting_store: CountingStore) -> None:
-    with pytest.raises(TypeError, match="'lr'"):
-        await load_async(counting_store.put({"lr": 1}), keys="lr")
 
 
 # Bad input
@@ -438,7 +433,6 @@ async def test_one_string_is_not_taken_for_keys(counting_store: CountingStore) -
     [
         (b"", "empty"),
         (b"<html><body>502 Bad Gateway</body></html>", "HTML"),
-        (struct.pack("<Q", 20) + b'{"a":{"dtype":"F32"}}', "safetensors"),
         (pickle.dumps({"a": 1}), "plain pickle"),
         (b"hello", "b'hello'"),
         (b"\x00" * 3_000_000, "starts with"),
@@ -535,7 +529,8 @@ async def test_loading_runs_no_code_of_the_checkpoint(stored: Callable[[bytes], 
     with pytest.raises(UnsafeCheckpointError):
         await load_async(url)
     with pytest.raises(UnsafeCheckpointError):
-        await load_async(url, keys=("b",))
+        await load_async(url, keys=("a",))
+    assert (await load_async(url, keys=("b",)))["b"].tolist() == [1]
     await torchferry.inspect_async(url)
     assert not marker.exists()
 
@@ -789,11 +784,11 @@ def test_memory_is_free_with_the_last_tensor_and_not_when_the_collector_comes(
     memories: list[weakref.ref[Any]] = []
 
     class Watched(LoadBuffer):
-        def __init__(self, size: int, *, sparse: bool) -> None:
-            super().__init__(size, sparse=sparse)
+        def __init__(self, layout: Layout | int, *, sparse: bool = False) -> None:
+            super().__init__(layout, sparse=sparse)
             memories.append(weakref.ref(self._memory))
 
-    monkeypatch.setattr(torchferry.loading, "LoadBuffer", Watched)
+    monkeypatch.setattr(torchferry.torch_files, "LoadBuffer", Watched)
     url = f"memory://{uuid.uuid4().hex}/x.pt"
     torchferry.save({"a": torch.ones(1 << 20), "b": torch.ones(1 << 20)}, url)
     gc.disable()

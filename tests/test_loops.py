@@ -16,6 +16,7 @@ import anyio
 import pytest
 from fsspec.asyn import get_loop
 
+import torchferry
 from torchferry.engine.loops import run, run_on, synchronous
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
@@ -223,4 +224,51 @@ def test_at_the_end_of_the_interpreter_nothing_new_begins_in_a_thread() -> None:
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True, timeout=60
     )
-    assert result.stdout == "<class 'RuntimeError'>\n"
+    assert result.stdout == "<class 'torchferry.errors.InterpreterEndedError'>\n"
+
+
+@pytest.mark.parametrize("where", ["__del__", "atexit"])
+def test_while_the_interpreter_ends_a_call_is_a_clear_error_at_once(where: str, tmp_path: Path) -> None:
+    program = f"""
+        import asyncio, atexit, sys, torchferry
+        path, in_memory = {str(tmp_path / "x.pt")!r}, "memory://x.pt"
+
+        def act(torchferry=torchferry, run=asyncio.run, path=path, in_memory=in_memory, stream=sys.stdout):
+            for call in (
+                lambda: torchferry.save(1, path),
+                lambda: torchferry.save(1, in_memory),
+                lambda: torchferry.load(path),
+                lambda: torchferry.copy(path, path + "2"),
+                lambda: run(torchferry.save_async(1, path)),
+            ):
+                try:
+                    call()
+                except BaseException as error:
+                    print(type(error).__name__, error, file=stream, flush=True)
+
+        class Saving:
+            def __del__(self, act=act):
+                act()
+
+        if {where!r} == "atexit":
+            atexit.register(act)  # before what torchferry registers, and so run after it
+        torchferry.save(1, path)
+        torchferry.save(1, in_memory)
+        torchferry.load(path), torchferry.copy
+        asyncio.run(torchferry.save_async(1, path))
+        if {where!r} == "__del__":
+            saving = Saving()
+            saving.itself = saving  # so that it goes late
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    errors = result.stdout.splitlines()
+    assert [error.partition(",")[0] for error in errors] == ["InterpreterEndedError The interpreter is ending"] * 5
+    assert result.stderr == ""
+
+
+def test_under_trio_an_error_says_that_asyncio_is_needed() -> None:
+    """What trio does: it drives the coroutine without an event loop of asyncio's."""
+    coroutine = torchferry.load_async("x.pt")
+    with pytest.raises(RuntimeError, match=r"need asyncio.*trio\.to_thread"):
+        coroutine.send(None)

@@ -16,6 +16,7 @@ import torch
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+from s3fs import S3FileSystem
 
 import torchferry
 from torchferry.errors import (
@@ -161,6 +162,16 @@ def test_storage_options_and_filesystem_contradict_each_other() -> None:
 def test_url_of_another_filesystem_than_the_given_one_is_refused() -> None:
     with pytest.raises(UnsupportedOptionError, match=r"s3://bucket/x is not a URL of .* LocalFileSystem"):
         open_backend("s3://bucket/x", filesystem=LocalFileSystem())
+
+
+def test_local_file_in_a_store_is_refused(s3_storage_options: dict[str, Any]) -> None:
+    fs = S3FileSystem(**s3_storage_options)
+    with pytest.raises(UnsupportedOptionError, match=r"file:///tmp/x\.pt is a file of this machine.*S3FileSystem"):
+        torchferry.save([], "file:///tmp/x.pt", filesystem=fs)
+    with pytest.raises(UnsupportedURLError, match="names no bucket"):
+        torchferry.save([], "s3:///tmp/x.pt", storage_options=s3_storage_options)
+    with pytest.raises(UnsupportedURLError, match="names no bucket"):
+        torchferry.load("s3:///tmp/x.pt", storage_options=s3_storage_options)
 
 
 # --- "::" in a name, chains, file:// URLs

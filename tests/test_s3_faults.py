@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import anyio
 import pytest
@@ -35,6 +36,7 @@ from torchferry.errors import (
     StoragePermissionError,
     StorageUnavailableError,
 )
+from torchferry.storage.http import Engine
 from torchferry.testing.conformance import READS, Reads, cancel_at_the_end, nothing_is_left, stream
 from torchferry.testing.faultproxy import Fault, FaultProxy
 from torchferry.testing.s3 import Exchange, Front, S3Store
@@ -614,11 +616,14 @@ async def test_a_store_that_got_other_bytes_and_does_not_mind_is_sent_them_again
     assert len([each for each in front.log if each.method == "PUT"]) == 3
 
 
+@pytest.mark.parametrize("way", ["engine", "client"])
 @pytest.mark.parametrize("size", [MIB, len(DATA)])
 async def test_a_tensor_that_is_changed_while_it_is_sent_is_an_error_and_nothing_is_stored(
-    through: Through, size: int
+    through: Through, size: int, way: str
 ) -> None:
     store, _ = through()
+    if way == "client":
+        vars(store.backend._fs)["_torchferry_engine"] = Engine(None, "the test wants the client")  # type: ignore[attr-defined]
     path = store.path("checkpoint.pt")
     store.raw_write(path, b"old")
 
@@ -630,6 +635,49 @@ async def test_a_tensor_that_is_changed_while_it_is_sent_is_an_error_and_nothing
         await store.write(path, chunks())
     assert store.raw_read(path) == b"old"
     assert store.leftovers() == []
+
+
+async def test_a_part_that_is_refused_for_good_is_not_sent_without_its_checksum(through: Through) -> None:
+    """Once by the engine, and once by the client, which may sign in another way."""
+
+    def refuse(exchange: Exchange) -> None:
+        if "partNumber=1" in exchange.target:
+            exchange.refuse(403, "AccessDenied")
+
+    store, front = through.front(before=refuse)
+    with pytest.raises(StoragePermissionError):
+        await store.write(store.path("checkpoint.pt"), stream(DATA, PART))
+    assert len([exchange for exchange in front.log if "partNumber=1" in exchange.target]) == 2
+    assert store.leftovers() == []
+
+
+async def test_all_pages_of_the_uploads_under_way_are_read(through: Through) -> None:
+    """A store that lists one upload a page."""
+    store, client = through()[0], through._client
+    path = store.path("checkpoint.pt")
+    ids = [client.create_multipart_upload(**store.address(path))["UploadId"] for _ in range(3)]
+
+    def list_one(exchange: Exchange) -> None:
+        query = parse_qs(urlsplit(exchange.target).query, keep_blank_values=True)
+        if exchange.method != "GET" or "uploads" not in query:
+            return
+        every = sorted(store.uploads(), key=lambda upload: str(upload["UploadId"]))
+        after = query.get("upload-id-marker", [""])[0]
+        first, *more = [upload for upload in every if upload["UploadId"] > after]
+        begun = first["Initiated"].strftime("%Y-%m-%dT%H:%M:%SZ")
+        exchange.status, exchange.answer = 200, {"Content-Type": "application/xml"}
+        exchange.content = (
+            "<ListMultipartUploadsResult>"
+            f"<IsTruncated>{'true' if more else 'false'}</IsTruncated><NextKeyMarker>{first['Key']}</NextKeyMarker>"
+            f"<NextUploadIdMarker>{first['UploadId']}</NextUploadIdMarker><Upload><Key>{first['Key']}</Key>"
+            f"<UploadId>{first['UploadId']}</UploadId><Initiated>{begun}</Initiated></Upload>"
+            "</ListMultipartUploadsResult>"
+        ).encode()
+
+    paged, _ = through.front(before=list_one)
+    assert {leftover.id async for leftover in paged.backend.leftovers(path)} == set(ids)
+    for upload_id in ids:
+        client.abort_multipart_upload(**store.address(path), UploadId=upload_id)
 
 
 async def test_the_crc32_of_the_whole_object_is_compared(through: Through) -> None:

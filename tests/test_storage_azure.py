@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import secrets
+import weakref
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -40,6 +42,7 @@ from torchferry.testing.conformance import SourceError, cancel_at_the_end, strea
 from torchferry.testing.faultproxy import Fault, FaultProxy, Head
 from torchferry_azure import AzureBackend
 from torchferry_azure.blocks import new_block_id, newest
+from torchferry_azure.letting_go import session_of
 from torchferry_azure.upload import AzureUpload
 
 Way: TypeAlias = Literal["engine", "client"]
@@ -783,6 +786,38 @@ async def test_filesystem_made_for_its_users_loop_works(
     container, _, key = path.partition("/")
     assert azure_client.get_blob_client(container, key).download_blob().readall() == DATA
     await fs.service_client.close()
+
+
+async def test_filesystems_are_freed(store: AzureStore, azure_storage_options: dict[str, Any]) -> None:
+    """adlfs itself keeps them until the process ends. Where this fails, look at what letting_go.py replaces."""
+    seen = []
+    for _ in range(3):
+        fs = AzureBlobFileSystem(**azure_storage_options, skip_instance_cache=True)
+        seen.append(weakref.ref(fs))
+        backend, path = open_backend(f"abfs://{store.path('checkpoint.pt')}", filesystem=fs)
+        await run_on(backend.loop, backend.write, path, stream(b"12345", 2), plan=backend.upload_plan(5))
+        del fs, backend
+    gc.collect()
+    assert [ref() for ref in seen[:-1]] == [None, None]
+
+
+async def test_idle_connections_stay_open_for_the_last_eight_filesystems(
+    store: AzureStore, azure_storage_options: dict[str, Any]
+) -> None:
+    made = []
+    for _ in range(10):
+        fs = AzureBlobFileSystem(**azure_storage_options, skip_instance_cache=True)
+        backend, path = open_backend(f"abfs://{store.path('checkpoint.pt')}", filesystem=fs)
+        await run_on(backend.loop, backend.write, path, stream(b"12345", 2), plan=backend.upload_plan(5))
+        await run_on(backend.loop, backend.stat, path)
+        made.append(fs)
+
+    async def idle() -> list[int]:
+        return [sum(map(len, session_of(fs).connector._conns.values())) for fs in made]
+
+    counts = await run_on(made[0].loop, idle)
+    assert counts[:2] == [0, 0]
+    assert all(counts[2:])
 
 
 async def test_adlfs_sees_what_was_written(store: AzureStore, azure_storage_options: dict[str, Any]) -> None:

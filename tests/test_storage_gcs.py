@@ -963,6 +963,22 @@ async def test_filesystems_are_freed(store: GcsStore) -> None:
     assert [ref() for ref in seen[:-1]] == [None, None]
 
 
+async def test_idle_connections_stay_open_for_the_last_eight_filesystems(store: GcsStore) -> None:
+    made = []
+    for _ in range(10):
+        fs = gcsfs.GCSFileSystem(**store.options["storage_options"], skip_instance_cache=True)
+        backend, path = open_backend(store.url, filesystem=fs)
+        await run_on(backend.loop, partial(backend.write, path, stream(DATA, MIB), plan=backend.upload_plan(1)))
+        made.append(fs)
+
+    async def idle() -> list[int]:
+        return [sum(map(len, fs._session.connector._conns.values())) for fs in made]
+
+    counts = await run_on(made[0].loop, idle)
+    assert counts[:2] == [0, 0]
+    assert all(counts[2:])
+
+
 def test_checkpoint_goes_there_and_back(store: GcsStore) -> None:
     state = {"weights": torch.arange(4 * MIB, dtype=torch.float32), "step": 3}
     torchferry.save(state, store.url, storage_options=store.options["storage_options"], part_size=5 * MIB)

@@ -20,6 +20,11 @@ def test_this_torch_loads_in_place() -> None:
     assert torch_hooks.LOADS_IN_PLACE
 
 
+def test_the_option_for_crc32s_is_of_the_context() -> None:
+    """Where this fails, torch computes the CRC32s of a save: look at where its option is kept now."""
+    assert torch_hooks.crc32_option_is_of_the_context()
+
+
 def test_the_private_functions_of_torch_have_the_parameters_that_are_known() -> None:
     load = inspect.signature(serialization._load).parameters
     known = {"zip_file", "map_location", "pickle_module", "pickle_file", "overall_storage", "pickle_load_args"}

@@ -17,14 +17,16 @@ from typing import Any
 import anyio
 import pytest
 import torch
-import torch.utils.serialization
 from isal import isal_zlib
+from torch.utils.serialization import config
 
 from torchferry.engine.collector import collector_paused
 from torchferry.engine.memory import CPU_SAVES, EVERYTHING_ELSE, Claim, Ledger, address_of
 from torchferry.engine.types import MIB, Chunk
 from torchferry.engine.writer import Limits, UploadPlan
 from torchferry.formats import torch_stream as stream_module
+from torchferry.formats.checksum import UnknownLayoutError
+from torchferry.formats.torch_hooks import crc32_option_is_of_the_context
 from torchferry.formats.torch_stream import TorchStream
 
 
@@ -117,12 +119,12 @@ async def test_a_quantized_tensor_is_saved_as_torch_does() -> None:
     assert b"".join(await chunks_of(obj)) == torch_saved(obj)
 
 
-@pytest.mark.skipif(not torch.__version__.startswith(stream_module._FILLED), reason="this torch computes its own")
+@pytest.mark.skipif(not crc32_option_is_of_the_context(), reason="this torch computes its own")
 async def test_torch_computes_no_crc32_of_what_torchferry_fills_in() -> None:
     """It would be the slowest part of a save, and hold back the first byte of a storage until its last is read."""
     tensors = [torch.full((3 * MIB,), 7, dtype=torch.uint8), torch.ones(3)]
     expected = torch_saved(tensors)
-    assert stream_module._can_fill()
+    assert stream_module.fills_crc32s()
     answers: list[bool] = []
     option = torch.serialization.get_crc32_options
 
@@ -140,26 +142,60 @@ async def test_torch_computes_no_crc32_of_what_torchferry_fills_in() -> None:
 @pytest.fixture
 def asked_anew() -> Iterator[None]:
     """Whether this torch is known is asked again in the test, and after it."""
-    stream_module._can_fill.cache_clear()
+    stream_module._knows_layout.cache_clear()
     yield
-    stream_module._can_fill.cache_clear()
+    stream_module._knows_layout.cache_clear()
 
 
 @pytest.mark.usefixtures("asked_anew")
 def test_a_torch_that_writes_otherwise_computes_its_own_crc32s(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.arange(MIB)
     for broken in (lambda _, data: data, lambda _, data: bytes(data)[::-1], lambda *_: 1 / 0):
-        stream_module._can_fill.cache_clear()
+        stream_module._knows_layout.cache_clear()
         with monkeypatch.context() as patched:
             patched.setattr(stream_module.Crc32Filler, "_on_header", broken)
             assert b"".join(anyio.run(chunks_of, tensor)) == torch_saved(tensor)
-            assert not stream_module._can_fill()
+            assert not stream_module.fills_crc32s()
 
 
 @pytest.mark.usefixtures("asked_anew")
-def test_a_later_torch_computes_its_own_crc32s_until_somebody_has_looked_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not crc32_option_is_of_the_context(), reason="this torch computes its own")
+async def test_a_later_torch_needs_no_edit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.99.0"))
-    assert not stream_module._can_fill()
+    assert stream_module.fills_crc32s()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_a_torch_whose_option_is_one_for_all_threads_computes_its_own_crc32s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread's torch.save would leave its CRC32s out."""
+    entry = config._config["save.compute_crc32"]
+    monkeypatch.setattr(entry, "user_override", None)
+    monkeypatch.setattr(torch.serialization, "set_crc32_options", lambda _: pytest.fail("it was tried"))
+    assert not stream_module.fills_crc32s()
+
+
+@pytest.mark.skipif(not crc32_option_is_of_the_context(), reason="this torch computes its own")
+async def test_after_a_surprise_torch_computes_the_crc32s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the small archive does not show, such as a CRC32 where zeros are expected: nothing is stored, once."""
+    assert stream_module.fills_crc32s()
+    monkeypatch.setattr(stream_module, "_surprised", threading.Event())
+    tensor = torch.arange(MIB)
+    crc32s = {"PK0708": b"PK\x07\x08\x01", "PK0102": b"PK\x01\x02"}
+    for start in crc32s.values():
+        stream_module._surprised.clear()
+        fill = stream_module._Writer.write
+
+        def write(self: Any, data: Any, start: bytes = start, fill: Any = fill) -> int:
+            if self._filler is not None and bytes(data[:4]) == start[:4]:
+                data = bytearray(data)
+                data[4 if start[2] == 7 else 16] = 1
+            return int(fill(self, memoryview(data)))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(stream_module._Writer, "write", write)
+            with pytest.raises(UnknownLayoutError, match="save again"):
+                await drain(TorchStream(tensor))
+            assert b"".join(await chunks_of(tensor)) == torch_saved(tensor)
 
 
 async def test_too_little_memory_for_a_block_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +214,7 @@ async def test_too_little_memory_for_a_block_is_a_memory_error(monkeypatch: pyte
 async def test_crc32s_that_the_user_does_not_want_are_not_filled_in() -> None:
     tensor = torch.arange(MIB)
     with_crc32s = torch_saved(tensor)
-    with torch.utils.serialization.config.patch("save.compute_crc32", False):
+    with config.patch("save.compute_crc32", False):
         saved = b"".join(await chunks_of(tensor))
         assert saved == torch_saved(tensor)
     assert saved != with_crc32s
@@ -311,7 +347,7 @@ async def test_failed_saves_keep_no_tensors() -> None:
 async def test_an_error_while_torch_save_writes_never_looks_like_the_end_of_the_stream() -> None:
     stream = TorchStream(torch.zeros(30 * MIB))
     stream._chunks.put = lambda _chunk: 1 // 0  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError):  # torch's own, from closing its zip file, stands in for the first one
+    with pytest.raises(ZeroDivisionError):  # and not torch's own, from closing its zip file
         await drain(stream)
 
 
@@ -444,7 +480,7 @@ async def test_what_one_save_holds_beyond_its_share_is_free_for_another_in_the_e
 async def test_padding_beyond_what_was_expected_does_not_stall_the_stream() -> None:
     tensors = [torch.zeros(MIB, dtype=torch.uint8) for _ in range(600)]
     part: list[Any] = []
-    with torch.utils.serialization.config.patch("save.storage_alignment", 1 << 14), anyio.fail_after(60):
+    with config.patch("save.storage_alignment", 1 << 14), anyio.fail_after(60):
         async with TorchStream(tensors).running() as stream:
             async for chunk in stream:
                 part.append(chunk)

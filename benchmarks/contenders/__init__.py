@@ -89,4 +89,4 @@ def loader(
     return register
 
 
-from benchmarks.contenders import disk, ferry, floors, peers  # noqa: E402, F401 - they register themselves
+from benchmarks.contenders import disk, ferry, floors, integrations, peers  # noqa: E402, F401 - they register themselves

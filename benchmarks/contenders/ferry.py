@@ -41,7 +41,20 @@ def environment_of(contender: str) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(str(Path(OTHER_CHECKOUT) / part) for part in ("src", "storage_backends"))}
 
 
+def _save_safetensors(task: Task) -> Save:
+    import torchferry
+
+    def save(checkpoint: dict[str, Any], key: str) -> object:
+        url = f"s3://{task.store.bucket}/{key}"
+        state = checkpoint["module_state_dict"]
+        return torchferry.save(state, url, format="safetensors", storage_options=task.store.storage_options)
+
+    return save
+
+
 saver("torchferry")(_save)
+saver("torchferry (safetensors)")(_save_safetensors)
+loader("torchferry (safetensors)", file_format="safetensors")(_load)
 loader("torchferry")(_load)
 loader("torchferry (module only)", keys=MODULE)(partial(_load, keys=MODULE))
 if OTHER_CHECKOUT:

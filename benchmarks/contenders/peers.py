@@ -311,6 +311,32 @@ def tensorizer_load(task: Task) -> Load:
     return load
 
 
+@loader("safetensors + s3fs", file_format="safetensors")
+def safetensors_load(task: Task) -> Load:
+    from s3fs import S3FileSystem
+    from safetensors.torch import load
+
+    fs = S3FileSystem(**task.store.storage_options)
+
+    def load_it(key: str) -> Any:
+        return load(fs.cat_file(f"{task.store.bucket}/{key}"))
+
+    return load_it
+
+
+@saver("safetensors + s3fs")
+def safetensors_save(task: Task) -> Save:
+    from s3fs import S3FileSystem
+    from safetensors.torch import save
+
+    fs = S3FileSystem(**task.store.storage_options)
+
+    def save_it(checkpoint: dict[str, Any], key: str) -> object:
+        return fs.pipe_file(f"{task.store.bucket}/{key}", save(checkpoint["module_state_dict"]))
+
+    return save_it
+
+
 @loader("runai-model-streamer", file_format="safetensors")
 def runai_load(task: Task) -> Load:
     os.environ["RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING"] = "0"

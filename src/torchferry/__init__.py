@@ -14,6 +14,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchferry.background import BackgroundSave, save_in_background
+    from torchferry.cleaning import CleanReport, clean, clean_async
+    from torchferry.comparing import Diff, diff, diff_async
+    from torchferry.converting import convert, convert_async
     from torchferry.copying import copy, copy_async
     from torchferry.engine.transfer import TransferReport
     from torchferry.engine.types import ObjectStat
@@ -24,9 +28,13 @@ if TYPE_CHECKING:
         CheckpointCorruptError,
         CheckpointFormatError,
         CheckpointKeyError,
+        CheckpointMismatchError,
         CheckpointNotFoundError,
         CheckpointValueError,
+        InterpreterEndedError,
         NotEnoughMemoryError,
+        RankFailedError,
+        SaveUnderWayError,
         StorageError,
         StoragePermissionError,
         StorageUnavailableError,
@@ -36,13 +44,22 @@ if TYPE_CHECKING:
         UnsupportedURLError,
     )
     from torchferry.formats.archive import Record
+    from torchferry.formats.filling import IncompatibleKeys
     from torchferry.formats.graph import TensorInfo
-    from torchferry.loading import Manifest, inspect, inspect_async, load, load_async, verify, verify_async
+    from torchferry.loading import inspect, inspect_async, load, load_async, verify, verify_async
+    from torchferry.manager import CheckpointManager
+    from torchferry.manifest import Manifest
     from torchferry.options import LoadOptions, SaveOptions
+    from torchferry.progress import RichCallback, TqdmCallback
     from torchferry.saving import save, save_async
+    from torchferry.storage.base import Leftover
 
 _MODULES = {
+    "torchferry.background": ("BackgroundSave", "save_in_background"),
     "torchferry.formats.archive": ("Record",),
+    "torchferry.cleaning": ("CleanReport", "clean", "clean_async"),
+    "torchferry.comparing": ("Diff", "diff", "diff_async"),
+    "torchferry.converting": ("convert", "convert_async"),
     "torchferry.copying": ("copy", "copy_async"),
     "torchferry.errors": (
         "BackendNotInstalledError",
@@ -51,9 +68,13 @@ _MODULES = {
         "CheckpointCorruptError",
         "CheckpointFormatError",
         "CheckpointKeyError",
+        "CheckpointMismatchError",
         "CheckpointNotFoundError",
         "CheckpointValueError",
+        "InterpreterEndedError",
         "NotEnoughMemoryError",
+        "RankFailedError",
+        "SaveUnderWayError",
         "StorageError",
         "StoragePermissionError",
         "StorageUnavailableError",
@@ -63,8 +84,9 @@ _MODULES = {
         "UnsupportedURLError",
     ),
     "torchferry.formats.graph": ("TensorInfo",),
+    "torchferry.formats.filling": ("IncompatibleKeys",),
+    "torchferry.manifest": ("Manifest",),
     "torchferry.loading": (
-        "Manifest",
         "inspect",
         "inspect_async",
         "load",
@@ -72,8 +94,11 @@ _MODULES = {
         "verify",
         "verify_async",
     ),
+    "torchferry.manager": ("CheckpointManager",),
     "torchferry.options": ("LoadOptions", "SaveOptions"),
+    "torchferry.progress": ("RichCallback", "TqdmCallback"),
     "torchferry.saving": ("save", "save_async"),
+    "torchferry.storage.base": ("Leftover",),
     "torchferry.engine.transfer": ("TransferReport",),
     "torchferry.engine.types": ("ObjectStat",),
 }
@@ -81,36 +106,55 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 __all__ = [
     "BackendNotInstalledError",
+    "BackgroundSave",
     "ChangedWhileSavingError",
     "CheckpointChangedError",
     "CheckpointCorruptError",
     "CheckpointFormatError",
     "CheckpointKeyError",
+    "CheckpointManager",
+    "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "CheckpointValueError",
+    "CleanReport",
+    "Diff",
+    "IncompatibleKeys",
+    "InterpreterEndedError",
+    "Leftover",
     "LoadOptions",
     "Manifest",
     "NotEnoughMemoryError",
     "ObjectStat",
+    "RankFailedError",
     "Record",
+    "RichCallback",
     "SaveOptions",
+    "SaveUnderWayError",
     "StorageError",
     "StoragePermissionError",
     "StorageUnavailableError",
     "TensorInfo",
     "TorchferryError",
+    "TqdmCallback",
     "TransferReport",
     "UnsafeCheckpointError",
     "UnsupportedOptionError",
     "UnsupportedURLError",
+    "clean",
+    "clean_async",
+    "convert",
+    "convert_async",
     "copy",
     "copy_async",
+    "diff",
+    "diff_async",
     "inspect",
     "inspect_async",
     "load",
     "load_async",
     "save",
     "save_async",
+    "save_in_background",
     "verify",
     "verify_async",
 ]

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import anyio
-
-from torchferry.engine.cancellation import in_thread
+from torchferry.engine.cancellation import in_thread, run_shielded
 from torchferry.engine.loops import own_loop, run_on, synchronous
-from torchferry.engine.memory import BLOCK_SIZE, EVERYTHING_ELSE, Claim
+from torchferry.engine.memory import BLOCK_SIZE, EVERYTHING_ELSE
 from torchferry.engine.reader import RangeReader
-from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import Transfer, TransferReport, current
-from torchferry.engine.types import Chunk, ObjectStat
+from torchferry.engine.types import ObjectStat
 from torchferry.errors import CheckpointFormatError, mask
+from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, sniff
 from torchferry.formats.checksum import Checksums
-from torchferry.opening import open_reader, read_archive
+from torchferry.formats.opcodes import UnusualPickleError
+from torchferry.locating import open_object
+from torchferry.opening import memory_errors, read_archive, read_legacy_format
+from torchferry.safetensors_opening import File, delete_all, open_file, open_files, prepare, publish_index
 from torchferry.storage.base import Backend
 from torchferry.storage.metadata import require_storable
 from torchferry.storage.registry import open_backend
+from torchferry.streaming import Extent, ExtentStream
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
+    from torchferry.distributed.whole import Contents
+
 __all__ = ["copy", "copy_async"]
 
-_READS = 16  # blocks ahead of the target at most, and so many reads under way at once
+_ABORT_PATIENCE = 0.7  # seconds that a cancel waits for what was copied to be deleted
 
 
 async def copy_async(
@@ -51,13 +54,15 @@ async def copy_async(
 ) -> ObjectStat:
     """Copies a checkpoint, byte for byte, from any store to any other.
 
-    It appears at ``target`` when all of it is there and every record has matched its CRC32, or not at all. Takes at
-    most 208 MiB of memory, together with all copies and verifications of the process.
+    It appears at ``target`` when all of it is there and every record has matched its CRC32, or not at all. Safetensors
+    have no CRC32s: their structure is checked; of several files the index is copied last. Takes at most 208 MiB of
+    memory, together with all copies and verifications of the process.
 
     Args:
         source: The URL or local path of the checkpoint.
         target: Where to.
-        verify: Check every record's CRC32. Without, any object is copied, whatever it is.
+        verify: Check every record's CRC32. Without, any object is copied, whatever it is. Of a checkpoint in the
+            legacy format, which carries none, what can be is checked, and a warning is logged and in the report.
         source_storage_options: Arguments for the fsspec filesystem of ``source``.
         target_storage_options: Arguments for that of ``target``.
         source_filesystem: An fsspec filesystem to use as it is, instead of ``source_storage_options``.
@@ -72,7 +77,7 @@ async def copy_async(
         What is now at ``target``.
 
     Raises:
-        CheckpointFormatError: the source is not a checkpoint that ``torch.save`` wrote.
+        CheckpointFormatError: the source is not a checkpoint.
         CheckpointCorruptError: it is damaged. Nothing is at ``target`` that was not there before.
         CheckpointChangedError: it was replaced meanwhile.
         UnsupportedOptionError: an option is not one that these stores, or any, can honour; the message names it.
@@ -86,129 +91,128 @@ async def copy_async(
         partial(open_backend, target, storage_options=target_storage_options, filesystem=target_filesystem)
     )
     transfer = Transfer("copy", mask(os.fspath(target)), callback=callback, give_up_after=give_up_after)
-    with transfer.running(report):
+    with transfer.running(report), memory_errors(source):
         return await run_on(
-            own_loop(writer.loop), _copy, reader, source_path, writer, target_path, verify, part_size, metadata
+            own_loop(writer.loop), _copy, reader, source_path, verify, _Order(writer, target_path, part_size, metadata)
         )
 
 
 copy = synchronous(copy_async)
 
 
-async def _copy(
-    reader: Backend,
-    source_path: str,
-    writer: Backend,
-    target_path: str,
-    verify: bool,
-    part_size: int | None,
-    metadata: Mapping[str, str] | None,
-) -> ObjectStat:
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """Where to copy to, and how."""
+
+    writer: Backend
+    path: str
+    part_size: int | None
+    metadata: Mapping[str, str] | None
+
+
+async def _copy(reader: Backend, source_path: str, verify: bool, order: _Order) -> ObjectStat:
     transfer = current()
     with transfer.reading_side():
-        source = await open_reader(reader, source_path)
-        archive = await read_archive(source) if verify else None
-    if verify and (archive is None or not archive.has_crc32s):
-        reason = "it is not a zip file of torch.save" if archive is None else "it was saved without them"
+        source = await open_object(reader, source_path)
+        if isinstance(source, RangeReader):
+            looks = sniff(await source.read(0, min(source.stat.size, SNIFF_SIZE)))
+            if verify and looks == INDEX_FORMAT:
+                files = await open_files(reader, source_path, source)
+            elif verify and looks == SAFETENSORS_FORMAT:
+                await open_file(source, source_path)  # its structure: it has no checksums
+    async with transfer.telling():
+        if not isinstance(source, RangeReader):
+            return await _copy_sharded(source, verify, order)
+        if verify and looks == INDEX_FORMAT:
+            return await _copy_files(source, files, order)
+        checksums = None if not verify or looks == SAFETENSORS_FORMAT else await _checksums(source)
+        transfer.set_size(source.stat.size)
+        return await _copy_object(source, checksums, order.path, order)
+
+
+async def _checksums(source: RangeReader) -> Checksums | None:
+    """What checks a copy of a file of ``torch.save``; None for the legacy format, which carries no checksums."""
+    with current().reading_side():
+        archive = await read_archive(source)
+        is_legacy = archive is None and await _is_whole_legacy(source)
+    if is_legacy:
+        current().warn(
+            f"{source.url} is in torch's legacy format, which carries no checksums: its length was checked, and what "
+            "its tensors are. Their values are copied as they are."
+        )
+        return None
+    if archive is None or not archive.has_crc32s:
+        reason = "it is neither a zip file of torch.save nor safetensors" if archive is None else "it was saved without"
         raise CheckpointFormatError(f"{source.url} carries no checksums: {reason}. Copy it with verify=False.")
-    checksums = await in_thread(Checksums, archive.records if archive else (), source.url)
+    return await in_thread(Checksums, archive.records, source.url)
+
+
+async def _is_whole_legacy(source: RangeReader) -> bool:
+    """Whether it is a checkpoint in the legacy format; raises a CheckpointCorruptError for one that is not whole."""
+    try:
+        return await read_legacy_format(source) is not None
+    except UnusualPickleError:
+        return True
+
+
+async def _copy_sharded(found: Contents, verify: bool, order: _Order) -> ObjectStat:
+    """Copies a sharded checkpoint: shards under a name of this copy's own, and then its metadata."""
+    from torchferry.distributed.whole import ShardedCopy
+
+    with current().reading_side():
+        sharded = await ShardedCopy.begin(found, order.writer, order.path, verify=verify)
+    current().set_size(sum(file.stat.size for _, _, file, _ in sharded.shards))
+    for number, (_, path, file, checksums) in enumerate(sharded.shards):
+        sharded.copied(number, await _copy_object(file, checksums, path, replace(order, metadata={})))
+    return await sharded.commit()
+
+
+async def _copy_files(source: RangeReader, files: Sequence[File], order: _Order) -> ObjectStat:
+    """Copies the files of an index, and then the index; what is at the target stays whole until then."""
+    sizes = sum(file.source.stat.size for file in files)
+    current().set_size(sizes)
+    chosen, index, replaced = await prepare(order.writer, order.path, len(files))
+    folder = index[: index.rfind("/") + 1]
+    paths = chosen if replaced else [folder + file.name for file in files]
+    written: list[str] = []
+    try:
+        for file, path in zip(files, paths, strict=True):
+            written.append(path)
+            await _copy_object(file.source, None, path, order)
+        names = [path[len(folder) :] for path in paths]
+        pairs = [(entry.name, name) for file, name in zip(files, names, strict=True) for entry in file.entries]
+        total = sum(entry.stop - entry.start for file in files for entry in file.entries)
+        same = order.path == index and not replaced
+        stat = (
+            await publish_index(order.writer, order.path, pairs, total)
+            if not same
+            else await _copy_object(source, None, order.path, order)
+        )
+    except BaseException:
+        await run_shielded(delete_all, order.writer, written, patience=lambda: _ABORT_PATIENCE)
+        raise
+    await delete_all(order.writer, replaced - {*paths})
+    return stat
+
+
+async def _copy_object(source: RangeReader, checksums: Checksums | None, path: str, order: _Order) -> ObjectStat:
+    transfer = current()
+    writer = order.writer
     size = source.stat.size
-    plan = writer.upload_plan(size, part_size)
+    plan = writer.upload_plan(size, order.part_size)
     # The target holds up to a part back before it sends any of it: with one block more there is always room to go on.
     claim = await EVERYTHING_ELSE.claim_async(min(size, plan.part_size + BLOCK_SIZE) + plan.memory)
+
+    def add(_: RangeReader, start: int, memory: memoryview) -> int | None:
+        return None if checksums is None else checksums.add(start, memory)
+
     try:
-        stream = _CopyStream(source, checksums, claim)
-        async with stream.running(), transfer.telling():
-            transfer.set_size(size)
-            stat = await writer.write(
-                target_path, stream, plan=plan, metadata=source.stat.metadata if metadata is None else metadata
-            )
+        finish = (lambda: None) if checksums is None else checksums.finish
+        stream = ExtentStream([Extent(source, 0, size)], claim, add=add, finish=finish)
+        async with stream.running():
+            metadata = source.stat.metadata if order.metadata is None else order.metadata
+            stat = await writer.write(path, stream, plan=plan, metadata=metadata)
             transfer.moved_at_least(size)
             return stat
     finally:
         claim.close()
-
-
-class _CopyStream(AsyncIterator["Chunk"]):
-    """The bytes of a source in order, read ahead into blocks, while :meth:`running`.
-
-    Args:
-        source: What is read.
-        checksums: Told all bytes, and asked at the end.
-        claim: The memory.
-    """
-
-    def __init__(self, source: RangeReader, checksums: Checksums, claim: Claim) -> None:
-        self._source = source
-        self._checksums = checksums
-        self._claim = claim
-        self._send, self._receive = anyio.create_memory_object_stream[_Piece](_READS)
-        self._reading = anyio.CapacityLimiter(_READS)
-        self._closed = False
-        self._complete = False
-
-    @asynccontextmanager
-    async def running(self) -> AsyncGenerator[None]:
-        """Reads ahead.
-
-        Raises:
-            TorchferryError: a read failed; the body was cancelled because of it.
-        """
-        async with task_group() as tasks:
-            tasks.start_soon(self._read_ahead)
-            try:
-                yield
-            finally:
-                self._closed = True
-                self._claim.abandon()
-                tasks.cancel_scope.cancel()
-                self._receive.close()
-
-    async def __anext__(self) -> Chunk:
-        current().tell()
-        try:
-            piece = await self._receive.receive()
-        except anyio.EndOfStream:
-            if not self._complete:
-                raise InterruptedError("reading the source was interrupted") from None
-            self._checksums.finish()
-            raise StopAsyncIteration from None
-        await piece.filled.wait()
-        return Chunk(piece.memory.toreadonly(), piece.crc32)
-
-    async def _read_ahead(self) -> None:
-        size = self._source.stat.size
-        step = self._claim.block_size
-        try:
-            with current().reading_side():
-                async with task_group() as tasks:
-                    for start in range(0, size, step):
-                        # Taken in order: a later piece must never have the block that an earlier one waits for.
-                        block = await self._claim.take_async()
-                        piece = _Piece(start, block[: min(step, size - start)])
-                        del block  # nothing but the piece holds it, so that it comes back
-                        await self._send.send(piece)
-                        tasks.start_soon(self._fill, piece)
-                        del piece
-            self._complete = True
-        except (InterruptedError, anyio.BrokenResourceError):
-            if not self._closed:
-                raise
-        finally:
-            self._send.close()
-
-    async def _fill(self, piece: _Piece) -> None:
-        async with self._reading:
-            await self._source.read_into(piece.start, piece.memory)
-            piece.crc32 = await in_thread(self._checksums.add, piece.start, piece.memory)
-        piece.filled.set()
-
-
-@dataclass(slots=True)
-class _Piece:
-    """Bytes of the source on their way into a block."""
-
-    start: int
-    memory: memoryview
-    crc32: int = 0
-    filled: anyio.Event = field(default_factory=anyio.Event)

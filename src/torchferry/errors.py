@@ -8,8 +8,11 @@ caused it, if any, is in ``__cause__``.
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
+
+from torchferry.printable import escaped
 
 __all__ = [
     "BackendNotInstalledError",
@@ -18,10 +21,14 @@ __all__ = [
     "CheckpointCorruptError",
     "CheckpointFormatError",
     "CheckpointKeyError",
+    "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "CheckpointValueError",
+    "InterpreterEndedError",
     "MaskedError",
     "NotEnoughMemoryError",
+    "RankFailedError",
+    "SaveUnderWayError",
     "StorageError",
     "StoragePermissionError",
     "StorageUnavailableError",
@@ -29,8 +36,10 @@ __all__ = [
     "UnsafeCheckpointError",
     "UnsupportedOptionError",
     "UnsupportedURLError",
+    "forget_frames",
     "mask",
     "masked",
+    "shows_frames",
 ]
 
 
@@ -39,21 +48,29 @@ _PASSWORD = re.compile(
     r"(?!\d{1,5}/|:[a-z][a-z0-9+.-]*://)"  # no port, no next URL of a chain
     r"(?:(?!://)[^\s])+(?=@)"  # to the last @: a password that was not quoted may contain one, or a slash
 )
+_HTTP_USER = re.compile(r"(https?://)[^/@\s:?#]+(?=@)")  # a token may be given as the user's name
 _NAMES = (
     r"[\w.%~-]*(?:token|secret|passw(?:or)?d|passphrase|pwd|signature|authorization"
     r"|(?:api|access|secret|account|private|shared)[-_]?key)"
-    r"|(?:[\w.%~-]*[-_.])?(?:sig|auth|pass|key)"
+    r"|(?:[\w.%~-]*[-_.])?(?:sig|auth|pass|key|jwt|code)"
 )
 _FIELD = re.compile(rf"([?&;#](?:{_NAMES})=)[^&\s'\"]+?(?=[:,.)\]]*(?:[&\s'\"]|$))", re.IGNORECASE)
 
 
 def mask(text: str) -> str:
-    """``text`` without the secrets of URLs in it: passwords, keys, tokens and signatures become ``***``.
+    """``text`` as people may see it: without the secrets of URLs in it, and with nothing that acts on a terminal.
 
-    That is what stands between a user's name and the last ``@``, and the values of fields whose name ends in "token",
-    "signature", "apikey" and the like.
+    Passwords, keys, tokens and signatures become ``***``. That is what stands between a user's name and the last ``@``,
+    the name before an ``@`` of http, and the values of fields whose name ends in "token", "signature", "apikey" and
+    the like. Control characters, but for newlines, become backslash escapes.
     """
-    return _FIELD.sub(r"\1***", _PASSWORD.sub(r"\1***", text))
+    for secret in (_PASSWORD, _HTTP_USER, _FIELD):
+        text = secret.sub(_without_secret, text)
+    return escaped(text, keep="\n\t")
+
+
+def _without_secret(match: re.Match[str]) -> str:
+    return f"{match[1]}***"  # not a template: re imports a module for one, which fails while the interpreter ends
 
 
 class MaskedError(Exception):
@@ -80,8 +97,33 @@ def masked(error: Exception) -> Exception:
     return safe
 
 
+def shows_frames() -> bool:
+    """Whether tracebacks show the frames of torchferry and the libraries below: for who debugs them."""
+    return logging.getLogger("torchferry").isEnabledFor(logging.DEBUG)
+
+
+def forget_frames(error: TorchferryError, but: BaseException | None = None) -> None:
+    """Lets go of the frames that an error and its causes were raised in, unless :func:`shows_frames`.
+
+    Args:
+        error: It.
+        but: An exception that was being handled before, which is none of ours.
+    """
+    left: list[BaseException | None] = [] if shows_frames() else [error]
+    seen = {id(but)}
+    while left:
+        forgets = left.pop()
+        if forgets is not None and id(forgets) not in seen:
+            seen.add(id(forgets))
+            forgets.__traceback__ = None
+            left += [forgets.__cause__, forgets.__context__]
+
+
 class TorchferryError(Exception):
-    """The root of torchferry's errors. No text in them, notes included, shows a secret of a URL."""
+    """The root of torchferry's errors.
+
+    No text in them, notes included, shows a secret of a URL, or holds anything that acts on a terminal.
+    """
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(mask(arg) if isinstance(arg, str) else arg for arg in args))
@@ -118,6 +160,18 @@ class CheckpointChangedError(StorageError):
 class ChangedWhileSavingError(TorchferryError, RuntimeError):
     """A tensor was changed while it was being sent. Nothing was stored: what was there before still is."""
 
+    @classmethod
+    def at(cls, url: str) -> ChangedWhileSavingError:
+        """The error, in the words that are right wherever it is noticed."""
+        return cls(
+            f"{url}: a tensor was changed while it was being saved. Nothing was stored. Wait for the save before the "
+            "next optimizer step, or have a snapshot saved: torchferry.save_in_background(obj, url)."
+        )
+
+
+class SaveUnderWayError(TorchferryError, RuntimeError):
+    """There is no room for another snapshot while a save in the background is under way. Nothing was saved."""
+
 
 class CheckpointFormatError(TorchferryError, ValueError):
     """The object is no checkpoint, or one in a format that cannot be loaded this way; the message names the format."""
@@ -131,12 +185,24 @@ class CheckpointKeyError(TorchferryError, KeyError):
     """A key asked for in ``keys=`` is not in the checkpoint; the message lists those that are."""
 
 
+class CheckpointMismatchError(TorchferryError, RuntimeError):
+    """A checkpoint does not fit what it is to be loaded into; the message names what differs. Nothing was changed."""
+
+
 class CheckpointValueError(TorchferryError, ValueError):
     """A checkpoint cannot be made of this: nothing to save, a name that is taken, a value that no load would take."""
 
 
 class NotEnoughMemoryError(TorchferryError, MemoryError):
     """This machine has no memory for a whole checkpoint; ``keys=`` loads a part of it."""
+
+
+class InterpreterEndedError(TorchferryError, RuntimeError):
+    """The interpreter is ending, and its threads have ended: nothing can be saved or loaded any more."""
+
+
+class RankFailedError(TorchferryError, RuntimeError):
+    """A rank of a distributed save or load failed, and so all did; ``failures`` has each rank's error."""
 
 
 class UnsafeCheckpointError(TorchferryError, pickle.UnpicklingError):

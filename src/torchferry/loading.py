@@ -1,55 +1,44 @@
-"""Loads, inspects and verifies checkpoints.
+"""Loads, inspects and verifies checkpoints, whatever their format.
 
-A load looks at both ends of the object first (the directory is at the end, the pickle at the start), decides which
-records it needs, fetches those in parallel ranges into a :class:`~torchferry.formats.load_buffer.LoadBuffer`, and
-checks each record's CRC32 as it arrives. Then torch unpickles the buffer.
+The format is told by the object's first bytes, never by its name.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torchferry.engine import loops
 from torchferry.engine.cancellation import in_thread
-from torchferry.engine.collector import collector_paused
 from torchferry.engine.reader import RangeReader
-from torchferry.engine.transfer import Transfer, current
-from torchferry.engine.types import Buffer
-from torchferry.errors import (
-    CheckpointFormatError,
-    NotEnoughMemoryError,
-    mask,
-)
-from torchferry.formats.archive import (
-    LEGACY_FORMAT,
-    SNIFF_SIZE,
-    sniff,
-)
-from torchferry.formats.checksum import Checksums
-from torchferry.formats.graph import read_graph
-from torchferry.formats.load_buffer import LoadBuffer
-from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
-from torchferry.formats.selection import Selection, check_graph, check_keys, everything, select
-from torchferry.formats.torch_hooks import torch_errors
-from torchferry.opening import open_reader, read_archive
+from torchferry.engine.transfer import Transfer
+from torchferry.errors import mask
+from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, sniff
+from torchferry.formats.filling import Target
+from torchferry.formats.keys import KeysArgument, as_keys
+from torchferry.formats.torch_hooks import TorchModes
+from torchferry.locating import open_object
+from torchferry.opening import memory_errors
+from torchferry.requests import LoadRequest
+from torchferry.safetensors_files import fill_safetensors, inspect_safetensors, load_safetensors
+from torchferry.safetensors_opening import File, open_file, open_files
 from torchferry.storage.registry import open_backend
+from torchferry.torch_files import fill_torch, fill_with, inspect_torch, load_torch, verify_torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
+    import torch
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
+    from torchferry.distributed.whole import Contents
     from torchferry.engine.transfer import TransferReport
-    from torchferry.formats.archive import Archive, Record
-    from torchferry.formats.graph import TensorInfo
+    from torchferry.manifest import Manifest
     from torchferry.storage.base import Backend
 
 __all__ = [
-    "Manifest",
     "inspect",
     "inspect_async",
     "load",
@@ -59,34 +48,13 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What is in a checkpoint.
-
-    Attributes:
-        url: Where it is, without the secrets of a URL.
-        size: Bytes of the object.
-        etag: Names the version of the object, where the store has such names.
-        records: The records of the archive, in the order of the file.
-        tensors: The tensors of the saved object, in its order. Several may share a storage, and so a record.
-    """
-
-    url: str
-    size: int
-    etag: str | None
-    records: Sequence[Record]
-    tensors: tuple[TensorInfo, ...]
-
-    @property
-    def storage_nbytes(self) -> int:
-        """Bytes of all storages, each counted once."""
-        return sum(record.size for record in self.records if record.name.startswith("data/"))
-
-
 async def load_async(
     url: str | os.PathLike[str],
     *,
-    keys: Sequence[str] | None = None,
+    keys: KeysArgument | None = None,
+    exclude: KeysArgument | None = None,
+    into: torch.nn.Module | Mapping[str, Any] | None = None,
+    strict: bool = True,
     map_location: Any = None,
     weights_only: bool = True,
     verify: bool = True,
@@ -96,16 +64,26 @@ async def load_async(
     callback: Callback | None = None,
     report: Callable[[TransferReport], object] | None = None,
 ) -> Any:
-    """Loads a checkpoint from a store; any file that ``torch.save`` wrote.
+    """Loads a checkpoint from a store: any file that ``torch.save`` wrote, safetensors, or a sharded checkpoint.
 
-    Takes memory for the object, or for the part that ``keys`` name, and at most 200 MiB beside. The tensors lie in
-    one piece of memory, which is freed when all of them are gone. A checkpoint in the legacy format (before torch 1.6)
-    is read whole and copied once more.
+    Takes memory for the object, or for the part that ``keys`` name, and at most 200 MiB beside. Small tensors lie in
+    memory together; a storage of 1 MiB or more frees its own when its tensors are gone. A checkpoint in the legacy
+    format (before torch 1.6) is read whole and copied once more. For safetensors in several files, ``url`` is that of
+    their index; for a sharded checkpoint, that of its directory.
 
     Args:
         url: Any fsspec URL, or a local path.
-        keys: Load only these keys of a checkpoint that is a dict, and return a dict of them. Only the storages that
-            they need are read, as long as the checkpoint is made of tensors and plain Python values.
+        keys: Load only these values, nested as they are in the checkpoint. Names at any depth, as :func:`inspect` shows
+            them: "model.encoder" takes what begins with that and a dot, "model.*.bias" is a glob, and a function is
+            asked for the name of each tensor and plain value. Only the storages that they need are read, and what
+            ``weights_only`` refuses elsewhere in the checkpoint does not matter. Of a list that is not taken as a whole
+            remains a dict, by index.
+        exclude: What to leave out, in the same way.
+        into: A module or a state dict whose tensors are filled with those of the same name, instead of new ones. It may
+            be nested as the checkpoint is, with modules in it: ``into={"model": model}``. Contiguous CPU tensors of
+            1 MiB and more are read straight into their own memory: nothing is in memory twice. Tensors of the meta
+            device are replaced. If the load fails after it has begun to read, the tensors hold a mixture.
+        strict: Whether names that the checkpoint or ``into`` lacks are an error; before anything is read.
         map_location: As in ``torch.load``.
         weights_only: As in ``torch.load``; its variable ``TORCH_FORCE_WEIGHTS_ONLY_LOAD`` is obeyed, too. With False,
             a checkpoint can run any code: only for those whose author you trust.
@@ -117,23 +95,26 @@ async def load_async(
         report: Called with the :class:`~torchferry.TransferReport` of what succeeded.
 
     Returns:
-        What was saved; a dict of the asked keys if there are ``keys``.
+        What was saved; with ``keys`` or ``exclude``, only the part that was asked for, nested in the same way. Of
+        safetensors, a dict of tensors. With ``into``, an :class:`~torchferry.IncompatibleKeys`: what did not match.
 
     Raises:
-        CheckpointFormatError: it is not a checkpoint that ``torch.save`` wrote; or no dict, where there are ``keys``.
+        CheckpointFormatError: it is not a checkpoint; or no dict, where there are ``keys``.
         CheckpointCorruptError: it is damaged.
-        CheckpointKeyError: a key is not in it.
+        CheckpointKeyError: a key takes nothing of it.
+        CheckpointMismatchError: it does not fit ``into``.
         UnsafeCheckpointError: it needs globals that ``weights_only=True`` does not allow.
         CheckpointChangedError: it was replaced meanwhile.
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
-    if isinstance(keys, str):
-        raise TypeError(f"keys is a sequence of keys: ({keys!r},) for one.")
+    modes = TorchModes.of_caller()
     backend, path = await _open(url, storage_options, filesystem)
     forced = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in {"1", "y", "yes", "true"}  # as torch.load
-    request = _Request(None if keys is None else tuple(keys), map_location, weights_only or forced, verify)
-    with Transfer("load", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after).running(report):
-        return await loops.run_on(backend.loop, _load, backend, path, request)
+    request = LoadRequest(as_keys(keys), as_keys(exclude), map_location, weights_only or forced, verify, strict, modes)
+    target = None if into is None else Target(into)
+    transfer = Transfer("load", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after)
+    with transfer.running(report), memory_errors(url):
+        return await loops.run_on(backend.loop, _load, backend, path, request, target)
 
 
 async def inspect_async(
@@ -156,12 +137,13 @@ async def inspect_async(
         give_up_after: Seconds without progress after which failed requests are not repeated any more; 120 by default.
 
     Raises:
-        CheckpointFormatError: it is not a checkpoint, or one in the legacy format, which has no directory.
+        CheckpointFormatError: it is not a checkpoint.
         CheckpointCorruptError: its directory or its pickle is damaged.
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
     backend, path = await _open(url, storage_options, filesystem)
-    with Transfer("inspect", mask(os.fspath(url)), give_up_after=give_up_after).running(None):
+    transfer = Transfer("inspect", mask(os.fspath(url)), give_up_after=give_up_after)
+    with transfer.running(None), memory_errors(url):
         return await loops.run_on(backend.loop, _inspect, backend, path)
 
 
@@ -193,11 +175,12 @@ async def verify_async(
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
     backend, path = await _open(url, storage_options, filesystem)
-    with Transfer("verify", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after).running(report):
+    transfer = Transfer("verify", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after)
+    with transfer.running(report), memory_errors(url):
         return await loops.run_on(backend.loop, _verify, backend, path)
 
 
-load = loops.synchronous(load_async)
+load = loops.synchronous(load_async, within=TorchModes.carried)
 inspect = loops.synchronous(inspect_async)
 verify = loops.synchronous(verify_async)
 
@@ -208,174 +191,61 @@ async def _open(
     return await in_thread(partial(open_backend, url, storage_options=storage_options, filesystem=filesystem))
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    keys: tuple[str, ...] | None
-    map_location: Any
-    weights_only: bool
-    verify: bool
-
-
 async def _inspect(backend: Backend, path: str) -> Manifest:
-    source = await open_reader(backend, path)
-    archive = await _require_archive(source)
-    pickled = await _read_pickle(source, archive, verify=True)
-    return await in_thread(_manifest, source, archive, pickled)
+    source = await open_object(backend, path)
+    if not isinstance(source, RangeReader):
+        return await _inspect_sharded(source)
+    if (files := await _safetensors(backend, path, source)) is not None:
+        return await in_thread(inspect_safetensors, files, source)
+    return await inspect_torch(source)
 
 
 async def _verify(backend: Backend, path: str) -> Manifest:
-    source = await open_reader(backend, path)
-    archive = await _require_archive(source)
-    pickled = await _read_pickle(source, archive, verify=True)
-    if not archive.has_crc32s:
-        raise CheckpointFormatError(
-            f"{source.url} carries no checksums to verify: it was saved under "
-            "torch.serialization.set_crc32_options(False)."
-        )
-    checksums = await in_thread(Checksums, archive.records, source.url)
-    await _fetch(source, [(0, archive.start)], checksums.add)
-    checksums.finish()
-    return await in_thread(_manifest, source, archive, pickled)
+    source = await open_object(backend, path)
+    if not isinstance(source, RangeReader):
+        from torchferry.distributed.whole import verify_contents
+
+        await verify_contents(source)
+        return await _inspect_sharded(source)
+    if (files := await _safetensors(backend, path, source)) is not None:
+        return await in_thread(inspect_safetensors, files, source)
+    return await verify_torch(source)
 
 
-@collector_paused()
-def _manifest(source: RangeReader, archive: Archive, pickled: bytes) -> Manifest:
-    graph = read_graph(pickled, source.url)
-    return Manifest(mask(source.url), source.stat.size, source.stat.etag, archive.records, tuple(graph.tensors()))
+async def _inspect_sharded(found: Contents) -> Manifest:
+    from torchferry.distributed.whole import inspect_contents
+
+    return await in_thread(inspect_contents, found)
 
 
-async def _require_archive(source: RangeReader) -> Archive:
-    archive = await read_archive(source)
-    if archive is None:
-        raise await _format_error(source)
-    return archive
+async def _load(backend: Backend, path: str, request: LoadRequest, target: Target | None) -> Any:
+    source = await open_object(backend, path, weights_only=request.weights_only)
+    if not isinstance(source, RangeReader):
+        return await _load_sharded(source, request, target)
+    files = await _safetensors(backend, path, source)
+    if target is not None:
+        if files is not None:
+            return await fill_safetensors(files, request, source.url, target)
+        return await fill_torch(source, request, target)
+    if files is not None:
+        return await load_safetensors(files, request, source.url)
+    return await load_torch(source, request)
 
 
-async def _format_error(source: RangeReader) -> CheckpointFormatError:
-    head = await source.read(0, min(source.stat.size, SNIFF_SIZE))
-    looks = sniff(head)
-    if looks == LEGACY_FORMAT:
-        return CheckpointFormatError(
-            f"{source.url} is {looks}, which has neither a directory nor checksums: it can only be loaded. "
-            "Save it again."
-        )
-    return CheckpointFormatError(
-        f"{source.url} is not a checkpoint that torch.save wrote: "
-        + (f"it looks like {looks}." if looks else f"it starts with {head[:16]!r}.")
-    )
+async def _load_sharded(found: Contents, request: LoadRequest, target: Target | None) -> Any:
+    from torchferry.distributed.whole import load_whole
 
-
-async def _read_record(source: RangeReader, archive: Archive, name: str) -> bytes:
-    record = archive.get(name)
-    return b"" if record is None else await source.read(record.offset, record.end)
-
-
-async def _read_pickle(source: RangeReader, archive: Archive, *, verify: bool) -> bytes:
-    pickled = await _read_record(source, archive, "data.pkl")
-    if verify and (record := archive.get("data.pkl")):
-        await in_thread(Checksums([record], archive.url).add, record.offset, pickled)
-    return pickled
-
-
-async def _fetch(
-    source: RangeReader,
-    extents: Sequence[tuple[int, int]],
-    sink: Callable[[int, Buffer], object],
-    load_buffer: LoadBuffer | None = None,
-) -> None:
-    """Hands the bytes of the extents, and all that is there already, to ``load_buffer`` and then to ``sink``."""
-    transfer = current()
-    plan = source.plan if load_buffer is None else source.plan_into_memory
-    ranges = await in_thread(plan, extents)
-    kept = source.kept
-    with transfer.stage("reading"):
-        there = sum(len(buffer) for _, buffer in kept)
-        total = there + sum(stop - start for start, stop in ranges)
-        transfer.set_size(total)
-        transfer.moved_at_least(there)
-        async with transfer.telling():
-            for start, buffer in kept:
-                if load_buffer is not None:
-                    load_buffer.write(start, buffer)
-                await in_thread(sink, start, buffer)
-            if load_buffer is not None:
-                await in_thread(load_buffer.expect, ranges)
-            await source.stream(ranges, sink, memory=None if load_buffer is None else load_buffer.view)
-            transfer.moved_at_least(total)
-
-
-async def _load(backend: Backend, path: str, request: _Request) -> Any:
-    source = await open_reader(backend, path)
-    archive = await read_archive(source)
-    selection = await (_select_legacy(source, request) if archive is None else _select(source, archive, request))
-    loaded = await _load_into_buffer(source, archive, selection, request)
-    if request.keys is None:
+    loaded = await load_whole(found, request)
+    if target is None:
         return loaded
-    check_keys(loaded, request.keys, source.url)
-    return {key: loaded[key] for key in request.keys}
+    return await in_thread(fill_with, loaded, found.place.url, request, target)
 
 
-async def _select(source: RangeReader, archive: Archive, request: _Request) -> Selection:
-    if archive.is_torchscript:
-        if request.weights_only or request.keys is not None:
-            raise CheckpointFormatError(
-                f"{source.url} is a TorchScript archive (torch.jit.save): it has no keys, and loads with "
-                "weights_only=False only. It can run any code, so only if you trust whoever wrote it."
-            )
-        for name in ("data.pkl", "constants.pkl"):
-            await in_thread(scan_pickle, await _read_record(source, archive, name), source.url)
-        return everything(archive, request.map_location)
-    pickled = await _read_pickle(source, archive, verify=request.verify)
-    return await in_thread(_select_records, pickled, archive, request)
-
-
-@collector_paused()
-def _select_records(pickled: bytes, archive: Archive, request: _Request) -> Selection:
-    try:
-        graph = read_graph(pickled, archive.url)
-    except UnusualPickleError:
-        if request.weights_only or not request.verify:
-            raise
-        return everything(
-            archive, request.map_location
-        )  # it is what was saved, by somebody whom the caller trusts: torch may understand it
-    check_graph(graph, archive, weights_only=request.weights_only)
-    return select(graph, archive, request.keys, request.map_location)
-
-
-async def _select_legacy(source: RangeReader, request: _Request) -> Selection:
-    head = await source.read(0, min(source.stat.size, SNIFF_SIZE))
-    if sniff(head) != LEGACY_FORMAT:
-        raise await _format_error(source)
-    return Selection([(0, source.stat.size)], (), request.map_location)
-
-
-async def _load_into_buffer(
-    source: RangeReader, archive: Archive | None, selection: Selection, request: _Request
-) -> Any:
-    checksums = await in_thread(Checksums, selection.records if request.verify else (), source.url)
-    try:
-        load_buffer = LoadBuffer(source.stat.size, sparse=request.keys is not None)
-    except OSError as error:
-        raise NotEnoughMemoryError(
-            f"{source.url}: this machine has no memory for its {source.stat.size} bytes. keys= loads a part of them."
-        ) from error
-
-    def load() -> Any:
-        if archive is None:
-            load_buffer.check_legacy(source.url, weights_only=request.weights_only)
-        if archive is None or archive.is_torchscript:
-            return load_buffer.load_copy(map_location=selection.map_location, weights_only=request.weights_only)
-        load_buffer.write_headers(archive)
-        return load_buffer.load(map_location=selection.map_location, weights_only=request.weights_only)
-
-    await _fetch(source, selection.extents, checksums.add, load_buffer)
-    checksums.finish()
-    with current().stage("unpickling"):
-        return await in_thread(_torch_load, load, source.url, request, archive is not None and request.verify)
-
-
-@collector_paused()
-def _torch_load(load: Callable[[], Any], url: str, request: _Request, checked: bool) -> Any:
-    with torch_errors(url, map_location=request.map_location, weights_only=request.weights_only, checked=checked):
-        return load()
+async def _safetensors(backend: Backend, path: str, source: RangeReader) -> list[File] | None:
+    """The files of a checkpoint in safetensors; None if it is none."""
+    looks = sniff(await source.read(0, min(source.stat.size, SNIFF_SIZE)))
+    if looks == SAFETENSORS_FORMAT:
+        return [await open_file(source, path)]
+    if looks == INDEX_FORMAT:
+        return await open_files(backend, path, source)
+    return None

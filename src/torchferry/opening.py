@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torchferry.engine.cancellation import in_thread
@@ -13,8 +16,9 @@ from torchferry.engine.reader import RangeReader, merge
 from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import current
 from torchferry.engine.types import MIB, Buffer
-from torchferry.errors import CheckpointCorruptError, CheckpointFormatError
+from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, NotEnoughMemoryError
 from torchferry.formats.archive import (
+    LEGACY_FORMAT,
     LOCAL_HEADER_SIZE,
     SNIFF_SIZE,
     ZIP_FORMAT,
@@ -22,17 +26,34 @@ from torchferry.formats.archive import (
     parse_directory,
     sniff,
 )
+from torchferry.formats.opcodes import CutOffPickleError
 
 if TYPE_CHECKING:
-    from torchferry.formats.archive import Archive
+    from torchferry.formats.archive import Archive, Record
+    from torchferry.formats.graph import Graph
     from torchferry.storage.base import Backend
 
-__all__ = ["open_reader", "read_archive"]
+__all__ = ["memory_errors", "open_reader", "read_archive", "read_legacy_format"]
 
 _WHOLE = 1 * MIB  # an object up to this size is read at once
 _PROBE = (64 << 10, 1 * MIB)  # least and most bytes of the first look at either end
 _PROBE_SHARE = 96  # each is this part of the object: looking costs 2% of it at most
+_STEP = 1 << 16  # local headers that are looked for at once
+_LONGEST_PICKLES = 256 * MIB  # of the legacy format
 _END_SIZE = 66 << 10  # the end records, with the longest comment
+
+
+@contextmanager
+def memory_errors(url: str | os.PathLike[str]) -> Iterator[None]:
+    """Raises a NotEnoughMemoryError for what an object, or what it claims to be, has no room in memory for."""
+    try:
+        yield
+    except NotEnoughMemoryError:
+        raise
+    except MemoryError as error:
+        raise NotEnoughMemoryError(
+            f"{os.fspath(url)}: this machine has no memory for what it holds. {error}"
+        ) from error
 
 
 async def open_reader(backend: Backend, path: str) -> RangeReader:
@@ -74,16 +95,71 @@ async def read_archive(source: RangeReader) -> Archive | None:
     return await _settle(source, archive) if archive.unproven else archive
 
 
+async def read_legacy_format(source: RangeReader) -> tuple[Graph, list[Record]] | None:
+    """Reads what is in a checkpoint of the legacy format; None if the object is none. Its tensors are not read.
+
+    Its pickles are at the beginning, and nothing says how long they are: four times as much is read until they end.
+
+    Raises:
+        CheckpointCorruptError: it is damaged, truncated, or would take too much time or memory.
+        UnusualPickleError: it is made in a way that is not understood.
+    """
+    size = source.stat.size
+    if sniff(await source.read(0, min(size, SNIFF_SIZE))) != LEGACY_FORMAT:
+        return None
+    from torchferry.formats.graph import read_legacy  # needs torch, and nothing else here does
+
+    length = min(size, _WHOLE)
+    while True:
+        data = bytes(await source.read(0, length))
+        try:
+            return await in_thread(collector_paused()(read_legacy), data, size, source.url)
+        except CutOffPickleError:
+            if length == size or length >= _LONGEST_PICKLES:
+                raise
+        length = min(size, 4 * length)
+
+
 async def _settle(source: RangeReader, archive: Archive) -> Archive:
-    """Reads the local headers that the offsets of some records depend on."""
-    offsets = archive.unproven_headers
-    headers: dict[int, bytes] = {}
-
-    def collect(start: int, buffer: Buffer) -> None:
-        view = memoryview(buffer)
-        for at in offsets[bisect_left(offsets, start) : bisect_left(offsets, start + len(view))]:
-            headers[at] = bytes(view[at - start : at - start + LOCAL_HEADER_SIZE])
-
-    extents = [(at, at + LOCAL_HEADER_SIZE) for at in offsets]
-    await source.stream(merge(extents, BLOCK_SIZE), collect)
+    """Reads the local headers that the offsets of the records depend on."""
+    headers = _Headers(archive.unproven_headers)
+    await source.stream(await in_thread(headers.ranges), headers.add)
     return await in_thread(archive.settle, headers)
+
+
+class _Headers(Mapping[int, bytes]):
+    """Local headers by offset: there may be a million, so they lie in one piece of memory.
+
+    Args:
+        offsets: In order.
+    """
+
+    def __init__(self, offsets: Sequence[int]) -> None:
+        self._offsets = offsets
+        self._memory = bytearray(LOCAL_HEADER_SIZE * len(offsets))
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._offsets)
+
+    def __getitem__(self, offset: int) -> bytes:
+        at = LOCAL_HEADER_SIZE * bisect_left(self._offsets, offset)
+        return bytes(self._memory[at : at + LOCAL_HEADER_SIZE])
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """What to read, a step of headers at a time, so that little memory is needed for their ends."""
+        ranges: list[tuple[int, int]] = []
+        for first in range(0, len(self), _STEP):
+            ranges += merge(((at, at + LOCAL_HEADER_SIZE) for at in self._offsets[first : first + _STEP]), BLOCK_SIZE)
+        return ranges
+
+    def add(self, start: int, buffer: Buffer) -> None:
+        """Takes the bytes of a range."""
+        view = memoryview(buffer)
+        first, last = (bisect_left(self._offsets, at) for at in (start, start + len(view)))
+        for index in range(first, last):
+            at = self._offsets[index] - start
+            header = view[at : at + LOCAL_HEADER_SIZE]
+            self._memory[LOCAL_HEADER_SIZE * index : LOCAL_HEADER_SIZE * index + len(header)] = header

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torchferry.formats.keys import KeysArgument, as_keys
 
 __all__ = ["LoadOptions", "SaveOptions"]
 
@@ -20,9 +22,11 @@ class SaveOptions:
     part_size: int | None = None
     metadata: Mapping[str, str] | None = None
     give_up_after: float | None = None
+    shards: bool = False
 
     def __hash__(self) -> int:
-        return hash((_freeze(self.storage_options), self.part_size, _freeze(self.metadata), self.give_up_after))
+        options = (self.part_size, _freeze(self.metadata), self.give_up_after, self.shards)
+        return hash((_freeze(self.storage_options), *options))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +37,8 @@ class LoadOptions:
     hashes by what it holds.
     """
 
-    keys: Sequence[str] | None = None
+    keys: KeysArgument | None = None
+    exclude: KeysArgument | None = None
     map_location: Any = None
     weights_only: bool = True
     verify: bool = True
@@ -41,13 +46,14 @@ class LoadOptions:
     give_up_after: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.keys, str):
-            raise TypeError(f"keys is a sequence of keys: ({self.keys!r},) for one.")
+        for name in ("keys", "exclude"):
+            object.__setattr__(self, name, as_keys(getattr(self, name)))  # hashable, and of one kind
 
     def __hash__(self) -> int:
         return hash(
             (
-                _freeze(self.keys),
+                self.keys,
+                self.exclude,
                 _freeze(self.map_location),
                 self.weights_only,
                 self.verify,

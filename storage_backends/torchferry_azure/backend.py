@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adlfs import AzureBlobFileSystem
 from azure.core import MatchConditions
+from azure.core.exceptions import HttpResponseError
 
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.memory import copy_bytes
@@ -21,6 +22,7 @@ from torchferry.storage.http import Engine, HttpBackend, error_code
 from torchferry_azure import errors
 from torchferry_azure.blocks import UncommittedBlocks, fingerprint, newest
 from torchferry_azure.client import AzureClient
+from torchferry_azure.letting_go import let_go, session_of
 from torchferry_azure.metadata import storable
 from torchferry_azure.upload import AzureUpload
 
@@ -48,7 +50,20 @@ class AzureBackend(HttpBackend):
     :meth:`torchferry_azure.blocks.UncommittedBlocks.discard`. A note on the error, and the log, say which stay.
     """
 
+    keeps_metadata = True
     checksum_refused: ClassVar[frozenset[int]] = frozenset({400, 501})
+    options_elsewhere: ClassVar[Mapping[str, str]] = {
+        "access_key": "account_key",
+        "azure_storage_account_key": "account_key",
+        "azure_storage_account_name": "account_name",
+        "conn_str": "connection_string",
+        "endpoint": "account_host",
+        "endpoint_url": "account_host",
+        "key": "account_key",
+        "sas": "sas_token",
+        "sas_key": "sas_token",
+        "token": "credential",
+    }
 
     def __init__(self, fs: AzureBlobFileSystem) -> None:
         super().__init__()
@@ -85,7 +100,7 @@ class AzureBackend(HttpBackend):
 
     async def engine(self) -> Engine:
         """The engine, unless a class of the user's or a location mode asks for the client."""
-        return Engine.of(self._fs, self._make_engine)
+        return Engine.of(self._fs, self._make_engine, session_of)
 
     async def stat(self, path: str) -> ObjectStat:
         """Looks a blob up, past adlfs's listings cache."""
@@ -160,6 +175,11 @@ class AzureBackend(HttpBackend):
     def is_damaged(self, answer: Answer) -> bool:
         return errors.says_damaged(error_code(answer), str(answer))
 
+    def is_damage(self, error: Exception) -> bool:
+        return isinstance(error, HttpResponseError) and errors.says_damaged(
+            errors.code_and_status(error)[0], str(error)
+        )
+
     def transient(self, error: Exception) -> Transient | None:
         return errors.transient(error)
 
@@ -187,6 +207,7 @@ class AzureBackend(HttpBackend):
             )
 
     def _make_engine(self) -> Engine:
+        let_go(self._fs)
         if type(self._fs) is not AzureBlobFileSystem:
             return Engine(None, f"{type(self._fs).__name__} is a subclass of AzureBlobFileSystem")
         if (mode := self._fs.service_client.location_mode) != "primary":

@@ -89,8 +89,8 @@ class UncommittedBlocks:
         once. For the moment in between there is an empty blob.
 
         A blob that exists is left alone, and so are the blocks staged for it, which nobody can see: what discards them
-        makes another version of it, or empties it (``docs/clouds.md``). So is one that the credentials may not delete,
-        or that the container's policy makes immutable.
+        makes another version of it, or empties it (``docs/stores/azure.md``). So is one that the credentials may not
+        delete, or that the container's policy makes immutable.
 
         Args:
             mine: Whether all of these blocks are the caller's. Where there are others too, another upload is under way,

@@ -72,7 +72,7 @@ class AzureClient:
         ``?versionid=`` is part of the name for a filesystem that is not ``version_aware``.
         """
         container, _, name = path.partition("/")
-        require_key(self._display(path), name)
+        require_key(self._display(path), path)
         if not self._fs.version_aware:
             return container, name, None
         name, marker, version = name.partition("?versionid=")

@@ -17,6 +17,7 @@ from azure.storage.blob import BlobBlock
 from isal import isal_zlib
 
 from torchferry.engine.cancellation import in_thread, run_shielded
+from torchferry.engine.lending import joined, reading
 from torchferry.engine.loops import keep_running
 from torchferry.engine.transport import Answer, SignedRequest
 from torchferry.engine.types import MIB, ObjectStat
@@ -25,7 +26,7 @@ from torchferry.errors import StorageError
 from torchferry.storage.body import RequestBody
 from torchferry.storage.http import changed_while_saving
 from torchferry_azure.blocks import UncommittedBlocks, new_block_id
-from torchferry_azure.errors import INVALID_BLOCK_LIST, code_and_status, says_damaged
+from torchferry_azure.errors import INVALID_BLOCK_LIST, code_and_status
 
 if TYPE_CHECKING:
     from torchferry_azure.backend import AzureBackend
@@ -168,12 +169,7 @@ class AzureUpload(Upload[str]):
             return str(answer.headers.get("ETag", ""))
 
         async def by_client() -> str:
-            try:
-                return await through_client({"Content-MD5": md5} if md5 and engine.checksums else {})
-            except HttpResponseError as error:
-                if says_damaged(code_and_status(error)[0], str(error)) and not await in_thread(unchanged):
-                    raise changed_while_saving(self._backend.url(self._path)) from error
-                raise
+            return await through_client({"Content-MD5": md5} if md5 and engine.checksums else {})
 
         return await self._backend.send(
             self._path,
@@ -191,7 +187,7 @@ class AzureUpload(Upload[str]):
         put = partial(
             self._client.call,
             self._blob.upload_blob,
-            b"".join(body.buffers),
+            joined(body.buffers),
             overwrite=True,
             metadata=self._metadata,
             headers=dict(headers),
@@ -247,10 +243,10 @@ def _md5_of_unchanged(body: Body, ended: threading.Event | None = None) -> str |
         for start in range(0, len(view), _SLICE):
             if ended is not None and ended.is_set():
                 raise InterruptedError
-            piece = view[start : start + _SLICE]
-            md5.update(piece)
-            if chunk.crc32 is not None:
-                crc32 = isal_zlib.crc32(piece, crc32)
+            with reading(view[start : start + _SLICE]) as piece:
+                md5.update(piece)
+                if chunk.crc32 is not None:
+                    crc32 = isal_zlib.crc32(piece, crc32)
         if chunk.crc32 not in {None, crc32}:
             return None
     return base64.b64encode(md5.digest()).decode()

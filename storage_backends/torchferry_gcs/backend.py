@@ -14,7 +14,7 @@ from torchferry.engine.retry import Transient
 from torchferry.engine.transport import Answer, SignedRequest, Transport
 from torchferry.engine.types import Chunk, ObjectStat
 from torchferry.engine.writer import Limits, UploadPlan, upload
-from torchferry.errors import CheckpointChangedError, CheckpointNotFoundError, StorageError
+from torchferry.errors import CheckpointChangedError, CheckpointNotFoundError, StorageError, TorchferryError
 from torchferry.storage.base import Leftover, ListedObject
 from torchferry.storage.http import Engine, HttpBackend
 from torchferry.storage.translate import require_key
@@ -44,6 +44,10 @@ class GcsEngine(Engine):
     speaks_xml: bool | None = None
 
 
+class _UploadGoneError(TorchferryError):
+    """There is no such upload any more."""
+
+
 class GcsBackend(HttpBackend):
     """Google Cloud Storage, configured by a gcsfs filesystem: its session, credentials and settings are used.
 
@@ -51,7 +55,20 @@ class GcsBackend(HttpBackend):
     the Cloud KMS key to encrypt with.
     """
 
+    keeps_metadata = True
     checksum_refused: ClassVar[frozenset[int]] = frozenset()
+    options_elsewhere: ClassVar[Mapping[str, str]] = {
+        "anon": "token='anon'",
+        "anonymous": "token='anon'",
+        "credentials": "token",
+        "key_file": "token",
+        "keyfile": "token",
+        "project_id": "project",
+        "service_account": "token",
+        "service_account_file": "token",
+        "service_account_key": "token",
+        "user_project": "requester_pays",
+    }
 
     def __init__(self, fs: GCSFileSystem) -> None:
         super().__init__()
@@ -85,7 +102,7 @@ class GcsBackend(HttpBackend):
 
     async def engine(self) -> GcsEngine:
         """The engine, unless a class or a session of the user's or a client certificate asks for the client."""
-        engine = Engine.of(self._fs, self._make_engine)
+        engine = Engine.of(self._fs, self._make_engine, lambda fs: vars(fs).get("_session"))
         assert isinstance(engine, GcsEngine)  # noqa: S101 - it is what _make_engine makes
         return engine
 
@@ -164,13 +181,21 @@ class GcsBackend(HttpBackend):
                 return
 
     async def leftovers(self, prefix: str) -> AsyncIterator[Leftover]:
-        """Multipart uploads; sessions of resumable uploads cannot be listed, and vanish after a week."""
+        """Multipart uploads; each was last changed when its last part came, which takes one more request to know.
+
+        Sessions of resumable uploads cannot be listed, and vanish after a week.
+        """
         bucket, _, key = prefix.partition("/")
         await self.call("list", prefix, partial(self._of_bucket, self._first_object_url(bucket)))
         async for _, found in self.uploads(prefix, bucket, key):
-            path = f"{bucket}/{text_of(found, 'Key')}"
-            started = _time(text_of(found, "Initiated"))
-            yield Leftover(path, self.url(path), "multipart upload", text_of(found, "UploadId"), started)
+            path, upload_id = f"{bucket}/{text_of(found, 'Key')}", text_of(found, "UploadId")
+            try:
+                parts = [part async for part in self.parts(path, upload_id)]
+            except _UploadGoneError:  # completed or aborted meanwhile
+                continue
+            times = [_time(text_of(found, "Initiated")), *(_time(text_of(part, "LastModified")) for part in parts)]
+            modified = max(filter(None, times), default=None)
+            yield Leftover(path, self.url(path), "multipart upload", upload_id, modified)
 
     async def discard(self, leftover: Leftover) -> bool:
         await self.abort_upload(leftover.path, leftover.id)
@@ -204,6 +229,29 @@ class GcsBackend(HttpBackend):
                 "upload-id-marker": text_of(page, "NextUploadIdMarker"),
             }
 
+    async def parts(self, path: str, upload_id: str) -> AsyncIterator[Element]:
+        """The parts of an upload: https://cloud.google.com/storage/docs/xml-api/get-object-multipart."""
+        bucket, _, key = path.partition("/")
+        marker: dict[str, str] = {}
+
+        async def request() -> Reply:
+            try:
+                return await self.client.call("GET", self.client.xml_url(bucket, key, uploadId=upload_id, **marker))
+            except Exception as error:
+                if errors.is_missing(error):
+                    raise _UploadGoneError from error
+                raise
+
+        while True:
+            page = (await self.call("list", path, request)).xml("ListPartsResult")
+            if page is None:
+                return
+            for part in page.iterfind("{*}Part"):
+                yield part
+            if text_of(page, "IsTruncated") != "true":
+                return
+            marker = {"part-number-marker": text_of(page, "NextPartNumberMarker")}
+
     async def abort_upload(self, path: str, upload_id: str) -> None:
         """Aborts a multipart upload; one that is not there (any more) is no error."""
         bucket, _, key = path.partition("/")
@@ -221,7 +269,7 @@ class GcsBackend(HttpBackend):
     def address(self, path: str) -> tuple[str, str, str | None]:
         """The bucket, the key, and the generation where the path names one."""
         bucket, key, generation = self._fs.split_path(path)
-        require_key(self.url(path), key)
+        require_key(self.url(path), path)
         return bucket, key, generation
 
     def forget(self, path: str) -> None:
@@ -237,6 +285,9 @@ class GcsBackend(HttpBackend):
 
     def is_damaged(self, answer: Answer) -> bool:
         return errors.is_damage(answer.body)
+
+    def is_damage(self, error: Exception) -> bool:
+        return isinstance(error, errors.GcsAnswerError) and error.damaged
 
     def transient(self, error: Exception) -> Transient | None:
         return errors.transient(error)

@@ -10,6 +10,7 @@ from importlib import import_module
 
 import google_crc32c
 
+from torchferry.engine.lending import joined, reading
 from torchferry.engine.memory import address_of
 from torchferry.engine.types import Buffer
 
@@ -32,11 +33,12 @@ def crc32c(buffers: Iterable[Buffer], value: int = 0) -> int:
         if not len(buffer):
             continue
         if native is not None:
-            value = native(value, address_of(buffer), len(buffer))
+            with reading(buffer) as memory:
+                value = native(value, address_of(memory), len(memory))
             continue
         view = memoryview(buffer)
         for start in range(0, len(view), _PIECE):  # it takes bytes only
-            value = google_crc32c.extend(value, bytes(view[start : start + _PIECE]))
+            value = google_crc32c.extend(value, joined([view[start : start + _PIECE]]))
     return value
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from http import HTTPStatus
-from time import monotonic
 from xml.sax.saxutils import escape
 
 from torchferry.engine.cancellation import in_thread
@@ -16,7 +15,8 @@ from torchferry.engine.transport import Answer, SignedRequest
 from torchferry.engine.types import ObjectStat
 from torchferry.engine.writer import Body
 from torchferry.errors import CheckpointNotFoundError, StorageError, StorageUnavailableError
-from torchferry.storage.body import RequestBody, whole_or_not_at_all
+from torchferry.storage.body import RequestBody
+from torchferry.storage.creations import LostCreations, OpenUpload
 from torchferry_gcs.checksum import combine, crc32c, encoded
 from torchferry_gcs.client import Reply, text_of
 from torchferry_gcs.errors import GcsAnswerError, is_missing, is_not_xml, may_have_arrived
@@ -53,13 +53,13 @@ class MultipartUpload:
         self._backend = target.backend
         self._client = target.backend.client
         self._upload_id: str | None = None
-        self._started = 0.0  # when the creation was first asked for
-        self._lost_creations = 0  # creations without an answer: the store may have opened an upload for each
+        url = self._backend.url(target.path)
+        self._lost = LostCreations(url, self._list_uploads, self._has_parts, self._abort_upload)
         self._parts_cut_off = False
 
     async def start(self) -> bool:
         """Opens the upload. Returns False where the server does not speak the XML API."""
-        self._started = self._started or monotonic()
+        self._lost.ask()
         try:
             reply = await self._backend.call("write", self._target.path, self._initiate)
         except StorageError as error:
@@ -70,8 +70,7 @@ class MultipartUpload:
         if result is None:
             return False
         self._upload_id = text_of(result, "UploadId")
-        if self._lost_creations:
-            await self._abort_lost_creations()
+        await self._lost.abort_beside(self._upload_id)
         return True
 
     async def put_part(self, index: int, body: Body) -> Part:
@@ -85,8 +84,8 @@ class MultipartUpload:
 
         async def through_client() -> str:
             request = RequestBody(body.buffers)
-            call = partial(self._client.call, "PUT", url, headers=fields, body=request)
-            return (await whole_or_not_at_all(request, call)).headers.get("ETag", "")
+            reply = await self._client.call("PUT", url, headers=fields, body=request)  # publishes nothing
+            return reply.headers.get("ETag", "")
 
         def accept(answer: Answer) -> str:
             return answer.headers.get("ETag", "")
@@ -142,8 +141,7 @@ class MultipartUpload:
     async def abort(self) -> None:
         """Removes the parts; finds the upload where its creation was cut off without an answer."""
         if self._upload_id is None:
-            if self._lost_creations:
-                await self._abort_lost_creations()
+            await self._lost.abort()
             return
         try:
             for _ in range(_ABORTS):
@@ -158,7 +156,8 @@ class MultipartUpload:
         try:
             return await self._client.call("POST", self._url(uploads=""), headers=self._target.fields)
         except BaseException as error:
-            self._lost_creations += may_have_arrived(error)
+            if may_have_arrived(error):
+                self._lost.add()
             raise
 
     async def _abort_upload(self, upload_id: str) -> None:
@@ -173,29 +172,12 @@ class MultipartUpload:
         found = reply.xml("ListPartsResult")
         return found is not None and found.find("{*}Part") is not None
 
-    async def _abort_lost_creations(self) -> None:
-        """Aborts the uploads that were opened for creations without an answer.
-
-        GCS tells the key and the time of an upload, and not who opened it: only as many as creations were lost, opened
-        since, without parts, are ours. Where there are more, somebody else is writing to this key: all stay.
-        """
+    async def _list_uploads(self) -> AsyncIterator[OpenUpload]:
         target = self._target
-        since: datetime | None = None
-        found: list[str] = []
         async for date, upload in self._backend.uploads(target.path, target.bucket, target.key):
-            since = since or parsedate_to_datetime(date) - timedelta(seconds=monotonic() - self._started + 1)
-            upload_id = text_of(upload, "UploadId")
-            started = datetime.fromisoformat(text_of(upload, "Initiated"))
-            if text_of(upload, "Key") == target.key and upload_id != self._upload_id and started >= since:
-                found.append(upload_id)
-        lost = [upload_id for upload_id in found if not await self._has_parts(upload_id)]
-        if len(lost) > self._lost_creations:
-            raise StorageError(
-                f"Cannot clean up {self._backend.url(target.path)}: {len(lost)} uploads could be the "
-                f"{self._lost_creations} whose creation was not answered."
-            )
-        for upload_id in lost:
-            await self._abort_upload(upload_id)
+            if text_of(upload, "Key") == target.key:
+                begun = datetime.fromisoformat(text_of(upload, "Initiated"))
+                yield OpenUpload(text_of(upload, "UploadId"), begun, parsedate_to_datetime(date))
 
     def _url(self, **parameters: str) -> str:
         return self._client.xml_url(self._target.bucket, self._target.key, **parameters)

@@ -12,6 +12,7 @@ from functools import partial
 from urllib.parse import urlsplit
 
 from torchferry.engine.cancellation import in_thread
+from torchferry.engine.lending import joined
 from torchferry.engine.transfer import current
 from torchferry.engine.types import Buffer, ObjectStat
 from torchferry.engine.writer import Body
@@ -74,7 +75,7 @@ class ResumableUpload:
         whole = len(self._kept) + body.size
         now, rest = _cut([self._kept, *body.buffers], whole - (whole % _UNIT or _UNIT))
         await self._send(now)
-        self._kept = b"".join(rest)
+        self._kept = joined(rest)
         async with self._turn:
             self._next += 1
             self._turn.notify_all()
@@ -129,7 +130,7 @@ class ResumableUpload:
             return
         crc = await in_thread(partial(crc32c, buffers, self._crc32c))
         fields = {"Content-Range": self._range(size, "*")}
-        content = b"".join(buffers)  # aiohttp can send it again: it takes 308 for a redirect
+        content = joined(buffers)  # aiohttp can send it again: it takes 308 for a redirect
         put = partial(self._client.call, "PUT", self._session or "", headers=fields, body=content)
         current().through_client(size, _REASON)
         reply = await self._backend.call("write", self._target.path, put, seconds=_CALL_SECONDS + size / _SLOWEST)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Collection, Mapping
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -17,7 +18,7 @@ from torchferry.engine.retry import Transient
 from torchferry.engine.transport import SignedRequest, Transport
 from torchferry.engine.types import Chunk, ObjectStat
 from torchferry.engine.writer import Limits, UploadPlan, upload
-from torchferry.errors import CheckpointChangedError, CheckpointNotFoundError, StorageError
+from torchferry.errors import CheckpointChangedError, CheckpointNotFoundError, StorageError, TorchferryError
 from torchferry.storage.base import Leftover, ListedObject
 from torchferry.storage.http import Engine, HttpBackend
 from torchferry.storage.translate import require_key
@@ -36,12 +37,17 @@ _READ_PIECE = 256 << 10
 _LIMITS = Limits()
 
 
+class _UploadGoneError(TorchferryError):
+    """There is no such upload any more."""
+
+
 class S3Backend(HttpBackend):
     """S3, configured by an s3fs filesystem: every setting of it is honoured, because its client signs every request.
 
     A version is the object's ETag.
     """
 
+    keeps_metadata = True
     damaged_codes: ClassVar[frozenset[str]] = errors.DAMAGED
     further_options: ClassVar[Collection[str] | None] = (
         "session_vars",
@@ -52,6 +58,8 @@ class S3Backend(HttpBackend):
     options_elsewhere: ClassVar[Mapping[str, str]] = {
         "access_key": "key",
         "access_key_id": "key",
+        "addressing_style": "config_kwargs={'s3': {'addressing_style': ...}}",
+        "anonymous": "anon",
         "aws_access_key_id": "key",
         "aws_secret_access_key": "secret",
         "aws_session_token": "token",
@@ -61,7 +69,9 @@ class S3Backend(HttpBackend):
         "secret_access_key": "secret",
         "secret_key": "secret",
         "session_token": "token",
+        "skip_signature": "anon",
         "verify": "client_kwargs={'verify': ...}",
+        "verify_ssl": "client_kwargs={'verify': ...}",
     }
 
     def __init__(self, fs: S3FileSystem) -> None:
@@ -188,11 +198,22 @@ class S3Backend(HttpBackend):
                 )
 
     async def leftovers(self, prefix: str) -> AsyncIterator[Leftover]:
+        """Multipart uploads; each was last changed when its last part came, which takes one more request to know."""
         bucket, _, key = prefix.partition("/")
-        async for page in self._pages("list_multipart_uploads", prefix, "KeyMarker", Bucket=bucket, Prefix=key):
+        async for page in self.open_uploads(bucket, key):
             for found in page.get("Uploads", []):
-                path = f"{bucket}/{found['Key']}"
-                yield Leftover(path, self.url(path), "multipart upload", found["UploadId"], found.get("Initiated"))
+                upload = {"Bucket": bucket, "Key": found["Key"], "UploadId": found["UploadId"]}
+                try:
+                    times = [found.get("Initiated"), *[time async for time in self._times_of_parts(upload)]]
+                except _UploadGoneError:  # completed or aborted meanwhile
+                    continue
+                path, modified = f"{bucket}/{found['Key']}", max(filter(None, times), default=None)
+                yield Leftover(path, self.url(path), "multipart upload", found["UploadId"], modified)
+
+    def open_uploads(self, bucket: str, prefix: str) -> AsyncIterator[dict[str, Any]]:
+        """The multipart uploads under way, in the pages in which S3 lists them."""
+        path = f"{bucket}/{prefix}"
+        return self._pages("list_multipart_uploads", path, "KeyMarker", Bucket=bucket, Prefix=prefix)
 
     async def discard(self, leftover: Leftover) -> bool:
         await self.abort_upload(leftover.path, leftover.id)
@@ -215,7 +236,7 @@ class S3Backend(HttpBackend):
     def address(self, path: str) -> dict[str, Any]:
         """Bucket and Key, and VersionId where the path names one."""
         bucket, key, version = self._fs.split_path(path)
-        require_key(self.url(path), key)
+        require_key(self.url(path), path)
         return {"Bucket": bucket, "Key": key} | ({"VersionId": version} if version else {})
 
     def forget(self, path: str) -> None:
@@ -239,6 +260,9 @@ class S3Backend(HttpBackend):
         default = getattr(config, "request_checksum_calculation", None) == "when_supported"
         https = self._fs.s3.meta.endpoint_url.startswith("https:")
         return default and engine.checksums and not https and not self.chooses_checksum
+
+    def is_damage(self, error: Exception) -> bool:
+        return errors.code_and_status(error)[0] in errors.DAMAGED
 
     def transient(self, error: Exception) -> Transient | None:
         return errors.transient(error)
@@ -275,6 +299,24 @@ class S3Backend(HttpBackend):
             arguments[marker] = page[f"Next{marker}"]
             if "NextUploadIdMarker" in page:
                 arguments["UploadIdMarker"] = page["NextUploadIdMarker"]
+
+    async def _times_of_parts(self, upload: dict[str, str]) -> AsyncIterator[datetime]:
+        async def request() -> dict[str, Any]:
+            try:
+                return await self.client.call("list_parts", **upload, **marker)
+            except Exception as error:
+                if errors.code_and_status(error)[1] == HTTPStatus.NOT_FOUND:
+                    raise _UploadGoneError from error
+                raise
+
+        marker: dict[str, Any] = {}
+        while True:
+            page = await self.call("list", f"{upload['Bucket']}/{upload['Key']}", request)
+            for part in page.get("Parts", []):
+                yield part["LastModified"]
+            if not page.get("IsTruncated"):
+                return
+            marker = {"PartNumberMarker": page["NextPartNumberMarker"]}
 
     async def _require_bucket(self, path: str) -> None:
         """Raises NoSuchBucketError where that is why nothing was found: a HEAD's 404 does not tell."""

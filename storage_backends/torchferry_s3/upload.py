@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import logging
 import re
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from http import HTTPStatus
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-import anyio
 from botocore.exceptions import ClientError, ParamValidationError
 from isal import isal_zlib
 
@@ -24,6 +21,7 @@ from torchferry.engine.types import ObjectStat
 from torchferry.engine.writer import Body, Upload
 from torchferry.errors import CheckpointNotFoundError, StorageError, StorageUnavailableError
 from torchferry.storage.body import RequestBody, whole_or_not_at_all
+from torchferry.storage.creations import LostCreations, OpenUpload
 from torchferry_s3.errors import DAMAGED, code_and_status, known_etag
 
 if TYPE_CHECKING:
@@ -31,9 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["S3Upload"]
 
-logger = logging.getLogger("torchferry.engine")
-
-_LOOKS = (0.0, 0.5, 2.0)  # seconds before each look for an upload whose creation was not answered
 _COMPLETE_SECONDS = 600.0  # S3 says that completing can take several minutes, and sends blanks meanwhile
 _CHECKSUM_REFUSED = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_IMPLEMENTED})
 # Statuses of a request that the store may have carried out all the same; 0 where it gave no answer.
@@ -52,8 +47,7 @@ class S3Upload(Upload["dict[str, Any]"]):
         self._target = {"Bucket": address["Bucket"], "Key": address["Key"]}
         self._url = backend.url(path)
         self._upload_id: str | None = None
-        self._started: float | None = None  # when the creation was first asked for
-        self._lost_creations = 0  # creations without an answer: the store may have opened an upload for each
+        self._lost = LostCreations(self._url, self._list_uploads, self._has_parts, self._abort_upload)
         self._parts_cut_off = False
         self._size = 0
 
@@ -67,7 +61,7 @@ class S3Upload(Upload["dict[str, Any]"]):
         return await self._stat(body.size, answer)
 
     async def start(self) -> None:
-        self._started = monotonic()
+        self._lost.ask()
         with self._backend.translated("write", self._path):
             engine = await self._backend.engine()
         if engine.checksums and not self._backend.chooses_checksum:
@@ -80,11 +74,7 @@ class S3Upload(Upload["dict[str, Any]"]):
                 engine.checksums = False
         else:
             self._upload_id = await self._create()
-        if self._lost_creations:
-            try:
-                await self._abort_lost_creations()
-            except StorageError as error:  # no reason for this save to fail
-                logger.warning("%s: an upload whose creation was not answered may stay. %s", self._url, error)
+        await self._lost.abort_beside(self._upload_id)
 
     async def put_part(self, index: int, body: Body) -> dict[str, Any]:
         number: dict[str, Any] = {"UploadId": self._upload_id, "PartNumber": index + 1}
@@ -139,8 +129,7 @@ class S3Upload(Upload["dict[str, Any]"]):
 
     async def abort(self) -> None:
         if self._upload_id is None:
-            if self._lost_creations:
-                await self._abort_lost_creations()
+            await self._lost.abort()
             return
         for _ in range(_ABORTS):
             await self._abort_upload(self._upload_id)
@@ -155,7 +144,7 @@ class S3Upload(Upload["dict[str, Any]"]):
                 )
             except BaseException as error:
                 if code_and_status(error)[1] in _NO_ANSWER:
-                    self._lost_creations += 1
+                    self._lost.add()
                 raise
 
         answer = await self._backend.call("write", self._path, create)
@@ -184,41 +173,12 @@ class S3Upload(Upload["dict[str, Any]"]):
             return False
         return bool(found.get("Parts"))
 
-    async def _abort_lost_creations(self) -> None:
-        """Aborts the uploads that were opened for creations without an answer.
-
-        S3 tells the key and the time of an upload, and not who opened it: only as many as creations were lost, opened
-        since, without parts, are ours. Where there are more, somebody else is writing to this key: all stay.
-        One can appear after its request was given up: where fewer are found, this looks again, twice.
-        """
-        for seconds in _LOOKS:
-            await anyio.sleep(seconds)
-            lost = await self._find_lost_creations()
-            if len(lost) > self._lost_creations:
-                raise StorageError(
-                    f"Cannot clean up {self._url}: {len(lost)} uploads could be the {self._lost_creations} whose "
-                    "creation was not answered."
-                )
-            for upload_id in lost:
-                await self._abort_upload(upload_id)
-            self._lost_creations -= len(lost)
-            if not self._lost_creations:
-                return
-
-    async def _find_lost_creations(self) -> list[str]:
-        key = self._target["Key"]
-        answer = await self._backend.call(
-            "clean up",
-            self._path,
-            partial(self._backend.client.call, "list_multipart_uploads", Bucket=self._target["Bucket"], Prefix=key),
-        )
-        since = _now_of(answer) - timedelta(seconds=monotonic() - (self._started or 0.0) + 1)
-        found = [
-            str(upload["UploadId"])
-            for upload in answer.get("Uploads", [])
-            if upload["Key"] == key and upload["UploadId"] != self._upload_id and upload["Initiated"] >= since
-        ]
-        return [upload_id for upload_id in found if not await self._has_parts(upload_id)]
+    async def _list_uploads(self) -> AsyncIterator[OpenUpload]:
+        async for page in self._backend.open_uploads(self._target["Bucket"], self._target["Key"]):
+            now = _now_of(page)
+            for upload in page.get("Uploads", []):
+                if upload["Key"] == self._target["Key"]:
+                    yield OpenUpload(upload["UploadId"], upload["Initiated"], now)
 
     async def _etag_if_complete(self, expected: str | None) -> str | None:
         """The ETag of what is there, if that can only be what was uploaded: not what was there before."""

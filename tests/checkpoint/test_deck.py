@@ -10,8 +10,11 @@ import pytest
 import torch
 from samples import make_checkpoint
 
+from torchferry import TransferReport
 from torchferry.checkpoint import LoadedCheckpoint, PyTorchCheckpoint
+from torchferry.checkpoint.content import content_of
 from torchferry.checkpoint.deck import MAX_TENSORS, deck_of
+from torchferry.checkpoint.summary import remember_summary
 
 
 class Page(HTMLParser):
@@ -27,12 +30,10 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in {"rect", "br"}:
-            self.open.append(tag)
+        self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag != "rect":
-            assert self.open.pop() == tag
+        assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
         if "style" not in self.open:
@@ -43,6 +44,7 @@ def test_it_shows_totals_tensors_groups_and_hyperparameters() -> None:
     page = Page(deck_of(make_checkpoint()))
     for text in (
         "in tensors",
+        "parameters",
         "0.weight",
         "16 \N{MULTIPLICATION SIGN} 16",
         "float32",
@@ -52,9 +54,37 @@ def test_it_shows_totals_tensors_groups_and_hyperparameters() -> None:
         "betas",
     ):
         assert text in page.text
-    for text in ("(0.9, 0.999)", "Hyperparameters", "epochs", "0.25", "Where the bytes are", "optimizer: exp_avg"):
+    for text in ("(0.9, 0.999)", "Hyperparameters", "epochs", "0.25"):
         assert text in page.text
-    assert len([tag for tag, _ in page.tags if tag == "svg"]) == 1
+    assert page.text.index("Hyperparameters") < page.text.index("0.weight")  # what one looks for first
+
+
+def test_a_small_model_has_no_bars_that_repeat_the_table() -> None:
+    assert "Where the bytes are" not in deck_of(make_checkpoint())
+
+
+def test_uniform_layers_are_one_row_and_one_bar() -> None:
+    state = {"embedding.weight": torch.zeros(9, 4)}
+    for part in ("attention.query", "attention.key", "attention.out", "mlp.up", "mlp.down", "norm"):
+        for kind in ("weight", "bias"):
+            state |= {f"layers.{i}.{part}.{kind}": torch.zeros(4, 4 if kind == "weight" else 1) for i in range(32)}
+    state |= {f"head.{i}.weight": torch.zeros(i + 1) for i in range(3)}
+    page = Page(deck_of(LoadedCheckpoint({"module_state_dict": state})))
+    assert "layers.0\N{EN DASH}31.attention.query.weight" in page.text
+    assert "head.2.weight" in page.text
+    assert len([tag for tag, _ in page.tags if tag == "tr"]) == 1 + 1 + 12 + 3
+    assert "Where the bytes are" in page.text
+    assert "layers.0\N{EN DASH}31.mlp" in page.text
+    assert len([tag for tag, _ in page.tags if tag == "i"]) <= 12
+
+
+def test_it_says_how_long_the_save_took_and_how_fast() -> None:
+    checkpoint = make_checkpoint()
+    saved = TransferReport("save", "s3://bucket/x", 2_000_000_000, 0.5)
+    remember_summary(checkpoint, content_of(checkpoint), "s3://bucket/x", saved)
+    text = Page(deck_of(checkpoint)).text
+    assert "0.50 s" in text
+    assert "to save, 4.0 GB/s" in text
 
 
 def test_shares_are_of_all_bytes() -> None:
@@ -65,9 +95,9 @@ def test_shares_are_of_all_bytes() -> None:
 
 @pytest.mark.parametrize("prefix", ["", "module._orig_mod.", "a.b.c.d."])
 def test_the_chart_shows_the_parts_of_a_model_in_wrappers(prefix: str) -> None:
-    content = {f"{prefix}{part}.weight": torch.ones(3) for part in ("encoder", "decoder")}
+    content = {f"{prefix}{part}.{name}": torch.ones(3) for part in ("encoder", "decoder") for name in "abcdefgh"}
     html = deck_of(LoadedCheckpoint({"module_state_dict": content}))
-    assert html.count("<rect") == 2
+    assert html.count("<i ") == 2
     assert f">{prefix}encoder<" in html
 
 
@@ -85,9 +115,7 @@ def test_everything_from_the_checkpoint_is_escaped() -> None:
         evil: evil,
     }
     page = Page(deck_of(LoadedCheckpoint(content, uri=f"s3://bucket/{evil}")))
-    assert {tag for tag, _ in page.tags} <= {
-        *("div", "p", "b", "span", "h3", "table", "tr", "th", "td", "svg", "rect", "text", "style")
-    }
+    assert {tag for tag, _ in page.tags} <= {*("div", "p", "b", "span", "i", "h3", "table", "tr", "th", "td", "style")}
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert page.text.count("<script>alert(1)</script>") >= 5
 
@@ -105,7 +133,7 @@ def test_styles_apply_to_this_block_only_and_nothing_comes_from_the_network() ->
 
 
 def test_ten_thousand_tensors_take_less_than_200_kb() -> None:
-    name = "model.transformer.layers.{}.self_attention.query_key_value.projection.weight"
+    name = "model.transformer.layer_{}.self_attention.query_key_value.projection.weight"
     state = {name.format(i): torch.zeros(i % 7 + 1, 3) for i in range(10_000)}
     optimizer = {
         "state": {i: {"exp_avg": torch.zeros(2)} for i in range(10_000)},

@@ -103,3 +103,38 @@ def test_a_sharded_state_is_refused_with_the_way_that_works() -> None:
     states = get_state_dict(module, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     returned = LoadedCheckpoint(dict(zip(("module_state_dict", "optimizer_state_dict"), states, strict=True)))
     torch.testing.assert_close(pickle.loads(pickle.dumps(returned)).module_state_dict, expected, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_module_that_is_sharded_and_its_optimizer_are_restored(by_name: bool) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def sharded(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        made = make_checkpoint(seed)
+        assert made.module is not None
+        fully_shard(made.module, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.Adam(made.module.parameters())
+        made.module(torch.ones(2, 16)).sum().backward()
+        optimizer.step()
+        return made.module, optimizer
+
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    saved = LoadedCheckpoint(copy.deepcopy(content_of(make_checkpoint(seed=1))))
+    expected = saved.optimizer_state_dict["state"][0]["exp_avg"]
+    if by_name:
+        saved["optimizer_state_dict"] = get_optimizer_state_dict(*sharded(seed=1), options=whole)
+        expected = saved.optimizer_state_dict["state"]["0.weight"]["exp_avg"]
+    module, optimizer = sharded(seed=2)
+    saved.restore(module=module, optimizer=optimizer)
+    restored = module.state_dict()["0.weight"].full_tensor()
+    torch.testing.assert_close(restored, saved.module_state_dict["0.weight"], rtol=0, atol=0)
+    states = get_optimizer_state_dict(module, optimizer, options=whole)
+    torch.testing.assert_close(states["state"]["0.weight"]["exp_avg"], expected, rtol=0, atol=0)
+    # what does not match is said
+    del saved.module_state_dict["0.bias"]
+    with pytest.raises(RuntimeError, match=r"0\.bias"):
+        saved.restore(module=module)
+    assert saved.restore(module=module, strict=False).missing_keys == ["0.bias"]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import uuid
 from typing import Annotated, NamedTuple, Optional
 
 import torch
 from flytekit import dynamic, map_task, task
 from flytekit.extras.pytorch import PyTorchCheckpoint
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from torchferry import LoadOptions
+from torchferry.flyte import task_checkpoint
 
 
 @task
@@ -73,6 +78,40 @@ def change(checkpoint: PyTorchCheckpoint) -> PyTorchCheckpoint:
     """No task at all, and another checkpoint than it received."""
     checkpoint["steps"] += 1  # type: ignore[index]
     return checkpoint
+
+
+def train_as_a_rank(steps: int) -> PyTorchCheckpoint:
+    torch.distributed.init_process_group("gloo")
+    module = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+    optimizer = torch.optim.Adam(module.parameters())
+    module(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    torch.distributed.destroy_process_group()
+    return PyTorchCheckpoint(module=module, hyperparameters={"steps": steps}, optimizer=optimizer)
+
+
+@task
+def train_in_ranks(steps: int) -> PyTorchCheckpoint:
+    """What flytekitplugins-kfpytorch makes of a task with ``task_config=Elastic(nnodes=1, nproc_per_node=2)``."""
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", start_method="spawn", max_restarts=0,
+    )  # fmt: skip
+    checkpoint: PyTorchCheckpoint = elastic_launch(config, train_as_a_rank)(steps)[0]
+    return checkpoint
+
+
+@task
+def resumes(steps: int) -> list[int]:
+    """Killed at its third step, in the first attempt."""
+    place = task_checkpoint()
+    loaded = place.load()
+    first = 0 if loaded is None else int(loaded["step"])
+    for step in range(first, steps):
+        place.save(PyTorchCheckpoint(torch.nn.Linear(4, 4), {"step": step + 1}))
+        if loaded is None and step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return [first, steps]
 
 
 train_many = map_task(train)

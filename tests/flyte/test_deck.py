@@ -58,7 +58,7 @@ def look(browser: str, page: Path, *arguments: str) -> str:
             [
                 *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
                 *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-                *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}", "--window-size=1100,1400"),
+                *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}", "--window-size=640,1400"),
                 *(*arguments, page.as_uri()),
             ],
             capture_output=True,
@@ -77,8 +77,10 @@ addEventListener("load", () => {
   const result = {
     visible: box(block).height > 300 && box(block).width > 300,
     rows: block.querySelectorAll("tr").length,
-    bars: [...block.querySelectorAll("rect")].map(rect => box(rect).width),
-    overflow: [...block.querySelectorAll("svg text")].filter(text => box(text).left < box(block).left).length,
+    bars: [...block.querySelectorAll(".bars i")].map(bar => box(bar).width),
+    overflow: [...block.querySelectorAll("*")].filter(part => box(part).right > box(block).right + 1).length,
+    smallest: Math.min(...[...block.querySelectorAll("span, td, th")].map(
+      part => parseFloat(getComputedStyle(part).fontSize))),
     heading: getComputedStyle(block.querySelector("h3")).fontSize,
     outside: getComputedStyle(document.querySelector("nav")).maxWidth,
   };
@@ -94,8 +96,11 @@ addEventListener("load", () => {
 def test_a_browser_shows_the_deck_of_a_task(browser: str, s3_context: FlyteContext, tmp_path: Path) -> None:
     @task(enable_deck=True)
     def make() -> Declared:
-        made = make_checkpoint(width=64)
-        return PyTorchCheckpoint(module=made.module, hyperparameters=Progress(), optimizer=made.optimizer)
+        module = torch.nn.Sequential(*(torch.nn.Linear(64 + i, 65 + i) for i in range(8)))
+        optimizer = torch.optim.Adam(module.parameters())
+        module(torch.randn(2, 64)).sum().backward()
+        optimizer.step()
+        return PyTorchCheckpoint(module=module, hyperparameters=Progress(), optimizer=optimizer)
 
     @task(enable_deck=True)
     def receive(checkpoint: Declared) -> int:
@@ -124,6 +129,7 @@ def test_a_browser_shows_the_deck_of_a_task(browser: str, s3_context: FlyteConte
         assert measured["rows"] > 15
         assert len(measured["bars"]) > 4
         assert max(measured["bars"]) > 100
+        assert measured["smallest"] >= 12
         assert measured["overflow"] == 0
         assert measured["heading"] == "15px"
         assert measured["outside"] == "none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import uuid
@@ -21,6 +22,7 @@ from flytekit.core.type_engine import TypeEngine
 from flytekit.models.dynamic_job import DynamicJobSpec
 from flytekit.models.literals import LiteralMap
 
+from torchferry.flyte import PyTorchCheckpoint
 from torchferry.testing.servers import S3Server
 
 HERE = Path(__file__).parent
@@ -46,11 +48,17 @@ class Pods:
             SERIALIZED_CONTEXT_ENV_VAR: SERIALIZED.serialized_context,
         }
 
-    def run(self, task: Any, inputs: LiteralMap, *, stock: bool = False, index: int | None = None) -> LiteralMap:
+    def run(self, task: Any, inputs: LiteralMap, **kwargs: Any) -> LiteralMap:
         """Returns the outputs; raises what error.pb says."""
-        prefix = self._execute(task, inputs, stock=stock, index=index)
+        prefix = self._execute(task, inputs, **kwargs)
         outputs = literals_pb2.LiteralMap.FromString(self.fs.cat_file(f"{prefix}/out/outputs.pb"))
         return LiteralMap.from_flyte_idl(outputs)
+
+    def run_until_killed(self, task: Any, inputs: LiteralMap) -> str:
+        """Returns what the next attempt is to be told of this one."""
+        prefix = self._execute(task, inputs)
+        assert not self.fs.exists(f"{prefix}/out/outputs.pb")
+        return prefix
 
     def run_dynamic(self, task: Any, inputs: LiteralMap) -> DynamicJobSpec:
         """Returns what a dynamic task tells propeller to run."""
@@ -58,7 +66,15 @@ class Pods:
         spec = dynamic_job_pb2.DynamicJobSpec.FromString(self.fs.cat_file(f"{prefix}/out/futures.pb"))
         return DynamicJobSpec.from_flyte_idl(spec)
 
-    def _execute(self, task: Any, inputs: LiteralMap, *, stock: bool = False, index: int | None = None) -> str:
+    def _execute(
+        self,
+        task: Any,
+        inputs: LiteralMap,
+        *,
+        stock: bool = False,
+        index: int | None = None,
+        killed_before: str | None = None,
+    ) -> str:
         prefix = f"{self.prefix}/{uuid.uuid4().hex}"
         self.fs.pipe_file(f"{prefix}/inputs.pb", inputs.to_flyte_idl().SerializeToString())
         values = {
@@ -66,7 +82,7 @@ class Pods:
             "{{.outputPrefix}}": f"{prefix}/out",
             "{{.rawOutputDataPrefix}}": f"{prefix}/raw",
             "{{.checkpointOutputPrefix}}": f"{prefix}/flytecheckpoints",
-            "{{.prevCheckpointPrefix}}": '""',
+            "{{.prevCheckpointPrefix}}": f"{killed_before}/flytecheckpoints" if killed_before else '""',
         }
         command = [values.get(word, word) for word in task.get_command(SerializationSettings(ImageConfig.auto()))]
         environment = self.environment | {"TORCHFERRY_TAKE_OVER": "0" if stock else "1"}
@@ -77,6 +93,8 @@ class Pods:
             cwd=HERE, env=environment, capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
         self.fs.invalidate_cache()
+        if pod.returncode == -signal.SIGKILL:
+            return prefix
         if self.fs.exists(f"{prefix}/out/error.pb"):  # the process itself ends with 0 whatever happens
             document = errors_pb2.ErrorDocument.FromString(self.fs.cat_file(f"{prefix}/out/error.pb"))
             raise RuntimeError(document.error.message)
@@ -166,6 +184,20 @@ def test_torchferry_reads_what_stock_flytekit_wrote(pods: Pods, hand_over: Calla
     trained = pods.run(pod_tasks.train, pods.literals(steps=5), stock=True)
     assert not trained.literals["o0"].scalar.blob.uri.endswith("/checkpoint.pt")  # stock's own names
     assert pods.value(pods.run(pod_tasks.read, hand_over(trained)), int) == 5
+
+
+def test_ranks_of_an_elastic_task_return_a_ddp_module_in_a_pod(pods: Pods) -> None:
+    trained = pods.run(pod_tasks.train_in_ranks, pods.literals(steps=5))
+    checkpoint = pods.value(trained, PyTorchCheckpoint)
+    assert checkpoint["steps"] == 5
+    assert list(checkpoint.module_state_dict) == ["module.weight", "module.bias"]
+    assert {*checkpoint.restore(module=torch.nn.Linear(4, 4))} == {"steps"}
+
+
+def test_a_task_that_is_killed_resumes_in_its_next_attempt(pods: Pods) -> None:
+    killed = pods.run_until_killed(pod_tasks.resumes, pods.literals(steps=5))
+    resumed = pods.run(pod_tasks.resumes, pods.literals(steps=5), killed_before=killed)
+    assert pods.value(resumed, list[int]) == [3, 5]
 
 
 def test_a_refused_checkpoint_says_why_in_error_pb(pods: Pods) -> None:

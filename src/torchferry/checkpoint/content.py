@@ -14,6 +14,7 @@ from torchferry.checkpoint.hyperparameters import as_dict, is_dataclass_instance
 from torchferry.checkpoint.plain import CONTAINERS, LEAVES, made_plain, plain_form, plain_number
 from torchferry.checkpoint.values import MODULE_KEY, OPTIMIZER_KEY, LoadedCheckpoint, PyTorchCheckpoint, check_names
 from torchferry.errors import CheckpointValueError
+from torchferry.formats.torch_hooks import torch_load, torch_save
 
 __all__ = ["Loadable", "content_of", "loadable"]
 
@@ -96,7 +97,7 @@ def loadable(content: dict[str, Any]) -> Loadable:
             continue
         archive = io.BytesIO()
         try:
-            torch.save(value, archive)
+            torch_save(value, archive)
         except Exception as error:  # noqa: BLE001 - pickling runs user code, which may raise anything
             left_out[key] = None
             refused.append(f"{path} is a {_kind(value)}, and cannot be saved: {_sentence(error)}")
@@ -196,7 +197,7 @@ def _is_allowed(value: Any) -> bool:
         return type(value) in torch.serialization.get_safe_globals()
     archive = io.BytesIO()
     try:
-        torch.save(value, archive)
+        torch_save(value, archive)
     except Exception:  # noqa: BLE001 - pickling runs user code, which may raise anything
         return False
     return _refusal(archive) is None
@@ -209,7 +210,7 @@ def _refusal(archive: io.BytesIO) -> str | None:
     """
     archive.seek(0)
     try:
-        torch.load(archive, weights_only=True, map_location="cpu")
+        torch_load(archive, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         # Without torch's own advice, which is given whether it helps or not.
         return str(error.__context__ or error).strip().splitlines()[0].split(" Please use ")[0]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from torchferry.checkpoint.summary import summary_of
+from torchferry.printable import escaped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -23,6 +25,7 @@ __all__ = ["deck_of", "failure", "render"]
 MAX_TENSORS = 250
 MAX_ROWS = 60
 _MAX_BARS = 12
+_UNIFORM_FROM = 4  # tensors that differ in the numbers of their layers only
 _MAX_TEXT = 120
 
 _logger = logging.getLogger("torchferry")
@@ -37,14 +40,16 @@ _STYLE = """<style>
 .torchferry-deck .totals{display:flex;flex-wrap:wrap;gap:8px 32px;margin:0 0 4px}
 .torchferry-deck .totals b{display:block;font-size:20px;font-weight:600}
 .torchferry-deck .totals span{color:#59636e}
-.torchferry-deck svg{display:block;width:100%;height:auto;margin:4px 0}
-.torchferry-deck svg text{font-size:12px;fill:#1f2328}
+.torchferry-deck .bars{display:grid;grid-template-columns:minmax(0,2fr) minmax(0,3fr) max-content;gap:4px 12px}
+.torchferry-deck .bars span{overflow-wrap:anywhere}
+.torchferry-deck .bars i{display:block;height:16px;border-radius:2px;margin-top:2px;min-width:2px}
 .torchferry-deck .scroll{max-height:480px;overflow:auto;border:1px solid #d1d9e0;border-radius:6px}
-.torchferry-deck table{border-collapse:collapse;width:100%}
+.torchferry-deck table{border-collapse:collapse;width:100%;font:inherit}
 .torchferry-deck th{position:sticky;top:0;background:#f6f8fa;text-align:left;font-weight:600}
-.torchferry-deck th,.torchferry-deck td{padding:4px 12px;border-bottom:1px solid #eaeef2;vertical-align:top}
+.torchferry-deck th,.torchferry-deck td{padding:4px 10px;border-bottom:1px solid #eaeef2;vertical-align:top}
 .torchferry-deck td{overflow-wrap:anywhere}
-.torchferry-deck .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.torchferry-deck .n,.torchferry-deck .w{white-space:nowrap;overflow-wrap:normal}
+.torchferry-deck .n{text-align:right;font-variant-numeric:tabular-nums}
 .torchferry-deck .note{color:#59636e;margin:6px 0 0}
 </style>"""
 
@@ -67,10 +72,10 @@ def render(summary: Summary) -> str:
         _STYLE,
         f'<p class="uri">{_text(summary.uri, 600)}</p>' if summary.uri else "",
         _totals(summary, sizes, total),
+        _hyperparameters(summary.hyperparameters),
         _chart(summary, sizes, total),
         _tensors(summary.module, total),
         _groups(summary.groups),
-        _hyperparameters(summary.hyperparameters),
     ]
     return f'<div class="torchferry-deck">{"".join(blocks)}</div>'
 
@@ -82,18 +87,18 @@ def failure(error: BaseException) -> str:
 
 def _totals(summary: Summary, sizes: dict[str, int], total: int) -> str:
     rows = [*summary.module, *summary.optimizer, *summary.other]
-    figures = [
-        (_bytes(total), "in tensors"),
-        (f"{len(rows):,}", "tensors"),
-        (f"{_numel(summary.module):,}", "values in the module"),
-    ]
+    figures = [(_bytes(total), "in tensors"), (f"{len(rows):,}", "tensors")]
+    if summary.module:
+        figures.append((f"{_numel(summary.module):,}", "parameters"))
     figures += [(_bytes(size), name.lower()) for name, size in sizes.items() if len(sizes) > 1]
+    if summary.saved is not None:
+        figures.append((f"{summary.saved.seconds:.2f} s", f"to save, {_bytes(int(summary.saved.bytes_per_second))}/s"))
     cells = "".join(f"<div><b>{value}</b><span>{label}</span></div>" for value, label in figures)
     return f'<div class="totals">{cells}</div>'
 
 
 def _chart(summary: Summary, sizes: dict[str, int], total: int) -> str:
-    if not total:
+    if not total or len(_alike(summary.module)) <= _MAX_BARS:  # the table says it all
         return ""
     bars = [(name, size, _MODULE) for name, size in _grouped(summary.module)]
     bars += [(f"optimizer: {name}", size, _OPTIMIZER) for name, size in _by_kind(summary.optimizer)]
@@ -101,41 +106,76 @@ def _chart(summary: Summary, sizes: dict[str, int], total: int) -> str:
         bars.append(("other tensors", sizes["Other tensors"], _OTHER))
     bars = [bar for bar in bars if bar[1]]
     widest = max(size for _, size, _ in bars)
-    lines = []
-    for index, (name, size, colour) in enumerate(bars):
-        y = 24 * index
-        width = max(2.0, 420 * size / widest)
-        lines.append(
-            f'<text x="290" y="{y + 15}" text-anchor="end">{_text(name, 44)}</text>'
-            f'<rect x="300" y="{y + 3}" width="{width:.1f}" height="16" rx="2" fill="{colour}"/>'
-            f'<text x="{308 + width:.1f}" y="{y + 15}">{_bytes(size)}, {_share(size, total)}</text>'
-        )
-    return (
-        f'<h3>Where the bytes are</h3><svg viewBox="0 0 900 {24 * len(bars)}" role="img" '
-        f'aria-label="Bytes by part of the checkpoint">{"".join(lines)}</svg>'
+    lines = (
+        f'<span>{_text(name, 60)}</span><div><i style="width:{100 * size / widest:.1f}%;background:{colour}"></i></div>'
+        f'<span class="n">{_bytes(size)}, {_share(size, total)}</span>'
+        for name, size, colour in bars
     )
+    return f'<h3>Where the bytes are</h3><div class="bars">{"".join(lines)}</div>'
 
 
 def _tensors(rows: Sequence[TensorRow], total: int) -> str:
     if not rows:
         return ""
-    shown: Sequence[TensorRow] = rows
+    shown = _alike(rows)
     note = ""
-    if len(rows) > MAX_TENSORS:
-        shown = sorted(rows, key=lambda row: row.size, reverse=True)[:MAX_TENSORS]
-        rest = sum(row.size for row in rows) - sum(row.size for row in shown)
-        note = f"The {MAX_TENSORS} largest of {len(rows):,}; the others have {_bytes(rest)} together."
+    if len(shown) > MAX_TENSORS:
+        everything = shown
+        shown = sorted(shown, key=lambda alike: alike.size, reverse=True)[:MAX_TENSORS]
+        rest = sum(alike.size for alike in everything) - sum(alike.size for alike in shown)
+        note = f"The {MAX_TENSORS} largest of {len(everything):,}; the others have {_bytes(rest)} together."
     cells = (
         (
-            _text(row.name),
-            _text(" \N{MULTIPLICATION SIGN} ".join(map(str, row.shape)) or "scalar"),
-            _text(row.dtype),
-            _bytes(row.size),
-            _share(row.size, total),
+            _text(alike.name),
+            f"{alike.count:,}",
+            _text(" \N{MULTIPLICATION SIGN} ".join(map(str, alike.shape)) or "scalar"),
+            _text(alike.dtype),
+            _bytes(alike.size),
+            _share(alike.size, total),
         )
-        for row in shown
+        for alike in shown
     )
-    return _table("Parameters", ("Name", "Shape", "Type", "Bytes", "Share"), cells, numbers=(3, 4), note=note)
+    header = ("Name", "Tensors", "Shape", "Type", "Bytes", "Share")
+    return _table("Parameters", header, cells, numbers=(1, 4, 5), words=(2, 3), note=note)
+
+
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """Tensors of one name, shape and type in layers that are alike: ``layers.0-31.weight``; or a single one."""
+
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    dtype: str
+    size: int
+
+
+def _alike(rows: Sequence[TensorRow]) -> list[_Alike]:
+    """The rows, with those of uniform layers in one."""
+    groups: dict[Any, list[TensorRow]] = {}
+    for row in rows:
+        groups.setdefault((_pattern(row.name), row.shape, row.dtype), []).append(row)
+    merged: list[_Alike] = []
+    for (_, shape, dtype), members in groups.items():
+        names = [member.name for member in members]
+        if len(members) >= _UNIFORM_FROM:
+            merged.append(_Alike(_common(names), len(members), shape, dtype, sum(member.size for member in members)))
+        else:
+            merged += [_Alike(member.name, 1, shape, dtype, member.size) for member in members]
+    return merged
+
+
+def _pattern(name: str) -> tuple[str, ...]:
+    return tuple("" if part.isdecimal() else part for part in name.split("."))
+
+
+def _common(names: Sequence[str]) -> str:
+    """One name for several that differ in numbers only, which become the range that they are in."""
+    parts = []
+    for column in zip(*(name.split(".") for name in names), strict=True):
+        numbers = sorted({int(part) for part in column if part.isdecimal()})
+        parts.append(f"{numbers[0]}\N{EN DASH}{numbers[-1]}" if len(numbers) > 1 else column[0])
+    return ".".join(parts)
 
 
 def _groups(groups: Sequence[dict[str, str]]) -> str:
@@ -159,9 +199,16 @@ def _hyperparameters(rows: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _table(
-    title: str, header: Iterable[str], rows: Iterable[tuple[str, ...]], numbers: tuple[int, ...] = (), note: str = ""
+    title: str,
+    header: Iterable[str],
+    rows: Iterable[tuple[str, ...]],
+    *,
+    numbers: tuple[int, ...] = (),
+    words: tuple[int, ...] = (),
+    note: str = "",
 ) -> str:
-    kinds = dict.fromkeys(numbers, ' class="n"')
+    """A table; the columns ``numbers`` are aligned to the right, and neither those nor ``words`` break their lines."""
+    kinds = {**dict.fromkeys(numbers, ' class="n"'), **dict.fromkeys(words, ' class="w"')}
     lines = ["".join(f"<th{kinds.get(index, '')}>{name}</th>" for index, name in enumerate(header))]
     lines += ["".join(f"<td{kinds.get(index, '')}>{cell}</td>" for index, cell in enumerate(row)) for row in rows]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
@@ -170,23 +217,25 @@ def _table(
 
 
 def _grouped(rows: Sequence[TensorRow]) -> list[tuple[str, int]]:
-    """Bytes by parts of the module: the finest level of names that still fits the chart."""
-    chosen: Counter[str] = Counter()
+    """Bytes by parts of the module: the finest level of names that still fits the chart, uniform layers in one."""
+    chosen: dict[tuple[str, ...], list[TensorRow]] = {}
     for depth in range(1, 8):
-        groups: Counter[str] = Counter()
+        groups: dict[tuple[str, ...], list[TensorRow]] = {}
         for row in rows:
-            groups[".".join(row.name.split(".")[:depth])] += row.size
+            groups.setdefault(_pattern(row.name)[:depth], []).append(row)
         if chosen and len(groups) > _MAX_BARS:
             break
         if len(groups) > len(chosen):  # not where it only makes names longer: wrappers add levels with one name each
             chosen = groups
-    if len(chosen) <= _MAX_BARS:
-        return list(chosen.items())
-    largest = chosen.most_common(_MAX_BARS - 1)
-    return [
-        *largest,
-        (f"{len(chosen) - len(largest):,} others", sum(chosen.values()) - sum(size for _, size in largest)),
-    ]
+    sizes = Counter[str]()
+    for pattern, members in chosen.items():
+        names = [".".join(member.name.split(".")[: len(pattern)]) for member in members]
+        sizes[_common(names)] += sum(member.size for member in members)
+    if len(sizes) <= _MAX_BARS:
+        return list(sizes.items())
+    largest = sizes.most_common(_MAX_BARS - 1)
+    rest = sum(sizes.values()) - sum(size for _, size in largest)
+    return [*largest, (f"{len(sizes) - len(largest):,} others", rest)]
 
 
 def _by_kind(rows: Sequence[TensorRow]) -> list[tuple[str, int]]:
@@ -211,8 +260,7 @@ def _text(value: object, limit: int = _MAX_TEXT) -> str:
     text = str(value)
     if len(text) > limit:
         text = f"{text[: limit - 1]}\N{HORIZONTAL ELLIPSIS}"
-    # A lone surrogate in a name would fail the whole page when flytekit writes it.
-    return escape(text.encode("utf-8", "replace").decode())
+    return escape(escaped(text))  # half of a surrogate pair would fail the whole page when flytekit writes it
 
 
 def _share(size: int, total: int) -> str:

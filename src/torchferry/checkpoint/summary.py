@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import logging
 import reprlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 
 from torchferry.checkpoint.content import content_of
 from torchferry.checkpoint.values import MODULE_KEY, OPTIMIZER_KEY
+from torchferry.engine.transfer import TransferReport
 
 __all__ = ["Summary", "TensorRow", "remember_summary", "summarize", "summary_of"]
 
 _SUMMARY = "_torchferry_summary"
+_LONGEST_INT = 500  # bits of a number that is shown
+_LONGEST_NAME = 500  # characters of the name of a tensor
+_MOST_ROWS = 20_000
+_MOST_GROUPS = 1000  # parameter groups that are looked at
 
 _logger = logging.getLogger("torchferry")
 
@@ -49,6 +56,7 @@ class Summary:
         other: The tensors among the hyperparameters.
         groups: The optimizer's parameter groups: their options, as short texts.
         hyperparameters: Name, type and value, as short texts.
+        saved: How it was saved, if it was.
     """
 
     uri: str | None
@@ -57,31 +65,34 @@ class Summary:
     other: list[TensorRow] = field(default_factory=list)
     groups: list[dict[str, str]] = field(default_factory=list)
     hyperparameters: list[tuple[str, str, str]] = field(default_factory=list)
+    saved: TransferReport | None = None
 
 
-def summarize(content: Mapping[str, Any], uri: str | None) -> Summary:
+def summarize(content: Mapping[str, Any], uri: str | None, saved: TransferReport | None = None) -> Summary:
     """Summarizes the dict that is saved for a checkpoint. Looks at no tensor's values."""
     storages: set[int] = set()
-    summary = Summary(uri)
+    summary = Summary(uri, saved=saved)
     for key, value in content.items():
         if key == MODULE_KEY:
-            summary.module.extend(_rows("", value, storages))
+            summary.module.extend(_bounded(_rows("", value, storages)))
         elif key == OPTIMIZER_KEY:
-            summary.optimizer.extend(_rows("", value, storages))
+            summary.optimizer.extend(_bounded(_rows("", value, storages)))
             summary.groups.extend(_groups(value))
         else:
-            summary.other.extend(_rows(str(key), value, storages))
-            summary.hyperparameters.append((str(key), type(value).__name__, _SHORT.repr(value)))
+            summary.other.extend(_bounded(_rows(_text(key), value, storages)))
+            summary.hyperparameters.append((_text(key), type(value).__name__, _SHORT.repr(value)))
     return summary
 
 
-def remember_summary(checkpoint: Any, content: Mapping[str, Any], uri: str) -> None:
+def remember_summary(
+    checkpoint: Any, content: Mapping[str, Any], uri: str, saved: TransferReport | None = None
+) -> None:
     """Keeps the summary of what was saved with the checkpoint itself; never raises.
 
     The Deck is made after the upload, and asking a module for its state again may gather it from all ranks again.
     """
     try:
-        vars(checkpoint)[_SUMMARY] = summarize(content, uri)
+        vars(checkpoint)[_SUMMARY] = summarize(content, uri, saved)
     except (Exception, SystemExit):  # what is saved is saved, whatever the Deck will say
         _logger.debug("A checkpoint has no summary.", exc_info=True)
 
@@ -98,19 +109,56 @@ def summary_of(checkpoint: Any) -> Summary:
 
 def _groups(state: Any) -> Iterator[dict[str, str]]:
     groups = state.get("param_groups") if isinstance(state, Mapping) else None
-    for group in groups if isinstance(groups, list | tuple) else ():
+    for group in groups[:_MOST_GROUPS] if isinstance(groups, list | tuple) else ():
         if isinstance(group, Mapping):
-            options = {str(key): _SHORT.repr(value) for key, value in group.items() if key != "params"}
-            yield {"parameters": f"{len(group.get('params', ())):,}", **options}
+            parameters = group.get("params", ())
+            count = f"{len(parameters):,}" if isinstance(parameters, list | tuple) else _SHORT.repr(parameters)
+            options = islice(((key, value) for key, value in group.items() if key != "params"), _MOST_GROUPS)
+            yield {"parameters": count, **{_text(key): _SHORT.repr(value) for key, value in options}}
 
 
 def _rows(name: str, value: Any, storages: set[int]) -> Iterator[TensorRow]:
-    if isinstance(value, torch.Tensor):
-        yield TensorRow(name, tuple(value.shape), str(value.dtype).removeprefix("torch."), _size(value, storages))
-    elif isinstance(value, Mapping | list | tuple):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, item in items:
-            yield from _rows(f"{name}.{key}" if name else str(key), item, storages)
+    """The tensors in a value, depth first, without recursion; a container that occurs again is left out then."""
+    seen: set[int] = set()
+    stack: list[Iterator[tuple[str, Any]]] = [iter([(name, value)])]
+    while stack:
+        for key, item in stack[-1]:
+            if isinstance(item, torch.Tensor):
+                dtype = str(item.dtype).removeprefix("torch.")
+                yield TensorRow(key, tuple(item.shape), dtype, _size(item, storages))
+            elif isinstance(item, Mapping | list | tuple) and id(item) not in seen:
+                seen.add(id(item))
+                stack.append(_children(key, item))
+                break
+        else:
+            stack.pop()
+
+
+def _bounded(rows: Iterator[TensorRow]) -> Iterator[TensorRow]:
+    """The first 20,000 rows, and one for all others."""
+    yield from islice(rows, _MOST_ROWS)
+    sizes = Counter(row.size for row in rows)
+    if count := sizes.total():
+        yield TensorRow(f"{count:,} others", (), "", sum(size * times for size, times in sizes.items()))
+
+
+def _children(name: str, value: Mapping[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+    before = f"{name}." if name else ""
+    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield _shortened(f"{before}{_text(key)}"), item
+
+
+def _shortened(name: str) -> str:
+    """Its two ends, where a name is very long, as those of values that are nested very deep are."""
+    if len(name) <= _LONGEST_NAME:
+        return name
+    half = _LONGEST_NAME // 2
+    return f"{name[:half]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"
+
+
+def _text(key: Any) -> str:
+    """A key as text: a tuple, for one, may hold as much as a checkpoint."""
+    return key[:_LONGEST_NAME] if isinstance(key, str) else _SHORT.repr(key)
 
 
 def _size(tensor: torch.Tensor, storages: set[int]) -> int:
@@ -132,13 +180,41 @@ class _ShortRepr(reprlib.Repr):
 
     def __init__(self) -> None:
         super().__init__()
+        self.maxlevel = 4
         self.maxstring = self.maxother = 160
         self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = 8
 
     def repr1(self, x: Any, level: int) -> str:
         if isinstance(x, torch.Tensor):
             return f"tensor{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+        if isinstance(x, dict):  # subclasses too, whose own repr shows all of them
+            return self.repr_dict(x, level)
+        if isinstance(x, list):
+            return self.repr_list(x, level)
+        if isinstance(x, bytes | bytearray):
+            return repr(bytes(x[: self.maxstring])) + ("..." if len(x) > self.maxstring else "")
+        if isinstance(x, int) and abs(x) >> _LONGEST_INT:
+            return f"an int of {x.bit_length()} bits"  # of very long ones, Python makes no text
         return super().repr1(x, level)
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """As it is in the class, but unsorted: to sort keys may take long."""
+        if not x or level <= 0:
+            return "{...}" if x else "{}"
+        pairs = islice(dict.items(x), self.maxdict)
+        parts = [f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}" for key, value in pairs]
+        return f"{{{', '.join([*parts, '...'] if len(x) > self.maxdict else parts)}}}"
+
+    def repr_set(self, x: set[Any], level: int) -> str:
+        """As it is in the class, but unsorted."""
+        if not x or level <= 0:
+            return "{...}" if x else "set()"
+        parts = [self.repr1(value, level - 1) for value in islice(x, self.maxset)]
+        return f"{{{', '.join([*parts, '...'] if len(x) > self.maxset else parts)}}}"
+
+    def repr_frozenset(self, x: Any, level: int) -> str:
+        """The same."""
+        return f"frozenset({self.repr_set(x, level)})"
 
 
 _SHORT = _ShortRepr()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from fsspec import AbstractFileSystem
 
+    from torchferry.engine.transfer import TransferReport
     from torchferry.options import LoadOptions, SaveOptions
 
 __all__ = ["load_content", "save_content"]
@@ -29,7 +30,7 @@ async def save_content(
     *,
     filesystem: AbstractFileSystem | None,
     metadata: Mapping[str, str] | None = None,
-) -> None:
+) -> TransferReport:
     """Saves ``content`` at ``uri``.
 
     Args:
@@ -39,16 +40,22 @@ async def save_content(
         filesystem: Reaches the store; not used where ``options`` have ``storage_options``.
         metadata: Goes to the object, too; ``options`` win.
 
+    Returns:
+        What moved, and how fast.
+
     Raises:
         TorchferryError: as :func:`torchferry.save_async` does.
     """
     arguments: dict[str, Any] = {
         "part_size": options.part_size,
+        "shards": options.shards,
         "give_up_after": options.give_up_after,
         "metadata": {**(metadata or {}), **(options.metadata or {})} or None,
         **_store(options, filesystem),
     }
-    await save_async(content, uri, **arguments)
+    reports: list[TransferReport] = []
+    await save_async(content, uri, report=reports.append, **arguments)
+    return reports[0]
 
 
 async def load_content(uri: str, options: LoadOptions, *, filesystem: AbstractFileSystem | None) -> Any:
@@ -65,6 +72,7 @@ async def load_content(uri: str, options: LoadOptions, *, filesystem: AbstractFi
     map_location = default_map_location() if options.map_location is None else options.map_location
     arguments: dict[str, Any] = {
         "keys": options.keys,
+        "exclude": options.exclude,
         "map_location": map_location,
         "weights_only": options.weights_only,
         "verify": options.verify,

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Optional, Protocol, TypeVar, Union
 
 import torch
 
+from torchferry.checkpoint import sharded
 from torchferry.checkpoint.adapters import refusal
 from torchferry.checkpoint.hyperparameters import as_dict, is_dataclass_instance, is_named_tuple, rebuild
 from torchferry.checkpoint.wrappers import matched_to
@@ -30,12 +31,16 @@ __all__ = [
     "RestoredHyperparameters",
     "StateOf",
     "check_names",
+    "remember_place",
+    "remembered_place",
 ]
 
 T = TypeVar("T")
 
 MODULE_KEY = "module_state_dict"
 OPTIMIZER_KEY = "optimizer_state_dict"
+
+_PLACE = "_torchferry_place"
 
 # torch.save pickles with this protocol; copies and messages between processes use newer ones.
 _TORCH_SAVE_PROTOCOL = 2
@@ -222,7 +227,8 @@ class LoadedCheckpoint(dict[str, Any], PyTorchCheckpoint):
         The module is filled before the optimizer. Build the optimizer on the module's parameters first, as torch wants.
 
         Keys may differ in what ``DistributedDataParallel`` and ``torch.compile`` put into them (``module.``,
-        ``_orig_mod.``): the state of a wrapped module fills a bare one, and the other way round.
+        ``_orig_mod.``): the state of a wrapped module fills a bare one, and the other way round. A module that is
+        sharded over ranks (FSDP2), and its optimizer, get this rank's part of each tensor: call it on every rank.
 
         Args:
             module: Gets ``module_state_dict``.
@@ -245,7 +251,10 @@ class LoadedCheckpoint(dict[str, Any], PyTorchCheckpoint):
         if module is not None and module_state is not None:
             missing, unexpected = _load(module, module_state, strict=strict)
         if optimizer is not None and optimizer_state is not None:
-            optimizer.load_state_dict(optimizer_state)
+            if module is not None and sharded.is_sharded(module):
+                sharded.load_optimizer(module, optimizer, optimizer_state)
+            else:
+                optimizer.load_state_dict(optimizer_state)
         return RestoredHyperparameters(self.hyperparameters, missing, unexpected)
 
     def _part(self, key: str) -> dict[str, Any]:
@@ -282,7 +291,10 @@ class LoadedCheckpoint(dict[str, Any], PyTorchCheckpoint):
 
 def _load(module: torch.nn.Module, saved: dict[str, Any], *, strict: bool) -> tuple[list[str], list[str]]:
     state, saved_keys = matched_to(module, saved)
-    missing, unexpected = module.load_state_dict(state, strict=strict)
+    if sharded.is_sharded(module):
+        missing, unexpected = sharded.load_module(module, state, strict=strict)
+    else:
+        missing, unexpected = module.load_state_dict(state, strict=strict)
     if missing and saved and len(unexpected) == len(saved):
         raise CheckpointKeyError(
             f"Nothing was restored: not one of the {len(saved)} keys in {MODULE_KEY} ({_some(saved)}) is a key of the "
@@ -300,10 +312,10 @@ def _state_only(name: str, owner: Any) -> Any:
     if isinstance(owner, StateOf) or not callable(state_dict):
         return owner
     state = state_dict()
-    sharded = _sharded(state)
-    if sharded is not None:
+    found = _sharded(state)
+    if found is not None:
         raise refusal(
-            f"The state of the {name} ({type(owner).__qualname__}) is sharded over ranks ({sharded} is a DTensor), and "
+            f"The state of the {name} ({type(owner).__qualname__}) is sharded over ranks ({found} is a DTensor), and "
             "this rank has a part of it only. On every rank, gather it with torch.distributed.checkpoint.state_dict."
             "get_state_dict(module, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)); "
             f"return LoadedCheckpoint({{{MODULE_KEY!r}: ..., {OPTIMIZER_KEY!r}: ...}}) of what rank 0 gets."
@@ -323,6 +335,17 @@ def _sharded(state: Any, path: str = "") -> str | None:
         if found := _sharded(value, f"{path}.{key}" if path else str(key)):
             return found
     return None
+
+
+def remember_place(checkpoint: PyTorchCheckpoint, uri: str) -> None:
+    """Notes where a checkpoint was saved: as long as it is the same, it need not be saved again."""
+    vars(checkpoint)[_PLACE] = uri
+
+
+def remembered_place(checkpoint: PyTorchCheckpoint) -> str | None:
+    """Where a checkpoint was saved last, or loaded from; it may have changed since."""
+    place: str | None = vars(checkpoint).get(_PLACE) or getattr(checkpoint, "uri", None)
+    return place
 
 
 def check_names(hyperparameters: Mapping[str, Any]) -> None:

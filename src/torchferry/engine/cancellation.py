@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 from anyio import to_thread
 
+from torchferry.errors import InterpreterEndedError
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
@@ -21,6 +24,7 @@ __all__ = [
     "clean_up",
     "in_thread",
     "refuse_threads",
+    "require_running_interpreter",
     "run_shielded",
     "stops_as_errors",
     "wait_in_thread",
@@ -72,6 +76,7 @@ async def run_shielded(
         patience: How many seconds it may take after a cancellation, before it is cancelled too; or what tells that,
             asked when the cancellation comes. None for no limit.
     """
+    _require_asyncio()
     task = asyncio.ensure_future(func(*args))
     try:
         await asyncio.wait([task])
@@ -81,6 +86,16 @@ async def run_shielded(
             task.exception()  # looked at, so that asyncio does not log it as forgotten
         raise
     return task.result()
+
+
+def _require_asyncio() -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            "torchferry's asynchronous functions need asyncio. Under trio, call the synchronous ones in a thread: "
+            "trio.to_thread.run_sync(torchferry.load, url)."
+        ) from None
 
 
 async def wait_shielded(task: asyncio.Future[T], patience: float | None = None) -> None:
@@ -184,14 +199,27 @@ class _ThreadForEach(ThreadPoolExecutor):
         return future
 
 
+def require_running_interpreter() -> None:
+    """Raises an InterpreterEndedError where the interpreter ends, and threads start and run no more."""
+    if sys.is_finalizing():
+        raise InterpreterEndedError(
+            "The interpreter is ending, and its threads have ended: nothing can be saved or loaded any more, as in "
+            "__del__. Do it before, for example in a function registered with atexit."
+        )
+
+
 def _submit(func: Callable[..., T], *args: object) -> asyncio.Future[T]:
+    require_running_interpreter()
     loop = asyncio.get_running_loop()
     call = partial(copy_context().run, stops_as_errors, func, *args)
     try:
         return loop.run_in_executor(_pool.executor, call)
     except RuntimeError:  # the interpreter has shut the pool down: it ends, when the threads of the user have ended
         if _refusing:
-            raise
+            raise InterpreterEndedError(
+                "The interpreter is ending, and has waited for the threads that work for torchferry: nothing can be "
+                "saved or loaded any more. A function registered with atexit after torchferry was imported still can."
+            ) from None
         last = _ThreadForEach(1)
         loop.set_default_executor(last)  # aiohttp looks names up in it
         return loop.run_in_executor(last, call)

@@ -72,6 +72,10 @@ class Connections:
             while len(self._idle) > _MOST_IDLE or time.monotonic() - self._idle[0].rested >= _IDLE:
                 self._idle.popleft().close()
 
+    def close_idle(self) -> None:
+        """Closes those that no request is on; the next one opens another."""
+        _close_all(self._idle)
+
     @cached_property
     def _tls(self) -> ssl.SSLContext:
         context = ssl.create_default_context(cafile=self._verify if isinstance(self._verify, str) else None)
@@ -181,5 +185,6 @@ def _wait_a_tick_at_most(sock: socket.socket) -> None:
 
 
 def _close_all(connections: deque[Connection]) -> None:
-    while connections:
-        connections.pop().close()
+    with suppress(IndexError):  # another thread may take the last one
+        while True:
+            connections.pop().close()

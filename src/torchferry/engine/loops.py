@@ -9,19 +9,22 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from functools import wraps
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial, wraps
 from time import monotonic
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from fsspec.asyn import get_loop, reset_lock
 
-from torchferry.engine.cancellation import refuse_threads, wait_shielded
+from torchferry.engine.cancellation import refuse_threads, require_running_interpreter, wait_shielded
 from torchferry.engine.tasks import unwrapping_exits, wrapping_exits
+from torchferry.errors import TorchferryError, forget_frames, shows_frames
 
-__all__ = ["keep_running", "own_loop", "run", "run_on", "synchronous"]
+__all__ = ["Call", "keep_running", "own_loop", "refuse_own_loop", "run", "run_on", "synchronous"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -44,14 +47,12 @@ def run(func: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: An
 
     Raises:
         RuntimeError: called on the loop that would have to run it.
+        InterpreterEndedError: the interpreter ends, and threads run no more.
     """
-    loop = get_loop()
-    if loop is _running_loop():
-        raise RuntimeError(
-            "A synchronous torchferry call on fsspec's event loop would wait for itself: await the async one."
-        )
+    require_running_interpreter()
+    refuse_own_loop()
     done = threading.Event()
-    call = _Call(loop, func(*args, **kwargs), done.set)
+    call = Call(partial(func, *args, **kwargs), done.set)
     try:
         call.start()
         done.wait()
@@ -60,6 +61,14 @@ def run(func: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: An
         _wait_through_interrupts(done)
         raise
     return call.result()
+
+
+def refuse_own_loop() -> None:
+    """Raises a RuntimeError on the event loop of synchronous calls: one that waits there would wait for itself."""
+    if get_loop() is _running_loop():
+        raise RuntimeError(
+            "A synchronous torchferry call on fsspec's event loop would wait for itself: await the async one."
+        )
 
 
 def _wait_through_interrupts(done: threading.Event) -> None:
@@ -80,12 +89,27 @@ def keep_running(task: asyncio.Future[Any]) -> None:
     task.add_done_callback(_kept.discard)
 
 
-def synchronous(func: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
-    """The synchronous twin of ``name_async``: a function ``name`` that runs it to its end with :func:`run`."""
+def synchronous(
+    func: Callable[P, Coroutine[Any, Any, T]],
+    *,
+    within: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Callable[P, T]:
+    """The synchronous twin of ``name_async``: a function ``name`` that runs it to its end with :func:`run`.
+
+    Args:
+        func: It.
+        within: Entered in the calling thread around the call.
+    """
 
     @wraps(func)
     def twin(*args: P.args, **kwargs: P.kwargs) -> T:
-        return run(func, *args, **kwargs)
+        try:
+            with within():
+                return run(func, *args, **kwargs)
+        except TorchferryError as error:
+            if shows_frames():
+                raise
+            raise error.with_traceback(None)  # noqa: B904 - the same error, as of here
 
     twin.__name__ = func.__name__.removesuffix("_async")
     twin.__qualname__ = func.__qualname__.removesuffix("_async")
@@ -101,9 +125,15 @@ async def run_on(
     """
     here = asyncio.get_running_loop()
     if loop is None or loop is here:
-        return await func(*args, **kwargs)
+        handled = sys.exception()
+        try:
+            return await func(*args, **kwargs)
+        except TorchferryError as error:
+            forget_frames(error, but=handled)
+            raise
+    require_running_interpreter()
     done: asyncio.Future[None] = here.create_future()
-    call = _Call(loop, func(*args, **kwargs), lambda: here.call_soon_threadsafe(done.set_result, None))
+    call = Call(partial(func, *args, **kwargs), lambda: here.call_soon_threadsafe(done.set_result, None), loop=loop)
     call.start()
     try:
         await asyncio.wait([done])
@@ -122,21 +152,29 @@ def own_loop(backend_loop: asyncio.AbstractEventLoop | None) -> asyncio.Abstract
     return backend_loop or get_loop()
 
 
-class _Call(Generic[T]):
-    """A coroutine running on an event loop of another thread, in a copy of the starting thread's context."""
+class Call(Generic[T]):
+    """A coroutine that runs on an event loop of another thread, in a copy of the starting thread's context.
+
+    Args:
+        func: Returns the coroutine.
+        on_done: Called on that loop when the coroutine has ended, in whichever way.
+        loop: The event loop; by default fsspec's, which synchronous calls run on.
+    """
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
-        coroutine: Coroutine[Any, Any, T],
+        func: Callable[[], Coroutine[Any, Any, T]],
         on_done: Callable[[], object],
+        *,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        self._loop = loop
-        self._coroutine = coroutine
+        self._loop = loop or get_loop()
+        self._coroutine = func()
         self._on_done = on_done
         self._task: asyncio.Task[T] | None = None
 
     def start(self) -> None:
+        """Starts the coroutine, once."""
         self._loop.call_soon_threadsafe(self._start)
 
     def _start(self) -> None:
@@ -144,8 +182,10 @@ class _Call(Generic[T]):
         self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[T]) -> None:
-        if not task.cancelled():
-            task.exception()  # looked at: when the caller was cancelled meanwhile, nobody else does
+        # Looked at: when the caller was cancelled meanwhile, nobody else does.
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, TorchferryError):  # here, where no exception of the user's can be its context
+            forget_frames(error)
         self._coroutine.close()  # it has not begun, where the task was cancelled before its first step
         self._on_done()
 
@@ -162,7 +202,9 @@ class _Call(Generic[T]):
             self._task.cancel()
 
     def result(self) -> T:
-        assert self._task is not None  # noqa: S101  # asked for only when done
+        """What the coroutine returned or raised; only when it is done."""
+        if self._task is None:
+            raise asyncio.CancelledError
         with unwrapping_exits():
             return self._task.result()
 

@@ -3,6 +3,9 @@
 The limit is 256 MiB for the process, or what the environment variable ``TORCHFERRY_MEMORY`` says in MiB. Saves of CPU
 tensors share 3/16 of it (48 MiB). Saves from a device, copies, verifications, and what loads hold beside their buffer
 share the rest.
+
+Snapshots are as large as what they are of, and have a ledger of their own: one at a time, or as many as fit into the
+MiB that the environment variable ``TORCHFERRY_SNAPSHOTS`` says.
 """
 
 from __future__ import annotations
@@ -24,7 +27,16 @@ from torchferry.engine.types import MIB
 if TYPE_CHECKING:
     from torchferry.engine.types import Buffer
 
-__all__ = ["BLOCK_SIZE", "CPU_SAVES", "EVERYTHING_ELSE", "Claim", "Ledger", "address_of", "copy_bytes"]
+__all__ = [
+    "BLOCK_SIZE",
+    "CPU_SAVES",
+    "EVERYTHING_ELSE",
+    "SNAPSHOTS",
+    "Claim",
+    "Ledger",
+    "address_of",
+    "copy_bytes",
+]
 
 BLOCK_SIZE = 4 * MIB
 """Bytes in a block, of which a claim is made."""
@@ -56,17 +68,18 @@ class Ledger:
         self._spare: deque[mmap.mmap] = deque()  # blocks kept warm while there are claims: filling new memory is slow
         self._claims = 0
 
-    def claim(self, need: int, *, abandoned: Callable[[], bool] = lambda: False) -> Claim:
+    def claim(self, need: int, *, piece: int = 0, abandoned: Callable[[], bool] = lambda: False) -> Claim:
         """Waits until ``need`` bytes are free, and reserves them. Blocks the thread.
 
         Args:
             need: What is enough to make progress, and no more than the object can need.
-            abandoned: Asked while waiting; after a change, call :meth:`wake`.
+            piece: The most bytes that are needed in one block, 4 MiB at most; 0 where any blocks will do.
+            abandoned: Asked before each wait; after a change, call :meth:`wake`.
 
         Raises:
-            InterruptedError: ``abandoned()`` became true.
+            InterruptedError: ``abandoned()`` was true.
         """
-        block = BLOCK_SIZE if need > BLOCK_SIZE // 2 else _SMALL_BLOCK
+        block = BLOCK_SIZE if need > BLOCK_SIZE // 2 or piece > _SMALL_BLOCK else _SMALL_BLOCK
         need = max(1, -(-need // block)) * block
         with self.changed:
             while self.held and self.held + need > self.limit:
@@ -77,13 +90,13 @@ class Ledger:
             self._claims += 1
         return Claim(self, need, block)
 
-    async def claim_async(self, need: int) -> Claim:
+    async def claim_async(self, need: int, *, piece: int = 0) -> Claim:
         """:meth:`claim` on an event loop, which goes on meanwhile. A cancel ends the wait."""
         abandoned = False
         granted: list[Claim] = []
 
         def wait() -> None:
-            granted.append(self.claim(need, abandoned=lambda: abandoned))
+            granted.append(self.claim(need, piece=piece, abandoned=lambda: abandoned))
 
         def abandon() -> None:
             nonlocal abandoned
@@ -227,13 +240,18 @@ class Claim:
         self._unuse()
 
 
+def _number_of_mib(variable: str, default: int) -> int:
+    """What an environment variable says in MiB, in bytes."""
+    text = os.environ.get(variable, "")
+    try:
+        return max(0, int(text)) * MIB
+    except ValueError:
+        return default * MIB
+
+
 def _limit() -> int:
     """The limit for the process, in bytes."""
-    text = os.environ.get("TORCHFERRY_MEMORY", "")
-    try:
-        return max(32, int(text)) * MIB
-    except ValueError:
-        return _DEFAULT_LIMIT * MIB
+    return max(32 * MIB, _number_of_mib("TORCHFERRY_MEMORY", _DEFAULT_LIMIT))
 
 
 CPU_SAVES = Ledger(_limit() * 3 // 16)
@@ -242,8 +260,12 @@ CPU_SAVES = Ledger(_limit() * 3 // 16)
 EVERYTHING_ELSE = Ledger(_limit() - CPU_SAVES.limit)
 """For saves from a device, copies and verifications, and what loads hold beside their buffer."""
 
+SNAPSHOTS = Ledger(_number_of_mib("TORCHFERRY_SNAPSHOTS", 0))
+"""For snapshots: one at a time, whatever its size, where the user chose no limit."""
+
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=CPU_SAVES.reset)
+    os.register_at_fork(after_in_child=SNAPSHOTS.reset)
     os.register_at_fork(after_in_child=EVERYTHING_ELSE.reset)
 
 

@@ -133,7 +133,7 @@ class RangeReader:
             await self._stream(ranges, sink, memory, None)
         elif ranges:
             longest = max(stop - start for start, stop in ranges)
-            claim = await EVERYTHING_ELSE.claim_async(longest)
+            claim = await EVERYTHING_ELSE.claim_async(longest, piece=longest)
             try:
                 await self._stream(ranges, sink, None, claim)
             finally:

@@ -20,7 +20,10 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from torchferry.engine.cancellation import stops_as_errors
+from torchferry.engine.html import html_table
 from torchferry.engine.tasks import task_group
+from torchferry.engine.types import MIB
+from torchferry.errors import mask
 
 if TYPE_CHECKING:
     from fsspec.callbacks import Callback
@@ -35,7 +38,7 @@ _TICK = 0.1  # seconds between two calls of the user's callback
 logger = logging.getLogger("torchferry")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TransferReport:
     """What a save, load, copy or verify did. Logged in one line at INFO by the logger "torchferry".
 
@@ -51,6 +54,7 @@ class TransferReport:
         client_bytes: Bytes that did not go through the engine's sockets but through the filesystem's own client.
         client_reasons: Why they did: the reasons, each once.
         peak_memory: The most bytes of host memory that were held at once, beside the tensors.
+        warnings: What the user should know of a transfer that succeeded; logged as well.
     """
 
     verb: str
@@ -64,11 +68,34 @@ class TransferReport:
     client_bytes: int = 0
     client_reasons: tuple[str, ...] = ()
     peak_memory: int = 0
+    warnings: tuple[str, ...] = ()
 
     @property
     def bytes_per_second(self) -> float:
         """The throughput of the whole call, in bytes a second."""
         return self.nbytes / self.seconds if self.seconds else 0.0
+
+    def __repr__(self) -> str:
+        return f"<TransferReport of {self}>"
+
+    def _repr_html_(self) -> str:
+        """A table, for notebooks."""
+        rows = {
+            "bytes": f"{self.nbytes:,}",
+            "seconds": f"{self.seconds:.2f}",
+            "GB/s": f"{self.bytes_per_second / 1e9:.2f}",
+            "parts": f"{self.parts:,}",
+            "requests": f"{self.requests:,}",
+            "retries": f"{self.retries:,}",
+            "peak of host memory": f"{self.peak_memory / MIB:.0f} MiB",
+            **{f"stage {name}": f"{seconds:.2f} s" for name, seconds in self.stages.items()},
+            **(
+                {"by the client": f"{self.client_bytes:,}: {'; '.join(self.client_reasons)}"}
+                if self.client_bytes
+                else {}
+            ),
+        }
+        return html_table(f"{self.verb} {self.url}", rows.items())
 
     def __str__(self) -> str:
         stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stages.items())
@@ -119,6 +146,7 @@ class Transfer:
         self._told = 0
         self._memory = 0
         self._peak_memory = 0
+        self._warnings: list[str] = []
 
     # --- what moves bytes says
 
@@ -156,6 +184,12 @@ class Transfer:
         with self._lock:
             self._memory += nbytes
             self._peak_memory = max(self._peak_memory, self._memory)
+
+    def warn(self, text: str) -> None:
+        """Logs what the user should know, and has it in the report."""
+        text = mask(text)
+        logger.warning("%s", text)
+        self._warnings.append(text)
 
     @contextmanager
     def reading_side(self) -> Generator[None]:
@@ -232,6 +266,7 @@ class Transfer:
                 stages=dict(self._stages),
                 client_reasons=tuple(self._reasons),
                 peak_memory=self._peak_memory,
+                warnings=tuple(self._warnings),
                 **self._counts,
             )
 
@@ -243,6 +278,10 @@ class Transfer:
             with _span(self._verb, self._url) as span:
                 try:
                     yield self
+                except BaseException:
+                    if self._callback is not None:
+                        stops_as_errors(self._callback.close)  # a bar that would stay where it is
+                    raise
                 finally:
                     report = self.report()
                     if span is not None:
@@ -273,6 +312,9 @@ class _ReadingSide(Transfer):
 
     def holds(self, nbytes: int) -> None:
         self._whole.holds(nbytes)
+
+    def warn(self, text: str) -> None:
+        self._whole.warn(text)
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         return self._whole.stage(name)

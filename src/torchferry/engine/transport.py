@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.connections import WAITS_IN_THE_KERNEL, Connection, Connections, UnmovableError
+from torchferry.engine.lending import is_lent, reading
 from torchferry.engine.retry import AnswerError, transient_answer
 from torchferry.engine.transfer import Transfer, current
 from torchferry.engine.types import MIB, Buffer
@@ -44,6 +45,9 @@ _SLICE = 16 * MIB  # bytes given to the system at once; it takes what it can in 
 _LOOK = 0.1  # seconds between two looks at what has been acknowledged
 _TLS_SLICE = 128 << 10  # over TLS, what is sent of a slice shows only when all of it is
 _LAST_SLICE = 64 << 10  # so that a cancel seldom comes when the request may be complete
+_ROOM_TICK = 0.25  # seconds to wait at once for room in the system's queue
+_DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has none; there, Python's own limit does the same
+_READ = 4 * MIB  # bytes asked of the system at once; it returns what has come in 0.25 s
 _WHOLE_READS = 64 << 10  # a read of so many bytes waits for all of them
 _INTERRUPT_PATIENCE = 0.5  # seconds that a cancel waits for the thread: a name look-up cannot be ended
 _ANSWER_PATIENCE = 10.0  # seconds that a cancel waits for the answer to a request that publishes and was sent whole
@@ -303,7 +307,7 @@ class _Reading(_Exchange):
             self._answered = True
             self._check(response)
             while self._filled < len(self._buffer):
-                count = response.readinto(self._buffer[self._filled : self._filled + MIB])
+                count = response.readinto(self._buffer[self._filled : self._filled + _READ])
                 if not count:
                     raise ConnectionResetError(f"the body ended after {self._filled} of {len(self._buffer)} bytes")
                 self._filled += count
@@ -431,10 +435,10 @@ class _Sending(_Exchange):
             if self._settled:
                 raise InterruptedError
             try:
-                count = sock.send(piece)
+                count = _send(sock, piece)
             except (TimeoutError, BlockingIOError):
                 # What comes over TLS need not be an answer: there it is looked for when nothing else has helped.
-                if not isinstance(sock, ssl.SSLSocket) and _has_news(sock):
+                if not isinstance(sock, ssl.SSLSocket) and _is_ready(sock, selectors.EVENT_READ, 0):
                     return False
                 self._waited("the store took no bytes")
                 continue
@@ -503,8 +507,21 @@ class _Incoming(io.RawIOBase):
         return self._exchange.receive(self._sock, memoryview(buffer))
 
 
-def _has_news(sock: socket.socket) -> bool:
-    """Whether there is something to receive, or the connection has ended."""
+def _send(sock: socket.socket, piece: memoryview) -> int:
+    """Sends some of a piece, as ``sock.send``; who has lent its memory never waits for the store to take bytes."""
+    if not is_lent(piece):
+        return sock.send(piece)
+    if isinstance(sock, ssl.SSLSocket):
+        with reading(piece) as memory:
+            return sock.send(memory)
+    if not _is_ready(sock, selectors.EVENT_WRITE, _ROOM_TICK):
+        raise BlockingIOError
+    with reading(piece) as memory:
+        return sock.send(memory, _DONT_WAIT)
+
+
+def _is_ready(sock: socket.socket, event: int, seconds: float) -> bool:
+    """Whether there is something to receive, or room to send, or the connection has ended."""
     with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        return bool(selector.select(0))
+        selector.register(sock, event)
+        return bool(selector.select(seconds))

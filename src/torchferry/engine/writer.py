@@ -19,6 +19,7 @@ import anyio
 from isal import isal_zlib
 
 from torchferry.engine.cancellation import in_thread, run_shielded, wait_shielded
+from torchferry.engine.lending import reading
 from torchferry.engine.loops import keep_running
 from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import current
@@ -62,7 +63,9 @@ class Body:
         """The CRC32 of all bytes: combined from those of the chunks, or computed where a chunk has none."""
         total = 0
         for chunk in self.chunks:
-            crc32 = isal_zlib.crc32(chunk.data) if chunk.crc32 is None else chunk.crc32
+            if (crc32 := chunk.crc32) is None:
+                with reading(chunk.data) as memory:
+                    crc32 = isal_zlib.crc32(memory)
             total = isal_zlib.crc32_combine(total, crc32, len(chunk))
         return total
 

@@ -13,14 +13,25 @@ from typing import TYPE_CHECKING, Any
 from torchferry.flyte import plugin as _plugin  # noqa: F401 - before any other module here can import flytekit
 
 if TYPE_CHECKING:
+    from torchferry.flyte.attempts import task_checkpoint, task_checkpoints
     from torchferry.flyte.checkpoint import LoadedCheckpoint, PyTorchCheckpoint, PyTorchCheckpointTransformer
+    from torchferry.flyte.sharded import ShardedCheckpoint
 
-__all__ = ["LoadedCheckpoint", "PyTorchCheckpoint", "PyTorchCheckpointTransformer"]
+__all__ = [
+    "LoadedCheckpoint",
+    "PyTorchCheckpoint",
+    "PyTorchCheckpointTransformer",
+    "ShardedCheckpoint",
+    "task_checkpoint",
+    "task_checkpoints",
+]
+
+_ELSEWHERE = {"ShardedCheckpoint": "sharded", "task_checkpoint": "attempts", "task_checkpoints": "attempts"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module("torchferry.flyte.checkpoint"), name)
+    value = getattr(import_module(f"torchferry.flyte.{_ELSEWHERE.get(name, 'checkpoint')}"), name)
     globals()[name] = value
     return value

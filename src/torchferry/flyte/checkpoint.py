@@ -25,6 +25,7 @@ from torchferry.checkpoint.content import Loadable, content_of, loadable
 from torchferry.checkpoint.deck import deck_of
 from torchferry.checkpoint.fields import JSON_SCHEMA, register_fields
 from torchferry.checkpoint.summary import remember_summary
+from torchferry.checkpoint.values import remembered_place
 from torchferry.engine.cancellation import in_thread
 from torchferry.errors import StorageUnavailableError, TorchferryError
 from torchferry.flyte import hooks
@@ -141,15 +142,15 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
             raise TypeTransformerFailedError(f"Expected a PyTorchCheckpoint, given: a {_name(type(python_val))}.")
         try:
             uri = await self._save(ctx, python_val, python_type)
-        except (Exception, SystemExit) as error:  # an exit would end flytekit's event loop, and its task would hang
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - an exit would end flytekit's event loop, and hang its task
             message = _message(error).removesuffix(".")  # flytekit adds a full stop
             _logger.warning("%r is not returned: %s.", python_val, message)  # a union hides the error
             if isinstance(error, TypeTransformerFailedError):
                 error.args = (message,)
-                raise
+                raise _short(error) from None
             if isinstance(error, StorageUnavailableError):
-                raise FlyteUploadDataException(f"The checkpoint could not be uploaded: {message}") from error
-            raise TypeTransformerFailedError(f"{python_val!r} could not be saved: {message}") from error
+                raise FlyteUploadDataException(f"The checkpoint could not be uploaded: {message}") from _short(error)
+            raise TypeTransformerFailedError(f"{python_val!r} could not be saved: {message}") from _short(error)
         return checkpoint_literal(uri)
 
     async def async_to_python_value(
@@ -167,7 +168,7 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         return await self._load(ctx, _uri_of(lv), expected_python_type)
 
     def to_html(self, ctx: FlyteContext, python_val: Any, expected_python_type: type[Any]) -> str:  # noqa: ARG002 - flytekit's signature
-        """Summarizes a checkpoint for the Deck: totals, a chart, tensors, optimizer groups, hyperparameters.
+        """Summarizes a checkpoint for the Deck: totals, hyperparameters, tensors, optimizer groups.
 
         Never raises, because flytekit would fail the task, which has done its work by then.
         """
@@ -197,12 +198,13 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         content = await in_thread(content_of, checkpoint)
         trusted = not options_of(python_type, LoadOptions).weights_only
         prepared = Loadable(content) if trusted else await in_thread(loadable, content)
-        loaded_from = checkpoint.uri if isinstance(checkpoint, LoadedCheckpoint) else None
-        uri = await upload(ctx, prepared.content, options_of(python_type, SaveOptions), loaded_from=loaded_from)
+        stored_at = remembered_place(checkpoint)
+        options = options_of(python_type, SaveOptions)
+        uri, saved = await upload(ctx, prepared.content, options, stored_at=stored_at)
         if (error := prepared.error(uri)) is not None:
             raise error
         if _shows_decks(ctx):
-            await in_thread(remember_summary, checkpoint, prepared.content, uri)
+            await in_thread(remember_summary, checkpoint, prepared.content, uri, saved)
         return uri
 
     async def _load(self, ctx: FlyteContext, uri: str, expected_python_type: type[Any]) -> LoadedCheckpoint:
@@ -211,10 +213,10 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
             content = await download(ctx, uri, options)
         except StorageUnavailableError as error:
             _logger.warning("%s is not loaded: %s", uri, error)  # a union hides the error
-            raise FlyteDownloadDataException(f"The checkpoint could not be downloaded: {error}") from error
+            raise FlyteDownloadDataException(f"The checkpoint could not be downloaded: {error}") from _short(error)
         except TorchferryError as error:
             _logger.warning("%s is not loaded: %s", uri, error)
-            raise TypeTransformerFailedError(str(error)) from error
+            raise TypeTransformerFailedError(str(error)) from _short(error)
         except SystemExit as error:  # of what weights_only=False lets run; as in async_to_literal
             _logger.warning("%s is not loaded: %s", uri, _message(error))
             raise TypeTransformerFailedError(f"{uri} could not be loaded: {_message(error)}") from error
@@ -247,6 +249,21 @@ def _without_annotations(t: Any) -> Any:
 
 def _name(t: Any) -> str:
     return getattr(t, "__qualname__", None) or str(t)
+
+
+def _short(error: BaseException) -> BaseException:
+    """An error of torchferry's without tracebacks, its causes' neither: flytekit prints them all, and they say nothing.
+
+    The log has them at level DEBUG. Any other error is as it was: where a user's own code failed is worth knowing.
+    """
+    if isinstance(error, TorchferryError):
+        _logger.debug("%s", error, exc_info=error)
+        seen: list[BaseException | None] = [error]
+        for link in seen:
+            if link is not None:
+                link.__traceback__ = None
+                seen += [other for other in (link.__cause__, link.__context__) if other not in seen]
+    return error
 
 
 def _message(error: BaseException) -> str:

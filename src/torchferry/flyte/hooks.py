@@ -24,6 +24,7 @@ __all__ = [
     "CHECKPOINT_FORMAT",
     "bind_whole",
     "blob_type",
+    "checkpoint_folders",
     "execution_metadata",
     "is_checkpoint_type",
     "leave_alone",
@@ -78,6 +79,17 @@ def rename(module: str, **values: object) -> None:
 def execution_metadata(ctx: FlyteContext) -> Mapping[str, str]:
     """What flytekit attaches to every object of this execution (``attach_execution_metadata``): its names and ids."""
     return getattr(ctx.file_access, "_execution_metadata", None) or {}
+
+
+def checkpoint_folders(ctx: FlyteContext) -> tuple[str, str | None] | None:
+    """Where this attempt of the task keeps checkpoints, and where the one before did; None where there is no place."""
+    parameters: Any = ctx.user_space_params
+    checkpoint: Any = None if parameters is None else parameters._checkpoint
+    destination = getattr(checkpoint, "_checkpoint_dest", None)
+    if destination is None:
+        return None
+    source = (checkpoint._checkpoint_src or "").strip('"')  # what a template leaves where there was no attempt before
+    return str(destination), source or None
 
 
 def leave_alone(kind: type) -> None:

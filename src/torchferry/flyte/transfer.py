@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fsspec.utils import get_protocol
 
 from torchferry.checkpoint.transfer import load_content, save_content
-from torchferry.checkpoint.unchanged import is_unchanged
+from torchferry.checkpoint.unchanged import manifest_if_unchanged
 from torchferry.engine.cancellation import in_thread
 from torchferry.errors import StoragePermissionError
 from torchferry.flyte import hooks
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from flytekit.core.context_manager import FlyteContext
     from fsspec import AbstractFileSystem
 
+    from torchferry.engine.transfer import TransferReport
     from torchferry.options import LoadOptions, SaveOptions
 
-__all__ = ["download", "upload"]
+__all__ = ["download", "filesystem_for", "upload"]
 
 _FILE_NAME = "checkpoint.pt"
 
@@ -35,33 +36,33 @@ _logger = logging.getLogger("torchferry")
 
 
 async def upload(
-    ctx: FlyteContext, content: dict[str, Any], options: SaveOptions, *, loaded_from: str | None = None
-) -> str:
+    ctx: FlyteContext, content: dict[str, Any], options: SaveOptions, *, stored_at: str | None = None
+) -> tuple[str, TransferReport | None]:
     """Saves ``content`` to a new place under the context's raw output prefix.
 
     Args:
         ctx: Says where, and has the credentials.
         content: What to save.
         options: How to save it.
-        loaded_from: Where ``content`` was loaded from. While it is still what is stored there, nothing is saved,
-            unless ``options`` ask for a store or metadata of their own.
+        stored_at: Where ``content`` was loaded from, or saved before. While it is still what is stored there, nothing
+            is saved, unless ``options`` ask for a store or metadata of their own.
 
     Returns:
-        The URI where it is stored.
+        The URI where it is stored; and what moved, if anything did and torchferry moved it.
 
     Raises:
         TorchferryError: as :func:`torchferry.save_async` does.
     """
     has_own_place = options.metadata or options.storage_options
-    if loaded_from and not has_own_place and await _is_stored(ctx, content, loaded_from):
-        _logger.info("Not saved again: the checkpoint is what was loaded from %s.", loaded_from)
-        return loaded_from
+    if stored_at and not has_own_place and await _is_stored(ctx, content, stored_at):
+        _logger.info("Not saved again: the checkpoint is what is stored at %s.", stored_at)
+        return stored_at, None
     uri: str = ctx.file_access.get_random_remote_path(_FILE_NAME)
     if get_protocol(uri) == "flyte":
-        return await _upload_through_flyte(ctx, content, uri)
+        return await _upload_through_flyte(ctx, content, uri), None
     filesystem = await _store(ctx, uri, options)
-    await save_content(content, uri, options, filesystem=filesystem, metadata=hooks.execution_metadata(ctx))
-    return uri
+    metadata = hooks.execution_metadata(ctx)
+    return uri, await save_content(content, uri, options, filesystem=filesystem, metadata=metadata)
 
 
 async def download(ctx: FlyteContext, uri: str, options: LoadOptions) -> Any:
@@ -87,22 +88,22 @@ async def download(ctx: FlyteContext, uri: str, options: LoadOptions) -> Any:
 
 async def _is_stored(ctx: FlyteContext, content: dict[str, Any], uri: str) -> bool:
     try:
-        filesystem = await in_thread(_filesystem, ctx, uri)
+        filesystem = await in_thread(filesystem_for, ctx, uri)
     except Exception as error:  # noqa: BLE001 - a filesystem's constructor raises anything; there may be no way back
         # What was loaded with LoadOptions(storage_options=...) can be out of reach without them.
         _logger.debug("%s is not looked at again: %s", uri, error)
         return False
-    return await is_unchanged(content, uri, filesystem)
+    return await manifest_if_unchanged(content, uri, filesystem) is not None
 
 
 async def _store(ctx: FlyteContext, uri: str, options: SaveOptions | LoadOptions) -> AbstractFileSystem | None:
     if options.storage_options:
         return None
     # The first filesystem of a kind imports its library: not on the event loop.
-    return await in_thread(_filesystem, ctx, uri)
+    return await in_thread(filesystem_for, ctx, uri)
 
 
-def _filesystem(ctx: FlyteContext, uri: str) -> AbstractFileSystem:
+def filesystem_for(ctx: FlyteContext, uri: str) -> AbstractFileSystem:
     """The filesystem for ``uri`` as flytekit configures it.
 
     It is bound to fsspec's own event loop, which lives as long as the process, so it works from every thread and loop.

@@ -3,8 +3,8 @@
 An archive is read from its end: the end record says where the central directory is, and the central directory
 where each record is. What it does not say is where a record's data starts: between the record's local header and
 its data lies padding of unknown length. torch reads 30 bytes of every local header to learn it. Here two ways to
-derive it from the directory alone are compared (:meth:`Records._find_offsets`). Only where they differ, the local
-header is read.
+derive it from the directory alone are compared (:meth:`Records._find_offsets`). Only where they differ for any
+record, all local headers are read.
 
 A directory may have a million records. What is known of them is held in columns, 60 bytes a record; a
 :class:`Record` is made when it is asked for.
@@ -18,29 +18,36 @@ from __future__ import annotations
 import struct
 import zlib
 from array import array
-from bisect import bisect_left
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, overload
 
-import torch
-
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError
-from torchferry.formats.printable import printable
+from torchferry.formats.layout import Layout, whole
+from torchferry.printable import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = [
     "CENTRAL_HEADER",
     "CENTRAL_SIGNATURE",
     "DESCRIPTOR_SIGNATURE",
+    "END",
+    "END64",
+    "END64_LOCATOR",
+    "END64_LOCATOR_SIGNATURE",
+    "END64_SIGNATURE",
+    "END_SIGNATURE",
     "FLAG_DESCRIPTOR",
+    "INDEX_FORMAT",
     "LEGACY_FORMAT",
     "LOCAL_HEADER",
     "LOCAL_HEADER_SIZE",
     "LOCAL_SIGNATURE",
+    "SAFETENSORS_FORMAT",
     "SNIFF_SIZE",
     "ZIP_FORMAT",
     "Archive",
@@ -52,6 +59,8 @@ __all__ = [
     "sniff",
 ]
 
+INDEX_FORMAT = "an index of safetensors files"
+SAFETENSORS_FORMAT = "a safetensors file"
 LEGACY_FORMAT = "a checkpoint in torch's legacy format (before 1.6)"
 ZIP_FORMAT = "a zip archive"
 SNIFF_SIZE = 512
@@ -62,24 +71,22 @@ _ALIGNMENT = 64  # of the data of every record, unless torch's config.save.stora
 _MAX_ALIGNMENT = 1 << 15  # the padding's length has 16 bits
 _DIRECTORY_SIZE = (4 << 20, 1.5)  # bytes that a directory may have, and for each byte of the records before it
 _SHOWN_RECORDS = 20  # in a repr
-_DTYPES = {"q": torch.int64, "i": torch.int32, "H": torch.uint16}  # of the columns
-_STEP = 1 << 16  # records whose offsets are found at once, so that little memory is needed for it
 _MAX_DIRECTORY = (1 << 31) - 1  # positions in it are held in 32 bits
 
 LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 LOCAL_HEADER_SIZE = LOCAL_HEADER.size
 CENTRAL_HEADER = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _CENTRAL_FIELDS = struct.Struct("<4s4xHH4xiIIHHH4xII")  # those that are used
-_END = struct.Struct("<4sHHHHIIH")
-_END64_LOCATOR = struct.Struct("<4sIQI")
-_END64 = struct.Struct("<4sQHHIIQQQQ")
+END = struct.Struct("<4sHHHHIIH")
+END64_LOCATOR = struct.Struct("<4sIQI")
+END64 = struct.Struct("<4sQHHIIQQQQ")
 
 LOCAL_SIGNATURE = b"PK\x03\x04"
 DESCRIPTOR_SIGNATURE = b"PK\x07\x08"
 CENTRAL_SIGNATURE = b"PK\x01\x02"
-_END_SIGNATURE = b"PK\x05\x06"
-_END64_LOCATOR_SIGNATURE = b"PK\x06\x07"
-_END64_SIGNATURE = b"PK\x06\x06"
+END_SIGNATURE = b"PK\x05\x06"
+END64_LOCATOR_SIGNATURE = b"PK\x06\x07"
+END64_SIGNATURE = b"PK\x06\x06"
 
 _FLAG_ENCRYPTED = 1
 FLAG_DESCRIPTOR = 1 << 3
@@ -88,7 +95,7 @@ _ZIP64_EXTRA = 1
 
 _SIGNATURES = (
     (LOCAL_SIGNATURE, ZIP_FORMAT),
-    (_END_SIGNATURE, "an empty zip archive"),
+    (END_SIGNATURE, "an empty zip archive"),
     (b"\x1f\x8b", "a gzip file"),
     (b"\x28\xb5\x2f\xfd", "a zstd file"),
     (b"BZh", "a bzip2 file"),
@@ -140,17 +147,18 @@ class Records(Sequence[Record]):
 
     Attributes:
         are_checked: Whether they carry CRC32s. If not, torch writes 0 for each.
+        top: The folder of all records, with its slash, as it is in the file.
     """
 
     def __init__(self, directory: bytes) -> None:
         self.are_checked = False
         self._directory = directory
-        self._top = b""  # folder of all records, with its slash
+        self.top = b""  # folder of all records, with its slash
         self._headers, self._stored, self._sizes = array("q"), array("q"), array("q")
         self._offsets = array("q")
         self._paths, self._crc32s = array("i"), array("i")  # where in the directory; CRC32s, as signed numbers
         self._lengths, self._flags, self._methods = array("H"), array("H"), array("H")  # the lengths of the paths
-        self._hashes, self._by_hash = array("q"), array("q")  # of the paths, in order; and the index of each
+        self._table = array("i")  # a hash table of the paths: one more than the index of each, 0 where there is none
 
     def __len__(self) -> int:
         return len(self._headers)
@@ -180,18 +188,13 @@ class Records(Sequence[Record]):
 
     def name(self, index: int) -> str:
         """The name of a record, without the top folder."""
-        return self._path(index)[len(self._top) :].decode()
+        return self.path(index)[len(self.top) :].decode()
 
     def find(self, name: str) -> int | None:
         """The index of the record of that name, if there is one."""
-        path = self._top + name.encode(errors="surrogatepass")
-        key = hash(path)
-        at = bisect_left(self._hashes, key)
-        while at < len(self) and self._hashes[at] == key:
-            if self._path(self._by_hash[at]) == path:
-                return self._by_hash[at]
-            at += 1
-        return None
+        path = self.top + name.encode(errors="surrogatepass")
+        found = self._table[self._slot(path)] - 1
+        return None if found < 0 else found
 
     def local_header_offset(self, index: int) -> int:
         """Where the local header of a record starts."""
@@ -199,7 +202,7 @@ class Records(Sequence[Record]):
 
     def local_header(self, index: int) -> bytes:
         """A local header for a record, made from what is known."""
-        path = self._path(index)
+        path = self.path(index)
         extra = self._offsets[index] - self._headers[index] - LOCAL_HEADER_SIZE - len(path)
         header = LOCAL_HEADER.pack(
             LOCAL_SIGNATURE,
@@ -221,15 +224,21 @@ class Records(Sequence[Record]):
         """The indices of the records that have bytes and a CRC32, and where each of them ends."""
         if not self.are_checked:
             return array("q"), array("q")
-        stored = _tensor(self._stored)
-        ends = _tensor(self._offsets) + stored
-        indices = ((stored > 0) & (_tensor(self._methods).int() == 0)).nonzero().flatten()
-        return _array(indices), _array(ends[indices])
+        indices, ends = array("q"), array("q")
+        for index, (offset, stored, method) in enumerate(zip(self._offsets, self._stored, self._methods, strict=True)):
+            if stored and not method:
+                indices.append(index)
+                ends.append(offset + stored)
+        return indices, ends
 
-    def with_offsets(self, offsets: Mapping[int, int]) -> Records:
-        """The same records, with other offsets for some of them."""
+    def flags(self, index: int) -> int:
+        """The flags of a record that its local header and the directory share."""
+        return self._flags[index] & ~FLAG_DESCRIPTOR
+
+    def with_offsets(self, offsets: Iterable[tuple[int, int]]) -> Records:
+        """The same records, with other offsets for those of these indices."""
         changed = self._offsets[:]
-        for index, offset in offsets.items():
+        for index, offset in offsets:
             changed[index] = offset
         records = copy(self)
         vars(records)["_offsets"] = changed
@@ -239,10 +248,10 @@ class Records(Sequence[Record]):
         """Where a record's data starts, as its local header says; None if that is damaged, or leaves it no room."""
         fields = LOCAL_HEADER.unpack(header)
         offset = self._headers[index] + LOCAL_HEADER_SIZE + fields[9] + fields[10]
-        is_damaged = fields[0] != LOCAL_SIGNATURE or fields[9] != len(self._path(index))
+        is_damaged = fields[0] != LOCAL_SIGNATURE or fields[9] != len(self.path(index))
         return None if is_damaged or offset + self._stored[index] > end else offset
 
-    def _path(self, index: int) -> bytes:
+    def path(self, index: int) -> bytes:
         """The name of a record with the top folder, as it is in the file."""
         at = self._paths[index]
         return self._directory[at : at + self._lengths[index]]
@@ -260,11 +269,11 @@ class Records(Sequence[Record]):
         if not records:
             raise CheckpointFormatError(f"{url} is an empty zip archive, not a checkpoint.")
         records._sort()
-        if not records._top or records.find("data.pkl") is None:
-            some = ", ".join(repr(records._path(i).decode(errors="replace")) for i in range(min(len(records), 4)))
+        if not records.top or records.find("data.pkl") is None:
+            some = ", ".join(repr(records.path(i).decode(errors="replace")) for i in range(min(len(records), 4)))
             raise CheckpointFormatError(f"{url} is a zip archive but not a checkpoint: it has no data.pkl, but {some}.")
         if are_outside:
-            raise ValueError(f"it has records outside the top folder {records._top.decode(errors='replace')!r}")
+            raise ValueError(f"it has records outside the top folder {records.top.decode(errors='replace')!r}")
         records._check(url)
         return records, records._find_offsets(directory.start)
 
@@ -276,9 +285,9 @@ class Records(Sequence[Record]):
         buffer, unpack, at = self._directory, _CENTRAL_FIELDS.unpack_from, 0
         columns = (
             self._paths, self._lengths, self._flags, self._methods, self._crc32s,
-            self._stored, self._sizes, self._headers, self._hashes,
+            self._stored, self._sizes, self._headers,
         )  # fmt: skip
-        add_path, add_length, add_flags, add_method, add_crc32, add_stored, add_size, add_header, add_hash = (
+        add_path, add_length, add_flags, add_method, add_crc32, add_stored, add_size, add_header = (
             column.append for column in columns
         )
         are_outside = False
@@ -300,7 +309,7 @@ class Records(Sequence[Record]):
             if not path.isascii():
                 path.decode()
             if not top and b"/" in path:
-                top = self._top = b"".join(path.partition(b"/")[:2])
+                top = self.top = b"".join(path.partition(b"/")[:2])
             if not top or not path.startswith(top):
                 are_outside = True
             if _UINT32_MAX in {stored, size, header}:
@@ -313,25 +322,32 @@ class Records(Sequence[Record]):
             add_stored(stored)
             add_size(size)
             add_header(header)
-            add_hash(hash(path))
         if at != len(buffer):
             raise ValueError(f"it has {len(buffer)} bytes, its records take {at}")
         return are_outside
 
     def _sort(self) -> None:
-        """Puts the records into the order of the file, and their names into that of their hashes."""
-        headers = _tensor(self._headers)
-        if bool((headers[1:] < headers[:-1]).any()):
-            order = headers.argsort()
-            for column in (self._headers, self._stored, self._sizes, self._hashes, self._paths, self._crc32s):
-                _tensor(column).copy_(_tensor(column)[order])
-            for column in (self._lengths, self._flags, self._methods):
-                _tensor(column).copy_(_tensor(column).int()[order])
-        hashes, order = _tensor(self._hashes).sort()
-        self._hashes, self._by_hash = _array(hashes), _array(order)
-        for at in (hashes[1:] == hashes[:-1]).nonzero().flatten().tolist():
-            if self._path(self._by_hash[at]) == self._path(self._by_hash[at + 1]):
+        """Puts the records into the order of the file, and their names into a hash table."""
+        if any(after < before for before, after in pairwise(self._headers)):
+            order = sorted(range(len(self)), key=self._headers.__getitem__)
+            for name in ("_headers", "_stored", "_sizes", "_paths", "_crc32s", "_lengths", "_flags", "_methods"):
+                column = getattr(self, name)
+                setattr(self, name, array(column.typecode, map(column.__getitem__, order)))
+        slots = 1 << (2 * len(self)).bit_length()
+        self._table = array("i", bytes(4 * slots))
+        for index in range(len(self)):
+            slot = self._slot(self.path(index))
+            if self._table[slot]:
                 raise ValueError("it names a record twice")
+            self._table[slot] = index + 1
+
+    def _slot(self, path: bytes) -> int:
+        """Where in the table a path is, or would be."""
+        table, mask = self._table, len(self._table) - 1
+        slot = hash(path) & mask
+        while (there := table[slot]) and self.path(there - 1) != path:
+            slot = (slot + 1) & mask
+        return slot
 
     def _check(self, url: str) -> None:
         """Refuses what torch would refuse, or would load wrongly."""
@@ -347,18 +363,18 @@ class Records(Sequence[Record]):
         for name in ("version", "byteorder") if self.find(".format_version") is not None else ("version",):
             if self.find(name) is None and self.find(f".data/{name}") is None:
                 raise ValueError(f"it lacks the record {name}")
-        sizes, stored, crc32s = _tensor(self._sizes), _tensor(self._stored), _tensor(self._crc32s)
-        self.are_checked = bool(crc32s.any())
-        for index in ((sizes != stored) | ((crc32s != 0) & (sizes == 0))).nonzero().flatten().tolist():
-            if not self._methods[index]:
+        self.are_checked = any(self._crc32s)
+        columns = zip(self._sizes, self._stored, self._crc32s, self._methods, strict=True)
+        for index, (size, stored, crc32, method) in enumerate(columns):
+            if not method and (size != stored or (crc32 and not size)):
                 raise ValueError(f"it contradicts itself on the size of record {printable(self.name(index))}")
 
     def _find_offsets(self, end: int) -> Sequence[int]:
-        """Fills in where the data of the records starts; returns the indices of those for which it is not proven.
+        """Fills in where the data of the records starts; returns the indices of those for which it is not proven: all.
 
         The data ends where the next local header starts, or a data descriptor before that. And it starts where torch's
         padding puts it, on the next multiple of the alignment; or right after the header, as in zip files of other
-        tools. An offset on which both agree is right.
+        tools. Offsets on which both agree for every record are right.
 
         Args:
             end: Where the last record ends.
@@ -366,36 +382,29 @@ class Records(Sequence[Record]):
         if self._headers[-1] > end or max(self._stored) > end:
             raise ValueError("it has records beyond their end")
         alignment = self._alignment()
-        ends = self._headers[1:]
-        ends.append(end)
-        self._offsets = array("q", bytes(8 * len(self)))
-        unproven = array("q")
-        for first in range(0, len(self), _STEP):
-            part = slice(first, first + _STEP)
-            are_proven = self._find_offsets_of(part, _tensor(ends)[part], alignment)
-            unproven.extend((~are_proven).nonzero().flatten().add(first).tolist())
-        return unproven
-
-    def _find_offsets_of(self, part: slice, ends: torch.Tensor, alignment: int | None) -> torch.Tensor:
-        headers, stored, flags, lengths = (
-            _tensor(column)[part].long() for column in (self._headers, self._stored, self._flags, self._lengths)
-        )
-        earliest = headers + LOCAL_HEADER_SIZE + lengths
-        is_large, is_far = stored >= _UINT32_MAX, headers >= _UINT32_MAX
-        extra = 4 + 4 * (is_large | is_far) + 16 * is_large + 8 * is_far  # the least that torch's padding has
-        aligned = earliest if alignment is None else (earliest + extra + (alignment - 1)) // alignment * alignment
-        offsets = ends - stored
-        are_proven = torch.zeros(len(headers), dtype=torch.bool)
-        has_descriptor = (flags & FLAG_DESCRIPTOR) != 0
-        for descriptor in (0, 16, 24):
-            found = ends - descriptor - stored
-            proves = ~are_proven & (has_descriptor == bool(descriptor)) & ((found == earliest) | (found == aligned))
-            offsets = torch.where(proves, found, offsets)
-            are_proven |= proves
-        for index in (offsets < earliest).nonzero().flatten().tolist():
-            raise ValueError(f"it leaves no room for record {printable(self.name(part.start + index))}")
-        _tensor(self._offsets)[part] = offsets
-        return are_proven
+        are_proven = True
+        offsets = self._offsets
+        ends = chain(islice(self._headers, 1, None), (end,))
+        columns = zip(self._headers, self._stored, self._flags, self._lengths, ends, strict=True)
+        for index, (header, stored, flags, length, stop) in enumerate(columns):
+            earliest = header + LOCAL_HEADER_SIZE + length
+            aligned = earliest
+            if alignment is not None:
+                is_large, is_far = stored >= _UINT32_MAX, header >= _UINT32_MAX
+                extra = 4 + 4 * (is_large or is_far) + 16 * is_large + 8 * is_far  # the least that torch's padding has
+                aligned = -(-(earliest + extra) // alignment) * alignment
+            for descriptor in (16, 24) if flags & FLAG_DESCRIPTOR else (0,):
+                offset = stop - descriptor - stored
+                if offset in {earliest, aligned}:
+                    break
+            else:
+                are_proven = False
+                offset = stop - stored
+            if offset < earliest:
+                raise ValueError(f"it leaves no room for record {printable(self.name(index))}")
+            offsets.append(offset)
+        # What moves one record may make both ways agree on a wrong offset for another: then none is certain.
+        return () if are_proven else range(len(self))
 
     def _alignment(self) -> int | None:
         """On what the data of each record starts; None if the directory does not say.
@@ -413,26 +422,14 @@ class Records(Sequence[Record]):
         return None
 
 
-def _tensor(column: array[int]) -> torch.Tensor:
-    """A column as a tensor, in the same memory."""
-    return torch.frombuffer(column, dtype=_DTYPES[column.typecode])
-
-
-def _array(tensor: torch.Tensor) -> array[int]:
-    column = array("q", bytes(8 * len(tensor)))
-    if column:
-        _tensor(column).copy_(tensor)
-    return column
-
-
 @dataclass(frozen=True, slots=True)
 class Archive:
     """The records of an archive.
 
     Attributes:
         records: All of them, in the order of the file.
-        unproven: Indices of those whose offset could not be derived with certainty; :meth:`settle` takes them from the
-            local headers. Never any in what torch itself wrote with CRC32s.
+        unproven: Indices of those whose offset could not be derived with certainty, all or none; :meth:`settle` takes
+            them from the local headers. Never any in what torch itself wrote with CRC32s.
         start: Where the central directory starts, that is, where the records end.
     """
 
@@ -473,15 +470,16 @@ class Archive:
         Raises:
             CheckpointCorruptError: a header is none, or leaves its record no room.
         """
-        offsets: dict[int, int] = {}
+        return Archive(self.url, self.records.with_offsets(self._settled(headers)), (), self.start)
+
+    def _settled(self, headers: Mapping[int, bytes]) -> Iterator[tuple[int, int]]:
         for index in self.unproven:
             end = self.records.local_header_offset(index + 1) if index + 1 < len(self.records) else self.start
             offset = self.records.offset_by(headers[self.records.local_header_offset(index)], index, end)
             if offset is None:
                 name = printable(self.records.name(index))
                 raise CheckpointCorruptError(f"{self.url}: the local header of record {name} is damaged.")
-            offsets[index] = offset
-        return Archive(self.url, self.records.with_offsets(offsets), (), self.start)
+            yield index, offset
 
     def local_headers(self) -> Iterator[tuple[int, bytes]]:
         """Offset and bytes of a local header for each record, made from what is known.
@@ -492,6 +490,10 @@ class Archive:
         for index in range(len(self.records)):
             yield self.records.local_header_offset(index), self.records.local_header(index)
 
+    def whole(self, size: int) -> Layout:
+        """The layout of all of the object of ``size`` bytes, with new local headers."""
+        return whole(size, self.local_headers)
+
 
 def sniff(head: bytes) -> str | None:
     """What a file that starts with ``head`` (:data:`SNIFF_SIZE` bytes) looks like, in words; None if nothing known."""
@@ -501,8 +503,9 @@ def sniff(head: bytes) -> str | None:
         (LEGACY_FORMAT, any(magic in head[:40] for magic in _LEGACY_MAGIC)),
         ("a tar archive", head[257:].startswith(b"ustar")),
         ("an HTML or XML page, such as a server's error message", text[:16].lower().startswith(_HTML)),
-        ("a safetensors file", head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32),
+        (SAFETENSORS_FORMAT, head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32),
         ("a plain pickle, not written by torch.save", head[:1] == b"\x80" and head[1:2] <= b"\x05"),
+        (INDEX_FORMAT, text[:1] == b"{" and (b'"weight_map"' in text or b'"metadata"' in text)),
         ("JSON", text[:1] in {b"{", b"["}),
     )
     return next((name for name, matches in looks if matches), None)
@@ -523,18 +526,18 @@ def find_directory(tail: bytes | bytearray | memoryview, size: int, url: str) ->
         CheckpointCorruptError: the end record contradicts itself or the object's size.
     """
     tail = bytes(tail)
-    end = tail.rfind(_END_SIGNATURE, max(0, len(tail) - _UINT16_MAX - _END.size), len(tail) - _END.size + 4)
+    end = tail.rfind(END_SIGNATURE, max(0, len(tail) - _UINT16_MAX - END.size), len(tail) - END.size + 4)
     if end < 0:
         return None
-    _, disk, _, _, count, length, start, comment = _END.unpack_from(tail, end)
-    if end + _END.size + comment > len(tail) or disk not in {0, _UINT16_MAX}:
+    _, disk, _, _, count, length, start, comment = END.unpack_from(tail, end)
+    if end + END.size + comment > len(tail) or disk not in {0, _UINT16_MAX}:
         raise CheckpointCorruptError(f"{url}: the end record of the archive is damaged.")
-    locator = end - _END64_LOCATOR.size
-    if locator >= 0 and tail[locator : locator + 4] == _END64_LOCATOR_SIGNATURE:
-        at = _END64_LOCATOR.unpack_from(tail, locator)[2] - (size - len(tail))
-        if not 0 <= at <= locator - _END64.size or tail[at : at + 4] != _END64_SIGNATURE:
+    locator = end - END64_LOCATOR.size
+    if locator >= 0 and tail[locator : locator + 4] == END64_LOCATOR_SIGNATURE:
+        at = END64_LOCATOR.unpack_from(tail, locator)[2] - (size - len(tail))
+        if not 0 <= at <= locator - END64.size or tail[at : at + 4] != END64_SIGNATURE:
             raise CheckpointCorruptError(f"{url}: the zip64 end record of the archive is damaged.")
-        *_, count, length, start = _END64.unpack_from(tail, at)
+        *_, count, length, start = END64.unpack_from(tail, at)
     if start + length > size - len(tail) + end or count * CENTRAL_HEADER.size > length:
         raise CheckpointCorruptError(f"{url}: the end record points to a central directory that is not there.")
     if length > min(_DIRECTORY_SIZE[0] + _DIRECTORY_SIZE[1] * start, _MAX_DIRECTORY):
@@ -543,7 +546,7 @@ def find_directory(tail: bytes | bytearray | memoryview, size: int, url: str) ->
 
 
 def parse_directory(buffer: bytes | bytearray | memoryview, directory: Directory, url: str) -> Archive:
-    """Parses a central directory; takes about a second for a million records.
+    """Parses a central directory; takes some seconds for a million records.
 
     Args:
         buffer: Its bytes, all of them.

@@ -25,7 +25,7 @@ from torchferry.formats.archive import (
     LOCAL_SIGNATURE,
     Records,
 )
-from torchferry.formats.printable import printable
+from torchferry.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torchferry.engine.types import Buffer
     from torchferry.formats.archive import Record
 
-__all__ = ["Checksums", "Crc32Filler"]
+__all__ = ["Checksums", "Crc32Filler", "UnknownLayoutError"]
 
 _CRC32 = struct.Struct("<I")
 _CRC32_IN_DESCRIPTOR = 4  # bytes before it
@@ -52,8 +52,9 @@ class Crc32Filler:
     does, be it one or a record's bytes (``ostream_write_func`` in ``caffe2/serialize/inline_container.cc``).
 
     Attributes:
-        fill: What is to be stored for the next of torch's writes: the same number of bytes. It raises a RuntimeError
-            for what torch does not write, as far as is known. Each time another method, for what comes next.
+        fill: What is to be stored for the next of torch's writes: the same number of bytes. It raises an
+            :class:`UnknownLayoutError` for what torch does not write, as far as is known: only zeros are overwritten.
+            Each time another method, for what comes next.
     """
 
     def __init__(self) -> None:
@@ -83,8 +84,8 @@ class Crc32Filler:
     def _on_header(self, data: Buffer) -> Buffer:
         if len(data) != LOCAL_HEADER_SIZE:
             return self._on_directory(data)
-        signature, _, flags, _, _, _, _, _, _, _, self._extra_size = LOCAL_HEADER.unpack(data)
-        if signature != LOCAL_SIGNATURE:
+        signature, _, flags, method, _, _, _, _, _, _, self._extra_size = LOCAL_HEADER.unpack(data)
+        if signature != LOCAL_SIGNATURE or method:
             raise _unknown_layout("a record's header")
         self._is_empty = not flags & FLAG_DESCRIPTOR
         self._crc32 = 0
@@ -113,9 +114,9 @@ class Crc32Filler:
         return data
 
     def _on_descriptor(self, data: Buffer) -> Buffer:
-        if data[:4] != DESCRIPTOR_SIGNATURE:
-            raise _unknown_layout("a record's descriptor")
         filled = bytearray(data)
+        if filled[:4] != DESCRIPTOR_SIGNATURE or any(filled[_CRC32_IN_DESCRIPTOR : _CRC32_IN_DESCRIPTOR + _CRC32.size]):
+            raise _unknown_layout("a record's descriptor")
         _CRC32.pack_into(filled, _CRC32_IN_DESCRIPTOR, self._crc32)
         self._hash_descriptor(filled)
         self._finish_record()
@@ -135,8 +136,8 @@ class Crc32Filler:
         filled = bytearray(data)
         at = 0
         for crc32 in self._crc32s:
-            signature, *_, name, extra, comment, _, _, _, _ = CENTRAL_HEADER.unpack_from(filled, at)
-            if signature != CENTRAL_SIGNATURE:
+            signature, *_, unset, _, _, name, extra, comment, _, _, _, _ = CENTRAL_HEADER.unpack_from(filled, at)
+            if signature != CENTRAL_SIGNATURE or unset:
                 raise _unknown_layout("the directory")
             _CRC32.pack_into(filled, at + _CRC32_IN_CENTRAL_HEADER, crc32)
             at += CENTRAL_HEADER.size + name + extra + comment
@@ -149,8 +150,25 @@ class Crc32Filler:
         return data
 
 
-def _unknown_layout(what: str) -> RuntimeError:
-    return RuntimeError(f"This torch.save writes {what} otherwise than any that torchferry knows: please report it.")
+class UnknownLayoutError(RuntimeError):
+    """``torch.save`` writes what no known version of it does."""
+
+
+def _unknown_layout(what: str) -> UnknownLayoutError:
+    return UnknownLayoutError(
+        f"This torch.save writes {what} otherwise than any that torchferry knows: please report it. "
+        "Nothing was stored. From now on, torch computes the CRC32s in this process: save again."
+    )
+
+
+def _crc32_of_zeros(size: int) -> int:
+    """The CRC32 of so many zero bytes: that of each power of two is combined from two halves."""
+    total, part, length = 0, isal_zlib.crc32(b"\0"), 1
+    while size:
+        if size & 1:
+            total = isal_zlib.crc32_combine(total, part, length)
+        part, length, size = isal_zlib.crc32_combine(part, part, length), 2 * length, size >> 1
+    return total
 
 
 def _checked(records: Sequence[Record]) -> tuple[array[int], array[int]]:
@@ -237,7 +255,9 @@ class Checksums:
         self._check(record, total)
 
     def _check(self, record: Record, crc32: int) -> None:
-        if crc32 != record.crc32:
+        # torch.serialization.skip_data() has the CRC32 0 written for a record, and zeros for its bytes.
+        was_skipped = not record.crc32 and crc32 == _crc32_of_zeros(record.size)
+        if crc32 != record.crc32 and not was_skipped:
             raise CheckpointCorruptError(
                 f"{self._url} is damaged: record {printable(record.name)} ({record.size} bytes at {record.offset}) has "
                 f"the CRC32 {crc32:08x}, not {record.crc32:08x} as when it was saved. Another copy may be whole; "

@@ -16,32 +16,57 @@ import math
 import pickle
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # as torch imports them
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import GeneratorType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 
 from torchferry.errors import CheckpointCorruptError
+from torchferry.formats.archive import Record
 from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
-from torchferry.formats.printable import printable
+from torchferry.printable import printable
 
 if TYPE_CHECKING:
     import mmap
     from collections.abc import Iterator
 
-__all__ = ["Graph", "StorageRef", "TensorInfo", "check_legacy", "read_graph"]
+__all__ = [
+    "Graph",
+    "OrderedStandIn",
+    "Pair",
+    "StandIn",
+    "StorageRef",
+    "TensorInfo",
+    "TensorPlace",
+    "check_legacy",
+    "children",
+    "is_leaf",
+    "is_tensor_leaf",
+    "is_transparent_global",
+    "name_of",
+    "place_of",
+    "read_graph",
+    "read_legacy",
+]
 
 _INT64_MAX = (1 << 63) - 1
 _MOST_GLOBALS = 10_000  # distinct ones in a pickle: the class that stands for one takes 1.2 kB
 _LEGACY_PICKLES = 5  # a magic number, a version, facts about the machine, the object, and the keys of its storages
+_LEGACY_LENGTH = 8  # bytes before a storage: how many elements it has
 _LONGEST_KEY = 1 << 18  # characters of the key of a tensor
 _WIDE = 1000  # values in a container whose children are not listed at once
 _LISTED = (8 << 20, 8)  # bytes of memory that the list of tensors may take, and so many for each byte of the pickle
+_PLAIN_VISITS = 1 << 16  # values that are looked at for plain ones
+_MOST_PLAIN = 1000
+_SHORT = 16  # values in a list of plain ones that is worth listing
+_LONGEST_PLAIN = 200  # characters
+_WIDEST_INTEGER = 64  # bits
 _INFO_COST = 250  # bytes of a TensorInfo
 _MOST_DIMENSIONS = 1000  # of a tensor; most of torch stops at 64
 _WIDEST = 4  # bytes of a character, in text that is not ASCII
 _HASHED = (1 << 20, 16)  # values that calls may hash, and so many for each byte of the pickle
+_LONGEST_CODE = 20  # characters of the code of one of numpy's types
 _ENCODINGS = {"latin1", "latin-1", "utf-8", "utf8", "ascii"}  # others take quadratic time (punycode)
 
 _STORAGE_DTYPES = {
@@ -81,6 +106,7 @@ _SPARSE_PARTS = {
     "torch.sparse_bsc": ("ccol_indices", "row_indices", "values"),
 }
 _META = "torch._utils._rebuild_meta_tensor_no_storage"
+_NUMPY_DTYPE = "numpy.dtype"
 _DICT = "collections.OrderedDict"
 
 # What these make of a tensor does not depend on the tensor's values, and they keep nothing.
@@ -122,12 +148,16 @@ class StorageRef:
         dtype: Of its elements.
         numel: Their number.
         record: The record that holds it.
+        kind: Module and name of its class.
+        location: The device that it was on, as torch names it; None if the pickle has something else there.
     """
 
     key: str
     dtype: torch.dtype
     numel: int
     record: str
+    kind: tuple[str, str] = ("torch", "UntypedStorage")
+    location: str | None = "cpu"
 
     @property
     def nbytes(self) -> int:
@@ -139,52 +169,82 @@ _NO_ATTRIBUTES: dict[str, Any] = {}
 _NOTHING: list[Any] = []  # most stand-ins hold no items, and there may be 100,000 of them
 
 
-class _StandIn:
-    """Stands for an object of a class, or what a function returned, that the pickle makes."""
+class Pair(NamedTuple):
+    """A key and a value that the pickle set in a stand-in."""
 
-    __slots__ = ("args", "items", "state")
+    key: Any
+    value: Any
+
+
+class StandIn:
+    """Stands for an object of a class, or what a function returned, that the pickle makes.
+
+    Attributes:
+        path: The class or function, as "module.name".
+        args: What it was called with.
+        items: What was appended to it, and the :class:`Pair` of what was set.
+        state: What it was given as its state.
+        was_called: Whether the class or function was called; otherwise its ``__new__`` was.
+        is_odd: Whether it was made in a way that these do not tell.
+    """
+
+    __slots__ = ("args", "is_odd", "items", "state", "was_called")
 
     path = ""
+    module = ""
+    name = ""
+    filled: ClassVar[set[str]] = set()
     args: tuple[Any, ...]
     items: list[Any]
     state: Any
+    was_called: bool
+    is_odd: bool
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: D102
         self = super().__new__(cls)
         self.args = (*args, *kwargs.values()) if kwargs else args
         self.items = _NOTHING
         self.state = None
+        self.was_called = False
+        self.is_odd = bool(kwargs)
         return self
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        pass
+        self.was_called = True
 
-    def __call__(self, *args: Any) -> _StandIn:
-        return _StandIn(self, *args)
+    def __call__(self, *args: Any) -> StandIn:  # noqa: D102
+        return StandIn(self, *args)
 
     def __setstate__(self, state: Any) -> None:
+        self.is_odd |= self.state is not None
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.append((key, value))
+        self.append(Pair(key, value))
 
     def append(self, item: Any) -> None:
+        """Called by the unpickler."""
         self.extend([item])
 
-    add = append
+    def add(self, item: Any) -> None:
+        """Called by the unpickler."""
+        self.is_odd = True
+        self.append(item)
 
     def extend(self, items: Any) -> None:
+        """Called by the unpickler."""
         if self.items is _NOTHING:
             self.items = []
+            self.filled.add(self.path)
         self.items += items
 
 
-class _CheckedStandIn(_StandIn):
+class _CheckedStandIn(StandIn):
     """Stands for what could take long, or much memory, with some arguments; remembers itself in ``calls``."""
 
     __slots__ = ()
 
-    calls: list[_StandIn]
+    calls: list[StandIn]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls, *args, **kwargs)
@@ -192,7 +252,7 @@ class _CheckedStandIn(_StandIn):
         return self
 
 
-class _OrderedDict(dict[Any, Any]):
+class OrderedStandIn(dict[Any, Any]):
     """Stands for an OrderedDict; keeps order as every dict does.
 
     Attributes:
@@ -200,6 +260,7 @@ class _OrderedDict(dict[Any, Any]):
     """
 
     path = _DICT
+    module, _, name = _DICT.rpartition(".")
     hashed: _Hashed
     attributes: dict[str, Any] = _NO_ATTRIBUTES
 
@@ -211,7 +272,7 @@ class _OrderedDict(dict[Any, Any]):
         self.attributes = {**self.attributes, **state}
 
 
-_CONTAINERS = (dict, list, tuple, set, frozenset, _StandIn)
+_CONTAINERS = (dict, list, tuple, set, frozenset, StandIn)
 _WALKED = (*_CONTAINERS, StorageRef)
 
 
@@ -220,7 +281,8 @@ class _Reader(pickle.Unpickler):
         super().__init__(io.BytesIO(pickled), encoding="utf-8", errors="surrogateescape")
         self.standins: dict[str, type] = {}
         self.storages: dict[str, StorageRef] = {}
-        self._calls: list[_StandIn] = []  # that must be checked
+        self.filled: set[str] = set()
+        self._calls: list[StandIn] = []  # that must be checked
         self._hashed = _Hashed(_HASHED[0] + _HASHED[1] * len(pickled))
 
     def read(self) -> Any:
@@ -234,6 +296,12 @@ class _Reader(pickle.Unpickler):
             _check_call(call.path, call.args, self._hashed)
         return root
 
+    @property
+    def numpy_dtypes(self) -> frozenset[str]:
+        """The codes of numpy's types."""
+        codes = (call.args[0] for call in self._calls if call.path == _NUMPY_DTYPE and call.args)
+        return frozenset(code for code in codes if isinstance(code, str) and len(code) <= _LONGEST_CODE)
+
     def find_class(self, module: str, name: str) -> type:
         # Names of Python 2 are those of Python 3 to weights_only=True, whatever the protocol.
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
@@ -242,23 +310,36 @@ class _Reader(pickle.Unpickler):
             if len(self.standins) >= _MOST_GLOBALS:
                 raise ValueError(f"it names more than {_MOST_GLOBALS} classes and functions")
             # A class of its own for each pickle: a pickle can set attributes of classes.
-            base = _OrderedDict if path == _DICT else _CheckedStandIn if _is_checked(path) else _StandIn
-            namespace = {"path": path, "calls": self._calls, "hashed": self._hashed, "__slots__": ()}
+            base = OrderedStandIn if path == _DICT else _CheckedStandIn if _is_checked(path) else StandIn
+            namespace: dict[str, Any] = {
+                "path": path,
+                "module": module,
+                "name": name,
+                "calls": self._calls,
+                "hashed": self._hashed,
+                "filled": self.filled,
+                "__slots__": (),
+            }
             self.standins[path] = type("StandIn", (base,), namespace)
         return self.standins[path]
 
     def persistent_load(self, pid: Any) -> StorageRef:
-        kind, storage_type, key, _, numel = pid[:5]
+        if pid[0] == "module":  # of the legacy format: a class, and the source code of it
+            standin: StorageRef = pid[1]  # not a storage, but what torch returns for it
+            return standin
+        kind, storage_type, key, location, numel = pid[:5]
         if kind != "storage" or type(key) is not str or type(numel) is not int or not 0 <= numel <= _INT64_MAX:
             raise ValueError("a persistent id in it names no storage")
         storage = self.storages.get(key)
         dtype = _STORAGE_DTYPES[storage_type.path.rpartition(".")[2]]
         if storage is None:
-            storage = self.storages[key] = StorageRef(key, dtype, numel, f"data/{key}")
+            place = location if type(location) is str and len(pid) == len(pid[:5]) else None
+            storage = StorageRef(key, dtype, numel, f"data/{key}", (storage_type.module, storage_type.name), place)
+            self.storages[key] = storage
         elif storage.nbytes != numel * dtype.itemsize:
             raise ValueError("a storage in it has two sizes")
         elif storage.dtype != dtype:
-            storage = StorageRef(key, dtype, numel, storage.record)
+            storage = replace(storage, dtype=dtype, numel=numel, kind=(storage_type.module, storage_type.name))
         return storage
 
 
@@ -272,6 +353,8 @@ class Graph:
         storages: The storages that it refers to, by key, in the order in which they occur in the pickle.
         globals: The globals that the pickle names, as "module.name".
         nbytes: Bytes of the pickle.
+        filled: Those of the globals that make containers which the pickle puts values into, one by one.
+        numpy_dtypes: The codes of numpy's types in it, such as "f8".
     """
 
     url: str
@@ -279,6 +362,8 @@ class Graph:
     storages: dict[str, StorageRef]
     globals: frozenset[str]
     nbytes: int
+    filled: frozenset[str] = frozenset()
+    numpy_dtypes: frozenset[str] = frozenset()
 
     @property
     def is_transparent(self) -> bool:
@@ -286,7 +371,7 @@ class Graph:
 
         So it is if all that the pickle calls is known to look at no tensor's values.
         """
-        return all(_is_transparent(name) for name in self.globals)
+        return all(is_transparent_global(name) for name in self.globals)
 
     def storages_of(self, value: Any) -> dict[str, StorageRef]:
         """The storages that a part of the object refers to, by key.
@@ -314,6 +399,22 @@ class Graph:
                     raise ValueError("the list of its tensors would take more memory than its length allows")
                 yield _tensor_info(path.key() if path else "", leaf)
 
+    def plain_values(self) -> dict[str, bool | int | float | str | None]:
+        """The first 1000 plain values in dicts, short lists and tuples, by name: no bytes, and no long strings."""
+        found: dict[str, bool | int | float | str | None] = {}
+        stack: list[tuple[str, Any]] = [("", self.root)]
+        room = _PLAIN_VISITS
+        while stack and room > 0 and len(found) < _MOST_PLAIN:
+            name, value = stack.pop()
+            room -= 1 + len(name) // 64
+            if _is_plain(value):
+                found[name] = value
+            elif isinstance(value, dict | list | tuple) and len(value) <= (room if isinstance(value, dict) else _SHORT):
+                items = dict.items(value) if isinstance(value, dict) else enumerate(value)
+                named = [(f"{name}.{name_of(key)}" if name else name_of(key), item) for key, item in items]
+                stack += reversed(named)
+        return found
+
     @contextmanager
     def _damage_told(self) -> Iterator[None]:
         try:
@@ -335,30 +436,85 @@ def read_graph(pickled: bytes, url: str) -> Graph:
         root = reader.read()
     except Exception as error:  # what damaged pickles raise is anything
         raise UnusualPickleError(f"{url}: data.pkl cannot be read: {_cause(error)}.") from error
-    return Graph(url, root, reader.storages, frozenset(reader.standins), len(pickled))
+    names = frozenset(reader.standins)
+    return Graph(url, root, reader.storages, names, len(pickled), frozenset(reader.filled) & names, reader.numpy_dtypes)
 
 
-def check_legacy(data: mmap.mmap, url: str, *, weights_only: bool) -> None:
+def read_legacy(data: bytes, size: int, url: str) -> tuple[Graph, list[Record]]:
+    """Reads the pickles of a checkpoint in the legacy format; nothing in them is run.
+
+    Args:
+        data: Its beginning, with all of its pickles.
+        size: Bytes of the whole file.
+        url: For messages.
+
+    Returns:
+        The graph, and a record without a CRC32 for each storage. They follow the pickles, each after its length.
+
+    Raises:
+        CutOffPickleError: the pickles end after ``data``.
+        CheckpointCorruptError: they are damaged, would take too much time or memory, or the file is too short.
+        UnusualPickleError: as :func:`read_graph`.
+    """
+    stops = _legacy_pickles(data, url)
+    graph = read_graph(data[stops[3] : stops[4]], url)
+    keys = read_graph(data[stops[4] : stops[5]], url).root
+    at = stops[5]
+    records: list[Record] = []
+    for key in keys if isinstance(keys, list) else ():
+        storage = graph.storages.get(key) if isinstance(key, str) else None
+        if storage is None:
+            raise CheckpointCorruptError(f"{url} is damaged: it has a storage that none of its tensors refers to.")
+        records.append(Record(storage.record, at + _LEGACY_LENGTH, storage.nbytes, None))
+        at = records[-1].end
+    if len(records) != len(graph.storages) or len(records) != len({record.name for record in records}):
+        raise CheckpointCorruptError(f"{url} is damaged: its tensors refer to storages that it does not have.")
+    if at > size:
+        raise CheckpointCorruptError(f"{url} is truncated: its storages end at byte {at}, the file at byte {size}.")
+    return graph, records
+
+
+def _legacy_pickles(data: bytes | mmap.mmap, url: str) -> list[int]:
+    """Where the pickles of a checkpoint in the legacy format begin, and the last one ends."""
+    stops = [0]
+    for _ in range(_LEGACY_PICKLES):
+        stops.append(scan_pickle(data, url, stops[-1]))
+    return stops
+
+
+def check_legacy(data: bytes | mmap.mmap, url: str, *, weights_only: bool) -> Graph | None:
     """Checks the pickles of a checkpoint in the legacy format; nothing in them is run.
+
+    Returns:
+        The graph, where there is to be ``weights_only``.
 
     Raises:
         CheckpointCorruptError: they are damaged, would take too much time or memory, or refer to storages that the
             file is too short for.
     """
-    stops = [0]
-    for _ in range(_LEGACY_PICKLES):
-        stops.append(scan_pickle(data, url, stops[-1]))
-    if weights_only:
-        graph = read_graph(data[stops[3] : stops[4]], url)
-        if sum(storage.nbytes for storage in graph.storages.values()) > len(data):
-            raise CheckpointCorruptError(f"{url} is damaged: it refers to storages that are longer than the file.")
+    stops = _legacy_pickles(data, url)
+    if not weights_only:
+        return None
+    graph = read_graph(data[stops[3] : stops[4]], url)
+    if sum(storage.nbytes for storage in graph.storages.values()) > len(data):
+        raise CheckpointCorruptError(f"{url} is damaged: it refers to storages that are longer than the file.")
+    return graph
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= _LONGEST_PLAIN
+    if isinstance(value, int):
+        return value.bit_length() <= _WIDEST_INTEGER
+    return value is None or isinstance(value, float)
 
 
 def _cause(error: Exception) -> str:
     return f"{type(error).__name__}: {printable(str(error))}"
 
 
-def _is_transparent(name: str) -> bool:
+def is_transparent_global(name: str) -> bool:
+    """Whether what a global makes of tensors does not depend on their values, and it keeps nothing."""
     module, _, attribute = name.rpartition(".")
     return (
         name in _TRANSPARENT
@@ -376,7 +532,8 @@ _FROM_CPU = "torch._utils._rebuild_device_tensor_from_cpu_tensor"
 
 
 def _is_checked(path: str) -> bool:
-    return path in _SETS | _BYTEARRAYS | _SUBCLASSES | {_ENCODE, _COUNTER, _FROM_CPU} or _is_tensor_class(path)
+    calls = {_ENCODE, _COUNTER, _FROM_CPU, _NUMPY_DTYPE}
+    return path in _SETS | _BYTEARRAYS | _SUBCLASSES | calls or _is_tensor_class(path)
 
 
 def _is_tensor_class(path: str) -> bool:
@@ -412,20 +569,20 @@ def _check_call(path: str, args: Any, hashed: _Hashed) -> None:
         hashed.count(args)
     elif path in _BYTEARRAYS or path == _ENCODE:
         # Not of a number, which would be a size.
-        if not all(isinstance(arg, str | bytes | _StandIn) for arg in args) or (
+        if not all(isinstance(arg, str | bytes | StandIn) for arg in args) or (
             len(args) > 1 and args[1] not in _ENCODINGS
         ):
             raise ValueError(f"{path} is called as torch.save does not call it")
     elif path in _SUBCLASSES:
         function, _, given, *_ = args
-        if not isinstance(function, type) or not issubclass(function, _StandIn | _OrderedDict):
+        if not isinstance(function, type) or not issubclass(function, StandIn | OrderedStandIn):
             raise ValueError(f"{path} gets no function")
-        if issubclass(function, _StandIn):
+        if issubclass(function, StandIn):
             _check_call(function.path, given, hashed)
     elif path == _FROM_CPU:
         if _tensor_info("", args[0]).nbytes > args[0].args[0].nbytes:
             raise ValueError(f"{path} gets a tensor that repeats its values")
-    elif _is_tensor_class(path) and not all(isinstance(arg, _StandIn | StorageRef) for arg in args):
+    elif _is_tensor_class(path) and not all(isinstance(arg, StandIn | StorageRef) for arg in args):
         raise ValueError(f"{path} is called, which would make a tensor of any size")
 
 
@@ -478,23 +635,24 @@ def _walk(root: Any, *, into_tensors: bool) -> Iterator[tuple[_Path | None, Any]
         elif isinstance(value, _CONTAINERS) and id(value) not in seen:
             seen.add(id(value))
             children = _walked(path, value)
-            if (len(value.args) + len(value.items) if isinstance(value, _StandIn) else len(value)) > _WIDE:
+            if (len(value.args) + len(value.items) if isinstance(value, StandIn) else len(value)) > _WIDE:
                 stack.append((path, children))
             else:
                 stack += reversed(list(children))
 
 
 def _walked(path: _Path | None, value: Any) -> Iterator[tuple[_Path | None, Any]]:
-    return ((_longer(path, name), child) for name, child in _children(value) if isinstance(child, _WALKED))
+    return ((_longer(path, name), child) for name, child in children(value) if isinstance(child, _WALKED))
 
 
-def _children(value: Any) -> Iterator[tuple[str, Any]]:
+def children(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a container holds, with the names that lead there; "" for what has the container's own name."""
     if isinstance(value, dict):
         for key, item in dict.items(value):
-            yield _name(key), item
+            yield name_of(key), item
         for key in dict.keys(value):
             yield "", key
-        if isinstance(value, _OrderedDict):
+        if isinstance(value, OrderedStandIn):
             yield from value.attributes.items()
     elif isinstance(value, list | tuple | set | frozenset):
         for number, item in enumerate(value):
@@ -509,26 +667,36 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
         for number, item in enumerate(value.args):
             yield "" if wrapper else str(number), item
         for number, item in enumerate(value.items):
-            yield (_name(item[0]), item[1]) if isinstance(item, tuple) and len(item) == 2 else (str(number), item)  # noqa: PLR2004 - key and value
+            yield (name_of(item[0]), item[1]) if isinstance(item, tuple) and len(item) == 2 else (str(number), item)  # noqa: PLR2004 - key and value
 
 
-def _name(key: Any) -> str:
+def name_of(key: Any) -> str:
+    """What a key of a dict is called in names."""
     return str(key) if isinstance(key, str | int | float | bool | bytes) else type(key).__name__
 
 
+def is_leaf(value: Any) -> bool:
+    """Whether a value has no parts with names of their own: a tensor, with what wraps it, or a plain value."""
+    if isinstance(value, StandIn):
+        if value.path in _PARAMETERS | _SUBCLASSES or _is_tensor(value):
+            return True
+        return value.path != _SPARSE and value.state is None and not value.items
+    return not isinstance(value, dict | list | tuple)
+
+
 def _layout(value: Any) -> str:
-    return str(value.args[0]) if isinstance(value, _StandIn) and value.args else ""
+    return str(value.args[0]) if isinstance(value, StandIn) and value.args else ""
 
 
 def _is_tensor(value: Any) -> bool:
-    if not isinstance(value, _StandIn):
+    if not isinstance(value, StandIn):
         return False
     if value.path in _TENSORS:
         return len(value.args) >= 4 and isinstance(value.args[0], StorageRef)  # noqa: PLR2004 - storage, offset, size, stride
     return value.path == _META
 
 
-def _tensor_info(key: str, tensor: _StandIn | StorageRef) -> TensorInfo:
+def _tensor_info(key: str, tensor: StandIn | StorageRef) -> TensorInfo:
     if isinstance(tensor, StorageRef):
         return TensorInfo(key, tensor.dtype, (tensor.numel,), tensor.nbytes, tensor.record)
     if tensor.path == _META:
@@ -539,6 +707,67 @@ def _tensor_info(key: str, tensor: _StandIn | StorageRef) -> TensorInfo:
         if tensor.path == "torch._utils._rebuild_tensor_v3":
             dtype = _dtype(tensor.args[6])
     return TensorInfo(key, dtype, shape, _nbytes(shape, dtype), record)
+
+
+class TensorPlace(NamedTuple):
+    """How a tensor lies in its storage.
+
+    Attributes:
+        storage: The storage.
+        dtype: Of the tensor's elements.
+        shape: Its sizes.
+        stride: Its strides, in elements.
+        offset: Its first element.
+        is_plain: Whether it is a tensor as it lies there, no view that is conjugated and the like.
+    """
+
+    storage: StorageRef
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    is_plain: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return _nbytes(self.shape, self.dtype)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements lie one after the other, within the storage."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and stride != expected:
+                return 0 in self.shape
+            expected *= size
+        return (self.offset + expected) * self.dtype.itemsize <= self.storage.nbytes
+
+
+def place_of(leaf: Any) -> TensorPlace | None:
+    """How a tensor, or the tensor in a parameter, lies in its storage; None for other kinds of tensors and values.
+
+    Raises:
+        Exception: it is not made as torch makes it; whatever that leads to.
+    """
+    if isinstance(leaf, StandIn) and leaf.path in _PARAMETERS:
+        leaf = leaf.args[0]
+    if isinstance(leaf, StorageRef) or not _is_tensor(leaf) or leaf.path == _META or leaf.path.endswith("_qtensor"):
+        return None
+    info = _tensor_info("", leaf)
+    storage, offset, _, stride = leaf.args[:4]
+    strides = _shape(stride)
+    if type(offset) is not int or not 0 <= offset <= _INT64_MAX or len(strides) != len(info.shape):
+        raise ValueError("a tensor is at no place of its storage")
+    is_plain = not any(leaf.args[7 if leaf.path.endswith("_v3") else 6 :])
+    return TensorPlace(storage, info.dtype, info.shape, strides, offset, is_plain)
+
+
+def is_tensor_leaf(leaf: Any) -> bool:
+    """Whether a leaf is a tensor of any kind, or has one."""
+    if isinstance(leaf, StandIn):
+        return _is_tensor(leaf) or leaf.path in _PARAMETERS | _SUBCLASSES
+    return isinstance(leaf, StorageRef)
 
 
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -556,7 +785,7 @@ def _dtype(standin: Any) -> torch.dtype:
 
 
 def _shape(size: Any) -> tuple[int, ...]:
-    sizes = size.args[0] if isinstance(size, _StandIn) else size
+    sizes = size.args[0] if isinstance(size, StandIn) else size
     if not isinstance(sizes, tuple | list) or not all(type(n) is int and 0 <= n <= _INT64_MAX for n in sizes):
         raise TypeError("the shape of a tensor is none")
     return tuple(sizes)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import mmap
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["UnusualPickleError", "scan_pickle"]
+__all__ = ["CutOffPickleError", "UnusualPickleError", "scan_pickle"]
 
 # A limit is a number for any pickle, and one for each byte of it.
 _MEMORY = (32 << 20, 16)  # bytes of all values; an integer of 3 bytes takes 32, and 8 in its list
@@ -56,6 +56,10 @@ class UnusualPickleError(CheckpointCorruptError):
     """The pickle is not one that is understood, though it would take no more than others do: torch may know better."""
 
 
+class CutOffPickleError(CheckpointCorruptError):
+    """The pickle ends too early: more may follow what is there; or it takes values that are not."""
+
+
 class _RefusedError(Exception):
     """Says why a pickle is refused."""
 
@@ -80,7 +84,7 @@ def scan_pickle(pickled: bytes | mmap.mmap, url: str, start: int = 0) -> int:
         stop = machine.run()
     except (IndexError, OverflowError) as error:
         where = f"it ends too early, or lacks a value, at byte {machine.at - start}"
-        raise CheckpointCorruptError(f"{url}: data.pkl cannot be read: {where}.") from error
+        raise CutOffPickleError(f"{url}: data.pkl cannot be read: {where}.") from error
     except _RefusedError as error:
         raise CheckpointCorruptError(f"{url}: data.pkl is refused: {error}.") from error
     if machine.uses_extensions:

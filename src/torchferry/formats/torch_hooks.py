@@ -13,12 +13,15 @@ import pickle
 import re
 import struct
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import _weights_only_unpickler, serialization
+from torch import _weights_only_unpickler, overrides, serialization
+from torch.utils import _python_dispatch
 
 from torchferry.errors import (
     CheckpointCorruptError,
@@ -28,14 +31,30 @@ from torchferry.errors import (
     UnsafeCheckpointError,
     mask,
 )
-from torchferry.formats.printable import printable
+from torchferry.formats.lending import LENT_FROM, lend
 from torchferry.formats.selection import is_meta, unsafe_message
+from torchferry.printable import printable
 
 if TYPE_CHECKING:
     import mmap
     from collections.abc import Iterator
 
-__all__ = ["LOADS_IN_PLACE", "load_in_place", "torch_errors"]
+__all__ = [
+    "LOADS_IN_PLACE",
+    "NO_MODES",
+    "TorchModes",
+    "crc32_option_is_of_the_context",
+    "load_in_place",
+    "torch_errors",
+    "torch_load",
+    "torch_save",
+]
+
+# Bound here: a user may put torchferry's own functions in their place.
+torch_save = serialization.save
+torch_load = serialization.load
+
+_FAKE = torch._C._TorchDispatchModeKey.FAKE  # noqa: SLF001
 
 _PARAMETERS = set(inspect.signature(serialization._load).parameters)  # noqa: SLF001
 _TAKES_WEIGHTS_ONLY = "weights_only" in _PARAMETERS  # from torch 2.14: it then checks the indices of sparse tensors
@@ -61,6 +80,7 @@ _OF_THE_MACHINE = (NotImplementedError, torch.OutOfMemoryError)
 # Where such errors come from: a device that is not there, a library that is not there, checks that the caller wants.
 _OTHERS = {"restore_location", "default_restore_location", "_validate_loaded_sparse_tensors"}
 _ENDS_OF_OTHERS = ("_deserialize", "_from_numpy")
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 _ABOUT_INDICES = "inconsistent with indices"  # of sparse tensors: torch.sparse.check_sparse_tensor_invariants
 _JIT = f"{Path(torch.jit.__file__).parent}{os.sep}"
 _NOT_OF_TORCHSCRIPT = (
@@ -69,21 +89,130 @@ _NOT_OF_TORCHSCRIPT = (
 _DIRECTORIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
 
 
+def crc32_option_is_of_the_context() -> bool:
+    """Whether ``set_crc32_options`` is seen by this thread alone: older versions of torch have one option for all."""
+    from torch.utils.serialization import config
+
+    entry = getattr(config, "_config", {}).get("save.compute_crc32")
+    return isinstance(getattr(entry, "user_override", None), ContextVar)
+
+
 class _Storages:
     """The storages in some memory, as ``torch.serialization._load`` takes them: by slices.
+
+    A large one gives its own memory back when its tensors are gone.
 
     torch keeps a storage for all tensors with its key, unless its address is 0, as that of an empty storage is. Empty
     tensors of several dtypes have one key. So an empty slice must be such a storage, not one within the memory.
     """
 
     def __init__(self, memory: mmap.mmap) -> None:
+        self._memory: mmap.mmap | None = memory
+        self._lent: list[torch.UntypedStorage] = []  # torch may ask for one twice
         self._all = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
 
     def __getitem__(self, part: slice) -> torch.UntypedStorage:
         if part.start >= part.stop:
             return torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
+        if part.stop - part.start >= LENT_FROM:
+            assert self._memory is not None  # noqa: S101 - not closed
+            lent = lend(self._memory, part.start, part.stop - part.start)
+            with _without_modes():
+                self._lent.append(torch.frombuffer(lent, dtype=torch.uint8).untyped_storage())
+            return self._lent[-1]
         storage: torch.UntypedStorage = self._all[part]
         return storage
+
+    def close(self) -> None:
+        """Lets go of the memory: what torch keeps of a load until the collector runs must not keep it alive."""
+        self._memory = None
+        self._lent.clear()
+        self._all = torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _without_modes() -> Iterator[None]:
+    """Has modes of the caller's not see what is done."""
+    with _python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():  # noqa: SLF001
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class TorchModes:
+    """Modes of torch that hold for one thread: what a load makes, and a save writes, depends on them.
+
+    Attributes:
+        dispatch: The modes that see every operator, such as ``FakeTensorMode``, outermost first.
+        function: The modes that see every function of torch, such as a default device, outermost first.
+        inference: ``torch.inference_mode``.
+        grad: ``torch.enable_grad`` and ``torch.no_grad``.
+        skips_data: ``torch.serialization.skip_data``.
+        materializes_fakes: Its ``materialize_fake_tensors``.
+    """
+
+    dispatch: tuple[Any, ...] = ()
+    function: tuple[Any, ...] = ()
+    inference: bool = False
+    grad: bool = True
+    skips_data: bool = False
+    materializes_fakes: bool = False
+
+    @classmethod
+    def of_caller(cls) -> TorchModes:
+        """Those of the thread that called torchferry: :meth:`carried` ones, or else this thread's."""
+        return _carried.get() or cls._of_thread()
+
+    @classmethod
+    @contextmanager
+    def carried(cls) -> Iterator[None]:
+        """Has :meth:`of_caller` return this thread's modes, also in other threads that run in this context."""
+        token = _carried.set(cls._of_thread())
+        try:
+            yield
+        finally:
+            _carried.reset(token)
+
+    @classmethod
+    def _of_thread(cls) -> TorchModes:
+        local = serialization._serialization_tls  # noqa: SLF001
+        return cls(
+            tuple(_python_dispatch._get_current_dispatch_mode_stack()),  # noqa: SLF001
+            tuple(overrides._get_current_function_mode_stack()),  # type: ignore[no-untyped-call]  # noqa: SLF001
+            torch.is_inference_mode_enabled(),
+            torch.is_grad_enabled(),
+            local.skip_data,
+            getattr(local, "materialize_fake_tensors", False),
+        )
+
+    @property
+    def leave_values_out(self) -> bool:
+        """Whether a load makes tensors without values: fake ones, or under ``skip_data``."""
+        return self.skips_data or self.make_fakes
+
+    @property
+    def make_fakes(self) -> bool:
+        """Whether a load makes fake tensors, whose storages are on the meta device."""
+        return any(getattr(mode, "_mode_key", None) is _FAKE for mode in self.dispatch)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Has this thread in these modes."""
+        with ExitStack() as stack:
+            for modes, hooks in ((self.function, overrides), (self.dispatch, _python_dispatch)):
+                for mode in modes:
+                    hooks._push_mode(mode)  # noqa: SLF001 - its __enter__ would be run twice
+                    stack.callback(hooks._pop_mode)  # noqa: SLF001
+            stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            if self.skips_data:
+                stack.enter_context(serialization.skip_data(self.materializes_fakes))
+            yield
+
+
+NO_MODES = TorchModes()
+"""Those of a thread that nobody has changed."""
+
+_carried: ContextVar[TorchModes | None] = ContextVar("torchferry_torch_modes", default=None)
 
 
 class _NativeReader:
@@ -104,17 +233,22 @@ class _NativeReader:
         return sys.byteorder.encode() if name == "byteorder" and record in {b"little", b"big"} else record
 
 
-def load_in_place(memory: mmap.mmap, *, map_location: Any, weights_only: bool) -> Any:
+def load_in_place(memory: mmap.mmap, *, map_location: Any, weights_only: bool, modes: TorchModes = NO_MODES) -> Any:
     """What ``torch.load`` makes of the archive in ``memory``; the tensors are views of it and keep it alive."""
     memory.seek(0)
     unpickler = _weights_only_unpickler if weights_only else pickle
     options = {"weights_only": weights_only} if _TAKES_WEIGHTS_ONLY else {}
-    with serialization._open_zipfile_reader(memory) as reader:  # type: ignore[arg-type]  # noqa: SLF001
+    has_meta_storages = is_meta(map_location) or modes.make_fakes
+    with (
+        closing(_Storages(memory)) as storages,
+        serialization._open_zipfile_reader(memory) as reader,  # type: ignore[arg-type]  # noqa: SLF001
+        modes.applied(),
+    ):
         return serialization._load(  # type: ignore[no-untyped-call]  # noqa: SLF001
-            _NativeReader(reader) if is_meta(map_location) else reader,
+            _NativeReader(reader) if has_meta_storages else reader,
             map_location,
             unpickler,
-            overall_storage=_Storages(memory),
+            overall_storage=storages,
             encoding="utf-8",
             **options,
         )
@@ -144,6 +278,8 @@ def torch_errors(url: str, *, map_location: Any, weights_only: bool, checked: bo
     except MemoryError as error:
         raise NotEnoughMemoryError(f"{url}: this machine has no memory for its values: {error}") from error
     except Exception as error:
+        if isinstance(error, RuntimeError) and _NO_MEMORY in str(error):
+            raise NotEnoughMemoryError(f"{url}: this machine has no memory for its values: {error}") from error
         if tag := re.search(r"don't know how to restore data location .*\(tagged with (.*)\)", str(error), re.DOTALL):
             if tag[1] != str(map_location):
                 raise CheckpointFormatError(
@@ -160,7 +296,8 @@ def torch_errors(url: str, *, map_location: Any, weights_only: bool, checked: bo
 def _unpickling_error(error: pickle.UnpicklingError, url: str, *, weights_only: bool) -> TorchferryError:
     if not weights_only:
         return CheckpointCorruptError(f"{url} cannot be unpickled: {error}")
-    if unsafe := re.findall(r"GLOBAL (\S+) was not an allowed global", str(error)):
+    unsafe = re.findall(r"GLOBAL (\S+) (?:was not an allowed global|whose module \S+ is blocked)", str(error))
+    if unsafe:
         return UnsafeCheckpointError(unsafe_message(url, unsafe))
     detail = printable(str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0])
     return UnsafeCheckpointError(

@@ -11,40 +11,47 @@
 from __future__ import annotations
 
 import contextvars
-import ctypes
 import io
-import pickle
+import os
+import threading
 import types
 from bisect import bisect_right, insort
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import anyio
 import torch
 from anyio import from_thread, to_thread
 from isal import isal_zlib
 
-from torchferry.engine.cancellation import stops_as_errors
+from torchferry.engine.cancellation import in_thread, stops_as_errors
 from torchferry.engine.channel import Channel, ChannelClosedError
+from torchferry.engine.lending import Loans, lend, reading, when_back
 from torchferry.engine.memory import BLOCK_SIZE, CPU_SAVES, EVERYTHING_ELSE, Claim, Ledger, address_of
 from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import current
 from torchferry.engine.types import MIB, Chunk
 from torchferry.engine.writer import UploadPlan
 from torchferry.formats.archive import DESCRIPTOR_SIGNATURE
-from torchferry.formats.checksum import Crc32Filler
+from torchferry.formats.changes import Changes
+from torchferry.formats.checksum import Crc32Filler, UnknownLayoutError
+from torchferry.formats.torch_hooks import NO_MODES, TorchModes, crc32_option_is_of_the_context, torch_save
+from torchferry.formats.torch_pickle import Pickled, recording_pickle, replaying_pickle
 
-__all__ = ["TorchStream"]
+__all__ = ["LENT_FROM", "TorchStream", "fills_crc32s"]
 
-_ZERO_COPY_FROM = MIB  # a smaller view is cheaper to copy than to hand over on its own
+LENT_FROM = MIB
+"""Bytes from which on a CPU storage is sent from its own memory; a smaller one is cheaper to copy."""
+
 _PIECE = 8 * MIB  # a large view is handed over in pieces: stores bound what is under way by counting what they get
 _SMALL_PART = 5 * MIB  # where most is copied: more parts are under way in the same memory; 5 MiB is S3's least
 _COPYING_PART = 16 * MIB  # where more than that is copied, and yet less than half: two such saves fit the ledger
 _DEVICE_SHARE = 8  # from a device, a part is at most this share of the ledger, so that several are under way
 _QUEUE = 4  # chunks between torch.save and the store
-_FILLED = ("2.13.", "2.14.")  # the versions of torch whose CRC32s Crc32Filler fills in
+_surprised = threading.Event()  # a save met what _knows_layout had not seen: torch computes the CRC32s from then on
+_ZEROS = memoryview(bytes(64 << 10))
 _RECORD_OVERHEAD = 256  # bytes of zip headers, padding and directory for a record, at most (64-byte alignment)
 
 
@@ -54,9 +61,15 @@ class TorchStream(AsyncIterator["Chunk"]):
     It ends when all of them are taken, never because pickling raises a StopAsyncIteration.
 
     Args:
-        obj: Anything that ``torch.save`` takes.
+        obj: Anything that ``torch.save`` takes, or :class:`.torch_pickle.Pickled`.
         plan_for: The store's upload plan for a size in bytes and a part size, or None for the store's own.
         part_size: Bytes in a part, where the user chose.
+        modes: Of torch, in which it is saved.
+        url: For messages.
+        store_checks: Whether the store compares what it gets with the chunks' CRC32s.
+        store_reads_loans: Whether the store reads chunks within :func:`.lending.reading`.
+        lazy: Gives the bytes of some storages in place of those in memory, by address and size
+            (:class:`.lazy.LazyTensors`); only where :func:`fills_crc32s`.
 
     Attributes:
         size_hint: About how many bytes the chunks are together; known while running.
@@ -69,15 +82,28 @@ class TorchStream(AsyncIterator["Chunk"]):
         *,
         plan_for: Callable[[int, int | None], UploadPlan] = UploadPlan.for_size,
         part_size: int | None = None,
+        modes: TorchModes = NO_MODES,
+        url: str = "",
+        store_checks: bool = False,
+        store_reads_loans: bool = False,
+        lazy: Callable[[int, int], Iterator[Chunk] | None] | None = None,
     ) -> None:
+        self._lazy = lazy
         self.size_hint = 0
         self.plan = UploadPlan()
         self._obj = obj
         self._plan_for = plan_for
         self._part_size = part_size
+        self._modes = modes
         self._transfer = current()
         self._chunks: Channel[Chunk] = Channel(_QUEUE)
-        self._storages = _Storages()
+        self._store_reads_loans = store_reads_loans
+        self._lent = obj.lent if isinstance(obj, Pickled) else None
+        if isinstance(obj, Pickled):
+            self._transfer.holds(obj.copied)
+        self._changes = Changes(url) if self._lent is None else self._lent.changes
+        self._changes.recheck = not store_checks
+        self._storages = _Storages(obj, are_lent=not modes.skips_data)
         self._claims: list[Claim] = []
         self._waits_for: Ledger = CPU_SAVES
         self._begun = anyio.Event()
@@ -113,6 +139,10 @@ class TorchStream(AsyncIterator["Chunk"]):
             self._obj = None
             self._failure = None
             self._storages.clear()
+            self._changes.forget()
+            if self._lent is not None:
+                self._transfer.holds(self._lent.copied)
+                self._lent.end()
             for claim in self._claims:
                 claim.close()
 
@@ -123,7 +153,8 @@ class TorchStream(AsyncIterator["Chunk"]):
         except ChannelClosedError:
             if self._failure is not None:
                 raise self._failure from self._failure.__cause__  # else the ChannelClosedError would be its context
-            raise StopAsyncIteration from None
+        await self._check_unchanged()
+        raise StopAsyncIteration
 
     async def _produce(self) -> None:
         try:
@@ -140,23 +171,54 @@ class TorchStream(AsyncIterator["Chunk"]):
             self._begun.set()
             self._chunks.end()
 
+    async def _check_unchanged(self) -> None:
+        """Called before anything is published: raises where a tensor was changed."""
+        if self._changes.takes_time:
+            await in_thread(self._look_for_changes)
+        else:
+            self._look_for_changes()
+
+    def _look_for_changes(self) -> None:
+        if self._lent is None:
+            self._changes.check()
+            return
+        with self._lent.loans.held() as are_lent:
+            if are_lent:
+                self._changes.check()
+
     def _torch_save(self) -> None:
-        filler = Crc32Filler() if torch.serialization.get_crc32_options() and _can_fill() else None
-        writer = _Writer(self._storages, self._chunks.put, filler)
+        fills = torch.serialization.get_crc32_options() and not self._modes.skips_data and fills_crc32s()
+        filler = Crc32Filler() if fills else None
+        if self._lent is not None and not self._store_reads_loans:
+            self._lent.recall()
+        writer = _Writer(self._storages, self._chunks.put, filler, self._changes, self._lazy)
+        tensors: list[torch.Tensor] = []
 
         def on_opened() -> None:
             if filler is not None:  # torch.save has read the option; what the object itself may save has its CRC32s
                 torch.serialization.set_crc32_options(compute_crc32=True)
 
-        def on_pickled(pickle_size: int) -> None:
-            writer.begin(self._begin(pickle_size), self.plan)
+        def on_pickled(data: io.BytesIO) -> None:
+            if not isinstance(self._obj, Pickled):
+                self._changes.watch(tensors, self._storages.lent)
+                tensors.clear()
+            writer.begin(self._begin(data.tell()), self.plan)
 
-        recorder = _recording_pickle(on_opened, self._storages.add, on_pickled)
+        if isinstance(self._obj, Pickled):
+            recorder = replaying_pickle(self._obj, on_opened, self._storages.add, on_pickled)
+        else:
+            recorder = recording_pickle(on_opened, self._storages.add, tensors.append, on_pickled)
         if filler is not None:
             torch.serialization.set_crc32_options(compute_crc32=False)  # in this context, which is the thread's own
         try:
-            torch.save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
+            with self._modes.applied():
+                torch_save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
+        except RuntimeError:
+            if writer.error is not None:  # torch raises one of its own instead
+                raise writer.error from None
+            raise
         finally:
+            writer.error = None
             writer.close()
 
     def _begin(self, pickle_size: int) -> Claim:
@@ -201,8 +263,17 @@ class TorchStream(AsyncIterator["Chunk"]):
 class _Writer:
     """The file object that ``torch.save`` writes into; where it leaves the CRC32s out, ``filler`` fills them in."""
 
-    def __init__(self, storages: _Storages, emit: Callable[[Chunk], None], filler: Crc32Filler | None) -> None:
+    def __init__(
+        self,
+        storages: _Storages,
+        emit: Callable[[Chunk], None],
+        filler: Crc32Filler | None,
+        changes: Changes,
+        lazy: Callable[[int, int], Iterator[Chunk] | None] | None = None,
+    ) -> None:
+        self._lazy = lazy
         self._storages = storages
+        self._changes = changes
         self._send = emit
         self._filler = filler
         self._claim: Claim | None = None
@@ -212,6 +283,7 @@ class _Writer:
         self._block = memoryview(b"")
         self._emitted = 0
         self._filled = 0
+        self.error: Exception | None = None  # what the first write that failed raised
 
     def begin(self, claim: Claim, plan: UploadPlan) -> None:
         """Called before the first write: the memory for copies, and where parts end."""
@@ -221,10 +293,26 @@ class _Writer:
 
     def write(self, data: memoryview) -> int:
         """Takes what torch writes; ``data`` is torch's again when this returns."""
+        try:
+            return self._write(data)
+        except Exception as error:
+            self.error = self.error or error
+            if isinstance(error, UnknownLayoutError):
+                _surprised.set()
+            raise
+
+    def _write(self, data: memoryview) -> int:
         size = len(data)
-        if size >= _ZERO_COPY_FROM and (lent := self._storages.lend(data)) is not None:
+        if self._lazy is not None and size and (chunks := self._lazy(address_of(data), size)) is not None:
+            if size >= LENT_FROM:
+                self._emit_copies()
+                for chunk in chunks:
+                    self._emit(memoryview(chunk.data), fills=True)
+                return size
+            data = memoryview(b"".join(chunk.data for chunk in chunks))
+        if size >= LENT_FROM and (owner := self._storages.owner_of(data)) is not None:
             self._emit_copies()
-            self._emit(lent, self._filler)
+            self._emit(data, owner)
             return size
         filled = data if self._filler is None else self._filler.fill(data)
         if self._filled + size <= len(self._block):  # the fast way for the many small writes
@@ -233,6 +321,14 @@ class _Writer:
         else:
             self._copy(memoryview(filled))
         return size
+
+    def seek(self, count: int, whence: int) -> None:
+        """Called by torch in place of a write, to leave out so many bytes from here (``skip_data``): zeros."""
+        assert whence == os.SEEK_CUR  # noqa: S101 - torch does nothing else
+        while count:
+            size = min(count, len(_ZEROS))
+            self.write(_ZEROS[:size])
+            count -= size
 
     def flush(self) -> None:
         """Called by torch at the end, when everything is written."""
@@ -261,31 +357,80 @@ class _Writer:
     def _emit_copies(self) -> None:
         """Emits what was copied and not emitted yet; what is left of the block is for the next copies."""
         if self._emitted < self._filled:
-            self._emit(self._block[self._emitted : self._filled].toreadonly(), None)
+            self._emit(self._block[self._emitted : self._filled].toreadonly())
             self._emitted = self._filled
 
-    def _emit(self, view: memoryview, filler: Crc32Filler | None) -> None:
-        """Emits bytes in chunks that end where parts end; ``filler`` is told of the bytes of a record."""
+    def _emit(self, view: memoryview, owner: _Owner | None = None, *, fills: bool = False) -> None:
+        """Emits bytes in chunks that end where parts end; those of a storage from its own memory.
+
+        Args:
+            view: The bytes.
+            owner: The storage that they lie in.
+            fills: Whether they are a record's, whose CRC32 is filled in.
+        """
         while len(view):
             piece = view[: min(len(view), self._left, _PIECE)]
-            crc32 = isal_zlib.crc32(piece)
-            if filler is not None:
-                filler.add(piece, crc32)
-            self._send(Chunk(piece, crc32))
             view = view[len(piece) :]
             self._left -= len(piece)
+            self._send(self._copied(piece, fills=fills) if owner is None else self._lend(piece, owner))
             if not self._left:
                 self._part += 1
                 self._left = self._plan.part_at(self._part)
 
+    def _copied(self, piece: memoryview, *, fills: bool) -> Chunk:
+        crc32 = isal_zlib.crc32(piece)
+        if fills and self._filler is not None:
+            self._filler.add(piece, crc32)
+        return Chunk(piece, crc32)
+
+    def _lend(self, piece: memoryview, owner: _Owner) -> Chunk:
+        lent = lend(piece, owner.storage, owner.loans)
+        with reading(lent) as memory:
+            crc32 = isal_zlib.crc32(memory)
+            if self._filler is not None:
+                self._filler.add(memory, crc32)
+            if owner.may_change:
+                self._changes.check_sent()
+        if owner.loans is not None and owner.loans.recalled:
+            return Chunk(memory, crc32)  # of the copy
+        if owner.loans is not None or (owner.may_change and self._changes.recheck):
+            when_back(lent, partial(self._came_back, piece, crc32, owner.loans))
+        return Chunk(lent, crc32)
+
+    def _came_back(self, piece: memoryview, crc32: int, loans: Loans | None) -> None:
+        self._changes.sent(piece, crc32)
+        if loans is not None:
+            loans.came_back(piece)
+
+
+class _Owner(NamedTuple):
+    """A storage that the bytes of a chunk lie in.
+
+    Attributes:
+        storage: It.
+        may_change: Whether anybody but torchferry has it.
+        loans: Where it may be recalled.
+    """
+
+    storage: torch.UntypedStorage
+    may_change: bool
+    loans: Loans | None
+
 
 class _Storages:
-    """The storages that ``torch.save`` found in the object."""
+    """The storages that ``torch.save`` found in the object.
 
-    def __init__(self) -> None:
-        # (address, size, position in _storages) of those that can be lent; several may begin at one address
+    Args:
+        obj: What is saved.
+        are_lent: Whether torch writes the bytes of large ones from their own memory, as it does unless it skips data.
+    """
+
+    def __init__(self, obj: Any, *, are_lent: bool = True) -> None:
+        self._are_lent = are_lent
+        self._pickled = obj if isinstance(obj, Pickled) else None
+        # (address, size, position in _owners) of those that can be lent; several may begin at one address
         self._by_address: list[tuple[int, int, int]] = []
-        self._storages: list[torch.UntypedStorage] = []
+        self._owners: list[_Owner] = []
         self._seen: set[str] = set()
         self.copied_bytes = 0
         self.lent_bytes = 0
@@ -302,41 +447,49 @@ class _Storages:
         size = storage.nbytes()
         on_cpu = storage.device.type == "cpu"
         self.on_device |= not on_cpu
-        if on_cpu and size >= _ZERO_COPY_FROM:
-            insort(self._by_address, (storage.data_ptr(), size, len(self._storages)))
-            self._storages.append(storage)
+        if on_cpu and size >= LENT_FROM and self._are_lent:
+            insort(self._by_address, (storage.data_ptr(), size, len(self._owners)))
+            lent = self._pickled.lent if self._pickled is not None else None
+            loans = lent.loans if lent is not None and lent.has(storage) else None
+            self._owners.append(_Owner(storage, self._pickled is None or loans is not None, loans))
             self.lent_bytes += size
         else:
             self.copied_bytes += size
 
+    @property
+    def lent(self) -> list[torch.UntypedStorage]:
+        """Those that are sent from their own memory."""
+        return [owner.storage for owner in self._owners]
+
     def clear(self) -> None:
         """Lets go of the storages; those that are lent live on until they come back."""
         self._by_address.clear()
-        self._storages.clear()
+        self._owners.clear()
+        self._pickled = None
 
-    def lend(self, data: memoryview) -> memoryview | None:
-        """The same bytes as a view that keeps their storage alive, as ``data`` does not; None if in no CPU storage."""
+    def owner_of(self, data: memoryview) -> _Owner | None:
+        """The CPU storage that these bytes lie in, if any."""
         address = address_of(data)
         found = bisect_right(self._by_address, address, key=lambda entry: entry[0]) - 1
         if found < 0:
             return None
         start, size, position = self._by_address[found]
-        if address + len(data) > start + size:
-            return None
-        lent = (ctypes.c_char * len(data)).from_address(address)
-        # Every view of `lent` keeps it, and it keeps the storage.
-        lent.storage = self._storages[position]  # type: ignore[attr-defined]
-        return memoryview(lent).cast("B").toreadonly()
+        return self._owners[position] if address + len(data) <= start + size else None
+
+
+def fills_crc32s() -> bool:
+    """Whether a stream computes CRC32s itself, and torch does not read storages for them."""
+    return not _surprised.is_set() and _knows_layout()
 
 
 @cache
-def _can_fill() -> bool:
+def _knows_layout() -> bool:
     """Whether this torch, told to leave CRC32s out, writes what Crc32Filler knows.
 
-    Those of _FILLED: up to some version before, the option is one for all threads; a later one is for somebody to look
-    at, and computes its own CRC32s until then. Tried on a small archive, for a torch that somebody built or patched.
+    Asked of torch itself, not of its version: the option must be one for each thread (in older ones it is one for
+    all: then nothing is tried), and a small archive that is filled in must be the one that torch writes, to the byte.
     """
-    if not torch.__version__.startswith(_FILLED):
+    if not crc32_option_is_of_the_context():
         return False
     looks_like_a_descriptor = torch.frombuffer(bytearray(DESCRIPTOR_SIGNATURE * 4), dtype=torch.uint8)
     obj = [torch.empty(0), looks_like_a_descriptor, torch.ones(MIB)]
@@ -346,46 +499,10 @@ def _can_fill() -> bool:
     def save_both() -> None:
         for compute_crc32, file in ((True, plain), (False, filling)):
             torch.serialization.set_crc32_options(compute_crc32)
-            torch.save(obj, file)
+            torch_save(obj, file)
 
     try:
         contextvars.copy_context().run(save_both)
     except Exception:  # noqa: BLE001  # whatever it is: torch's own CRC32s will do
         return False
     return filled.getvalue() == plain.getvalue()
-
-
-def _recording_pickle(
-    on_opened: Callable[[], None],
-    on_storage: Callable[[str, torch.UntypedStorage], None],
-    on_pickled: Callable[[int], None],
-) -> Any:
-    """A ``pickle_module`` for ``torch.save`` that tells when pickling begins, of each storage, and when it is done.
-
-    ``torch.save`` subclasses the module's ``Pickler`` and overrides ``persistent_id``, which returns
-    ``("storage", type, key, location, numel)`` for each storage; the bytes it writes are the pickle module's own.
-    """
-
-    class RecordingPickler(pickle.Pickler):
-        def __init_subclass__(cls) -> None:
-            torchs = cls.persistent_id
-
-            def persistent_id(self: Any, obj: Any) -> Any:
-                pid = torchs(self, obj)
-                if pid is not None:
-                    typed = isinstance(obj, torch.TypedStorage)
-                    on_storage(pid[2], obj._untyped_storage if typed else obj)  # noqa: SLF001  # .untyped() warns
-                return pid
-
-            cls.persistent_id = persistent_id  # type: ignore[method-assign]
-
-        def __init__(self, file: Any, *args: Any, **kwargs: Any) -> None:
-            on_opened()
-            super().__init__(file, *args, **kwargs)
-            self._file = file
-
-        def dump(self, obj: Any) -> None:
-            super().dump(obj)
-            on_pickled(self._file.tell())
-
-    return types.SimpleNamespace(__name__=pickle.__name__, Pickler=RecordingPickler)

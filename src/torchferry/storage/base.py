@@ -88,6 +88,20 @@ class Backend(ABC):
     range_concurrency: ClassVar[int] = 24
     """How many reads should be under way at once."""
 
+    checks_chunks: bool = False
+    """Whether :meth:`write` publishes nothing that does not match the chunks' CRC32s. If not, the producer computes
+    them again when they have been written, to notice that their memory was changed meanwhile."""
+
+    reads_loans: bool = False
+    """Whether :meth:`write` reads chunks within :func:`torchferry.engine.lending.reading` only. If not, what may change
+    during a save is copied before."""
+
+    keeps_metadata: bool = False
+    """Whether :meth:`stat` returns the metadata that :meth:`write` was given."""
+
+    has_directories: bool = False
+    """Whether names lie in directories, as files do, which must be there; else a prefix is only the start of names."""
+
     further_options: ClassVar[Collection[str] | None] = None
     """Storage options that :meth:`filesystem_class` takes beside those that its signature names; None: any."""
 

@@ -8,6 +8,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
 
 from torchferry.engine.cancellation import run_shielded, wait_shielded
+from torchferry.engine.lending import is_lent, joined
 from torchferry.engine.types import Buffer
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _SILENCE = 60.0  # seconds without a byte taken and without an answer, after whi
 
 
 class RequestBody:
-    """Buffers as the body of a request, without copying them together.
+    """Buffers as the body of a request, without copying them together; but lent ones are copied piece by piece.
 
     To aiohttp it is an asynchronous iterable, which it sends; to the clouds' libraries a seekable file, which they ask
     for its length and position. Sent again, it starts from its beginning.
@@ -66,7 +67,7 @@ class RequestBody:
                 pieces.append(view[max(0, self._position - start) : stop - start])
             start += len(view)
         self._position = max(stop, self._position)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return pieces[0] if len(pieces) == 1 and not is_lent(pieces[0]) else joined(pieces)
 
     def interrupt(self) -> bool:
         """Keeps the last piece from being sent; returns whether that was still possible."""
@@ -84,7 +85,7 @@ class RequestBody:
                 left -= len(piece)
                 self._taken = not left
                 self.last_taken = monotonic()
-                yield piece
+                yield memoryview(joined([piece])) if is_lent(piece) else piece
 
 
 async def whole_or_not_at_all(body: RequestBody, request: Callable[[], Awaitable[T]]) -> T:

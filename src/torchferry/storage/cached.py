@@ -46,7 +46,11 @@ class CachedBackend(Backend):
     def __init__(self, store: Backend, fs: CachingFileSystem) -> None:
         if fs.compression:
             raise UnsupportedOptionError("A cache with compression= holds other bytes than the store: leave it out.")
+        self.checks_chunks = store.checks_chunks
+        self.reads_loans = store.reads_loans
         self._store = store
+        self.keeps_metadata = store.keeps_metadata
+        self.has_directories = store.has_directories
         self._fs = fs
         self._turn = _turns.setdefault(fs, threading.Lock())  # two threads would both fetch, into one file
 

@@ -18,6 +18,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from torchferry.engine.cancellation import clean_up, in_thread
+from torchferry.engine.lending import joined
 from torchferry.engine.loops import run_on
 from torchferry.engine.transfer import current
 from torchferry.engine.types import MIB, Buffer, Chunk, ObjectStat
@@ -63,6 +64,9 @@ class GenericBackend(Backend):
     the size is checked while reading. User metadata is not stored. What failed is not repeated, but by the filesystem
     itself.
     """
+
+    reads_loans = True
+    has_directories = True
 
     def __init__(self, fs: AbstractFileSystem) -> None:
         self._fs = _usable_in_threads(fs)
@@ -122,6 +126,7 @@ class GenericBackend(Backend):
                     await self._in_turn(staged.append, chunk.data)
                 size += len(chunk)
                 current().moved(len(chunk))
+                del chunk  # its memory may be needed for the next one
             with translated(generic_error, self.url(path), "write"):
                 await self._in_turn(staged.publish)
         except BaseException:
@@ -264,7 +269,7 @@ class _StagedFile:
     def append(self, data: Buffer) -> None:
         view = memoryview(data)
         while view:
-            piece = bytes(view[:_BLOCK_SIZE])  # fsspec promises no more than that files take bytes
+            piece = joined([view[:_BLOCK_SIZE]])  # fsspec promises no more than that files take bytes
             written = self._file.write(piece)
             view = view[_BLOCK_SIZE if written is None else written :]
 

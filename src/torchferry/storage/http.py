@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 import time
+import weakref
 from abc import abstractmethod
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import anyio
 
@@ -22,7 +23,13 @@ from torchferry.engine.transfer import current
 from torchferry.engine.transport import Answer, SignedRequest, Transport, UnmovableError
 from torchferry.engine.types import Buffer, Chunk, ObjectStat
 from torchferry.engine.writer import Body
-from torchferry.errors import ChangedWhileSavingError, StorageError, StorageUnavailableError, TorchferryError
+from torchferry.errors import (
+    ChangedWhileSavingError,
+    StorageError,
+    StorageUnavailableError,
+    TorchferryError,
+    masked,
+)
 from torchferry.storage.base import Backend
 from torchferry.storage.translate import translated
 
@@ -40,6 +47,15 @@ _FRESH = 60.0  # seconds for which a signed read is used: no client hands out on
 _ODD_ANSWERS = 3  # in a row, after which the engine rests
 _REST = 60.0  # seconds for which everything then goes through the client
 _CLIENT_TURN = 3  # every third attempt goes through the client: it may know a way that the engine does not
+# Codes of refusals that have nothing to do with a checksum: the body is not sent once more without one.
+_NOT_OF_A_CHECKSUM = frozenset(
+    {
+        *("AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "NoSuchBucket", "NoSuchUpload"),
+        *("AuthenticationFailed", "AuthorizationFailure", "AuthorizationPermissionMismatch", "ContainerNotFound"),
+        *("EntityTooLarge", "QuotaExceeded", "RequestBodyTooLarge", "RequestTimeTooSkewed"),
+    }
+)
+_KEPT_OPEN = 8  # filesystems whose idle connections stay open
 _CODE = re.compile(rb"<Code>([^<]+)</Code>")
 
 
@@ -63,10 +79,29 @@ class Engine:
         self._rests_until = 0.0
 
     @classmethod
-    def of(cls, fs: AbstractFileSystem, make: Callable[[], Engine]) -> Engine:
-        """The engine of a filesystem: ``make()`` the first time. It goes when the filesystem goes."""
-        engine: Engine = vars(fs).setdefault("_torchferry_engine", None) or make()
-        vars(fs)["_torchferry_engine"] = engine
+    def of(
+        cls,
+        fs: AbstractFileSystem,
+        make: Callable[[], Engine],
+        session_of: Callable[[AbstractFileSystem], object] = lambda _: None,
+    ) -> Engine:
+        """The engine of a filesystem: ``make()`` the first time. It goes when the filesystem goes.
+
+        That may be late: the filesystems of fsspec are freed by the garbage collector alone. So the connections that
+        are idle stay open for the last eight filesystems only, the client's among them.
+
+        Args:
+            fs: The filesystem.
+            make: Makes its engine.
+            session_of: Its client's session of aiohttp, as of when it is asked.
+        """
+        engine: Engine | None = vars(fs).get("_torchferry_engine")
+        if engine is None:
+            engine = vars(fs)["_torchferry_engine"] = make()
+            _kept_open.append((weakref.ref(fs), session_of))
+            while len(_kept_open) > _KEPT_OPEN:
+                with suppress(IndexError):  # another thread was faster
+                    _close_idle(*_kept_open.popleft())
         return engine
 
     def why_client(self, attempt: int) -> str:
@@ -89,8 +124,35 @@ class Engine:
         self._odd_answers = 0
 
 
+_kept_open: deque[tuple[weakref.ref[AbstractFileSystem], Callable[[AbstractFileSystem], object]]] = deque()
+
+
+def _close_idle(ref: weakref.ref[AbstractFileSystem], session_of: Callable[[AbstractFileSystem], object]) -> None:
+    """Closes the connections of a filesystem that no request is on."""
+    fs = ref()
+    if fs is None:
+        return
+    engine: Engine = vars(fs)["_torchferry_engine"]
+    if engine.transport is not None:
+        engine.transport.connections.close_idle()
+    connector = getattr(session_of(fs), "connector", None)
+    loop = getattr(fs, "loop", None)
+    if connector is not None and loop is not None and not loop.is_closed():
+        loop.call_soon_threadsafe(_close_idle_of, connector)
+
+
+def _close_idle_of(connector: Any) -> None:
+    """The same for aiohttp, which has no public way; where it has changed, they stay for its own 15 seconds."""
+    for connections in getattr(connector, "_conns", {}).values():
+        while connections:
+            connections.pop()[0].close()
+
+
 class HttpBackend(Backend):
     """A store that speaks HTTP."""
+
+    checks_chunks = True
+    reads_loans = True
 
     damaged_codes: ClassVar[frozenset[str]] = frozenset()
     """The store's error codes for a body that does not match its checksum."""
@@ -128,6 +190,10 @@ class HttpBackend(Backend):
     def is_damaged(self, answer: Answer) -> bool:
         """Whether the store says that a body arrived damaged; by default, its error code tells."""
         return error_code(answer) in self.damaged_codes
+
+    def is_damage(self, error: Exception) -> bool:
+        """The same of an error of the client's; by default, no."""
+        return False
 
     # --- what a cloud gets
 
@@ -220,6 +286,9 @@ class HttpBackend(Backend):
         """
         attempts = 0
 
+        async def is_unchanged() -> bool:
+            return await in_thread(unchanged or (lambda: _has_its_crc32(body)))
+
         async def attempt() -> T:
             nonlocal attempts
             attempts += 1
@@ -228,14 +297,21 @@ class HttpBackend(Backend):
             odd = False
             if not reason and engine.transport is not None:
                 try:
-                    answer = await self._send_by_engine(engine, path, body, sign, publishes, unchanged)
+                    answer = await self._send_by_engine(engine, path, body, sign, publishes, is_unchanged)
                 except UnmovableError as error:
                     reason, odd = str(error), True
                 else:
                     engine.note_success()
                     return accept(answer)
-            with _limit(_CALL_SECONDS + body.size / _SLOWEST):
-                result = await through_client()
+            try:
+                with _limit(_CALL_SECONDS + body.size / _SLOWEST):
+                    result = await through_client()
+            except Exception as error:
+                if self.is_damage(error) and not await is_unchanged():
+                    raise changed_while_saving(self.url(path)) from masked(error)
+                raise
+            if not engine.checksums:
+                await self._check_unchanged(path, body, publishes)
             _note_client(engine, body.size, reason, odd=odd)
             return result
 
@@ -249,26 +325,34 @@ class HttpBackend(Backend):
         body: Body,
         sign: Callable[[bool], Awaitable[SignedRequest]],
         publishes: bool,
-        unchanged: Callable[[], bool] | None,
+        is_unchanged: Callable[[], Awaitable[bool]],
     ) -> Answer:
         transport = engine.transport
         assert transport is not None  # noqa: S101 - asked before
         checked = engine.checksums
         answer = await transport.send(await sign(checked), body.buffers, publishes=publishes)
         if answer.ok:
+            if not checked:
+                await self._check_unchanged(path, body, publishes)
             return answer
         if self.is_damaged(answer):
-            if not await in_thread(unchanged or (lambda: _has_its_crc32(body))):
+            if not await is_unchanged():
                 raise changed_while_saving(self.url(path))
             raise AnswerError(f"the bytes arrived damaged ({error_code(answer) or answer})", Transient())
-        if checked and answer.status in self.checksum_refused:
+        if checked and answer.status in self.checksum_refused and error_code(answer) not in _NOT_OF_A_CHECKSUM:
             current().count("requests")
             answer = await transport.send(await sign(False), body.buffers, publishes=publishes)
             if answer.ok:
                 engine.checksums = False
+                await self._check_unchanged(path, body, publishes)
                 return answer
         code = error_code(answer)
         raise UnmovableError(f"status {answer.status}" + (f" ({code})" if code else ""))
+
+    async def _check_unchanged(self, path: str, body: Body, published: bool) -> None:
+        """Where the store has not checked a body: whether its memory still is what it was."""
+        if not published and not await in_thread(_has_its_crc32, body):
+            raise changed_while_saving(self.url(path))
 
     async def _signed_read(self, path: str, stat: ObjectStat) -> SignedRequest:
         version = path, stat.etag
@@ -309,10 +393,7 @@ def _has_its_crc32(body: Body) -> bool:
 
 def changed_while_saving(url: str) -> ChangedWhileSavingError:
     """The error for a body whose memory is not what it was when its checksum was computed."""
-    return ChangedWhileSavingError(
-        f"{url}: a tensor was changed while it was being saved. Nothing was stored. Wait for the save before the next "
-        "optimizer step, or save a copy."
-    )
+    return ChangedWhileSavingError.at(url)
 
 
 def error_code(answer: Answer) -> str:

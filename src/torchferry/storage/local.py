@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchferry.engine.cancellation import ThreadPool, clean_up, in_thread
+from torchferry.engine.lending import reading
 from torchferry.engine.transfer import current
 from torchferry.engine.types import MIB, Buffer, Chunk, ObjectStat
 from torchferry.engine.writer import UploadPlan
@@ -51,6 +52,7 @@ logger = logging.getLogger("torchferry.storage")
 
 _ENCODED = re.compile("%(?=[0-9A-Fa-f]{2})")
 _TEMPORARY = re.compile(r"(^|/)\.torchferry-([0-9a-f]+-[0-9a-f]+-[0-9]+-)?[0-9a-f]{16}\.tmp$")
+_WRITTEN = 2 * MIB  # at once; who lent the memory may wait for it
 _FLUSHED = 32 * MIB  # when so many bytes are new, and no flush is under way, the next one begins
 _ALLOCATED = 256 * MIB  # room that is asked for at once
 _FALLOC_FL_KEEP_SIZE = 1  # Linux, linux/falloc.h
@@ -65,6 +67,8 @@ class LocalBackend(Backend):
     place has a new time. User metadata is not stored. All file work happens in worker threads.
     """
 
+    has_directories = True
+
     @classmethod
     def from_filesystem(cls, fs: AbstractFileSystem) -> LocalBackend:
         """A backend for fsspec's local filesystem."""
@@ -74,6 +78,8 @@ class LocalBackend(Backend):
     def url(self, path: str) -> str:
         """The ``file://`` URL of ``path``; a ``%`` that would be decoded is written as ``%25``."""
         return f"file://{_ENCODED.sub('%25', path)}"
+
+    reads_loans = True
 
     async def stat(self, path: str) -> ObjectStat:
         """Looks a file up; a directory or device is not a checkpoint and raises a StorageError."""
@@ -154,7 +160,7 @@ class LocalBackend(Backend):
         top = os.path.dirname(f"{prefix}x")  # noqa: PTH120 - a path like fsspec's, not a Path
         found = []
         with _translated(self.url(prefix), "list"):
-            os.stat(top)  # noqa: PTH116 - raises where there is no such directory
+            os.scandir(top).close()  # raises where there is no such directory
             for directory, _, names in os.walk(top):
                 for name in names:
                     path = os.path.join(directory, name)  # noqa: PTH118 - the same
@@ -257,7 +263,8 @@ class _StagedFile:
             self._allocate(len(data) + _ALLOCATED)
         view = memoryview(data)
         while view:
-            count = os.write(fd, view)
+            with reading(view[:_WRITTEN]) as memory:
+                count = os.write(fd, memory)
             view = view[count:]
             self._size += count
             self._unflushed += count

@@ -35,7 +35,7 @@ from torchferry.storage.options import option_names, require_known, unknown_opti
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["ENTRY_POINT_GROUP", "open_backend"]
+__all__ = ["ENTRY_POINT_GROUP", "open_backend", "protocol_of"]
 
 ENTRY_POINT_GROUP = "torchferry.storage_backends"
 
@@ -49,6 +49,7 @@ def open_backend(
     *,
     storage_options: Mapping[str, Any] | None = None,
     filesystem: AbstractFileSystem | None = None,
+    directory: bool = False,
 ) -> tuple[Backend, str]:
     """Finds the backend for ``url`` and the path in it.
 
@@ -62,6 +63,7 @@ def open_backend(
         storage_options: Arguments for the fsspec filesystem.
         filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``. In a child forked from the
             process that made it, another one with the same arguments is used.
+        directory: Whether the URL may be that of a directory, a prefix or a bucket; its path has no "/" at the end.
 
     Raises:
         UnsupportedURLError: fsspec knows no such protocol, the URL is a directory's, or it is neither one URL nor a
@@ -71,7 +73,7 @@ def open_backend(
         StorageError: what a chained URL starts from cannot be opened.
     """
     text = os.fspath(url)
-    if text.endswith("/"):
+    if text.endswith("/") and not directory:
         raise UnsupportedURLError(f"{text} names a directory: add the name of a file, such as {text}checkpoint.pt")
     if filesystem is None:
         is_path = isinstance(url, os.PathLike) and not _URL.match(text)
@@ -82,7 +84,14 @@ def open_backend(
         path = _path_in(filesystem, text)
     while isinstance(filesystem, DirFileSystem):  # a directory of a store is reached as the store is
         filesystem, path = filesystem.fs, filesystem._join(path)
-    return _backend_for(_of_this_process(filesystem)), path
+    return _backend_for(_of_this_process(filesystem)), path.rstrip("/") if directory else path
+
+
+def protocol_of(url: str | os.PathLike[str]) -> str:
+    """The protocol of a URL, or of the last one of a chain: "file" for a local path."""
+    last = os.fspath(url).rpartition("::")[2]
+    found = _URL.match(last)
+    return found.group(1).lower() if found else "file"
 
 
 def _backend_for(fs: AbstractFileSystem) -> Backend:
@@ -191,7 +200,17 @@ def _path_in(fs: AbstractFileSystem, url: str) -> str:
         path = path.removeprefix(f"{fs.protocol}://")
     if "://" in url and path != url and path.endswith(url):  # the local filesystem takes s3:// for a directory
         raise UnsupportedOptionError(f"{url} is not a URL of the filesystem that was given, {type(fs).__name__}.")
+    if url.startswith(tuple(f"{protocol}://" for protocol in _LOCAL)) and _is_object_store(fs):
+        raise UnsupportedOptionError(
+            f"{url} is a file of this machine, and the filesystem that was given, {type(fs).__name__}, is a store's: "
+            "leave filesystem= out, or give it the URL of an object."
+        )
     return path
+
+
+def _is_object_store(fs: AbstractFileSystem) -> bool:
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+    return any(protocol in _EXTRAS for protocol in protocols)
 
 
 # --- what "::" and "%20" mean

@@ -14,6 +14,7 @@ from torchferry.errors import (
     StoragePermissionError,
     StorageUnavailableError,
     TorchferryError,
+    UnsupportedURLError,
     masked,
 )
 
@@ -27,10 +28,16 @@ _MISSING = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
 _BUSY = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
 
 
-def require_key(url: str, key: str) -> None:
-    """Raises a StorageError where a URL has no key: requests without one are about the bucket, and may make one."""
+def require_key(url: str, path: str) -> None:
+    """Raises a StorageError where a URL has no key: requests without one are about the bucket, and may make one.
+
+    An UnsupportedURLError where it has no bucket: a path of this machine, perhaps, that became a URL.
+    """
+    bucket, _, key = path.partition("/")
     if not key:
         raise StorageError(errno.EISDIR, f"{url} names a bucket or container, not an object in it.")
+    if not bucket:
+        raise UnsupportedURLError(f"{url} names no bucket: an object's URL has one, as in s3://bucket/checkpoint.pt.")
 
 
 @contextmanager

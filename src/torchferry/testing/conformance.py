@@ -270,6 +270,7 @@ class BackendConformance(ABC):
 
     async def test_metadata_is_returned_and_kept_where_the_store_can(self, store: StoreUnderTest) -> None:
         path, metadata = store.path("checkpoint.pt"), {"framework": "torch", "step": "1000"}
+        assert store.backend.keeps_metadata == store.keeps_metadata
         for size in (1, PART + 1):
             written = await store.write(path, stream(_random_bytes(size), MIB), metadata=metadata)
             assert written.metadata == metadata

@@ -68,6 +68,7 @@ class Fault:
         corrupt_download_byte: Action: flip one bit of this byte of the response's body.
         lose_reply: Action: forward the request, and reset the connection instead of answering.
         hang: Action: take the request, do not forward it, and never answer.
+        call: With ``hang``, called when the request has been taken; with ``lose_reply``, when the store has answered.
     """
 
     method: str | None = None
@@ -84,6 +85,7 @@ class Fault:
     corrupt_download_byte: int | None = None
     lose_reply: bool = False
     hang: bool = False
+    call: Callable[[], object] | None = None
 
     @property
     def forwards(self) -> bool:
@@ -291,6 +293,8 @@ class FaultProxy:
         if fault.reset_upload_after is not None:
             raise _Cut
         if fault.hang:
+            if fault.call:
+                fault.call()
             connection.from_client.read(1)  # returns when the client gives up
             raise _Cut
         if fault.status is not None:
@@ -310,6 +314,8 @@ class FaultProxy:
             if status >= 200:
                 break
         if fault.lose_reply:
+            if fault.call:
+                fault.call()
             raise _Cut
         self._carry(connection)
         connection.client.sendall(self.answered(head).raw)

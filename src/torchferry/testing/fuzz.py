@@ -1,8 +1,8 @@
 """Damages real checkpoints of every format, and tells what becomes of them.
 
-``python -m torchferry.testing.fuzz 20000`` prints that as JSON. Each mutant is loaded, inspected and verified. That
-gives the right object or one of torchferry's errors; everything else is counted as what it is. All runs in this
-process: if a mutant ends it, its number is the last one on standard error.
+``python -m torchferry.testing.fuzz 20000`` prints that as JSON. Each mutant is loaded, inspected, verified, copied, and
+shown in the Deck and by the command. That gives the right object or one of torchferry's errors; everything else is
+counted as what it is. All runs in this process: if a mutant ends it, its number is the last one on standard error.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import json
 import random
 import sys
 import tempfile
-import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,13 @@ import torch
 from torch.utils.serialization import config
 
 import torchferry
+from torchferry.testing.hostile import UNWANTED as _UNWANTED
+from torchferry.testing.hostile import acts, taken
 
 __all__ = ["UNWANTED", "Mutant", "Originals", "mutants", "run"]
 
-UNWANTED = ("wrong", "other error", "long", "memory")
+UNWANTED = ("wrong", *_UNWANTED)
 """What no mutant may be, in the report of :func:`run`."""
-
-_SLOW = 2.0  # seconds of CPU time; a mutant takes less
-_MEMORY = 64 << 20  # bytes beyond its own; a mutant takes less
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,76 +124,79 @@ def mutants(seed: int = 0, originals: Originals | None = None) -> Iterator[Mutan
         yield Mutant(number, f"{name}, {change.__name__.strip('_').replace('_', ' ')}", mutant, known, options)
 
 
-def run(count: int, seed: int = 0, start: int = 0) -> dict[str, Any]:
-    """Tries so many mutants.
+def run(
+    count: int,
+    seed: int = 0,
+    start: int = 0,
+    *,
+    put: Callable[[str, bytes], str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    say: Callable[[str], object] = lambda _: None,
+) -> dict[str, Any]:
+    """Tries so many mutants, each with every entry point (:func:`torchferry.testing.hostile.acts`).
+
+    Args:
+        count: How many.
+        seed: Of all mutants.
+        start: The number of the first.
+        put: Stores a file under a name, and returns its URL; by default, in a directory of this machine.
+        options: The storage options of these URLs.
+        say: Called with the number of each before it is tried.
 
     Returns:
-        How many were ``tried``, ``right`` and a ``clear error``, or raised an error of the classes that they name
-        (``own error``, with ``weights_only=False`` alone); and which were ``wrong``, raised an ``other error``, took
-        ``long`` or much ``memory``.
+        How many were ``tried``; of how many the load was ``right``, a ``clear error``, or an error of the classes that
+        they name (``own error``, with ``weights_only=False`` alone); which were ``wrong``, or ended in something else
+        that is :data:`UNWANTED`; and the ``slowest`` try's seconds of CPU time.
     """
-    report: dict[str, Any] = {"tried": 0, "right": 0, "clear error": 0, "own error": 0}
+    report: dict[str, Any] = {"tried": 0, "right": 0, "clear error": 0, "own error": 0, "slowest": 0.0}
     report |= {kind: [] for kind in UNWANTED}
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings(action="ignore"):
         path = Path(directory, "x.pt")
         for mutant in itertools.islice(mutants(seed), start, start + count):
-            print(mutant.number, file=sys.stderr, flush=True)  # noqa: T201 - for who finds the process dead
+            say(str(mutant.number))
             path.write_bytes(mutant.data)
-            before, peak = time.process_time(), _reset_peak()
-            outcome = _outcome(mutant, str(path))
-            report["tried"] += 1
-            if isinstance(report[outcome[0]], int):
-                report[outcome[0]] += 1
-            else:
-                report[outcome[0]].append((mutant.number, mutant.kind, outcome[1]))
-            if time.process_time() - before > _SLOW:
-                report["long"].append((mutant.number, mutant.kind, time.process_time() - before))
-            if (taken := _peak() - peak) > _MEMORY + len(mutant.data):
-                report["memory"].append((mutant.number, mutant.kind, taken))
+            url = str(path) if put is None else put("x.pt", mutant.data)
+            _try(mutant, url, str(Path(directory, "y.pt")) if put is None else f"{url}.copy", options or {}, report)
     return report
 
 
-def _outcome(mutant: Mutant, path: str) -> tuple[str, str]:
-    acts: list[Callable[[], Any]] = [
-        lambda: torchferry.load(path, **mutant.options),
-        lambda: torchferry.inspect(path) and None,
-        lambda: torchferry.verify(path) and None,
-    ]
-    outcome = "clear error"
-    for act in acts:
+def _try(mutant: Mutant, url: str, target: str, options: Mapping[str, Any], report: dict[str, Any]) -> None:
+    report["tried"] += 1
+    loaded: list[Any] = []
+    own = ""
+
+    def load() -> None:
+        nonlocal own
         try:
-            loaded = act()
+            loaded.append(torchferry.load(url, **mutant.options, storage_options=options))
         except torchferry.TorchferryError:
-            continue
+            raise
         except (ImportError, AttributeError, TypeError) as error:
-            if mutant.options["weights_only"] or act is not acts[0]:
-                return "other error", f"{type(error).__name__}: {error}"[:200]
-            outcome = "own error"
-        except Exception as error:  # noqa: BLE001 - that is what is looked for
-            return "other error", f"{type(error).__name__}: {error}"[:200]
-        if act is not acts[0] or outcome == "own error":
-            continue
-        expected = mutant.original
-        if expected is not None and "keys" in mutant.options:
-            expected = {"m": expected["m"]}
-        if expected is not None and _saved(loaded) != _saved(expected):
-            return "wrong", ""
-        outcome = "right"
-    return outcome, ""
+            if mutant.options["weights_only"]:
+                raise
+            own = type(error).__name__
+
+    tried = {"the load": load} | {
+        name: act for name, act in acts(url, target, options).items() if not name.startswith("load")
+    }
+    for name, act in tried.items():
+        result = taken(act, len(mutant.data))
+        report["slowest"] = max(report["slowest"], result.seconds)
+        if result.outcome in UNWANTED:
+            report[result.outcome].append((mutant.number, f"{mutant.kind}, {name}", result.detail))
+        elif act is load and own:
+            report["own error"] += 1
+        elif act is load and loaded and not _is_right(mutant, loaded[0]):
+            report["wrong"].append((mutant.number, mutant.kind, ""))
+        elif act is load:
+            report[result.outcome] += 1
 
 
-def _reset_peak() -> int:
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) << 10
+def _is_right(mutant: Mutant, loaded: Any) -> bool:
+    expected = mutant.original
+    if expected is not None and "keys" in mutant.options:
+        expected = {"m": expected["m"]}
+    return expected is None or _saved(loaded) == _saved(expected)
 
 
 def _saved(obj: Any, **options: Any) -> bytes:
@@ -309,7 +310,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=int, default=0)
     arguments = parser.parse_args()
-    print(json.dumps(run(arguments.count, arguments.seed, arguments.start), indent=1))  # noqa: T201 - the result
+
+    def say(number: str) -> None:
+        print(number, file=sys.stderr, flush=True)  # noqa: T201 - for who finds the process dead
+
+    report = run(arguments.count, arguments.seed, arguments.start, say=say)
+    print(json.dumps(report, indent=1))  # noqa: T201 - the result
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 
 import torchferry
 
-__all__ = ["peak_of_save"]
+__all__ = ["peak_of_python", "peak_of_save"]
 
 
 def peak_of_save(size: int, url: str, **options: Any) -> int:
@@ -34,6 +34,35 @@ def peak_of_save(size: int, url: str, **options: Any) -> int:
     program = [sys.executable, "-m", __name__, request]
     done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True, timeout=200)  # noqa: S603 - our own
     return int(done.stdout)
+
+
+def peak_of_python(code: str) -> int:
+    """Runs ``code`` in a new process, and returns the peak memory between its calls of ``begin()`` and ``end()``.
+
+    Returns:
+        The peak over what was taken at ``begin()``, in bytes.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; its traceback is on standard error.
+    """
+    whole = f"from torchferry.testing.peak import begin, end\n{code}"
+    done = subprocess.run([sys.executable, "-c", whole], stdout=subprocess.PIPE, text=True, check=True, timeout=200)  # noqa: S603 - our own
+    return int(done.stdout.split()[-1])
+
+
+_before = 0
+
+
+def begin() -> None:
+    """Starts a measurement in this process."""
+    global _before  # noqa: PLW0603 - of the process
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    _before = _status("VmRSS")
+
+
+def end() -> None:
+    """Prints the peak since :func:`begin`."""
+    print(_status("VmHWM") - _before)  # noqa: T201 - to the process that asked
 
 
 def _measure(size: int, url: str, options: dict[str, Any]) -> int:

@@ -1,0 +1,200 @@
+"""The verbs ls, rm and clean."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from torchferry.cli.printing import Table, age, escaped, print_json, say, size
+from torchferry.cli.store import storage_options_for, store_options
+
+if TYPE_CHECKING:
+    from torchferry.storage.base import ListedObject
+
+__all__ = ["clean", "ls", "rm"]
+
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".index.json", ".torch", ".tar")
+_SHARD = re.compile(r"(.*?)(?:-[0-9a-f]{8})?-\d{5}-of-\d{5}\.safetensors")
+_INDEX = ".safetensors.index.json"
+_DCP = ".metadata"
+_STEP = re.compile(r"(?:step|epoch|iter|checkpoint|ckpt|global_step)s?[-_=]?(\d+)", re.IGNORECASE)
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+@dataclass(slots=True)
+class _Row:
+    name: str
+    url: str
+    size: int
+    modified: datetime | None
+    objects: int = 1
+    format: str = ""
+    tensors: int | None = None
+
+    @property
+    def step(self) -> int | None:
+        found = _STEP.findall(self.name)
+        return int(found[-1]) if found else None
+
+
+@click.command()
+@click.argument("url")
+@click.option("-l", "--long", "is_long", is_flag=True, help="Look into each: format and number of tensors.")
+@click.option("-a", "--all", "is_all", is_flag=True, help="All objects, not only what looks like a checkpoint.")
+@click.option("--sort", type=click.Choice(["name", "step", "size", "age"]), default="name", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@store_options()
+def ls(url: str, is_long: bool, is_all: bool, sort: str, as_json: bool, **given: Any) -> None:
+    """List the checkpoints below a prefix, a bucket or a directory."""
+    from torchferry.listing import list_objects
+
+    options = storage_options_for(url, given)
+    found = list(list_objects(url, storage_options=options))
+    rows = [_Row(name, item.url, item.size, item.modified) for name, item in found] if is_all else _checkpoints(found)
+    if is_long:
+        _look_into(rows, options)
+    orders: dict[str, Any] = {
+        "name": lambda row: row.name,
+        "step": lambda row: (row.step is None, row.step or 0, row.name),
+        "size": lambda row: (-row.size, row.name),
+        "age": lambda row: (-(row.modified.timestamp() if row.modified else 0), row.name),
+    }
+    rows.sort(key=orders[sort])
+    if as_json:
+        print_json([_as_json(row) for row in rows])
+        return
+    more = ("format", "tensors") if is_long else ()
+    listing = Table("step", "size", "age", *more, "name", right=("step", "size", "age", "tensors"))
+    for row in rows:
+        extra = (row.format, "" if row.tensors is None else f"{row.tensors:,}") if is_long else ()
+        step = "" if row.step is None else str(row.step)
+        listing.add_row(step, size(row.size), age(row.modified), *extra, escaped(row.name))
+    if rows:
+        listing.show()
+    hidden = len(found) - sum(row.objects for row in rows)
+    note = f" ({hidden:,} other objects: --all lists them)" if hidden and not is_all else ""
+    say(f"{len(rows):,} {'objects' if is_all else 'checkpoints'}, {size(sum(row.size for row in rows))}{note}")
+
+
+def _checkpoints(found: list[tuple[str, ListedObject]]) -> list[_Row]:
+    """What looks like a checkpoint by its name: files, shards with their index, folders with a .metadata of DCP."""
+    names = {name for name, _ in found}
+    stems = {name.removesuffix(_INDEX): name for name in names if name.endswith(_INDEX)}
+    folders = {name[: -len(_DCP)]: name for name in names if name == _DCP or name.endswith(f"/{_DCP}")}
+    rows: dict[str, _Row] = {}
+    for name, item in found:
+        folder = max((folder for folder in folders if name.startswith(folder)), key=len, default=None)
+        shard = _SHARD.fullmatch(name)
+        if folder is not None:
+            key, shown, url = folders[folder], folder or "./", item.url[: len(item.url) - len(name) + len(folder)]
+        elif shard is not None and shard[1] in stems:
+            key = shown = stems[shard[1]]
+            url = item.url[: len(item.url) - len(name)] + key
+        elif name.endswith(_SUFFIXES):
+            key, shown, url = name, name, item.url
+        else:
+            continue
+        if key in rows:
+            row = rows[key]
+            row.size += item.size
+            row.objects += 1
+            row.modified = max(filter(None, (row.modified, item.modified)), default=None)
+        else:
+            rows[key] = _Row(shown, url, item.size, item.modified, format="dcp" if folder is not None else "")
+    return list(rows.values())
+
+
+def _look_into(rows: list[_Row], options: dict[str, Any] | None) -> None:
+    import torchferry
+
+    for row in rows:
+        if row.format == "dcp":
+            continue
+        try:
+            manifest = torchferry.inspect(row.url, storage_options=options)
+        except torchferry.CheckpointFormatError as error:
+            row.format = "damaged" if isinstance(error, torchferry.CheckpointCorruptError) else "other"
+            continue
+        row.format, row.tensors = manifest.format, len(manifest.tensors)
+
+
+def _as_json(row: _Row) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "url": row.url,
+        "step": row.step,
+        "size": row.size,
+        "modified": row.modified.isoformat() if row.modified else None,
+        "objects": row.objects,
+        "format": row.format or None,
+        "tensors": row.tensors,
+    }
+
+
+@click.command()
+@click.argument("urls", nargs=-1, required=True, metavar="URL...")
+@click.option("-r", "--recursive", is_flag=True, help="All objects below a prefix.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@store_options()
+def rm(urls: tuple[str, ...], recursive: bool, yes: bool, dry_run: bool, **given: Any) -> None:
+    """Remove checkpoints; of an index of safetensors, its files, too."""
+    from torchferry.listing import delete, objects_of
+
+    for url in urls:
+        options = storage_options_for(url, given)
+        found = objects_of(url, recursive=recursive, storage_options=options)
+        for item in found if dry_run else ():
+            say(f"would remove {escaped(item.url)}  {size(item.size)}")
+        total = size(sum(item.size for item in found))
+        if dry_run or not found:
+            say(f"{len(found):,} objects, {total}")
+            continue
+        if len(found) > 1 and not yes:
+            click.confirm(f"Remove {len(found):,} objects, {total}, at {escaped(url)}?", abort=True)
+        delete(url, found, storage_options=options)
+        say(f"removed {len(found):,} {'object' if len(found) == 1 else 'objects'}, {total}: {escaped(url)}")
+
+
+class _Time(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    name = "TIME"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """Reads "30m" as a number of seconds."""
+        text = str(value)
+        number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS else (text, "s")
+        try:
+            seconds = float(number) * _UNITS[unit]
+        except ValueError:
+            seconds = -1.0
+        if not 0 <= seconds < float("inf"):
+            self.fail(f"not a time such as 90s, 30m, 1h or 2d: {text!r}", param, ctx)
+        return seconds
+
+
+@click.command()
+@click.argument("url")
+@click.option("--older-than", type=_Time(), default="1h", show_default=True, help="90s, 30m, 1h or 2d.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@store_options()
+def clean(url: str, older_than: float, dry_run: bool, **given: Any) -> None:
+    """Remove what saves that were killed have left; checkpoints are not touched."""
+    import torchferry
+
+    report = torchferry.clean(
+        url, older_than=older_than, dry_run=dry_run, storage_options=storage_options_for(url, given)
+    )
+    outcomes = {
+        "would be removed" if dry_run else "removed": report.removed,
+        "younger": report.younger,
+        "kept": report.kept,
+    }
+    for outcome, leftovers in outcomes.items():
+        for leftover in leftovers:
+            since = f", last changed {leftover.modified:%Y-%m-%d %H:%M:%S %Z}" if leftover.modified else ""
+            say(f"{outcome}: {leftover.kind} {escaped(leftover.url)}{since}")
+    say(", ".join(f"{len(leftovers)} {outcome}" for outcome, leftovers in outcomes.items()))

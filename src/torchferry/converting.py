@@ -1,0 +1,413 @@
+"""Converts checkpoints between ``torch.save`` and safetensors, from any store to any other, in bounded memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from torchferry.engine.cancellation import in_thread, run_shielded
+from torchferry.engine.collector import collector_paused
+from torchferry.engine.loops import own_loop, run_on, synchronous
+from torchferry.engine.memory import BLOCK_SIZE, EVERYTHING_ELSE
+from torchferry.engine.transfer import Transfer, TransferReport, current
+from torchferry.engine.types import Chunk, ObjectStat
+from torchferry.errors import CheckpointFormatError, CheckpointValueError, UnsupportedOptionError, mask
+from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, Record, sniff
+from torchferry.formats.checksum import Checksums
+from torchferry.formats.graph import TensorPlace, is_tensor_leaf, place_of, read_graph
+from torchferry.formats.keys import Keys, KeysArgument, as_keys
+from torchferry.formats.lazy import LazyTensors
+from torchferry.formats.picking import leaves, pick
+from torchferry.formats.safetensors import INDEX_SUFFIX, item_size, lay_out, split
+from torchferry.formats.safetensors_dtypes import dtype_name, torch_dtype
+from torchferry.formats.safetensors_stream import view_bytes
+from torchferry.formats.torch_stream import TorchStream, fills_crc32s
+from torchferry.opening import open_reader
+from torchferry.printable import printable
+from torchferry.requests import LoadRequest
+from torchferry.safetensors_files import load_safetensors
+from torchferry.safetensors_opening import File, delete_all, open_file, open_files, prepare, publish_index
+from torchferry.saving import SaveFormat
+from torchferry.storage.metadata import require_storable
+from torchferry.storage.registry import open_backend
+from torchferry.streaming import Extent, ExtentStream
+from torchferry.torch_files import load_torch, read_pickle, require_archive
+
+if TYPE_CHECKING:
+    import torch
+    from fsspec import AbstractFileSystem
+    from fsspec.callbacks import Callback
+
+    from torchferry.engine.reader import RangeReader
+    from torchferry.formats.archive import Archive
+    from torchferry.storage.base import Backend
+
+__all__ = ["convert", "convert_async"]
+
+_PYTORCH = {"format": "pt"}
+_SHOWN = 5  # names in a message
+_ABORT_PATIENCE = 0.7  # seconds that a cancel waits for shards to be deleted
+
+
+async def convert_async(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    format: SaveFormat | None = None,  # noqa: A002 - what it is
+    keys: KeysArgument | None = None,
+    exclude: KeysArgument | None = None,
+    strip_prefix: str = "",
+    max_shard_size: int | None = None,
+    source_storage_options: Mapping[str, Any] | None = None,
+    target_storage_options: Mapping[str, Any] | None = None,
+    source_filesystem: AbstractFileSystem | None = None,
+    target_filesystem: AbstractFileSystem | None = None,
+    part_size: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+    give_up_after: float | None = None,
+    callback: Callback | None = None,
+    report: Callable[[TransferReport], object] | None = None,
+) -> ObjectStat:
+    """Converts a checkpoint of ``torch.save`` to safetensors, or the other way round.
+
+    Tensors go from the source's ranges to the target's parts: at most 208 MiB of memory, however large they are. Those
+    that are not contiguous in a checkpoint of ``torch.save`` are loaded whole.
+
+    Args:
+        source: The URL or local path of the checkpoint; of safetensors in several files, that of their index.
+        target: Where to.
+        format: Of the target: "torch" or "safetensors"; by default the one that the source does not have.
+        keys: Which tensors, as in :func:`load`; by default all.
+        exclude: What to leave out.
+        strip_prefix: What to take from the front of names: "model." makes "weight" of "model.weight".
+        max_shard_size: Bytes of a file of safetensors, as in :func:`save`.
+        source_storage_options: Arguments for the fsspec filesystem of ``source``.
+        target_storage_options: Arguments for that of ``target``.
+        source_filesystem: An fsspec filesystem to use as it is, instead of ``source_storage_options``.
+        target_filesystem: The same for ``target``.
+        part_size: Bytes in a part of a multipart upload, instead of 16 MiB (or what the size needs).
+        metadata: User metadata to store with the target; in safetensors' header, too.
+        give_up_after: Seconds without progress after which failed requests are not repeated any more; 120 by default.
+        callback: Told the size, and of bytes as the target acknowledges them.
+        report: Called with the :class:`~torchferry.TransferReport` of what succeeded.
+
+    Returns:
+        What is now at ``target``; of several files, their index.
+
+    Raises:
+        CheckpointValueError: safetensors cannot hold what is asked for; the message says what to do.
+        CheckpointFormatError: the source is not a checkpoint, or has the target's format already.
+        CheckpointCorruptError: it is damaged. Nothing is at ``target`` that was not there before.
+        CheckpointKeyError: a key takes nothing.
+        StorageError: see :class:`~torchferry.storage.base.Backend`.
+    """
+    require_storable(os.fspath(target), metadata or {})
+    reader, source_path = await in_thread(
+        partial(open_backend, source, storage_options=source_storage_options, filesystem=source_filesystem)
+    )
+    writer, target_path = await in_thread(
+        partial(open_backend, target, storage_options=target_storage_options, filesystem=target_filesystem)
+    )
+    request = LoadRequest(as_keys(keys), as_keys(exclude), None, weights_only=True, verify=True)
+    order = _Order(writer, target_path, request, strip_prefix, max_shard_size, part_size, metadata)
+    transfer = Transfer("convert", mask(os.fspath(target)), callback=callback, give_up_after=give_up_after)
+    with transfer.running(report):
+        return await run_on(own_loop(writer.loop), _convert, reader, source_path, format, order)
+
+
+convert = synchronous(convert_async)
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What to make, and where."""
+
+    writer: Backend
+    path: str
+    request: LoadRequest
+    strip_prefix: str
+    max_shard_size: int | None
+    part_size: int | None
+    metadata: Mapping[str, str] | None
+
+    def name(self, name: str) -> str:
+        """What a tensor is called in the target."""
+        return name.removeprefix(self.strip_prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor of the source.
+
+    Attributes:
+        name: What it is to be called.
+        dtype: Of its elements.
+        shape: Its sizes.
+        nbytes: Its bytes.
+        extent: Where they are; None for one that is loaded.
+        loaded: The tensor, of those.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    extent: Extent | None
+    loaded: torch.Tensor | None = None
+
+
+async def _convert(reader: Backend, path: str, wanted: SaveFormat | None, order: _Order) -> ObjectStat:
+    with current().reading_side():
+        source = await open_reader(reader, path)
+        looks = sniff(await source.read(0, min(source.stat.size, SNIFF_SIZE)))
+        is_safetensors = looks in {SAFETENSORS_FORMAT, INDEX_FORMAT}
+        made = wanted or ("torch" if is_safetensors else "safetensors")
+        if is_safetensors == (made == "safetensors"):
+            raise CheckpointFormatError(f"{source.url} is in that format already: copy() copies it.")
+        if not is_safetensors:
+            archive = await require_archive(source)
+            tensors, records = await _of_archive(source, archive, order)
+        else:
+            files = (
+                [await open_file(source, path)]
+                if looks == SAFETENSORS_FORMAT
+                else await open_files(reader, path, source)
+            )
+    async with current().telling():
+        if is_safetensors:
+            return await _to_torch(files, source.url, order)
+        checksums = await in_thread(Checksums, records, source.url)
+        return await _to_safetensors(tensors, checksums, order)
+
+
+# --- to safetensors
+
+
+async def _of_archive(source: RangeReader, archive: Archive, order: _Order) -> tuple[list[_Tensor], list[Record]]:
+    """The tensors of an archive, and the records that are read for those that lie there as they are needed."""
+    pickled = await read_pickle(source, archive, verify=True)
+    record = archive.get("byteorder")
+    native = record is None or await source.read(record.offset, record.end) == sys.byteorder.encode()
+    places = await in_thread(_places, pickled, archive, order.request)
+    _refuse_shared(places, source.url)
+    extents = {
+        name: _extent(place, archive, source) if native and place.is_plain and place.is_contiguous else None
+        for name, place in places.items()
+    }
+    loaded: dict[str, torch.Tensor] = {}
+    if strided := tuple(name for name, extent in extents.items() if extent is None and places[name].nbytes):
+        request = LoadRequest(strided, None, None, weights_only=True, verify=True)
+        loaded = await in_thread(_flat, await load_torch(source, request))
+    tensors = [
+        _Tensor(order.name(name), place.dtype, place.shape, place.nbytes, extents[name], loaded.get(name))
+        for name, place in places.items()
+    ]
+    _refuse_doubles(tensors, source.url)
+    whole = {
+        record.name: record
+        for name, place in places.items()
+        if extents[name] is not None and (record := archive.get(place.storage.record)) and record.size == place.nbytes
+    }
+    return tensors, list(whole.values())
+
+
+@collector_paused()
+def _places(pickled: bytes, archive: Archive, request: LoadRequest) -> dict[str, TensorPlace]:
+    graph = read_graph(pickled, archive.url)
+    part = pick(graph, *request.choice()) if request.is_part else graph.root
+    found, _ = leaves(graph, part)
+    places: dict[str, TensorPlace] = {}
+    odd: list[str] = []
+    for name, leaf in found.items():
+        place = place_of(leaf) if is_tensor_leaf(leaf) else None
+        if place is None:
+            odd.append(name)
+        else:
+            places[name] = place
+    if odd:
+        some = ", ".join(repr(printable(name)) for name in odd[:_SHOWN])
+        more = f" and {len(odd) - _SHOWN} more" if len(odd) > _SHOWN else ""
+        raise CheckpointValueError(
+            f"safetensors holds plain tensors only, and {archive.url} also has {some}{more}: choose with keys=, or "
+            "leave them out with exclude=."
+        )
+    for place in places.values():
+        record = archive.get(place.storage.record)
+        if record is None or record.size != place.storage.nbytes:
+            raise CheckpointFormatError(f"{archive.url} is damaged: a storage's record is missing or of another size.")
+    return places
+
+
+def _extent(place: TensorPlace, archive: Archive, source: RangeReader) -> Extent | None:
+    record = archive.get(place.storage.record)
+    if record is None or not place.nbytes:
+        return None
+    start = record.offset + place.offset * place.dtype.itemsize
+    return Extent(source, start, start + place.nbytes)
+
+
+def _refuse_shared(places: Mapping[str, TensorPlace], url: str) -> None:
+    spans = []
+    for name, place in places.items():
+        if place.nbytes:
+            length = 1 + sum((size - 1) * stride for size, stride in zip(place.shape, place.stride, strict=True))
+            first = place.offset * place.dtype.itemsize
+            spans.append((place.storage.key, first, first + length * place.dtype.itemsize, name))
+    spans.sort()
+    for before, after in pairwise(spans):
+        if before[0] == after[0] and after[1] < before[2]:
+            raise CheckpointValueError(
+                f"{url}: {printable(before[3])!r} and {printable(after[3])!r} share memory, which safetensors does not "
+                f"keep. Of tied weights, leave one out: exclude={after[3]!r}."
+            )
+
+
+def _refuse_doubles(tensors: Sequence[_Tensor], url: str) -> None:
+    seen: set[str] = set()
+    for tensor in tensors:
+        if tensor.name in seen:
+            raise CheckpointValueError(f"{url}: two tensors would be called {printable(tensor.name)!r}.")
+        seen.add(tensor.name)
+
+
+def _flat(value: Any, name: str = "") -> dict[str, torch.Tensor]:
+    if not isinstance(value, dict):
+        return {name: value}
+    return {
+        path: tensor
+        for key, item in value.items()
+        for path, tensor in _flat(item, f"{name}.{key}" if name else str(key)).items()
+    }
+
+
+async def _to_safetensors(tensors: Sequence[_Tensor], checksums: Checksums, order: _Order) -> ObjectStat:
+    total = sum(tensor.nbytes for tensor in tensors)
+    current().set_size(total)
+    most = order.max_shard_size
+    if most is None or (total <= most and not order.path.endswith(INDEX_SUFFIX)):
+        stat = await _write_file(tensors, order.path, checksums, order, is_last=True)
+        current().moved_at_least(total)
+        return stat
+    by_name = {tensor.name: tensor for tensor in tensors}
+    shards = split({tensor.name: tensor.nbytes for tensor in tensors}, most)
+    names, index, replaced = await prepare(order.writer, order.path, len(shards))
+    written: list[str] = []
+    try:
+        for path, members in zip(names, shards, strict=True):
+            written.append(path)
+            part = [by_name[member] for member in members]
+            await _write_file(part, path, checksums, order, is_last=path == names[-1])
+        pairs = [
+            (member, path[path.rfind("/") + 1 :])
+            for path, members in zip(names, shards, strict=True)
+            for member in members
+        ]
+        stat = await publish_index(order.writer, index, pairs, total)
+    except BaseException:
+        await run_shielded(delete_all, order.writer, written, patience=lambda: _ABORT_PATIENCE)
+        raise
+    await delete_all(order.writer, replaced - {*names})
+    return stat
+
+
+async def _write_file(
+    tensors: Sequence[_Tensor], path: str, checksums: Checksums, order: _Order, *, is_last: bool
+) -> ObjectStat:
+    described = {tensor.name: (dtype_name(tensor.dtype, tensor.name), tensor.shape) for tensor in tensors}
+    # In the source's order, which is the fastest to read; within that, wide ones first, so that all are aligned.
+    place = {
+        name: number for number, name in enumerate(sorted(described, key=lambda name: -item_size(described[name][0])))
+    }
+    head, header = await in_thread(lay_out, described, {**_PYTORCH, **(order.metadata or {})}, place)
+    by_name = {tensor.name: tensor for tensor in tensors}
+    in_order = [by_name[entry.name] for entry in header.entries]
+    size = len(head) + sum(tensor.nbytes for tensor in tensors)
+    plan = order.writer.upload_plan(size, order.part_size)
+    claim = await EVERYTHING_ELSE.claim_async(min(size, plan.part_size + BLOCK_SIZE) + plan.memory)
+    try:
+        stream = ExtentStream(
+            [tensor.extent for tensor in in_order if tensor.extent is not None],
+            claim,
+            add=lambda _, start, memory: checksums.add(start, memory),
+            finish=checksums.finish if is_last else lambda: None,
+        )
+        async with stream.running(), aclosing(_file(head, in_order, stream)) as chunks:
+            return await order.writer.write(path, chunks, plan=plan, metadata=order.metadata)
+    finally:
+        claim.close()
+
+
+async def _file(head: bytes, tensors: Sequence[_Tensor], stream: ExtentStream) -> AsyncGenerator[Chunk]:
+    yield Chunk(head)
+    for tensor in tensors:
+        if tensor.loaded is not None:
+            current().tell()
+            yield Chunk(view_bytes(await in_thread(tensor.loaded.contiguous)))
+            continue
+        left = tensor.nbytes
+        while left:
+            chunk = await anext(stream)
+            left -= len(chunk)
+            yield chunk
+            del chunk
+    async for rest in stream:  # to its end, where it is checked
+        yield rest
+
+
+# --- to torch
+
+
+async def _to_torch(files: Sequence[File], url: str, order: _Order) -> ObjectStat:
+    if order.max_shard_size is not None:
+        raise UnsupportedOptionError(f"{mask(order.path)}: max_shard_size= is for safetensors.")
+    if not await in_thread(fills_crc32s):
+        # This torch computes CRC32s from the tensors' memory: they must be in it.
+        loaded = await load_safetensors(files, order.request, url)
+        return await _write_torch({order.name(name): tensor for name, tensor in loaded.items()}, None, order)
+    keys, exclude = order.request.choice()
+    chosen = [(file, entry) for file in files for entry in file.entries if _is_asked(entry.name, keys, exclude)]
+    if keys is not None and keys.unmatched:
+        raise CheckpointValueError(f"{url} has no {', '.join(map(repr, keys.unmatched))}.")
+    described = [(order.name(entry.name), torch_dtype(entry.dtype, url), entry.shape) for _, entry in chosen]
+    lazy = await in_thread(LazyTensors, described)
+    extents = [Extent(file.source, entry.start, entry.stop) for file, entry in chosen if entry.stop > entry.start]
+    return await _write_torch(lazy.tensors, (lazy, extents), order)
+
+
+def _is_asked(name: str, keys: Keys | None, exclude: Keys | None) -> bool:
+    if exclude is not None and exclude.takes(name, is_leaf=True):
+        return False
+    return keys is None or keys.takes(name, is_leaf=True)
+
+
+async def _write_torch(
+    obj: dict[str, torch.Tensor], source: tuple[LazyTensors, list[Extent]] | None, order: _Order
+) -> ObjectStat:
+    writer = order.writer
+    transfer = current()
+    if source is None:
+        stream = TorchStream(obj, plan_for=writer.upload_plan, part_size=order.part_size)
+        async with stream.running():
+            transfer.set_size(stream.size_hint)
+            return await writer.write(order.path, stream, plan=stream.plan, metadata=order.metadata)
+    lazy, extents = source
+    size = sum(extent.stop - extent.start for extent in extents)
+    plan = writer.upload_plan(size, order.part_size)
+    claim = await EVERYTHING_ELSE.claim_async(min(size, plan.part_size + BLOCK_SIZE) + BLOCK_SIZE)
+    try:
+        read = ExtentStream(extents, claim)
+        stream = TorchStream(obj, plan_for=writer.upload_plan, part_size=plan.part_size, lazy=lazy.reading(read))
+        async with read.running(), stream.running():
+            transfer.set_size(stream.size_hint)
+            stat = await writer.write(order.path, stream, plan=stream.plan, metadata=order.metadata)
+            transfer.set_size(stat.size)
+            transfer.moved_at_least(stat.size)
+            return stat
+    finally:
+        claim.close()

@@ -1,0 +1,352 @@
+"""``save`` and ``load`` of sharded checkpoints by their URL."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.stateful import Stateful
+
+from torchferry.distributed.checks import check_parts
+from torchferry.distributed.errors import portable, ranks_as_errors
+from torchferry.distributed.planner import SafeLoadPlanner
+from torchferry.distributed.reader import StorageReader
+from torchferry.distributed.staging import Stager
+from torchferry.distributed.writer import StorageWriter
+from torchferry.engine.cancellation import ThreadPool
+from torchferry.engine.loops import run
+from torchferry.engine.transfer import TransferReport
+from torchferry.errors import mask
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+    from fsspec.callbacks import Callback
+
+__all__ = ["AsyncSave", "async_save", "load", "save"]
+
+_uploads = ThreadPool(1, "torchferry-sharded")  # one save after the other, in the same order on every rank
+_stager = Stager()
+_last: list[Future[Metadata]] = []
+_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class AsyncSave:
+    """A save that is under way, as ``torch.distributed.checkpoint.AsyncSaveResponse``.
+
+    Attributes:
+        url: Where to, without secrets.
+        staging_completion: Done when the state dict may be changed: when :func:`async_save` has returned.
+        upload_completion: Done when the checkpoint is there; its result is the metadata.
+    """
+
+    url: str
+    staging_completion: Future[None]
+    upload_completion: Future[Metadata]
+
+    def done(self) -> bool:
+        """Whether the save is over, in whichever way."""
+        return self.upload_completion.done()
+
+    def result(self, timeout: float | None = None) -> Metadata:
+        """Waits until the checkpoint is there, on all ranks.
+
+        Raises:
+            TimeoutError: it is still under way after ``timeout`` seconds.
+            Exception: what :func:`save` raises.
+        """
+        return self.upload_completion.result(timeout)
+
+
+def save(
+    state_dict: dict[str, Any],
+    url: str | os.PathLike[str],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    filesystem: AbstractFileSystem | None = None,
+    part_size: int | None = None,
+    overwrite: bool = True,
+    give_up_after: float | None = None,
+    callback: Callback | None = None,
+    report: Callable[[TransferReport], object] | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+) -> Metadata:
+    """Saves a sharded checkpoint: to be called on every rank of the group; each saves its own part.
+
+    The checkpoint appears at ``url`` when all ranks have saved theirs, or not at all, and what was there before is
+    whole until then. Without a process group, all of it is saved by this process.
+
+    Args:
+        state_dict: As ``torch.distributed.checkpoint.save`` takes it: DTensors, sharded tensors, tensors (each saved
+            once, by one rank), anything that can be pickled, and objects with ``state_dict`` and ``load_state_dict``.
+        url: The directory of the checkpoint: any fsspec URL, or a local path.
+        storage_options: Arguments for the fsspec filesystem of ``url``.
+        filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
+        part_size: Bytes in a part of a shard's multipart upload, instead of 16 MiB (or what the size needs).
+        overwrite: Whether a checkpoint that is there may be replaced.
+        give_up_after: Seconds without progress after which failed requests are not repeated any more; 120 by default.
+        callback: Told the size of this rank's shard, and of bytes as the store acknowledges them.
+        report: Called with the :class:`~torchferry.TransferReport` of this rank's shard.
+        planner: Passed on to DCP.
+        process_group: The same.
+        no_dist: The same: save all of ``state_dict`` in this process.
+
+    Returns:
+        The checkpoint's metadata, on every rank.
+
+    Raises:
+        RankFailedError: a rank failed, with an error that is not torchferry's own. Nothing was committed.
+        StorageError: the store refused or failed on some rank; the message names it. On every rank.
+    """
+    writer = StorageWriter(
+        url,
+        storage_options=storage_options,
+        filesystem=filesystem,
+        part_size=part_size,
+        overwrite=overwrite,
+        give_up_after=give_up_after,
+        callback=callback,
+        report=report,
+    )
+    return save_with(writer, state_dict, planner=planner, process_group=process_group, no_dist=no_dist)
+
+
+def save_with(
+    writer: StorageWriter,
+    state_dict: dict[str, Any],
+    *,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+) -> Metadata:
+    """``dcp.save`` with torchferry's own errors; removes what this rank wrote where nothing was committed."""
+    alone = _is_alone(no_dist)
+    with ranks_as_errors(f"save {writer.checkpoint_id}", _world_size(process_group, alone)):
+        try:
+            with _quiet(alone):
+                metadata: Metadata = dcp_save(
+                    state_dict,
+                    storage_writer=writer,
+                    planner=planner,
+                    process_group=process_group,
+                    no_dist=alone,
+                )
+        except CheckpointException as error:
+            if not any(getattr(failure, "committing", False) for failure, _ in error.failures.values()):
+                writer.discard()
+            raise
+    return metadata
+
+
+def async_save(
+    state_dict: dict[str, Any],
+    url: str | os.PathLike[str],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    filesystem: AbstractFileSystem | None = None,
+    part_size: int | None = None,
+    overwrite: bool = True,
+    give_up_after: float | None = None,
+    callback: Callback | None = None,
+    report: Callable[[TransferReport], object] | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+) -> AsyncSave:
+    """:func:`save` that returns when ``state_dict`` may be changed: a copy of it in host memory is saved meanwhile.
+
+    The copy's memory is reused by the next save, which waits until this one is over. The ranks talk over a gloo group
+    of their own, which the first call makes: nothing gets between the collectives of the training. The interpreter
+    ends when the save has ended.
+
+    Args:
+        state_dict: As for :func:`save`, and so all others.
+        url: The same.
+        storage_options: The same.
+        filesystem: The same.
+        part_size: The same.
+        overwrite: The same.
+        give_up_after: The same.
+        callback: The same.
+        report: The same.
+        planner: The same.
+        process_group: The same.
+        no_dist: The same.
+
+    Returns:
+        The save that is under way; its result raises what :func:`save` raises.
+    """
+    writer = StorageWriter(
+        url,
+        storage_options=storage_options,
+        filesystem=filesystem,
+        part_size=part_size,
+        overwrite=overwrite,
+        give_up_after=give_up_after,
+        callback=callback,
+        report=report,
+    )
+    alone = _is_alone(no_dist)
+    group = None if alone else _group_for_saves(process_group)
+    if _last:
+        wait(_last)  # its outcome is its caller's to look at
+        _last.clear()
+    values = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state_dict.items()}
+    staged = _stager.stage(values)
+    del values
+    upload = _uploads.executor.submit(save_with, writer, staged, planner=planner, process_group=group, no_dist=alone)
+    del staged
+    _last.append(upload)
+    staging: Future[None] = Future()
+    staging.set_result(None)
+    return AsyncSave(writer.checkpoint_id, staging, upload)
+
+
+def _group_for_saves(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """A gloo group of the same ranks, for saves that are under way while the training uses ``group``."""
+    of = group or dist.group.WORLD
+    assert of is not None  # noqa: S101 - there is a process group
+    if of not in _groups:
+        _groups[of] = dist.new_group(dist.get_process_group_ranks(of), backend="gloo", use_local_synchronization=True)
+    return _groups[of]
+
+
+def load(
+    state_dict: dict[str, Any],
+    url: str | os.PathLike[str],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    filesystem: AbstractFileSystem | None = None,
+    verify: bool = True,
+    weights_only: bool = True,
+    give_up_after: float | None = None,
+    callback: Callback | None = None,
+    report: Callable[[TransferReport], object] | None = None,
+    planner: LoadPlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+) -> None:
+    """Loads a sharded checkpoint into ``state_dict``, in place: to be called on every rank of the group.
+
+    The number of ranks and the placements may be others than those it was saved with. Rank 0 reads ``.metadata`` and
+    tells the others.
+
+    Args:
+        state_dict: As ``torch.distributed.checkpoint.load`` takes it: its tensors are filled.
+        url: The directory of the checkpoint.
+        storage_options: Arguments for the fsspec filesystem of ``url``.
+        filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
+        verify: Check CRC32s, and that each shard is the one that was saved.
+        weights_only: Load only tensors and plain values, also from what is no tensor; as in ``torch.load``. Has no
+            say in what a ``planner`` of yours does.
+        give_up_after: Seconds without progress after which failed requests are not repeated any more; 120 by default.
+        callback: Told the number of bytes that this rank needs, and of those that have arrived.
+        report: Called with the :class:`~torchferry.TransferReport` of what this rank read.
+        planner: Passed on to DCP.
+        process_group: The same.
+        no_dist: The same: load in this process, without the others.
+
+    Raises:
+        CheckpointNotFoundError: there is no checkpoint. On every rank, as all errors.
+        CheckpointCorruptError: it is damaged.
+        CheckpointChangedError: a shard is not the one that was saved.
+        UnsafeCheckpointError: it needs globals that ``weights_only=True`` does not allow.
+        RankFailedError: a rank failed, with an error that is not torchferry's own.
+        StorageError: see :class:`~torchferry.storage.base.Backend`.
+    """
+    reader = StorageReader(
+        url,
+        storage_options=storage_options,
+        filesystem=filesystem,
+        verify=verify,
+        weights_only=weights_only,
+        give_up_after=give_up_after,
+        callback=callback,
+        report=report,
+    )
+    alone = _is_alone(no_dist)
+    with ranks_as_errors(f"load {mask(os.fspath(url))}", _world_size(process_group, alone)):
+        reader.use(_read_and_tell(reader, process_group, alone))
+        with _quiet(alone):
+            dcp_load(
+                state_dict,
+                storage_reader=reader,
+                planner=planner or SafeLoadPlanner(weights_only=weights_only),
+                process_group=process_group,
+                no_dist=alone,
+            )
+        if verify:
+            _check_together(reader, process_group, alone)
+
+
+def _read_and_tell(reader: StorageReader, group: dist.ProcessGroup | None, alone: bool) -> bytes:
+    """What is stored as ``.metadata``, or the error with which rank 0 could not read it; on every rank."""
+    told: list[Any] = [None]
+    if alone or dist.get_rank(group) == 0:
+        try:
+            told[0] = run(reader.read_metadata_bytes)
+        except BaseException as error:
+            if alone:
+                raise
+            told[0] = portable(error)
+    if not alone:
+        dist.broadcast_object_list(told, src=dist.get_global_rank(group, 0) if group else 0, group=group)
+    if isinstance(told[0], BaseException):
+        raise told[0]
+    data: bytes = told[0]
+    return data
+
+
+def _check_together(reader: StorageReader, group: dist.ProcessGroup | None, alone: bool) -> None:
+    """Checks what no rank has read as a whole: rank 0 puts the CRC32s of all ranks' parts together."""
+    gathered: list[Any] = [reader.read_parts]
+    if not alone:
+        root = dist.get_global_rank(group, 0) if group else 0
+        is_root = dist.get_rank(group) == 0
+        gathered = [None] * dist.get_world_size(group)
+        dist.gather_object(reader.read_parts, gathered if is_root else None, dst=root, group=group)
+    outcome: list[Any] = [None]
+    if alone or is_root:
+        try:
+            check_parts(part for parts in gathered for part in parts)
+        except BaseException as error:
+            if alone:
+                raise
+            outcome[0] = portable(error)
+    if not alone:
+        dist.broadcast_object_list(outcome, src=root, group=group)
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def _is_alone(no_dist: bool) -> bool:
+    return no_dist or not dist.is_available() or not dist.is_initialized()
+
+
+def _world_size(group: dist.ProcessGroup | None, alone: bool) -> int:
+    return 1 if alone else dist.get_world_size(group)
+
+
+@contextmanager
+def _quiet(alone: bool) -> Generator[None]:
+    """Without DCP's warning that there is no process group, where that is so on purpose."""
+    if not alone:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
+        yield

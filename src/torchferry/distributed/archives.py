@@ -1,0 +1,153 @@
+"""Where the bytes of a tensor are in an item that somebody else's writer wrote: a ``torch.save`` archive."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torchferry.formats.archive import LOCAL_HEADER_SIZE, find_directory, parse_directory
+from torchferry.formats.opcodes import scan_pickle
+
+__all__ = ["StoredTensor", "find_tensor"]
+
+_STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "ShortStorage": torch.int16,
+    "UntypedStorage": torch.uint8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in an item.
+
+    Attributes:
+        dtype: Of its elements.
+        shape: Its sizes.
+        strides: Of its elements.
+        first: Where its first element is in the item, in bytes.
+        record_offset: Where its storage is in the item.
+        record_size: Bytes of that.
+        crc32: Theirs; None where the archive carries none.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    first: int
+    record_offset: int
+    record_size: int
+    crc32: int | None
+
+
+def find_tensor(  # noqa: PLR0911 - there are many ways not to be one
+    head: bytes, tail: bytes, length: int, url: str
+) -> StoredTensor | None:
+    """The tensor of an archive whose first and last bytes are known.
+
+    Args:
+        head: Of the item; up to its storage at least.
+        tail: Of the item; from the end of its storage at least.
+        length: Of the item.
+        url: For messages.
+
+    Returns:
+        None where it is not one plain tensor with one storage: torch has to load it.
+
+    Raises:
+        CheckpointCorruptError: the archive is damaged.
+    """
+    directory = find_directory(tail, length, url)
+    if directory is None or directory.start < length - len(tail):
+        return None
+    start = directory.start - (length - len(tail))
+    archive = parse_directory(tail[start : start + directory.size], directory, url)
+    if archive.unproven:
+        offsets = list(archive.unproven_headers)
+        pieces = {at: head[at : at + LOCAL_HEADER_SIZE] or _in_tail(tail, length, at) for at in offsets}
+        if any(len(piece) != LOCAL_HEADER_SIZE for piece in pieces.values()):
+            return None
+        archive = archive.settle(pieces)
+    pickled = archive.get("data.pkl")
+    if pickled is None or pickled.end > len(head):
+        return None
+    scan_pickle(bytes(head[pickled.offset : pickled.end]), url)
+    try:
+        found = _Unpickler(io.BytesIO(head[pickled.offset : pickled.end])).load()
+    except Exception:  # noqa: BLE001 - whatever it is: torch has to look at it
+        return None
+    if not isinstance(found, _Tensor):
+        return None
+    record = archive.get(f"data/{found.key}")
+    byteorder = archive.get("byteorder")
+    if record is None or (byteorder is not None and head[byteorder.offset : byteorder.end] not in {b"", b"little"}):
+        return None
+    first = record.offset + found.offset * found.dtype.itemsize
+    return StoredTensor(found.dtype, found.shape, found.strides, first, record.offset, record.size, record.crc32)
+
+
+def _in_tail(tail: bytes, length: int, at: int) -> bytes:
+    at -= length - len(tail)
+    return tail[at : at + LOCAL_HEADER_SIZE] if at >= 0 else b""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    dtype: torch.dtype
+    key: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Unpickles one plain tensor, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v3"):
+            return _rebuild_with_dtype
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module in {"torch", "torch.storage"} and name.endswith("Storage"):
+            return _STORAGES[name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> tuple[torch.dtype, str]:
+        _, dtype, key, location, _ = pid
+        if location != "cpu":
+            raise pickle.UnpicklingError(location)
+        return dtype, key
+
+
+def _rebuild(storage: Any, offset: int, size: Any, stride: Any, _grad: Any, _hooks: Any, more: Any = None) -> _Tensor:
+    if more:
+        raise pickle.UnpicklingError("a conjugate")
+    dtype, key = storage
+    return _Tensor(dtype, key, offset, tuple(size), tuple(stride))
+
+
+def _rebuild_with_dtype(
+    storage: Any, offset: int, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: torch.dtype, more: Any = None
+) -> _Tensor:
+    if more:
+        raise pickle.UnpicklingError("a conjugate")
+    return _Tensor(dtype, storage[1], offset, tuple(size), tuple(stride))

@@ -1,0 +1,106 @@
+"""What saves that died have left in the directory of a sharded checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from torchferry.distributed.metadata import read_metadata, save_name_of, shards_of
+from torchferry.distributed.place import METADATA, Place
+from torchferry.engine.cancellation import in_thread
+from torchferry.errors import CheckpointFormatError, CheckpointNotFoundError, UnsafeCheckpointError
+
+if TYPE_CHECKING:
+    from torchferry.storage.base import Backend
+
+logger = logging.getLogger("torchferry.distributed")
+
+__all__ = ["StaleSave", "remove_stale_save", "stale_saves"]
+
+
+@dataclass(frozen=True, slots=True)
+class StaleSave:
+    """The shards of a save that no metadata names: it died, or it is under way, or its checkpoint was replaced.
+
+    Attributes:
+        url: The directory that they are in.
+        paths: Of the shards, as the backend's verbs take them.
+        nbytes: Of all.
+        modified: When the last of them was written, or the save began, with a time zone.
+    """
+
+    url: str
+    paths: tuple[str, ...]
+    nbytes: int
+    modified: datetime
+
+    @property
+    def age(self) -> float:
+        """Seconds since then."""
+        return (datetime.now(UTC) - self.modified).total_seconds()
+
+
+async def stale_saves(backend: Backend, prefix: str) -> list[StaleSave]:
+    """Finds the saves below ``prefix``, of any number of checkpoints, that no ``.metadata`` beside them names.
+
+    Only directories that :class:`~torchferry.distributed.StorageWriter` has made are looked at. Call it on the
+    backend's loop. A save that is under way is among them: :attr:`StaleSave.age` tells.
+
+    Raises:
+        StorageError: the store cannot be listed or read.
+    """
+    found: dict[str, dict[str, list[tuple[str, int, datetime | None]]]] = {}
+    metadata: dict[str, list[str]] = {}
+    async for listed in backend.list(prefix):
+        directory, _, name = listed.path.rpartition("/")
+        if name.endswith(METADATA):
+            metadata.setdefault(directory, []).append(name)
+            continue
+        above, _, save = directory.rpartition("/")
+        if save_name_of(f"{save}/") is not None:
+            found.setdefault(above, {}).setdefault(save, []).append((listed.path, listed.size, listed.modified))
+    stale: list[StaleSave] = []
+    for directory, saves in found.items():
+        place = Place(backend, directory, backend.url(directory))
+        named = await _named(place, metadata.get(directory, ()))
+        if named is None:
+            continue
+        for save, shards in saves.items():
+            if save in named:
+                continue
+            begun = save_name_of(f"{save}/")
+            assert begun is not None  # noqa: S101 - as found above
+            times = [begun[1], *(modified for _, _, modified in shards if modified is not None)]
+            paths = tuple(path for path, _, _ in shards)
+            nbytes = sum(size for _, size, _ in shards)
+            stale.append(StaleSave(backend.url(f"{directory}/{save}"), paths, nbytes, max(times)))
+    return stale
+
+
+async def remove_stale_save(backend: Backend, stale: StaleSave) -> None:
+    """Deletes the shards of a stale save. Call it on the backend's loop."""
+    directory = stale.paths[0].rpartition("/")[0].rpartition("/")[0]
+    place = Place(backend, directory, stale.url)
+    await place.delete([path.removeprefix(f"{directory}/") for path in stale.paths])
+
+
+async def _named(place: Place, names: Sequence[str]) -> set[str] | None:
+    """The saves that metadata names; None where some cannot be read: then none is known to be stale."""
+    named: set[str] = set()
+    for name in names:
+        try:
+            data, _ = await place.get(name)
+            named |= await in_thread(_names, data, place.url_of(name))
+        except CheckpointNotFoundError:
+            continue  # gone meanwhile
+        except (CheckpointFormatError, UnsafeCheckpointError) as error:
+            logger.warning("What saves have left in %s is left alone: %s", place.url, error)
+            return None
+    return named
+
+
+def _names(data: bytes, url: str) -> set[str]:
+    return {path.partition("/")[0] for path in shards_of(read_metadata(data, url, weights_only=True))}

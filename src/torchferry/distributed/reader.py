@@ -1,0 +1,552 @@
+"""The storage reader of ``torch.distributed.checkpoint``: the bytes that a rank needs, straight into its tensors."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader as DcpStorageReader
+from torch.futures import Future
+
+from torchferry.distributed.archives import StoredTensor, find_tensor
+from torchferry.distributed.checks import PartChecksums, ReadPart, WantedPart
+from torchferry.distributed.errors import with_portable_errors
+from torchferry.distributed.fetch import Files, fetch
+from torchferry.distributed.metadata import chunk_of, extras_of, read_metadata
+from torchferry.distributed.place import METADATA, Place
+from torchferry.distributed.slices import Direct, Piece, cut
+from torchferry.engine.cancellation import in_thread
+from torchferry.engine.loops import run, run_on
+from torchferry.engine.memory import BLOCK_SIZE, copy_bytes
+from torchferry.engine.tasks import task_group
+from torchferry.engine.transfer import Transfer, TransferReport, current
+from torchferry.engine.types import Buffer, ObjectStat
+from torchferry.errors import (
+    CheckpointChangedError,
+    CheckpointCorruptError,
+    CheckpointFormatError,
+    TorchferryError,
+    mask,
+)
+from torchferry.formats.archive import Record
+from torchferry.formats.checked import load_bytes
+from torchferry.printable import printable
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+    from fsspec.callbacks import Callback
+
+__all__ = ["StorageReader", "Where", "where_stored"]
+
+_SMALL = 256 << 10  # an item of somebody else's writer that is shorter is read whole
+_LONGEST_OVERHEAD = 16 << 10  # bytes of an archive beside its tensor: with more, torch has to load it
+_LOOKS = 16  # files that are looked up at once
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """One item to read.
+
+    Attributes:
+        request: DCP's.
+        number: Of the file.
+        info: Where it is in the file.
+        target: The tensor to fill; None for bytes.
+    """
+
+    request: ReadItem
+    number: int
+    info: Any
+    target: torch.Tensor | None
+
+
+class StorageReader(DcpStorageReader):
+    """Loads sharded checkpoints from any store: ``dcp.load(state_dict, storage_reader=StorageReader(url))``.
+
+    It reads what torchferry, the stock writers and s3torchconnector wrote. Each rank reads the bytes that it needs,
+    all files at once, straight into its tensors where they are contiguous; a part of a tensor costs its own bytes.
+    Every item that is read whole is checked against its CRC32. Shards that torchferry wrote must be the version that
+    was saved; others must not change while they are read.
+
+    Args:
+        url: The directory of the checkpoint: any fsspec URL, or a local path.
+        storage_options: Arguments for the fsspec filesystem of ``url``.
+        filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
+        verify: Check CRC32s, and that each shard is the one that was saved.
+        weights_only: Allow only DCP's own classes in ``.metadata``. Without, a checkpoint can run any code.
+        give_up_after: Seconds without progress after which failed requests are not repeated any more; 120 by default.
+        callback: Told the number of bytes that this rank needs, and of those that have arrived.
+        report: Called with the :class:`~torchferry.TransferReport` of what this rank read.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        filesystem: AbstractFileSystem | None = None,
+        verify: bool = True,
+        weights_only: bool = True,
+        give_up_after: float | None = None,
+        callback: Callback | None = None,
+        report: Callable[[TransferReport], object] | None = None,
+    ) -> None:
+        super().__init__()
+        self._url = url
+        self._options = {"storage_options": storage_options, "filesystem": filesystem}
+        self._verify = verify
+        self._weights_only = weights_only
+        self._give_up_after = give_up_after
+        self._callback = callback
+        self._report = report
+        self._opened: Place | None = None
+        self._metadata: Metadata | None = None
+        self.read_parts: list[ReadPart] = []
+        self._told: Metadata | None = None  # of the .metadata that another rank has read
+
+    @classmethod
+    def at(cls, place: Place, *, verify: bool = True, weights_only: bool = True) -> StorageReader:
+        """A reader of what is at a place; for torchferry itself."""
+        reader = cls(place.url, verify=verify, weights_only=weights_only)
+        reader._opened = place
+        return reader
+
+    # --- called by DCP
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether it can be a URL."""
+        return isinstance(checkpoint_id, str | os.PathLike)
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The URL, without secrets."""
+        return mask(os.fspath(self._url))
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Called where ``dcp.load`` is given a ``checkpoint_id``: the URL to load from."""
+        self._metadata = None
+        if checkpoint_id is not None and os.fspath(checkpoint_id) != os.fspath(self._url):
+            self._url = checkpoint_id
+            self._opened = self._told = None
+
+    @with_portable_errors
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Reads ``.metadata``; with ``rank=``, that of one rank (saved with ``use_collectives=False``)."""
+        del args
+        rank = kwargs.get("rank")
+        if self._told is not None and rank is None:
+            return self._told
+        name = METADATA if rank is None else f"__{rank}{METADATA}"
+        data = run(self.read_metadata_bytes, name)
+        return read_metadata(data, mask(self._require_place().url_of(name)), weights_only=self._weights_only)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Notes where the items are."""
+        del is_coordinator, args, kwargs
+        self._metadata = metadata
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Leaves the plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Leaves the plans as they are."""
+        return plans
+
+    @with_portable_errors
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Reads this rank's items into the tensors that ``planner`` names."""
+        assert self._metadata is not None  # noqa: S101 - DCP has set up the reader
+        targets = [
+            None if item.type == LoadItemType.BYTE_IO else planner.resolve_tensor(item).detach() for item in plan.items
+        ]
+        contents: dict[int, bytearray] = {}
+        if plan.items:
+            run(self.read_items, self._metadata, plan.items, targets, contents)
+        for index, (item, target) in enumerate(zip(plan.items, targets, strict=True)):
+            if target is None:
+                planner.load_bytes(item, io.BytesIO(contents.pop(index)))
+            else:
+                planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    # --- for torchferry.distributed
+
+    def use(self, data: bytes) -> None:
+        """Takes the ``.metadata`` that another rank has read; raises as :meth:`read_metadata`."""
+        self._told = read_metadata(data, f"{self.checkpoint_id}/{METADATA}", weights_only=self._weights_only)
+
+    async def read_metadata_bytes(self, name: str = METADATA) -> bytes:
+        """What is stored as ``.metadata``."""
+        place = await self._place()
+        with Transfer("load", mask(place.url_of(name)), give_up_after=self._give_up_after).running(None):
+            data, _ = await place.get(name)
+        return data
+
+    async def read_items(
+        self,
+        metadata: Metadata,
+        requests: Sequence[ReadItem],
+        targets: Sequence[torch.Tensor | None],
+        contents: dict[int, bytearray],
+    ) -> None:
+        """Reads items.
+
+        Args:
+            metadata: Says where they are.
+            requests: What to read.
+            targets: A tensor for each, of the shape that the request says; None for an item that is no tensor.
+            contents: Given the bytes of those, by the index of the request.
+        """
+        place = await self._place()
+        transfer = Transfer("load", place.url, callback=self._callback, give_up_after=self._give_up_after)
+        with transfer.running(self._report):
+            await self.read_items_within(place, metadata, requests, targets, contents)
+
+    async def read_items_within(
+        self,
+        place: Place,
+        metadata: Metadata,
+        requests: Sequence[ReadItem],
+        targets: Sequence[torch.Tensor | None],
+        contents: dict[int, bytearray],
+    ) -> None:
+        """:meth:`read_items`, as a part of the transfer that the caller is in."""
+        await run_on(place.backend.loop, self._read_items, place, metadata, requests, targets, contents)
+
+    # --- the work
+
+    async def _place(self) -> Place:
+        if self._opened is None:
+            self._opened = await Place.open_async(self._url, **self._options)
+        return self._opened
+
+    def _require_place(self) -> Place:
+        assert self._opened is not None  # noqa: S101 - asked for only when it is there
+        return self._opened
+
+    async def _read_items(
+        self,
+        place: Place,
+        metadata: Metadata,
+        requests: Sequence[ReadItem],
+        targets: Sequence[torch.Tensor | None],
+        contents: dict[int, bytearray],
+    ) -> None:
+        infos = [_info(metadata, request.storage_index, place.url) for request in requests]
+        paths = list(dict.fromkeys(info.relative_path for info in infos))
+        with current().stage("opening"):
+            stats = await self.versions(place, metadata, paths)
+        numbers = {path: number for number, path in enumerate(paths)}
+        files = Files(place.backend, [(place.at(path), stat) for path, stat in zip(paths, stats, strict=True)])
+        wanted = [
+            _Wanted(request, numbers[info.relative_path], info, target)
+            for request, info, target in zip(requests, infos, targets, strict=True)
+        ]
+        _check_lengths(wanted, stats)
+        with current().stage("planning"):
+            large = [
+                (want.number, want.info, want.request.storage_index)
+                for want in wanted
+                if want.target is not None and want.info.length > _SMALL
+            ]
+            stored = await self.look_into_archives(files, stats, metadata, large)
+        plan = await in_thread(_Plan, metadata, wanted, stored, contents, stats, self._verify)
+        transfer = current()
+        transfer.set_size(plan.nbytes)
+        with transfer.stage("reading"):
+            async with transfer.telling():
+                await fetch(files, plan.parts, plan.checksums, place.url)
+        self.read_parts += [part for checksum in plan.checksums if checksum is not None for part in checksum.read]
+        await in_thread(plan.finish)
+
+    async def versions(self, place: Place, metadata: Metadata, paths: Sequence[str]) -> list[ObjectStat]:
+        """The version of each file: the one that was saved, or else the one that is there."""
+        extras = extras_of(metadata)
+        same_place = extras.url == place.url and self._verify
+        found: dict[str, ObjectStat] = {}
+
+        async def look(path: str) -> None:
+            known = extras.shards.get(path)
+            if (
+                known is not None and known[1] is not None and same_place and not place.is_local
+            ):  # a file's version is another in each copy
+                found[path] = ObjectStat(place.url_of(path), *known)
+                return
+            stat = await run_on(place.backend.loop, place.backend.stat, place.at(path))
+            if known is not None and self._verify and stat.size != known[0]:
+                raise CheckpointChangedError(
+                    f"{stat.url} has {stat.size} bytes, and not the {known[0]} that were saved: it is another save's."
+                )
+            found[path] = stat
+
+        for first in range(0, len(paths), _LOOKS):
+            async with task_group() as tasks:
+                for path in paths[first : first + _LOOKS]:
+                    tasks.start_soon(look, path)
+        return [found[path] for path in paths]
+
+    async def look_into_archives(
+        self,
+        files: Files,
+        stats: Sequence[ObjectStat],
+        metadata: Metadata,
+        items: Iterable[tuple[int, Any, MetadataIndex]],
+    ) -> dict[tuple[int, int], StoredTensor]:
+        """Where the tensors are in items of somebody else's writer, by file and offset: both ends of each are read.
+
+        Args:
+            files: What is read.
+            stats: The version of each.
+            metadata: The checkpoint's.
+            items: File, place and index of each tensor.
+        """
+        ends: dict[tuple[int, int], tuple[int, bytearray, bytearray]] = {}
+        parts: list[tuple[int, Piece]] = []
+        for number, info, index in items:
+            place = (number, info.offset)
+            if hasattr(info, "crc32") or place in ends:
+                continue
+            dtype, chunk = chunk_of(metadata, index)
+            overhead = info.length - chunk.sizes.numel() * dtype.itemsize
+            if not 0 < overhead <= _LONGEST_OVERHEAD:
+                continue
+            head, tail = bytearray(overhead), bytearray(overhead)
+            ends[place] = info.length, head, tail
+            stop = info.offset + info.length
+            parts += [
+                (number, Piece(info.offset, info.offset + overhead, partial(_keep, head))),
+                (number, Piece(stop - overhead, stop, partial(_keep, tail))),
+            ]
+        if parts:
+            await fetch(files, parts, [None] * len(stats), "")
+        return await in_thread(_find_tensors, ends, stats)
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where a piece of a tensor is in a file.
+
+    Attributes:
+        dtype: Of its elements.
+        start: Of its first element, in bytes.
+        strides: Of its elements.
+        record: Offset, size and CRC32 of what was stored together; None for a CRC32 that is not known.
+    """
+
+    dtype: torch.dtype
+    start: int
+    strides: Sequence[int]
+    record: tuple[int, int, int | None]
+
+
+def where_stored(
+    info: Any, dtype: torch.dtype, chunk: ChunkStorageMetadata, stored: StoredTensor | None
+) -> Where | None:
+    """Where an item's tensor is; None where torch has to load it.
+
+    Raises:
+        CheckpointCorruptError: the metadata contradicts itself.
+    """
+    if getattr(info, "data_offset", None) is not None:
+        nbytes = chunk.sizes.numel() * dtype.itemsize
+        if not 0 <= info.data_offset <= info.data_offset + nbytes <= info.length:
+            raise CheckpointCorruptError(f"The metadata of {info.relative_path} contradicts itself.")
+        start = info.offset + info.data_offset
+        return Where(dtype, start, contiguous_strides(chunk.sizes), (start, nbytes, info.crc32))
+    if stored is None or stored.shape != tuple(chunk.sizes):
+        return None
+    record = (info.offset + stored.record_offset, stored.record_size, stored.crc32)
+    return Where(stored.dtype, info.offset + stored.first, stored.strides, record)
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides[: len(shape)]))
+
+
+class _Plan:
+    """What is read, and what becomes of it.
+
+    Attributes:
+        parts: What to read of which file.
+        checksums: Of each file.
+        nbytes: Of the parts.
+    """
+
+    def __init__(
+        self,
+        metadata: Metadata,
+        wanted: Sequence[_Wanted],
+        stored: Mapping[tuple[int, int], StoredTensor],
+        contents: dict[int, bytearray],
+        stats: Sequence[ObjectStat],
+        verify: bool,
+    ) -> None:
+        self._metadata = metadata
+        self._stored = stored
+        self._contents = contents
+        self._stats = stats
+        self._records: list[list[Record]] = [[] for _ in stats]
+        self._runs: list[dict[tuple[int, int], WantedPart]] = [{} for _ in stats]
+        self._whole: dict[tuple[int, int], bytearray] = {}  # items in memory, by file and offset
+        self._filled: dict[tuple[int, int], torch.Tensor] = {}  # targets of whole items
+        self._later: list[Callable[[], object]] = []
+        self.parts: list[tuple[int, Direct | Piece]] = []
+        for index, want in enumerate(wanted):
+            self._add(index, want)
+        self.nbytes = sum(
+            part.stop - part.start if isinstance(part, Piece) else len(part.memory) for _, part in self.parts
+        )
+        self.checksums: list[PartChecksums | None] = [
+            PartChecksums(records, runs, stat.url) if (records or runs) and verify else None
+            for records, runs, stat in zip(self._records, self._runs, stats, strict=True)
+        ]
+
+    def finish(self) -> None:
+        """Does what can be done only when everything is there."""
+        for call in self._later:
+            call()
+
+    def _add(self, index: int, want: _Wanted) -> None:
+        info = want.info
+        if want.target is None:
+            self._later.append(partial(self._hand_over, index, self._read_whole(want)))
+            return
+        request, target = want.request, want.target
+        if target.shape != request.lengths:
+            raise CheckpointFormatError(
+                f"{printable(request.storage_index.fqn)} has the shape {tuple(request.lengths)} in the checkpoint, and "
+                f"{tuple(target.shape)} where it is to be loaded."
+            )
+        if not target.numel():
+            return
+        dtype, chunk = chunk_of(self._metadata, request.storage_index)
+        where = where_stored(info, dtype, chunk, self._stored.get((want.number, info.offset)))
+        if where is None:
+            self._later.append(partial(self._load, want, self._read_whole(want)))
+            return
+        if request.lengths == chunk.sizes:
+            before = self._filled.setdefault((want.number, info.offset), target)
+            if before is not target:
+                self._later.append(partial(target.copy_, before))
+                return
+            start, size, crc32 = where.record
+            if crc32 is not None and size == target.numel() * where.dtype.itemsize:
+                name = f"{request.storage_index.fqn} at {tuple(chunk.offsets)}"
+                self._records[want.number].append(Record(name, start, size, crc32))
+        offsets = zip(request.storage_offsets, where.strides, strict=True)
+        start = where.start + sum(at * stride for at, stride in offsets) * where.dtype.itemsize
+        parts = list(cut(target, start, where.strides, where.dtype))
+        self.parts += [(want.number, part) for part in parts]
+        _, size, crc32 = where.record
+        nbytes = target.numel() * where.dtype.itemsize
+        is_run = (
+            sum(part.stop - part.start if isinstance(part, Piece) else len(part.memory) for part in parts) == nbytes
+        )
+        if (
+            request.lengths != chunk.sizes
+            and is_run
+            and len(parts) == _spanned(parts, start, nbytes)
+            and crc32 is not None
+        ):
+            name = f"{request.storage_index.fqn} at {tuple(chunk.offsets)}"
+            self._runs[want.number][start, nbytes] = WantedPart(name, (where.record[0], size, crc32))
+
+    def _read_whole(self, want: _Wanted) -> bytearray:
+        """Plans to read an item into memory; torch takes it from there."""
+        info = want.info
+        place = (want.number, info.offset)
+        if place not in self._whole:
+            content = self._whole[place] = bytearray(info.length)
+            memory = memoryview(content)
+            if info.length <= BLOCK_SIZE:
+                part: Direct | Piece = Piece(info.offset, info.offset + info.length, partial(copy_bytes, memory))
+            else:
+                part = Direct(info.offset, memory)
+            self.parts.append((want.number, part))
+            crc32 = getattr(info, "crc32", None) if getattr(info, "data_offset", None) is None else None
+            if crc32 is not None:
+                self._records[want.number].append(
+                    Record(want.request.storage_index.fqn, info.offset, info.length, crc32)
+                )
+        return self._whole[place]
+
+    def _hand_over(self, index: int, content: bytearray) -> None:
+        self._contents[index] = content
+
+    def _load(self, want: _Wanted, content: bytearray) -> None:
+        """As the stock reader does."""
+        assert want.target is not None  # noqa: S101 - it is a tensor's
+        url = self._stats[want.number].url
+        try:
+            tensor = load_bytes(content, url, map_location="cpu")
+        except TorchferryError:
+            raise
+        except Exception as error:
+            raise CheckpointCorruptError(
+                f"{url}: {printable(want.request.storage_index.fqn)} cannot be loaded: {error}"
+            ) from error
+        for dim, (offset, length) in enumerate(zip(want.request.storage_offsets, want.request.lengths, strict=True)):
+            tensor = tensor.narrow(dim, offset, length)
+        want.target.copy_(tensor)
+
+
+def _spanned(parts: Sequence[Direct | Piece], start: int, nbytes: int) -> int:
+    """How many of the parts lie, one after the other, in a run of bytes."""
+    at = start
+    for number, part in enumerate(parts):
+        if part.start != at:
+            return number
+        at = part.stop if isinstance(part, Piece) else at + len(part.memory)
+    return len(parts) if at == start + nbytes else 0
+
+
+def _info(metadata: Metadata, index: MetadataIndex, url: str) -> Any:
+    try:
+        info = metadata.storage_data[index]
+    except KeyError:
+        raise CheckpointCorruptError(f"{url}: the metadata does not say where {printable(index.fqn)} is.") from None
+    if getattr(info, "transform_descriptors", None):
+        raise CheckpointFormatError(
+            f"{url}: {printable(index.fqn)} was transformed by an extension ({info.transform_descriptors}): only the "
+            "stock reader loads it."
+        )
+    return info
+
+
+def _check_lengths(wanted: Sequence[_Wanted], stats: Sequence[ObjectStat]) -> None:
+    for want in wanted:
+        stat, info = stats[want.number], want.info
+        if not 0 <= info.offset <= info.offset + info.length <= stat.size:
+            raise CheckpointCorruptError(
+                f"{stat.url} has {stat.size} bytes: too short for {printable(want.request.storage_index.fqn)}, "
+                f"{info.length} bytes at {info.offset}."
+            )
+
+
+def _find_tensors(
+    ends: Mapping[tuple[int, int], tuple[int, bytearray, bytearray]], stats: Sequence[ObjectStat]
+) -> dict[tuple[int, int], StoredTensor]:
+    found = {
+        place: find_tensor(bytes(head), bytes(tail), length, stats[place[0]].url)
+        for place, (length, head, tail) in ends.items()
+    }
+    return {place: stored for place, stored in found.items() if stored is not None}
+
+
+def _keep(memory: bytearray, data: Buffer) -> None:
+    memory[:] = data

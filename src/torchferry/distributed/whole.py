@@ -1,0 +1,403 @@
+"""A sharded checkpoint as a whole, in one process: its state dict, its contents, a check of all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+
+from torchferry.distributed.archives import find_tensor
+from torchferry.distributed.fetch import Files, fetch
+from torchferry.distributed.metadata import (
+    chunk_of,
+    extras_of,
+    new_save_name,
+    read_metadata,
+    shards_of,
+    write_metadata,
+)
+from torchferry.distributed.place import METADATA, Place
+from torchferry.distributed.reader import StorageReader
+from torchferry.distributed.slices import Piece
+from torchferry.distributed.writer import remove_before, shards_before
+from torchferry.engine.cancellation import in_thread
+from torchferry.engine.collector import collector_paused
+from torchferry.engine.memory import BLOCK_SIZE
+from torchferry.engine.reader import RangeReader
+from torchferry.engine.transfer import current
+from torchferry.engine.types import Buffer, ObjectStat
+from torchferry.errors import (
+    CheckpointCorruptError,
+    NotEnoughMemoryError,
+    StorageError,
+    UnsupportedOptionError,
+    mask,
+)
+from torchferry.formats.archive import Record
+from torchferry.formats.checked import load_bytes
+from torchferry.formats.checksum import Checksums
+from torchferry.formats.graph import TensorInfo
+from torchferry.formats.load_buffer import LoadBuffer
+from torchferry.formats.picking import missing_keys
+from torchferry.formats.torch_hooks import torch_errors
+from torchferry.manifest import Manifest
+from torchferry.printable import printable
+from torchferry.requests import LoadRequest
+from torchferry.storage.base import Backend
+
+__all__ = ["Contents", "ShardedCopy", "find", "inspect_contents", "load_whole", "verify_contents"]
+
+_ALIGNMENT = 64  # of tensors in the load buffer
+_SMALL = 256 << 10  # a stock item up to this size is looked into when it is there
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """A sharded checkpoint that was found.
+
+    Attributes:
+        place: Where.
+        metadata: Its metadata.
+        stat: The version of ``.metadata``.
+    """
+
+    place: Place
+    metadata: Metadata
+    stat: ObjectStat
+
+
+async def find(backend: Backend, path: str, url: str, *, weights_only: bool = True) -> Contents | None:
+    """The sharded checkpoint in a directory; None if there is none.
+
+    Raises:
+        UnsafeCheckpointError: its metadata needs classes that DCP itself does not write.
+        CheckpointCorruptError: its metadata is damaged.
+        StorageError: it cannot be read.
+    """
+    place = Place(backend, path.rstrip("/"), url)
+    try:
+        data, stat = await place.get(METADATA)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except StorageError as error:
+        if isinstance(error.__cause__, NotADirectoryError):
+            return None
+        raise
+    metadata = await in_thread(partial(read_metadata, weights_only=weights_only), data, place.url_of(METADATA))
+    return Contents(place, metadata, stat)
+
+
+async def load_whole(
+    found: Contents, request: LoadRequest, *, names: Sequence[str] | None = None, nested: bool = True
+) -> dict[str, Any]:
+    """The state dict, nested as it was saved.
+
+    Args:
+        found: The checkpoint.
+        request: What to load of it. ``map_location`` is a device; the tensors are loaded to the CPU first.
+        names: Only these items of it; None for all that are asked for.
+        nested: Whether to nest them; else they are by their names.
+    """
+    metadata, url, map_location = found.metadata, found.place.url, request.map_location
+    paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+    names = _choose(metadata, request, url) if names is None else names
+    device = _device(map_location, url)
+    tensors = await in_thread(_allocate, metadata, names, device, url)
+    requests, targets = _requests(metadata, names, tensors)
+    contents: dict[int, bytearray] = {}
+    if device.type == "meta":
+        chosen = [index for index, target in enumerate(targets) if target is None]
+        requests, targets = [requests[index] for index in chosen], [None] * len(chosen)
+    if requests:
+        reader = StorageReader.at(found.place, verify=request.verify)
+        await reader.read_items_within(found.place, metadata, requests, targets, contents)
+    with current().stage("unpickling"):
+        values: dict[str, Any] = {
+            name: tensor if device.type in {"cpu", "meta"} else tensor.to(device) for name, tensor in tensors.items()
+        }
+        for index, content in contents.items():
+            weights_only = request.weights_only
+            with torch_errors(url, map_location=map_location, weights_only=weights_only, checked=request.verify):
+                loaded = load_bytes(content, url, map_location=map_location, weights_only=weights_only)
+            values[requests[index].storage_index.fqn] = loaded
+    if not nested:
+        return values
+    state: dict[str, Any] = {}
+    for name in names:
+        set_element(state, paths.get(name, (name,)), values[name])
+    return state
+
+
+def _choose(metadata: Metadata, request: LoadRequest, url: str) -> list[str]:
+    """The items that are asked for: by the names that :func:`inspect_contents` gives them."""
+    keys, exclude = request.choice()
+
+    def is_asked(name: str) -> bool:
+        if exclude is not None and exclude.takes(name, is_leaf=True):
+            return False
+        return keys is None or keys.takes(name, is_leaf=True)
+
+    names = [name for name in metadata.state_dict_metadata if is_asked(name)]
+    if keys is not None and keys.unmatched:
+        raise missing_keys(url, keys.unmatched, metadata.state_dict_metadata)
+    return names
+
+
+def _device(map_location: Any, url: str) -> torch.device:
+    if map_location is None:
+        return torch.device("cpu")
+    if isinstance(map_location, dict):
+        return torch.device(map_location.get("cpu", "cpu"))
+    if isinstance(map_location, str | torch.device | int):
+        return torch.device(map_location)
+    raise UnsupportedOptionError(f"{url} is a sharded checkpoint: map_location= is a device there.")
+
+
+def _allocate(metadata: Metadata, names: Sequence[str], device: torch.device, url: str) -> dict[str, torch.Tensor]:
+    """Tensors to load into, in one piece of memory."""
+    stored = {
+        name: entry for name in names if isinstance(entry := metadata.state_dict_metadata[name], TensorStorageMetadata)
+    }
+    if device.type == "meta":
+        return {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta") for name, entry in stored.items()
+        }
+    size, offsets = 0, {}
+    for name, entry in stored.items():
+        offsets[name] = size
+        nbytes = entry.size.numel() * entry.properties.dtype.itemsize
+        size += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    try:
+        memory = LoadBuffer(max(size, 1))
+    except (OSError, OverflowError, ValueError) as error:
+        raise NotEnoughMemoryError(
+            f"{url}: this machine has no memory for its {size} bytes. keys= loads a part of them."
+        ) from error
+    memory.expect([(0, size)])
+    return {name: memory.tensor(offsets[name], entry.size, entry.properties.dtype) for name, entry in stored.items()}
+
+
+def _requests(
+    metadata: Metadata, names: Sequence[str], tensors: dict[str, torch.Tensor]
+) -> tuple[list[ReadItem], list[torch.Tensor | None]]:
+    requests: list[ReadItem] = []
+    targets: list[torch.Tensor | None] = []
+    for name in names:
+        entry = metadata.state_dict_metadata[name]
+        if not isinstance(entry, TensorStorageMetadata):
+            requests.append(_request(LoadItemType.BYTE_IO, MetadataIndex(name), (0,), (0,)))
+            targets.append(None)
+            continue
+        for number, chunk in enumerate(entry.chunks):
+            target = tensors[name]
+            for dim, (offset, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+                target = target.narrow(dim, offset, length)
+            index = MetadataIndex(name, chunk.offsets, number)
+            requests.append(_request(LoadItemType.TENSOR, index, (0,) * len(chunk.sizes), chunk.sizes))
+            targets.append(target)
+    return requests, targets
+
+
+def _request(kind: LoadItemType, index: MetadataIndex, offsets: Sequence[int], lengths: Sequence[int]) -> ReadItem:
+    return ReadItem(
+        type=kind,
+        dest_index=index,
+        dest_offsets=torch.Size(offsets),
+        storage_index=index,
+        storage_offsets=torch.Size(offsets),
+        lengths=torch.Size(lengths),
+    )
+
+
+# --- what is in it
+
+
+@collector_paused()
+def inspect_contents(found: Contents) -> Manifest:
+    """What is in it: the bytes of all shards (as far as the metadata tells), the items as records, and the tensors."""
+    metadata = found.metadata
+    records = [
+        Record(f"{info.relative_path}: {index.fqn}", info.offset, info.length, getattr(info, "crc32", None))
+        for index, info in metadata.storage_data.items()
+    ]
+    known = extras_of(metadata).shards
+    size = sum(nbytes for nbytes, _ in known.values()) or sum(record.size for record in records)
+    where = {index.fqn: info.relative_path for index, info in metadata.storage_data.items()}
+    tensors = tuple(
+        TensorInfo(
+            name,
+            entry.properties.dtype,
+            tuple(entry.size),
+            entry.size.numel() * entry.properties.dtype.itemsize,
+            where.get(name),
+        )
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    )
+    return Manifest(found.place.url, size, found.stat.etag, records, tensors, format="sharded")
+
+
+async def verify_contents(found: Contents) -> None:
+    """Reads all items, and checks every CRC32; in bounded memory.
+
+    Raises:
+        CheckpointCorruptError: one does not match, or a shard is too short.
+        CheckpointChangedError: a shard is not the one that was saved.
+    """
+    reader = StorageReader.at(found.place)
+    paths = shards_of(found.metadata)
+    stats = await reader.versions(found.place, found.metadata, paths)
+    transfer = current()
+    files = [
+        RangeReader(found.place.backend, found.place.at(path), stat) for path, stat in zip(paths, stats, strict=True)
+    ]
+    transfer.set_size(sum(stat.size for stat in stats))
+    async with transfer.telling():
+        for path, file in zip(paths, files, strict=True):
+            checksums = await checksums_of(found, path, file)
+            await file.stream(file.plan([(0, file.stat.size)]), checksums.add)
+            checksums.finish()
+
+
+async def checksums_of(
+    found: Contents, relative_path: str, file: RangeReader, *, only_tensors: bool = False
+) -> Checksums:
+    """The CRC32s of the items of a shard: from the metadata, or else from the items themselves.
+
+    Args:
+        found: The checkpoint.
+        relative_path: Of the shard.
+        file: The shard.
+        only_tensors: Leave out items that are no tensor, or an empty one.
+    """
+    metadata = found.metadata
+    records: list[Record] = []
+    unknown: list[tuple[MetadataIndex, Any]] = []
+    for index, info in metadata.storage_data.items():
+        if info.relative_path != relative_path:
+            continue
+        if only_tensors and not _has_bytes(metadata, index):
+            continue
+        if info.offset < 0 or info.offset + info.length > file.stat.size:
+            raise CheckpointCorruptError(
+                f"{file.url} has {file.stat.size} bytes: too short for {printable(index.fqn)}, {info.length} bytes at "
+                f"{info.offset}."
+            )
+        crc32 = getattr(info, "crc32", None)
+        if crc32 is None:
+            unknown.append((index, info))
+        elif getattr(info, "data_offset", None) is None:
+            records.append(Record(index.fqn, info.offset, info.length, crc32))
+        else:
+            dtype, chunk = chunk_of(metadata, index)
+            nbytes = chunk.sizes.numel() * dtype.itemsize
+            records.append(Record(index.fqn, info.offset + info.data_offset, nbytes, crc32))
+    if unknown:
+        records += await _records_of_archives(found, file, unknown)
+    return await in_thread(Checksums, records, file.url)
+
+
+def _has_bytes(metadata: Metadata, index: MetadataIndex) -> bool:
+    """Whether an item is a tensor, and not an empty one."""
+    if not isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+        return False
+    return chunk_of(metadata, index)[1].sizes.numel() > 0
+
+
+async def _records_of_archives(
+    found: Contents, file: RangeReader, items: Sequence[tuple[MetadataIndex, Any]]
+) -> list[Record]:
+    ends: list[tuple[MetadataIndex, Any, bytearray, bytearray]] = []
+    parts: list[tuple[int, Piece]] = []
+    for index, info in items:
+        nbytes = 0
+        if isinstance(found.metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+            dtype, chunk = chunk_of(found.metadata, index)
+            nbytes = chunk.sizes.numel() * dtype.itemsize
+        around = info.length if info.length <= _SMALL else min(max(info.length - nbytes, 1), BLOCK_SIZE // 2)
+        head = bytearray(around)
+        tail = head if around == info.length else bytearray(around)
+        stop = info.offset + info.length
+        parts.append((0, Piece(info.offset, info.offset + around, partial(_keep, head))))
+        if tail is not head:
+            parts.append((0, Piece(stop - around, stop, partial(_keep, tail))))
+        ends.append((index, info, head, tail))
+    await fetch(Files(found.place.backend, [(found.place.at(items[0][1].relative_path), file.stat)]), parts, [None], "")
+    return await in_thread(list, _records_in(ends, file.url))
+
+
+def _records_in(ends: Sequence[tuple[MetadataIndex, Any, bytearray, bytearray]], url: str) -> Iterator[Record]:
+    for index, info, head, tail in ends:
+        stored = find_tensor(bytes(head), bytes(tail), info.length, url)
+        if stored is not None and stored.crc32 is not None:
+            yield Record(index.fqn, info.offset + stored.record_offset, stored.record_size, stored.crc32)
+
+
+def _keep(memory: bytearray, data: Buffer) -> None:
+    memory[:] = data
+
+
+# --- another one like it
+
+
+class ShardedCopy:
+    """A copy of a sharded checkpoint that is being made.
+
+    Attributes:
+        shards: Of each: its relative path, the path of its copy, the shard, and the CRC32s of its items.
+    """
+
+    def __init__(
+        self, found: Contents, target: Place, save: str, shards: Sequence[tuple[str, str, RangeReader, Checksums]]
+    ) -> None:
+        self.shards = shards
+        self._found = found
+        self._target = target
+        self._save = save
+        self._stats: dict[str, tuple[int, str | None]] = {}
+
+    @classmethod
+    async def begin(cls, found: Contents, writer: Backend, target: str, *, verify: bool) -> ShardedCopy:
+        """Looks the shards up, and chooses where their copies go.
+
+        Args:
+            found: The checkpoint.
+            writer: The store of the copy.
+            target: The directory of the copy, in that store.
+            verify: Whether to check the CRC32s.
+        """
+        place = Place(writer, target.rstrip("/"), mask(writer.url(target)))
+        save = new_save_name()
+        paths = shards_of(found.metadata)
+        stats = await StorageReader.at(found.place, verify=verify).versions(found.place, found.metadata, paths)
+        shards = []
+        for number, (path, stat) in enumerate(zip(paths, stats, strict=True)):
+            file = RangeReader(found.place.backend, found.place.at(path), stat)
+            checksums = await checksums_of(found, path, file) if verify else Checksums((), file.url)
+            shards.append((path, place.at(f"{save}/__{number}_0.distcp"), file, checksums))
+        return cls(found, place, save, shards)
+
+    def copied(self, number: int, stat: ObjectStat) -> None:
+        """Notes that a shard is there."""
+        self._stats[f"{self._save}/__{number}_0.distcp"] = (stat.size, stat.etag)
+
+    async def commit(self) -> ObjectStat:
+        """Puts the copy's ``.metadata``; removes the shards of what was there before."""
+        new = {path: f"{self._save}/__{number}_0.distcp" for number, (path, *_) in enumerate(self.shards)}
+        infos: dict[MetadataIndex, Any] = {}
+        for index, info in self._found.metadata.storage_data.items():
+            infos[index] = copy(info)
+            infos[index].relative_path = new[info.relative_path]
+        metadata = copy(self._found.metadata)
+        before = await shards_before(self._target, METADATA)
+        data = write_metadata(metadata, infos, self._target.url, self._save, self._stats)
+        stat = await self._target.put(METADATA, data)
+        await remove_before(self._target, METADATA, stat, before)
+        return stat

@@ -1,0 +1,306 @@
+"""The storage writer of ``torch.distributed.checkpoint``: one shard a rank, and the commit."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter as DcpStorageWriter
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from torchferry.distributed.errors import with_portable_errors
+from torchferry.distributed.metadata import new_save_name, read_metadata, shards_of, storage_info, write_metadata
+from torchferry.distributed.place import METADATA, Place
+from torchferry.distributed.staging import Stager
+from torchferry.engine.loops import own_loop, run, run_on
+from torchferry.engine.transfer import Transfer, TransferReport, current
+from torchferry.engine.types import ObjectStat
+from torchferry.errors import CheckpointNotFoundError, CheckpointValueError, TorchferryError, mask
+from torchferry.formats.item_stream import Item, ItemStream
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+    from fsspec.callbacks import Callback
+
+__all__ = ["StorageWriter", "remove_before", "shards_before"]
+
+logger = logging.getLogger("torchferry.distributed")
+
+_BYTES = 4096  # about how many bytes an item has that is no tensor
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Where a rank's shard goes; travels from the coordinator to the rank as the plan's ``storage_data``.
+
+    Attributes:
+        save: The save's name.
+        rank: The rank.
+    """
+
+    save: str
+    rank: int
+
+    @property
+    def relative_path(self) -> str:
+        return f"{self.save}/__{self.rank}_0.distcp"
+
+
+@dataclass(frozen=True)
+class _ShardResult(WriteResult):
+    """The first item's result, with what the store said of the shard.
+
+    Attributes:
+        shard: Relative path, size and ETag.
+    """
+
+    shard: tuple[str, int, str | None] = ("", 0, None)
+
+
+class StorageWriter(Stager, DcpStorageWriter):
+    """Saves sharded checkpoints to any store: ``dcp.save(state_dict, storage_writer=StorageWriter(url))``.
+
+    Each rank's items go up as one object, straight from the tensors' memory, in bounded memory and parallel parts.
+    The checkpoint appears at once, when all shards are there; what was at the URL before is whole until then, and
+    removed afterwards. The layout is the stock one: stock readers read it.
+
+    Called by DCP in this order: on all ranks :meth:`set_up_storage_writer`, :meth:`prepare_local_plan`; on the
+    coordinator :meth:`prepare_global_plan`; on all ranks :meth:`write_data`; on the coordinator :meth:`finish`.
+    What fails on one rank fails the save on all, as DCP's ``CheckpointException``, which is no ``Exception``;
+    :func:`torchferry.distributed.save` raises torchferry's own errors.
+
+    Args:
+        url: The directory of the checkpoint: any fsspec URL, or a local path.
+        storage_options: Arguments for the fsspec filesystem of ``url``.
+        filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
+        part_size: Bytes in a part of a shard's multipart upload, instead of 16 MiB (or what the size needs).
+        overwrite: Whether a checkpoint that is there may be replaced. If not, the save is refused.
+        give_up_after: Seconds without progress after which failed requests are not repeated any more; 120 by default.
+        callback: Told the size of this rank's shard, and of bytes as the store acknowledges them.
+        report: Called with the :class:`~torchferry.TransferReport` of this rank's shard.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        filesystem: AbstractFileSystem | None = None,
+        part_size: int | None = None,
+        overwrite: bool = True,
+        give_up_after: float | None = None,
+        callback: Callback | None = None,
+        report: Callable[[TransferReport], object] | None = None,
+    ) -> None:
+        super().__init__()
+        self._url = url
+        self._options = {"storage_options": storage_options, "filesystem": filesystem}
+        self._part_size = part_size
+        self._overwrite = overwrite
+        self._give_up_after = give_up_after
+        self._callback = callback
+        self._report = report
+        self._opened: Place | None = None
+        self._rank: int | None = None
+        self._use_collectives = True
+        self._written: list[str] = []  # shards of this rank that no metadata names, as far as it knows
+
+    # --- called by DCP
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether it can be a URL."""
+        return isinstance(checkpoint_id, str | os.PathLike)
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The URL, without secrets."""
+        return mask(os.fspath(self._url))
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Called where ``dcp.save`` is given a ``checkpoint_id``: the URL to save to."""
+        if checkpoint_id is not None and os.fspath(checkpoint_id) != os.fspath(self._url):
+            self._url = checkpoint_id
+            self._opened = None
+
+    def storage_meta(self) -> StorageMeta:
+        """What planners may want to know."""
+        return StorageMeta(checkpoint_id=self.checkpoint_id)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Notes what this rank is."""
+        del is_coordinator, args
+        self._rank = kwargs.get("rank")
+        self._use_collectives = kwargs.get("use_collectives", True)
+        self._written.clear()
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Leaves the plan as it is."""
+        return plan
+
+    @with_portable_errors
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Chooses the save's name, and where each rank's shard goes."""
+        if not self._overwrite:
+            run(self._require_nothing_there)
+        save = new_save_name()
+        first = 0 if self._use_collectives else self._rank or 0
+        return [replace(plan, storage_data=_Shard(save, first + index)) for index, plan in enumerate(plans)]
+
+    @with_portable_errors
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Uploads this rank's items."""
+        written: Future[list[WriteResult]] = Future()
+        written.set_result(run(self._write, plan, planner) if plan.items else [])
+        return written
+
+    @with_portable_errors
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Commits: puts ``.metadata``, and then removes the shards of the checkpoint that was there before."""
+        run(self._commit, metadata, results)
+
+    # --- for torchferry.distributed
+
+    def discard(self) -> None:
+        """Removes what this rank has written for a save that failed before anything was committed."""
+        written, self._written = self._written, []
+        try:
+            if written:
+                run(self._remove, written)
+        except (TorchferryError, OSError) as error:
+            logger.warning("What a failed save wrote to %s is left for clean: %s", self.checkpoint_id, error)
+
+    # --- the work
+
+    async def _place(self) -> Place:
+        if self._opened is None:
+            self._opened = await Place.open_async(self._url, **self._options)
+        return self._opened
+
+    async def _remove(self, relative_paths: list[str]) -> None:
+        await (await self._place()).delete(relative_paths)
+
+    @property
+    def _metadata_name(self) -> str:
+        return METADATA if self._use_collectives or self._rank is None else f"__{self._rank}{METADATA}"
+
+    async def _require_nothing_there(self) -> None:
+        place = await self._place()
+        path = place.at(self._metadata_name)
+        try:
+            await run_on(place.backend.loop, place.backend.stat, path)
+        except CheckpointNotFoundError:
+            return
+        raise CheckpointValueError(f"{place.url} has a checkpoint already: overwrite=True replaces it.")
+
+    async def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        place = await self._place()
+        shard: _Shard = plan.storage_data
+        if not isinstance(shard, _Shard) or shard.save in _used:
+            # A planner that caches plans gives that of a save before: its name is taken.
+            shard = _Shard(new_save_name(), getattr(shard, "rank", None) or self._rank or 0)
+        if len(_used) > _KEPT:
+            _used.clear()
+        _used.add(shard.save)
+        transfer = Transfer(
+            "save", mask(place.url_of(shard.relative_path)), callback=self._callback, give_up_after=self._give_up_after
+        )
+        with transfer.running(self._report):
+            return await run_on(own_loop(place.backend.loop), self._upload, place, shard.relative_path, plan, planner)
+
+    async def _upload(
+        self, place: Place, relative_path: str, plan: SavePlan, planner: SavePlanner
+    ) -> list[WriteResult]:
+        ordered = sorted(plan.items, key=lambda item: item.type != WriteItemType.BYTE_IO)  # small ones side by side
+        items = [Item(_nbytes(item), partial(_resolve, planner, item)) for item in ordered]
+        stream = ItemStream(items, plan_for=place.backend.upload_plan, part_size=self._part_size)
+        transfer = current()
+        self._written.append(relative_path)
+        async with stream.running(), transfer.telling():
+            transfer.set_size(stream.size_hint)
+            stat = await place.backend.write(place.at(relative_path), stream, plan=stream.plan)
+            transfer.set_size(stat.size)
+            transfer.moved_at_least(stat.size)
+        return _results(relative_path, stat, ordered, stream)
+
+    async def _commit(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        place = await self._place()
+        storage_data = {result.index: result.storage_data for of_rank in results for result in of_rank}
+        shards = {
+            path: (size, etag)
+            for of_rank in results
+            for result in of_rank
+            if isinstance(result, _ShardResult)
+            for path, size, etag in [result.shard]
+        }
+        name = self._metadata_name
+        save = next(iter(shards), new_save_name()).partition("/")[0]
+        before = await shards_before(place, name)
+        data = write_metadata(metadata, storage_data, place.url, save, shards)
+        with Transfer("save", mask(place.url_of(name)), give_up_after=self._give_up_after).running(None):
+            try:
+                stat = await place.put(name, data)
+            except BaseException as error:
+                error.committing = True  # type: ignore[attr-defined]  # it may be there all the same
+                raise
+        self._written.clear()
+        await remove_before(place, name, stat, [path for path in before if path not in shards])
+
+
+_used: set[str] = set()  # names of saves that this process has written to
+_KEPT = 10_000
+
+
+def _nbytes(item: WriteItem) -> int:
+    data = item.tensor_data
+    if data is None:
+        return _BYTES
+    return data.chunk.sizes.numel() * data.properties.dtype.itemsize
+
+
+def _resolve(planner: SavePlanner, item: WriteItem) -> torch.Tensor | memoryview:
+    data = planner.resolve_data(item)
+    return data.getbuffer() if isinstance(data, io.BytesIO) else data
+
+
+def _results(relative_path: str, stat: ObjectStat, items: list[WriteItem], stream: ItemStream) -> list[WriteResult]:
+    results = [
+        WriteResult(item.index, written.length, storage_info(relative_path, written))
+        for item, written in zip(items, stream.written, strict=True)
+    ]
+    first = results[0]
+    shard = (relative_path, stat.size, stat.etag)
+    return [_ShardResult(first.index, first.size_in_bytes, first.storage_data, shard), *results[1:]]
+
+
+async def shards_before(place: Place, name: str) -> list[str]:
+    """The shards of the checkpoint that is there."""
+    try:
+        data, _ = await place.get(name)
+        return shards_of(read_metadata(data, place.url_of(name), weights_only=True))
+    except CheckpointNotFoundError:
+        return []
+    except TorchferryError as error:
+        logger.warning("The shards of the checkpoint that was at %s are left for clean: %s", place.url, error)
+        return []
+
+
+async def remove_before(place: Place, name: str, committed: ObjectStat, relative_paths: list[str]) -> None:
+    """Removes the shards of the checkpoint that was there, after another was committed."""
+    if not relative_paths:
+        return
+    try:
+        there = await run_on(place.backend.loop, place.backend.stat, place.at(name))
+        if there.etag == committed.etag:  # else somebody else has saved meanwhile
+            await place.delete(relative_paths)
+    except (TorchferryError, OSError) as error:  # the save has succeeded
+        logger.warning("The shards of the checkpoint that was at %s are left for clean: %s", place.url, error)

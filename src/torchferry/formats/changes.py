@@ -1,0 +1,108 @@
+"""Notices that tensors change while they are being sent.
+
+Three looks, from free to dear:
+
+* at the tensors' versions (``Tensor._version``), which every operation of torch in place counts up, at the end;
+* at one byte in 128 KiB of large storages, at the end: what writes past torch's count (``.data``, numpy, another
+  process) and changes whole tensors shows there. A look takes a millisecond a GiB;
+* at the CRC32 of each piece when it has been sent, where the store does not check what it gets.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from isal import isal_zlib
+
+from torchferry.errors import ChangedWhileSavingError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+
+__all__ = ["Changes"]
+
+_SAMPLED = 128 << 10  # bytes of which one is looked at: the lowest of a number, which changes most
+
+
+class Changes:
+    """What is known of the tensors of one save, to tell whether they have changed.
+
+    Args:
+        url: For messages.
+
+    Attributes:
+        recheck: Whether to compute CRC32s a second time; False at first.
+    """
+
+    def __init__(self, url: str = "") -> None:
+        self.recheck = False
+        self._url = url
+        self._over = False
+        self._versions: list[tuple[torch.Tensor, int]] = []
+        self._samples: list[tuple[memoryview, bytes]] = []
+        self._sent: deque[tuple[memoryview, int]] = deque()
+
+    def watch(self, tensors: Iterable[torch.Tensor], storages: Iterable[torch.UntypedStorage]) -> None:
+        """Notes the tensors' versions, and how the storages look, as of now.
+
+        Args:
+            tensors: Any.
+            storages: On the CPU.
+        """
+        for tensor in tensors:
+            with suppress(Exception):  # one that has none: made in inference mode, or of a class of somebody
+                self._versions.append((tensor, tensor._version))  # noqa: SLF001 - there is no public name
+        for storage in storages:
+            memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+            memory.owner = storage  # type: ignore[attr-defined]  # so that it stays
+            sampled = memoryview(memory).cast("B")[::_SAMPLED]
+            self._samples.append((sampled, sampled.tobytes()))
+
+    @property
+    def takes_time(self) -> bool:
+        """Whether :meth:`check` may take more than a moment."""
+        return bool(self._samples)
+
+    def sent(self, piece: memoryview, crc32: int) -> None:
+        """Notes that a piece has been sent. Safe in a finalizer.
+
+        Args:
+            piece: Of the tensors' own memory, which must stay until :meth:`forget`.
+            crc32: Computed before it was sent.
+        """
+        if self.recheck and not self._over:
+            self._sent.append((piece, crc32))
+
+    def check_sent(self) -> None:
+        """Computes the CRC32 of what was sent since the last time.
+
+        Raises:
+            ChangedWhileSavingError: it is not what it was.
+        """
+        while self._sent:
+            piece, crc32 = self._sent.popleft()
+            if isal_zlib.crc32(piece) != crc32:
+                raise ChangedWhileSavingError.at(self._url)
+
+    def check(self) -> None:
+        """Looks at all there is to look at. Takes a millisecond a GiB.
+
+        Raises:
+            ChangedWhileSavingError: a tensor has changed since it was noted.
+        """
+        changed = any(tensor._version != version for tensor, version in self._versions)  # noqa: SLF001 - the same
+        if changed or any(sampled.tobytes() != looked for sampled, looked in self._samples):
+            raise ChangedWhileSavingError.at(self._url)
+        self.check_sent()
+
+    def forget(self) -> None:
+        """Lets go of all tensors and pieces: they may change from now on."""
+        self._over = True
+        self._versions.clear()
+        self._samples.clear()
+        self._sent.clear()

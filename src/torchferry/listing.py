@@ -1,0 +1,93 @@
+"""Objects below a prefix, and their removal. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torchferry.engine.cancellation import in_thread
+from torchferry.engine.loops import own_loop, run_on, synchronous
+from torchferry.engine.reader import RangeReader
+from torchferry.engine.tasks import task_group
+from torchferry.errors import CheckpointFormatError
+from torchferry.formats.safetensors import INDEX_SUFFIX, LONGEST_INDEX, parse_index
+from torchferry.storage.base import ListedObject
+from torchferry.storage.registry import open_backend
+
+if TYPE_CHECKING:
+    from torchferry.engine.types import ObjectStat
+    from torchferry.storage.base import Backend
+
+__all__ = ["delete", "list_objects", "objects_of", "stat"]
+
+
+async def _list_objects(
+    url: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
+) -> list[tuple[str, ListedObject]]:
+    """The objects below a prefix, a bucket or a directory, with their names in it, in order."""
+    backend, path = await in_thread(partial(open_backend, url, storage_options=storage_options, directory=True))
+    return await run_on(own_loop(backend.loop), _below, backend, path)
+
+
+async def _below(backend: Backend, path: str) -> list[tuple[str, ListedObject]]:
+    folder = f"{path}/"
+    found = [item async for item in backend.list(folder)]
+    return sorted(((item.path[len(folder) :], item) for item in found if item.path.startswith(folder)), key=_name)
+
+
+def _name(pair: tuple[str, ListedObject]) -> str:
+    return pair[0]
+
+
+async def _stat(url: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> ObjectStat:
+    """One object."""
+    backend, path = await in_thread(partial(open_backend, url, storage_options=storage_options))
+    return await run_on(backend.loop, backend.stat, path)
+
+
+async def _objects_of(
+    url: str | os.PathLike[str], *, recursive: bool = False, storage_options: Mapping[str, Any] | None = None
+) -> list[ListedObject]:
+    """The objects that a checkpoint is made of, or all below a prefix; an index comes first.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+    """
+    if recursive:
+        return [item for _, item in await _list_objects(url, storage_options=storage_options)]
+    backend, path = await in_thread(partial(open_backend, url, storage_options=storage_options))
+    return await run_on(own_loop(backend.loop), _parts, backend, path)
+
+
+async def _parts(backend: Backend, path: str) -> list[ListedObject]:
+    stat = await run_on(backend.loop, backend.stat, path)
+    objects = [ListedObject(path, stat.url, stat.size, stat.etag)]
+    if path.endswith(INDEX_SUFFIX) and stat.size <= LONGEST_INDEX:
+        data = await RangeReader(backend, path, stat).read(0, stat.size)
+        with suppress(CheckpointFormatError):
+            folder = path[: path.rfind("/") + 1]
+            names = dict.fromkeys(parse_index(data, stat.url).files.values())
+            there = {item.path: item async for item in backend.list(path.removesuffix(INDEX_SUFFIX))}
+            objects += [there[folder + name] for name in names if folder + name in there]
+    return objects
+
+
+async def _delete(
+    url: str | os.PathLike[str], objects: Sequence[ListedObject], *, storage_options: Mapping[str, Any] | None = None
+) -> None:
+    """Deletes objects of the store of ``url``: the first one first, the others together."""
+    backend, _ = await in_thread(partial(open_backend, url, storage_options=storage_options, directory=True))
+    for item in objects[:1]:
+        await run_on(backend.loop, backend.delete, item.path)
+    async with task_group() as group:
+        for item in objects[1:]:
+            group.start_soon(run_on, backend.loop, backend.delete, item.path)
+
+
+list_objects = synchronous(_list_objects)
+stat = synchronous(_stat)
+objects_of = synchronous(_objects_of)
+delete = synchronous(_delete)

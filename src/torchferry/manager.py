@@ -1,0 +1,677 @@
+"""A series of checkpoints that takes care of itself: save every so many steps, keep a few, resume from the latest.
+
+Listing is the truth: there is no index. A checkpoint that is listed is whole, because it appears when it is complete;
+``restore`` checks it as it loads. What is deleted goes after the checkpoint that replaces it is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from fsspec.asyn import get_loop
+
+from torchferry.background import BackgroundSave, save_in_background
+from torchferry.engine.cancellation import in_thread, wait_in_thread
+from torchferry.engine.loops import keep_running, run
+from torchferry.engine.tasks import task_group
+from torchferry.errors import (
+    CheckpointNotFoundError,
+    TorchferryError,
+)
+from torchferry.formats.keys import KeysArgument
+from torchferry.preemption import Preemption
+from torchferry.ranks import Ranks
+from torchferry.restoring import Candidate, Restorer
+from torchferry.retention import Best, Retention
+from torchferry.saving import save, save_async
+from torchferry.steps import Series, SeriesListing, encode_metrics, name_of, url_of
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import torch.distributed as dist
+    from fsspec import AbstractFileSystem
+
+    from torchferry.engine.types import ObjectStat
+
+__all__ = ["CheckpointManager"]
+
+logger = logging.getLogger("torchferry")
+
+
+class CheckpointManager:
+    """The checkpoints of one training, one for each step that is saved, below one URL.
+
+    ``step-0000001000.pt`` is what :func:`torchferry.save` stores, so anything reads it. Other files in the directory
+    are left alone. One thread at a time may call the methods.
+
+    Where ``torch.distributed`` is initialized with several ranks, each of them makes a manager, and all of them call
+    ``save``, ``restore``, ``resume``, ``reached_preemption``, ``wait_until_finished`` and ``close``, in the same order:
+    the first rank decides, saves and deletes, and an error of one is raised on all. Other methods are not collective.
+
+    Args:
+        url: The directory: an fsspec URL or a local path.
+        max_to_keep: How many checkpoints stay: the latest, or the best where there is a ``best``. The latest stays in
+            any case. None for all.
+        keep_period: Checkpoints whose step is a multiple of it stay for ever, and do not count.
+        best: A metric and "min" or "max": what makes a checkpoint a good one. One without it is worse than all others.
+        save_interval_steps: ``save`` saves the steps that are multiples of it.
+        background: Whether ``save`` returns when the object has been copied (:func:`torchferry.save_in_background`), or
+            when it is stored.
+        handle_preemption: Whether to listen to SIGTERM: the save that is under way goes on, the next call of ``save``
+            saves whatever its step is, and waits for it, and ``reached_preemption`` tells. To be used in the main
+            thread. With several ranks each of these calls asks them all.
+        sharded: Save with ``torch.distributed.checkpoint``, each rank its own part, instead of one object on the first.
+        start_from: The URL of another series, which ``restore`` and ``latest_step`` look into while this one is empty.
+            It is only read.
+        storage_options: Arguments for the fsspec filesystem of ``url``.
+        filesystem: An fsspec filesystem to use as it is, instead of ``storage_options``.
+        part_size: As for :func:`torchferry.save`.
+        give_up_after: The same.
+        process_group: The ranks, if not all.
+
+    Attributes:
+        url: As above.
+        restored_step: The step of what :meth:`restore` has returned last; None before.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        max_to_keep: int | None = None,
+        keep_period: int | None = None,
+        best: tuple[str, Literal["min", "max"]] | None = None,
+        save_interval_steps: int = 1,
+        background: bool = True,
+        handle_preemption: bool = False,
+        sharded: bool = False,
+        start_from: str | os.PathLike[str] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        filesystem: AbstractFileSystem | None = None,
+        part_size: int | None = None,
+        give_up_after: float | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        numbers = {"max_to_keep": max_to_keep, "keep_period": keep_period, "save_interval_steps": save_interval_steps}
+        for name, number in numbers.items():
+            if number is not None and number < 1:
+                raise ValueError(f"{name} is at least 1; given: {number}.")
+        if best is not None and best[1] not in {"min", "max"}:
+            raise ValueError(f'best is a metric and "min" or "max"; given: {best!r}.')
+        self.url = url
+        self.restored_step: int | None = None
+        self._retention = Retention(max_to_keep, keep_period, Best(*best) if best else None)
+        self._interval = save_interval_steps
+        self._background = background
+        self._sharded = sharded
+        self._start_from = start_from
+        self._store: dict[str, Any] = {
+            "storage_options": storage_options,
+            "filesystem": filesystem,
+            "give_up_after": give_up_after,
+        }
+        self._part_size = part_size
+        self._opened: dict[str, Series] = {}
+        self._opening = threading.Lock()
+        self._latest: int | None = None  # the highest step that is there, or being saved
+        self._knows_latest = False
+        self._damaged: dict[int, str] = {}  # the versions that restore has found damaged, by step
+        self._metrics: dict[int, tuple[str, dict[str, Any]]] = {}  # with the version that they are of
+        self._under_way: list[Future[None]] = []  # saves whose outcome nobody has looked at
+        self._retaining: Future[None] | None = None
+        self._to_retain: int | None = None  # the step after which to look again for what goes
+        self._turn = threading.Lock()
+        self._ends = False  # whether SIGTERM has come, to any rank, as all know
+        self._warned = False
+        self._group = process_group
+        self._ranks = Ranks.find(process_group)
+        self._preemption = Preemption() if handle_preemption else None
+
+    # --- saving
+
+    def should_save(self, step: int) -> bool:
+        """Whether :meth:`save` would save this step: one of the interval's, later than all that are there.
+
+        Asks the store the first time.
+        """
+        return run(self.should_save_async, step)
+
+    async def should_save_async(self, step: int) -> bool:
+        """The asynchronous twin of :meth:`should_save`."""
+        name_of(step)
+        return self._wants(step, force=False) and await self._is_later(step)
+
+    def save(
+        self, step: int, obj: Any, metrics: Mapping[str, Any] | None = None, *, force: bool = False, until: Any = None
+    ) -> bool:
+        """Saves a checkpoint, if its step is one to save, and afterwards deletes those that are not to be kept.
+
+        Args:
+            step: The step of the training.
+            obj: Anything that ``torch.save`` takes; where the manager is ``sharded``, a state dict for
+                ``torch.distributed.checkpoint``.
+            metrics: Numbers (or text) that are stored with it: see ``best`` and :meth:`metrics`.
+            force: Save it also off the interval, and where there is one of this step already, which is replaced.
+            until: As for :func:`torchferry.save_in_background`.
+
+        Returns:
+            Whether it is saved, or being saved; on all ranks the same.
+
+        Raises:
+            Exception: what :func:`torchferry.save` raises; and the error of the save before, where that went on in the
+                background and nobody has waited for it. This one has then not begun.
+        """
+        if self._passes(step, force):
+            return False
+        if self._sharded:
+            return self._save_sharded(step, obj, metrics, force)
+        if self._ranks is None:
+            return self._save(step, obj, metrics, force, until)
+        return self._on_first_rank(lambda: self._save(step, obj, metrics, force, until))
+
+    async def save_async(
+        self, step: int, obj: Any, metrics: Mapping[str, Any] | None = None, *, force: bool = False, until: Any = None
+    ) -> bool:
+        """The asynchronous twin of :meth:`save`."""
+        if self._ranks is not None or self._sharded:  # ranks wait for each other, each in its own thread
+            return await wait_in_thread(partial(self.save, step, obj, metrics, force=force, until=until))
+        if self._passes(step, force) or not await self._begins(step, force):
+            return False
+        encoded, url = encode_metrics(metrics), url_of(self.url, name_of(step))
+        options = await in_thread(self._options, encoded)
+        if self._background:
+            self._follow(step, await in_thread(partial(save_in_background, obj, url, until=until, **options)), encoded)
+            if self._ends:
+                await self._wait_async()
+        else:
+            await self._finish(step, await save_async(obj, url, **options), encoded)
+        return True
+
+    def reached_preemption(self) -> bool:
+        """Whether SIGTERM has come, to this rank or another one; always False without ``handle_preemption``."""
+        if self._preemption is not None:
+            reached = self._preemption.reached
+            self._ends = self._ranks.any(reached) if self._ranks is not None else reached
+        return self._ends
+
+    def wait_until_finished(self) -> None:
+        """Waits until the checkpoint that is being saved is there, and those that go are gone.
+
+        Raises:
+            Exception: what the save raises. What cannot be deleted is not an error; it is tried again after the next.
+        """
+        error: Exception | None = None
+        try:
+            self._wait()
+        except Exception as failure:  # noqa: BLE001 - raised on every rank
+            error = failure
+        if self._ranks is not None:
+            self._ranks.agree(error)
+        elif error is not None:
+            raise error
+
+    async def wait_until_finished_async(self) -> None:
+        """The asynchronous twin of :meth:`wait_until_finished`."""
+        await wait_in_thread(self.wait_until_finished)
+
+    # --- looking
+
+    def all_steps(self) -> list[int]:
+        """The steps of all whole checkpoints, in order; without those that :meth:`restore` has found damaged."""
+        return run(self.all_steps_async)
+
+    async def all_steps_async(self) -> list[int]:
+        """The asynchronous twin of :meth:`all_steps`."""
+        return self._good(await self._list())
+
+    def latest_step(self) -> int | None:
+        """The latest step; None where there is no checkpoint."""
+        return run(self.latest_step_async)
+
+    async def latest_step_async(self) -> int | None:
+        """The asynchronous twin of :meth:`latest_step`."""
+        if steps := self._good(await self._list()):
+            return steps[-1]
+        start = await self._start()
+        steps = self._good(await self._list(start)) if start is not None else []
+        return steps[-1] if steps else None
+
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint; None where there is none, or none that has the metric.
+
+        Raises:
+            ValueError: the manager was made without ``best``.
+        """
+        return run(self.best_step_async)
+
+    async def best_step_async(self) -> int | None:
+        """The asynchronous twin of :meth:`best_step`."""
+        if self._retention.best is None:
+            raise ValueError('What is best? Say it when you make the manager: best=("loss", "min").')
+        listing = await self._list()
+        found = self._retention.best.find(await self._metrics_of(listing, self._good(listing)))
+        return found[0] if found else None
+
+    def metrics(self, step: int) -> dict[str, Any]:
+        """The metrics that a checkpoint was saved with; empty where it was saved without.
+
+        Raises:
+            CheckpointNotFoundError: there is no checkpoint of this step.
+        """
+        return run(self.metrics_async, step)
+
+    async def metrics_async(self, step: int) -> dict[str, Any]:
+        """The asynchronous twin of :meth:`metrics`."""
+        name_of(step)
+        listing = await self._list()
+        if step not in listing.steps:
+            raise CheckpointNotFoundError(f"{self._said()} has no checkpoint of step {step}.")
+        return dict((await self._metrics_of(listing, [step]))[step])
+
+    # --- loading and deleting
+
+    def restore(
+        self,
+        step: int | None = None,
+        *,
+        keys: KeysArgument | None = None,
+        into: Any = None,
+        map_location: Any = None,
+        weights_only: bool = True,
+    ) -> Any:
+        """Loads a checkpoint, and checks the CRC32s of all that it loads.
+
+        Where the latest is damaged, the one before is loaded, and so on, with a warning that names both;
+        :attr:`restored_step` tells which one it was.
+
+        Args:
+            step: Which; None for the latest.
+            keys: As for :func:`torchferry.load`, and so all others.
+            into: The same: what is filled in place; where the manager is ``sharded``, a state dict, on every rank.
+            map_location: The same.
+            weights_only: The same.
+
+        Raises:
+            CheckpointNotFoundError: there is no checkpoint, or none of this step.
+            CheckpointCorruptError: that one is damaged; or all are, where no step was asked for.
+            Exception: what else :func:`torchferry.load` raises.
+        """
+        return run(self.restore_async, step, keys=keys, into=into, map_location=map_location, weights_only=weights_only)
+
+    async def restore_async(
+        self,
+        step: int | None = None,
+        *,
+        keys: KeysArgument | None = None,
+        into: Any = None,
+        map_location: Any = None,
+        weights_only: bool = True,
+    ) -> Any:
+        """The asynchronous twin of :meth:`restore`."""
+        found = await self._restore_anywhere(
+            step, keys=keys, into=into, map_location=map_location, weights_only=weights_only
+        )
+        if found is None:
+            raise CheckpointNotFoundError(f"There is no checkpoint in {self._said()}.")
+        return found[0]
+
+    def resume(
+        self,
+        *,
+        keys: KeysArgument | None = None,
+        into: Any = None,
+        map_location: Any = None,
+        weights_only: bool = True,
+    ) -> Any:
+        """Loads the latest checkpoint, as :meth:`restore` does; returns None where there is none yet."""
+        return run(self.resume_async, keys=keys, into=into, map_location=map_location, weights_only=weights_only)
+
+    async def resume_async(
+        self,
+        *,
+        keys: KeysArgument | None = None,
+        into: Any = None,
+        map_location: Any = None,
+        weights_only: bool = True,
+    ) -> Any:
+        """The asynchronous twin of :meth:`resume`."""
+        found = await self._restore_anywhere(
+            None, keys=keys, into=into, map_location=map_location, weights_only=weights_only
+        )
+        return None if found is None else found[0]
+
+    def delete(self, step: int) -> None:
+        """Deletes the checkpoint of a step; where there is none, nothing."""
+        run(self.delete_async, step)
+
+    async def delete_async(self, step: int) -> None:
+        """The asynchronous twin of :meth:`delete`."""
+        name_of(step)
+        await self._wait_async()
+        await (await self._series()).delete(await self._list(), step)
+        self._latest, self._knows_latest = None, False
+
+    # --- the end
+
+    def close(self) -> None:
+        """Waits as :meth:`wait_until_finished` does, and stops to listen to SIGTERM."""
+        try:
+            self.wait_until_finished()
+        finally:
+            if self._preemption is not None:
+                self._preemption.close()
+            if self._ranks is not None:
+                self._ranks.close()
+                self._ranks = None
+
+    async def close_async(self) -> None:
+        """The asynchronous twin of :meth:`close`."""
+        try:
+            await self.wait_until_finished_async()
+        finally:
+            self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except Exception as failure:  # the error of the block matters more
+            if error is None:
+                raise
+            error.add_note(f"The last save failed, too: {type(failure).__name__}: {failure}")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await wait_in_thread(self.__exit__, kind, error, traceback)
+
+    # --- how it is done
+
+    @property
+    def _leads(self) -> bool:
+        """Whether this is the process that decides, saves and deletes."""
+        return self._ranks is None or self._ranks.rank == 0
+
+    def _wants(self, step: int, force: bool) -> bool:
+        """Whether the step may be one to save: where not, nothing need be prepared."""
+        if self._ranks is None:  # else only what all of them know counts
+            self.reached_preemption()
+        return force or self._ends or step % self._interval == 0
+
+    def _passes(self, step: int, force: bool) -> bool:
+        """Whether there is nothing to do, which every rank knows by itself; raises the error of the save before."""
+        name_of(step)
+        if self._ranks is None:
+            self._raise_failure()
+        self.reached_preemption()
+        return not self._wants(step, force)
+
+    def _wait(self) -> None:
+        """Waits for what this process has begun."""
+        while self._under_way:
+            self._under_way.pop(0).result()
+        if self._retaining is not None:
+            self._retaining.result()
+
+    async def _wait_async(self) -> None:
+        await wait_in_thread(self._wait)
+
+    def _raise_failure(self) -> None:
+        while self._under_way and self._under_way[0].done():
+            self._under_way.pop(0).result()
+
+    async def _begins(self, step: int, force: bool) -> bool:
+        """Whether this step is to be saved; from now on it is the latest."""
+        if not force and not await self._is_later(step):
+            await self._warn_of_later(step)
+            return False
+        self._latest = max(step, -1 if self._latest is None else self._latest)
+        self._damaged.pop(step, None)
+        return True
+
+    async def _is_later(self, step: int) -> bool:
+        if not self._knows_latest:
+            self._latest = max(self._good(await self._list()), default=None)
+            self._knows_latest = True
+        return self._latest is None or step > self._latest
+
+    async def _warn_of_later(self, step: int) -> None:
+        """Says, once, why a step that is not there is not saved."""
+        if not self._warned and step != self._latest and step not in (await self._list()).steps:
+            self._warned = True
+            warnings.warn(
+                f"{self._said()}: step {step} is not saved, because step {self._latest} is there. To go on from an "
+                "earlier step, delete the later ones, or use another URL.",
+                stacklevel=2,
+            )
+
+    def _save(self, step: int, obj: Any, metrics: Mapping[str, Any] | None, force: bool, until: Any) -> bool:
+        self._raise_failure()
+        if not run(self._begins, step, force):
+            return False
+        encoded, url = encode_metrics(metrics), url_of(self.url, name_of(step))
+        options = self._options(encoded)
+        if self._background:
+            self._follow(step, save_in_background(obj, url, until=until, **options), encoded)
+            if self._ends:
+                self._wait()
+        else:
+            run(self._finish, step, save(obj, url, **options), encoded)
+        return True
+
+    def _save_sharded(self, step: int, obj: Any, metrics: Mapping[str, Any] | None, force: bool) -> bool:
+        """Saves on every rank; the first decides, and stores what goes beside."""
+        from torchferry import distributed
+
+        while self._under_way:  # its error is raised on every rank, at the same step
+            self._under_way.pop(0).result()
+        encoded = encode_metrics(metrics)
+        if not (run(self._begins, step, force) if self._ranks is None else self._begins_on_all(step, force)):
+            return False
+        url = url_of(self.url, name_of(step, sharded=True))
+        options = {**self._store, "part_size": self._part_size, "process_group": self._group}
+        if not self._background:
+            distributed.save(obj, url, **options)
+            self._on_first_rank_or_here(lambda: run(self._finish_sharded, step, encoded))
+            return True
+        over = Future[None]()
+        self._under_way.append(over)
+
+        def finish(saved: Future[Any]) -> None:
+            try:
+                saved.result()
+                if self._leads:
+                    run(self._finish_sharded, step, encoded)
+            except BaseException as error:  # noqa: BLE001 - goes on from the future
+                self._latest, self._knows_latest = None, False
+                over.set_exception(error)
+            else:
+                over.set_result(None)
+
+        distributed.async_save(obj, url, **options).upload_completion.add_done_callback(finish)
+        if self._ends:
+            self._wait()
+        return True
+
+    def _begins_on_all(self, step: int, force: bool) -> bool:
+        return self._on_first_rank(lambda: run(self._begins, step, force))
+
+    def _on_first_rank_or_here(self, func: Any) -> None:
+        if self._ranks is None:
+            func()
+        else:
+            self._on_first_rank(func)
+
+    async def _finish_sharded(self, step: int, metrics: str | None) -> None:
+        if metrics is not None:
+            series = await self._series()
+            await series.write_metrics(step, await series.stat_sharded(step), metrics)
+        if self._retention.max_to_keep is not None:
+            self._retain_soon(step)
+
+    def _on_first_rank(self, func: Any) -> bool:
+        """Does it on the first rank; all learn what it returned or raised."""
+        assert self._ranks is not None  # noqa: S101 - asked before
+        outcome, error = False, None
+        if self._ranks.rank == 0:
+            try:
+                outcome = func()
+            except BaseException as failure:  # noqa: BLE001 - raised on every rank
+                error = failure
+        return bool(self._ranks.from_first(outcome, error))
+
+    def _options(self, metrics: str | None) -> dict[str, Any]:
+        series = self._open(self.url)
+        return {**self._store, "part_size": self._part_size, "metadata": series.metadata_for(metrics)}
+
+    def _follow(self, step: int, saving: BackgroundSave, metrics: str | None) -> None:
+        """Has what belongs to a save done when it is over, in the thread that waits for it."""
+        over = Future[None]()
+        self._under_way.append(over)
+
+        def finish(saved: BackgroundSave) -> None:
+            try:
+                run(self._finish, step, saved.result(), metrics)
+            except BaseException as error:  # noqa: BLE001 - goes on from the future
+                self._latest, self._knows_latest = None, False
+                logger.error("Step %d of %s was not saved: %s", step, self._said(), error)  # noqa: TRY400
+                over.set_exception(error)
+            else:
+                over.set_result(None)
+
+        saving.add_done_callback(finish)
+
+    async def _finish(self, step: int, stat: ObjectStat, metrics: str | None) -> None:
+        """Stores what goes beside a checkpoint that is there, and begins to delete what goes."""
+        series = await self._series()
+        if metrics is not None and series.metadata_for(metrics) is None:
+            await series.write_metrics(step, stat, metrics)
+        if self._retention.max_to_keep is not None:
+            self._retain_soon(step)
+
+    def _retain_soon(self, step: int) -> None:
+        """Has what goes deleted; nobody waits for it. What is being done now looks again when it is through."""
+        with self._turn:
+            self._to_retain = step
+            if self._retaining is not None and not self._retaining.done():
+                return
+            self._retaining = over = Future[None]()
+        get_loop().call_soon_threadsafe(lambda: keep_running(asyncio.ensure_future(self._retain(over))))
+
+    async def _retain(self, over: Future[None]) -> None:
+        while True:
+            with self._turn:
+                step, self._to_retain = self._to_retain, None
+                if step is None:
+                    over.set_result(None)
+                    return
+            try:
+                await self._delete_superfluous(step)
+            except (TorchferryError, OSError) as error:
+                logger.warning("Old checkpoints of %s stay until the next one is saved: %s", self._said(), error)
+            except BaseException:
+                over.set_result(None)
+                raise
+
+    async def _delete_superfluous(self, step: int) -> None:
+        """Deletes what goes now that this step is there. Of later ones, the metrics may still be on their way."""
+        listing = await self._list()
+        good = [each for each in self._good(listing) if each <= step]
+        if step not in good:  # somebody has deleted it: then nothing is sure
+            return
+        metrics = await self._metrics_of(listing, good) if self._retention.best else {}
+        orphans = [each for each in listing.metrics if each not in listing.steps and each < step]
+        series = await self._series()
+        gone = [*self._retention.superfluous(good, metrics), *orphans]
+        async with task_group() as tasks:
+            for each in gone:
+                tasks.start_soon(series.delete, listing, each)
+        for each in gone:
+            self._metrics.pop(each, None)
+
+    async def _restore_anywhere(self, step: int | None, *, into: Any, **loading: Any) -> tuple[Any, Candidate] | None:
+        await self._wait_async()
+        restorer = Restorer(self._candidates, self._store, self._ranks, self._group)
+        if self._sharded and into is not None:
+            found = await restorer.fill(step, into, loading["weights_only"], self._note_damaged)
+        else:
+            found = await restorer.load(step, loading | ({} if into is None else {"into": into}), self._note_damaged)
+        if found is not None:
+            self.restored_step = found[1].step
+            self._latest, self._knows_latest = None, False
+        return found
+
+    def _note_damaged(self, candidate: Candidate) -> None:
+        if candidate.url == self.url:
+            self._damaged[candidate.step] = candidate.version
+
+    async def _candidates(self, step: int | None) -> list[Candidate]:
+        """What to restore, in the order of trying."""
+        for find in (self._own, self._start):
+            url = await find()
+            if url is None:
+                continue
+            listing = await self._list(url)
+            if step is not None:
+                name_of(step)
+                steps = [step] if step in listing.steps else []
+            else:
+                steps = self._good(listing)[::-1]
+            if steps:
+                stored = [listing.steps[each] for each in steps]
+                return [Candidate(url, each.step, each.sharded, each.version) for each in stored]
+        if step is not None:
+            raise CheckpointNotFoundError(f"{self._said()} has no checkpoint of step {step}.")
+        return []
+
+    async def _own(self) -> str | os.PathLike[str]:
+        return self.url
+
+    async def _start(self) -> str | os.PathLike[str] | None:
+        """The URL of the series to start from while this one is empty."""
+        return self._start_from
+
+    async def _metrics_of(self, listing: SeriesListing, steps: Sequence[int]) -> dict[int, dict[str, Any]]:
+        series = await self._series()
+        for step in steps:
+            version = listing.steps[step].version
+            if self._metrics.get(step, ("", {}))[0] != version:
+                self._metrics.pop(step, None)
+                if metrics := await series.read_metrics(listing, step):
+                    self._metrics[step] = version, metrics
+        return {step: self._metrics[step][1] if step in self._metrics else {} for step in steps}
+
+    def _good(self, listing: SeriesListing) -> list[int]:
+        return [step for step, stored in listing.steps.items() if self._damaged.get(step) != stored.version]
+
+    async def _list(self, url: str | os.PathLike[str] | None = None) -> SeriesListing:
+        return await (await self._series(url)).list()
+
+    async def _series(self, url: str | os.PathLike[str] | None = None) -> Series:
+        return await in_thread(self._open, url or self.url)
+
+    def _open(self, url: str | os.PathLike[str]) -> Series:
+        with self._opening:
+            name = os.fspath(url)
+            if name not in self._opened:
+                self._opened[name] = Series(url, **self._store)
+            return self._opened[name]
+
+    def _said(self) -> str:
+        return self._open(self.url).url

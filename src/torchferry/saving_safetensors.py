@@ -1,0 +1,98 @@
+"""Saves state dicts as safetensors: one object, or shards and their index."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from torchferry.engine.cancellation import in_thread, run_shielded
+from torchferry.engine.memory import BLOCK_SIZE, CPU_SAVES, EVERYTHING_ELSE
+from torchferry.engine.transfer import current
+from torchferry.engine.types import ObjectStat
+from torchferry.formats.safetensors import (
+    INDEX_SUFFIX,
+    lay_out,
+    split,
+)
+from torchferry.formats.safetensors_dtypes import dtype_name
+from torchferry.formats.safetensors_stream import check_tensors, copied_bytes, file_chunks
+from torchferry.safetensors_opening import delete_all, prepare, publish_index
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from torchferry.storage.base import Backend
+
+__all__ = ["save_safetensors"]
+
+_PYTORCH = {"format": "pt"}  # what Hugging Face's libraries want to see in the header
+_ABORT_PATIENCE = 0.7  # seconds that a cancel waits for the shards to be deleted
+
+
+async def save_safetensors(
+    obj: Any,
+    backend: Backend,
+    path: str,
+    *,
+    part_size: int | None,
+    metadata: Mapping[str, str] | None,
+    max_shard_size: int | None,
+) -> ObjectStat:
+    """Saves a state dict as one file, or, where it has more than ``max_shard_size`` bytes, as shards and an index.
+
+    Returns:
+        What is now at the path: of shards, their index.
+
+    Raises:
+        CheckpointValueError: safetensors cannot hold it.
+    """
+    with current().stage("pickling"):
+        tensors = await in_thread(check_tensors, obj)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    transfer = current()
+    async with transfer.telling():
+        transfer.set_size(total)
+        if max_shard_size is None or (total <= max_shard_size and not path.endswith(INDEX_SUFFIX)):
+            return await _write_file(tensors, backend, path, part_size, metadata)
+        shards = split({name: tensor.nbytes for name, tensor in tensors.items()}, max_shard_size)
+        names, index, replaced = await prepare(backend, path, len(shards))
+        written: list[str] = []
+        try:
+            for name, members in zip(names, shards, strict=True):
+                written.append(name)
+                part = {member: tensors[member] for member in members}
+                await _write_file(part, backend, name, part_size, metadata)
+            files = [(member, _base(name)) for name, members in zip(names, shards, strict=True) for member in members]
+            stat = await publish_index(backend, index, files, total)
+        except BaseException:
+            await run_shielded(delete_all, backend, written, patience=lambda: _ABORT_PATIENCE)
+            raise
+        await delete_all(backend, replaced - {*names})
+        return stat
+
+
+async def _write_file(
+    tensors: Mapping[str, torch.Tensor],
+    backend: Backend,
+    path: str,
+    part_size: int | None,
+    metadata: Mapping[str, str] | None,
+) -> ObjectStat:
+    described = {name: (dtype_name(tensor.dtype, name), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    head, header = await in_thread(lay_out, described, {**_PYTORCH, **(metadata or {})})
+    size = len(head) + sum(tensor.nbytes for tensor in tensors.values())
+    plan = backend.upload_plan(size, part_size)
+    ledger = CPU_SAVES if all(tensor.device.type == "cpu" for tensor in tensors.values()) else EVERYTHING_ELSE
+    need = min(copied_bytes(tensors) + len(head), plan.part_size + BLOCK_SIZE)
+    claim = await ledger.claim_async(need + plan.memory)
+    try:
+        async with aclosing(file_chunks(head, header.entries, tensors, claim, backend.url(path))) as chunks:
+            return await backend.write(path, chunks, plan=plan, metadata=metadata)
+    finally:
+        claim.close()
+
+
+def _base(path: str) -> str:
+    return path[path.rfind("/") + 1 :]

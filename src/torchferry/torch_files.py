@@ -1,0 +1,342 @@
+"""Loads, inspects and verifies what ``torch.save`` wrote.
+
+Both ends of the object are looked at first (the directory is at the end, the pickle at the start). They tell which
+records are needed; those are fetched in parallel ranges into a :class:`~torchferry.formats.load_buffer.LoadBuffer`, and
+each record's CRC32 is checked as it arrives. Then torch unpickles the buffer.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torchferry.engine.cancellation import in_thread
+from torchferry.engine.collector import collector_paused
+from torchferry.engine.transfer import current
+from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, NotEnoughMemoryError, mask
+from torchferry.formats.archive import LEGACY_FORMAT, SNIFF_SIZE, sniff
+from torchferry.formats.checksum import Checksums
+from torchferry.formats.filling import Found, IncompatibleKeys, Target
+from torchferry.formats.graph import is_tensor_leaf, place_of, read_graph
+from torchferry.formats.load_buffer import LoadBuffer
+from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
+from torchferry.formats.picking import leaves, pick
+from torchferry.formats.repickle import NotPlainError
+from torchferry.formats.selection import (
+    Selection,
+    check_allowed,
+    everything,
+    legacy,
+    of_part,
+    select,
+    take_from,
+)
+from torchferry.formats.torch_hooks import NO_MODES, torch_errors
+from torchferry.manifest import Manifest
+from torchferry.opening import read_archive, read_legacy_format
+from torchferry.reading import Job, fetch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torchferry.engine.reader import RangeReader
+    from torchferry.formats.archive import Archive, Record
+    from torchferry.formats.graph import Graph
+    from torchferry.requests import LoadRequest
+
+__all__ = [
+    "fill_torch",
+    "fill_with",
+    "format_error",
+    "inspect_torch",
+    "load_torch",
+    "read_pickle",
+    "require_archive",
+    "verify_torch",
+]
+
+
+async def inspect_torch(source: RangeReader) -> Manifest:
+    """What is in a checkpoint."""
+    archive = await read_archive(source)
+    if archive is None and (found := await read_legacy_format(source)) is not None:
+        graph, records = found
+        return await in_thread(_manifest, source, records, graph)
+    if archive is None:
+        raise await format_error(source)
+    pickled = await read_pickle(source, archive, verify=True)
+    return await in_thread(_manifest_of_archive, source, archive, pickled)
+
+
+async def verify_torch(source: RangeReader) -> Manifest:
+    """Reads everything, and checks the CRC32 of every record."""
+    archive = await require_archive(source)
+    pickled = await read_pickle(source, archive, verify=True)
+    if not archive.has_crc32s:
+        raise CheckpointFormatError(
+            f"{source.url} carries no checksums to verify: it was saved under "
+            "torch.serialization.set_crc32_options(False)."
+        )
+    checksums = await in_thread(Checksums, archive.records, source.url)
+    await fetch([Job(source, [(0, archive.start)], checksums.add)])
+    checksums.finish()
+    return await in_thread(_manifest_of_archive, source, archive, pickled)
+
+
+async def load_torch(source: RangeReader, request: LoadRequest) -> Any:
+    """What was saved, or the part of it that is asked for."""
+    archive = await read_archive(source)
+    selection = await (_select_legacy(source, request) if archive is None else _select(source, archive, request))
+    loaded = await _load_into_buffer(source, archive, selection, request, {})
+    return loaded if selection.is_final else await in_thread(take_from, loaded, *request.choice(), source.url)
+
+
+async def fill_torch(source: RangeReader, request: LoadRequest, target: Target) -> IncompatibleKeys:
+    """Fills tensors that exist with those of the same name."""
+    request = replace(request, modes=NO_MODES)  # they are given values, whatever new tensors would be
+    archive = await read_archive(source)
+    if archive is None or archive.is_torchscript:
+        return await _fill_from_whole(source, request, target)
+    pickled = await read_pickle(source, archive, verify=request.verify)
+    order = await _read_record(source, archive, "byteorder")
+    is_native = order in {b"", sys.byteorder.encode()}
+    try:
+        plan = await in_thread(_plan_filling, pickled, archive, request, target, is_native)
+    except (NotPlainError, UnusualPickleError):
+        return await _fill_from_whole(source, request, target)
+    loaded = await _load_into_buffer(source, archive, plan.selection, request, plan.memory)
+    return await in_thread(
+        lambda: target.finish(
+            {**loaded["tensors"], **loaded["others"]},
+            plan.filled,
+            plan.found,
+            loaded["metadata"],
+            strict=request.strict,
+        )
+    )
+
+
+class _Filling:
+    """How tensors that exist are filled.
+
+    Attributes:
+        selection: What is loaded beside.
+        memory: What is read straight into tensors, by first offset in the object.
+        filled: Their names.
+        found: The tensors of the checkpoint.
+    """
+
+    def __init__(
+        self, selection: Selection, memory: dict[int, memoryview], filled: list[str], found: dict[str, Found]
+    ) -> None:
+        self.selection = selection
+        self.memory = memory
+        self.filled = filled
+        self.found = found
+
+
+@collector_paused()
+def _plan_filling(pickled: bytes, archive: Archive, request: LoadRequest, target: Target, is_native: bool) -> _Filling:
+    graph = read_graph(pickled, archive.url)
+    part = pick(graph, *request.choice()) if request.is_part else graph.root
+    there, metadata = leaves(graph, part)
+    try:
+        found = {name: _found(leaf, archive, is_native) for name, leaf in there.items() if is_tensor_leaf(leaf)}
+    except Exception as error:  # what stand-ins in odd places raise is anything
+        raise CheckpointCorruptError(f"{archive.url}: data.pkl is none that torch writes: {error}.") from error
+    others = [name for name in there if name not in found]
+    target.check(found, others, archive.url, strict=request.strict)
+    direct = target.direct(found)
+    wanted = {name: leaf for name, leaf in there.items() if target.needs_all or target.wants(name)}
+
+    def select_rest() -> Selection:
+        filled = {*direct, *target.same_as(direct, found)}
+        beside = {
+            "tensors": {name: leaf for name, leaf in wanted.items() if name in found and name not in filled},
+            "others": {name: leaf for name, leaf in wanted.items() if name not in found},
+            "metadata": metadata,
+        }
+        return of_part(graph, beside, archive, meta=False, weights_only=request.weights_only)
+
+    selection = select_rest()
+    offsets = {record.offset for record in selection.records}
+    if twice := [name for name, (offset, _) in direct.items() if offset in offsets]:
+        for name in twice:  # another tensor is a part of it: it is read once
+            del direct[name]
+        selection = select_rest()
+    records = list(selection.records)
+    for name in direct:
+        place = place_of(there[name])
+        record = archive.get(place.storage.record) if place else None
+        if record is None or place is None or record.size != place.storage.nbytes:
+            raise CheckpointCorruptError(f"{archive.url} is damaged: a storage's record is missing or of another size.")
+        records.append(record)
+    records.sort(key=lambda record: record.offset)
+    whole = Selection(selection.extents, records, selection.layout)
+    return _Filling(whole, dict(direct.values()), list(direct), found)
+
+
+def _found(leaf: Any, archive: Archive, is_native: bool) -> Found:
+    place = place_of(leaf)
+    if place is None:
+        return Found(None, None, None)
+    record = archive.get(place.storage.record)
+    # A record's CRC32 is that of all of it.
+    is_direct = (
+        is_native and place.is_plain and record is not None and place.nbytes == record.size and place.is_contiguous
+    )
+    extent = (record.offset, record.end) if is_direct and record is not None else None
+    return Found(place.dtype, place.shape, extent)
+
+
+async def _fill_from_whole(source: RangeReader, request: LoadRequest, target: Target) -> IncompatibleKeys:
+    loaded = await load_torch(source, request)
+    return await in_thread(fill_with, loaded, source.url, request, target)
+
+
+def fill_with(loaded: Any, url: str, request: LoadRequest, target: Target) -> IncompatibleKeys:
+    """Fills tensors that exist with those of the same name in what was loaded."""
+    values = dict(_flattened("", loaded))
+    found = {
+        name: Found(value.dtype, tuple(value.shape), None)
+        for name, value in values.items()
+        if hasattr(value, "dtype") and hasattr(value, "shape")
+    }
+    target.check(found, values, url, strict=request.strict)
+    return target.finish(values, (), found, {}, strict=request.strict)
+
+
+def _flattened(name: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list | tuple):
+        items = list(enumerate(value))
+    else:
+        return [(name, value)]
+    return [found for key, item in items for found in _flattened(f"{name}.{key}" if name else str(key), item)]
+
+
+@collector_paused()
+def _manifest_of_archive(source: RangeReader, archive: Archive, pickled: bytes) -> Manifest:
+    return _manifest(source, archive.records, read_graph(pickled, source.url))
+
+
+def _manifest(source: RangeReader, records: Sequence[Record], graph: Graph) -> Manifest:
+    tensors = tuple(graph.tensors())
+    return Manifest(mask(source.url), source.stat.size, source.stat.etag, records, tensors, values=graph.plain_values())
+
+
+async def require_archive(source: RangeReader) -> Archive:
+    """The archive of a checkpoint.
+
+    Raises:
+        CheckpointFormatError: it is none.
+    """
+    archive = await read_archive(source)
+    if archive is None:
+        raise await format_error(source)
+    return archive
+
+
+async def format_error(source: RangeReader) -> CheckpointFormatError:
+    """The error for an object that is no archive: it says what it looks like."""
+    head = await source.read(0, min(source.stat.size, SNIFF_SIZE))
+    looks = sniff(head)
+    if looks == LEGACY_FORMAT:
+        return CheckpointFormatError(
+            f"{source.url} is {looks}, which has no checksums to verify: it can be loaded, inspected and "
+            "copied. Save it again."
+        )
+    return CheckpointFormatError(
+        f"{source.url} is not a checkpoint that torch.save wrote: "
+        + (f"it looks like {looks}." if looks else f"it starts with {head[:16]!r}.")
+    )
+
+
+async def _read_record(source: RangeReader, archive: Archive, name: str) -> bytes:
+    record = archive.get(name)
+    return b"" if record is None else await source.read(record.offset, record.end)
+
+
+async def read_pickle(source: RangeReader, archive: Archive, *, verify: bool) -> bytes:
+    """An archive's pickle, checked against its CRC32 if that is wanted."""
+    pickled = await _read_record(source, archive, "data.pkl")
+    if verify and (record := archive.get("data.pkl")):
+        await in_thread(Checksums([record], archive.url).add, record.offset, pickled)
+    return pickled
+
+
+async def _select(source: RangeReader, archive: Archive, request: LoadRequest) -> Selection:
+    size = source.stat.size
+    if archive.is_torchscript:
+        if request.weights_only or request.is_part:
+            raise CheckpointFormatError(
+                f"{source.url} is a TorchScript archive (torch.jit.save): it has no keys, and loads with "
+                "weights_only=False only. It can run any code, so only if you trust whoever wrote it."
+            )
+        for name in ("data.pkl", "constants.pkl"):
+            await in_thread(scan_pickle, await _read_record(source, archive, name), source.url)
+        return everything(archive, size)
+    pickled = await read_pickle(source, archive, verify=request.verify)
+    return await in_thread(_select_records, pickled, archive, size, request)
+
+
+@collector_paused()
+def _select_records(pickled: bytes, archive: Archive, size: int, request: LoadRequest) -> Selection:
+    try:
+        graph = read_graph(pickled, archive.url)
+    except UnusualPickleError:
+        if request.weights_only or not request.verify:
+            raise
+        # It is what was saved, by somebody whom the caller trusts: torch may understand it.
+        return everything(archive, size, is_final=not request.is_part)
+    meta = request.leaves_values_out
+    return select(graph, archive, size, *request.choice(), meta=meta, weights_only=request.weights_only)
+
+
+async def _select_legacy(source: RangeReader, request: LoadRequest) -> Selection:
+    head = await source.read(0, min(source.stat.size, SNIFF_SIZE))
+    if sniff(head) != LEGACY_FORMAT:
+        raise await format_error(source)
+    return legacy(source.stat.size, is_final=not request.is_part)
+
+
+async def _load_into_buffer(
+    source: RangeReader,
+    archive: Archive | None,
+    selection: Selection,
+    request: LoadRequest,
+    direct: dict[int, memoryview],
+) -> Any:
+    checksums = await in_thread(Checksums, selection.records if request.verify else (), source.url)
+    try:
+        load_buffer = LoadBuffer(selection.layout, sparse=request.leaves_values_out)
+    except OSError as error:
+        raise NotEnoughMemoryError(
+            f"{source.url}: this machine has no memory for its {selection.layout.size} bytes. keys= loads a part of "
+            "them, into= fills tensors that exist."
+        ) from error
+
+    def load() -> Any:
+        if archive is None:
+            graph = load_buffer.check_legacy(source.url, weights_only=request.weights_only)
+            if graph is not None:
+                check_allowed(graph)
+        as_copy = archive is None or archive.is_torchscript
+        if not as_copy:
+            load_buffer.finish()
+        return (load_buffer.load_copy if as_copy else load_buffer.load)(
+            map_location=request.map_location, weights_only=request.weights_only, modes=request.modes
+        )
+
+    await fetch([Job(source, selection.extents, checksums.add, load_buffer, direct)])
+    checksums.finish()
+    with current().stage("unpickling"):
+        return await in_thread(_torch_load, load, source.url, request, archive is not None and request.verify)
+
+
+@collector_paused()
+def _torch_load(load: Callable[[], Any], url: str, request: LoadRequest, checked: bool) -> Any:
+    with torch_errors(url, map_location=request.map_location, weights_only=request.weights_only, checked=checked):
+        return load()

@@ -1,0 +1,119 @@
+"""What goes wrong while ranks save and load: the old checkpoint or the new one, on every rank, and no rank waits."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import torchferry
+import torchferry.distributed as ferry
+from torchferry.storage.registry import open_backend
+from torchferry.testing.faultproxy import Fault
+
+TIMEOUT = 20.0  # of the process groups: what hangs fails the test
+
+
+def keys_below(s3_client: Any, url: str) -> list[str]:
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    page = s3_client.list_objects_v2(Bucket=bucket, Prefix=prefix)
+    return sorted(found["Key"].removeprefix(f"{prefix}/") for found in page.get("Contents", []))
+
+
+def stale(url: str, options: dict[str, Any]) -> list[ferry.StaleSave]:
+    backend, path = open_backend(f"{url}/x", storage_options=options)
+    return asyncio.run_coroutine_threadsafe(
+        ferry.stale_saves(backend, path.removesuffix("x")), backend.loop or asyncio.new_event_loop()
+    ).result(30)
+
+
+@pytest.mark.parametrize(("refused", "rank"), [("__1_0.distcp", 1), (".metadata", 0)])
+def test_a_part_that_is_refused_fails_the_save_on_every_rank(
+    ranks: Any, s3_url: str, s3_client: Any, s3_storage_options: dict[str, Any], faulty_s3: Any, refused: str, rank: int
+) -> None:
+    """The error names the rank, the cause and the URL; the old checkpoint stays, and nothing else."""
+    ranks.run("save_tensors", 2, url=s3_url, options=s3_storage_options)
+    before = keys_below(s3_client, s3_url)
+    options = faulty_s3(
+        Fault(method="PUT", target=refused, status=403, code="AccessDenied", times=None)
+    ).storage_options
+    answers = ranks.try_to("save_tensors", 2, timeout=TIMEOUT, url=s3_url, options=options, fill=2.0)
+    for answer in answers:
+        assert answer.kind == "StoragePermissionError"
+        assert s3_url in answer.text
+        assert f"rank {rank} of 2" in answer.text
+    if rank:
+        assert keys_below(s3_client, s3_url) == before
+    assert ranks.run("load_tensors", 2, url=s3_url, options=s3_storage_options) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("when", "victim", "after"),
+    [
+        ("before its shard", 1, 1.0),
+        ("during its shard", 1, 1.0),
+        ("after its shard", 1, 1.0),
+        ("before .metadata", 0, 1.0),
+        ("after .metadata", 0, 2.0),
+    ],
+)
+def test_a_rank_that_is_killed_leaves_the_old_checkpoint_or_the_new_one(
+    ranks: Any, s3_url: str, s3_storage_options: dict[str, Any], when: str, victim: int, after: float
+) -> None:
+    place = {"url": s3_url, "options": s3_storage_options}
+    ranks.run("save_tensors", 2, **place)
+    answers = ranks.try_to("save_and_die", 2, timeout=TIMEOUT, when=when, victim=victim, **place)
+    assert answers[victim].kind == "killed"
+    assert answers[1 - victim].kind != "killed"
+    assert ranks.run("load_tensors", 2, **place) == [after, after]
+    left = stale(s3_url, s3_storage_options)
+    ranks.run("save_tensors", 2, fill=3.0, **place)
+    assert torchferry.load(s3_url, storage_options=s3_storage_options)["rows"].unique().tolist() == [3.0]
+    if when != "before its shard":
+        assert left
+    assert all(save.age < 300 for save in left)
+
+
+def test_an_error_of_one_rank_reaches_all_while_loading(
+    ranks: Any, s3_url: str, s3_client: Any, s3_storage_options: dict[str, Any]
+) -> None:
+    place = {"url": s3_url, "options": s3_storage_options}
+    missing = ranks.try_to("load_tensors", 2, timeout=TIMEOUT, **place)
+    assert [answer.kind for answer in missing] == ["CheckpointNotFoundError"] * 2
+    ranks.run("save_tensors", 2, **place)
+    bucket, _, prefix = s3_url.removeprefix("s3://").partition("/")
+    shard = next(key for key in keys_below(s3_client, s3_url) if key.endswith("__1_0.distcp"))
+    body = s3_client.get_object(Bucket=bucket, Key=f"{prefix}/{shard}")["Body"].read()
+    flipped = bytearray(body)
+    flipped[len(flipped) // 2] ^= 1
+    s3_client.put_object(Bucket=bucket, Key=f"{prefix}/{shard}", Body=bytes(flipped))
+    changed = ranks.try_to("load_tensors", 2, timeout=TIMEOUT, **place)
+    assert [answer.kind for answer in changed] == ["CheckpointChangedError"] * 2
+    assert "__1_0.distcp" in changed[0].text
+
+
+def test_a_flipped_bit_is_found_though_each_rank_reads_a_part(ranks: Any, tmp_path: Path) -> None:
+    """Two ranks have saved, three load: no rank reads an item as a whole, and all know."""
+    url = str(tmp_path / "c")
+    ranks.run("save_tensors", 2, url=url, options={})
+    ranks.run("load_rows", 3, url=url, options={})
+    (shard,) = (tmp_path / "c").rglob("__1_0.distcp")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    answers = ranks.try_to("load_rows", 3, timeout=TIMEOUT, url=url, options={})
+    assert [answer.kind for answer in answers] == ["CheckpointCorruptError"] * 3
+    assert "rows at" in answers[0].text
+
+
+def test_two_saves_at_once_to_one_url_leave_one_of_them(
+    ranks: Any, s3_url: str, s3_storage_options: dict[str, Any]
+) -> None:
+    """Each is of two ranks, whose groups know nothing of each other."""
+    place = {"url": s3_url, "options": s3_storage_options}
+    ranks.run("save_two_at_once", 4, **place)
+    left = torchferry.load(s3_url, storage_options=s3_storage_options)
+    values = {float(value) for tensor in left.values() for value in tensor.unique()}
+    assert values in ({1.0}, {2.0})

@@ -1,0 +1,332 @@
+"""What is stored, byte for byte, and how much is read of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import torchferry
+import torchferry.distributed as ferry
+from torchferry.engine.types import MIB
+from torchferry.formats.item_stream import memory_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TENSORS = {
+    "large": torch.randn(700, 1000),
+    "large.t": torch.randn(1000, 700).t(),
+    "view": torch.randn(4, 400, 1000)[2],
+    "columns": torch.randn(1000, 900)[:, 100:700],
+    "small": torch.randn(7, 3),
+    "small.t": torch.randn(7, 3).t(),
+    "small.again": torch.randn(7, 3),
+    "scalar": torch.tensor(3.0),
+    "empty": torch.empty(0, 3),
+    "bool": torch.tensor([True, False]),
+    "bfloat16": torch.randn(5).to(torch.bfloat16),
+    "float8": torch.randn(5).to(torch.float8_e4m3fn),
+    "complex": torch.randn(5, dtype=torch.complex64),
+    "int": torch.arange(9),
+    "parameter": torch.nn.Parameter(torch.randn(3)),
+}
+STATE = {"model": TENSORS, "step": 7, "nested": {"list": [1, torch.ones(2), {"x": 2.5}]}}
+
+
+@pytest.fixture(autouse=True)
+def no_process_group() -> Iterator[None]:
+    """DCP says that there is none; torch warns of its own classes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def blank() -> dict[str, Any]:
+    """A state dict to load into."""
+    tensors = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in TENSORS.items()}
+    return {"model": tensors, "step": 0, "nested": {"list": [0, torch.zeros(2), {"x": 0.0}]}}
+
+
+def check(state: dict[str, Any]) -> None:
+    for name, value in TENSORS.items():
+        assert torch.equal(bits(state["model"][name]), bits(value.detach())), name
+    assert state["step"] == 7
+    assert state["nested"]["list"][0] == 1
+    assert torch.equal(state["nested"]["list"][1], torch.ones(2))
+    assert state["nested"]["list"][2] == {"x": 2.5}
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+
+
+def test_each_item_is_what_torch_save_writes_of_the_contiguous_tensor(tmp_path: Path) -> None:
+    ferry.save(STATE, tmp_path)
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    for index, info in metadata.storage_data.items():
+        data = (tmp_path / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
+        if (name := index.fqn.removeprefix("model.")) in TENSORS:
+            file = io.BytesIO()
+            torch.save(TENSORS[name].detach().resolve_conj().contiguous().clone(), file)
+            assert data == file.getvalue(), name
+
+
+def test_stock_readers_read_what_we_wrote(tmp_path: Path) -> None:
+    ferry.save(STATE, tmp_path / "ours")
+    state = blank()
+    dcp.load(state, checkpoint_id=tmp_path / "ours")
+    check(state)
+    dcp_to_torch_save(tmp_path / "ours", tmp_path / "one.pt")
+    check(torch.load(tmp_path / "one.pt"))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_we_read_what_the_stock_writer_wrote(tmp_path: Path, threads: int) -> None:
+    dcp.save(STATE, storage_writer=dcp.FileSystemWriter(tmp_path / "stock", thread_count=threads))
+    state = blank()
+    ferry.load(state, tmp_path / "stock")
+    check(state)
+    check(torchferry.load(tmp_path / "stock"))
+    assert torchferry.verify(tmp_path / "stock").size > 8 * MIB
+
+
+def test_a_lazy_conjugate_is_stored_as_what_it_is(tmp_path: Path) -> None:
+    value = torch.randn(200_000, dtype=torch.complex64)
+    ferry.save({"a": value.conj()}, tmp_path / "ours")
+    dcp.save({"a": value.conj()}, checkpoint_id=tmp_path / "stock")
+    for name in ("ours", "stock"):
+        state = {"a": torch.zeros_like(value)}
+        ferry.load(state, tmp_path / name)
+        assert torch.equal(state["a"], value.conj().resolve_conj())
+
+
+def test_tensors_of_other_dtypes_and_strides_are_filled(tmp_path: Path) -> None:
+    ferry.save(STATE, tmp_path)
+    state = blank()
+    state["model"]["large"] = torch.zeros(700, 1000, dtype=torch.float64)
+    state["model"]["view"] = torch.zeros(1000, 400).t()
+    state["model"]["large.t"] = torch.zeros(700, 2000)[:, ::2]
+    ferry.load(state, tmp_path)
+    assert torch.equal(state["model"]["large"].float(), TENSORS["large"])
+    assert torch.equal(state["model"]["view"], TENSORS["view"])
+    assert torch.equal(state["model"]["large.t"], TENSORS["large.t"])
+
+
+def test_a_checkpoint_loads_without_a_process_group_and_by_its_keys(tmp_path: Path) -> None:
+    ferry.save(STATE, tmp_path / "c")
+    check(torchferry.load(tmp_path / "c"))
+    assert torchferry.load(tmp_path / "c", keys=["step"]) == {"step": 7}
+    with pytest.raises(torchferry.CheckpointKeyError, match="nothing"):
+        torchferry.load(tmp_path / "c", keys=["nothing"])
+    assert torchferry.load(tmp_path / "c", map_location="meta")["model"]["large"].is_meta
+    manifest = torchferry.inspect(tmp_path / "c")
+    shapes = {tensor.key: tensor.shape for tensor in manifest.tensors}
+    assert shapes["model.large"] == (700, 1000)
+    assert torchferry.verify(tmp_path / "c").size == manifest.size
+
+
+def test_a_save_replaces_a_checkpoint_and_removes_its_shards(tmp_path: Path) -> None:
+    dcp.save({"a": torch.zeros(3)}, checkpoint_id=tmp_path)
+    ferry.save({"a": torch.ones(3)}, tmp_path)
+    ferry.save({"a": torch.full((3,), 2.0)}, tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 2
+    assert torchferry.load(tmp_path)["a"].tolist() == [2, 2, 2]
+    with pytest.raises(torchferry.CheckpointValueError, match="overwrite=True"):
+        ferry.save({"a": torch.ones(3)}, tmp_path, overwrite=False)
+
+
+def test_a_planner_that_caches_plans_never_writes_to_shards_that_are_there(tmp_path: Path) -> None:
+    for step in range(3):
+        planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
+        ferry.save({"a": torch.full((3,), float(step))}, tmp_path / f"{step}", planner=planner)
+        ferry.save({"a": torch.full((3,), step + 10.0)}, tmp_path / "again", planner=planner)
+    for step in range(3):
+        assert torchferry.load(tmp_path / f"{step}")["a"].tolist() == [step] * 3
+    assert torchferry.load(tmp_path / "again")["a"].tolist() == [12] * 3
+
+
+def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w').close()",))
+
+    ferry.save({"a": torch.ones(3)}, tmp_path / "c")
+    path = tmp_path / "c/.metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.planner_data = Evil()
+    path.write_bytes(pickle.dumps(metadata))
+    for load in (torchferry.load, torchferry.inspect, lambda url: ferry.load({"a": torch.ones(3)}, url)):
+        with pytest.raises(torchferry.UnsafeCheckpointError, match="exec"):
+            load(tmp_path / "c")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_metadata_that_names_files_outside_is_refused(tmp_path: Path) -> None:
+    ferry.save({"a": torch.ones(3)}, tmp_path / "c")
+    path = tmp_path / "c/.metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = "../secret"
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(torchferry.CheckpointFormatError, match="not within"):
+        torchferry.load(tmp_path / "c")
+
+
+@pytest.mark.parametrize("writer", ["ours", "stock"])
+def test_a_flipped_bit_is_found(tmp_path: Path, writer: str) -> None:
+    if writer == "ours":
+        ferry.save(STATE, tmp_path)
+    else:
+        dcp.save(STATE, checkpoint_id=tmp_path)
+    (shard,) = tmp_path.rglob("*.distcp")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    for load in (torchferry.load, torchferry.verify, lambda url: ferry.load(blank(), url)):
+        with pytest.raises(torchferry.CheckpointCorruptError, match="damaged"):
+            load(tmp_path)
+
+
+def test_a_shard_of_another_save_is_an_error(tmp_path: Path) -> None:
+    ferry.save(STATE, tmp_path / "a")
+    other = {**STATE, "model": {**TENSORS, "large": torch.zeros(700, 1000)}}
+    ferry.save(other, tmp_path / "b")
+    (mine,), (others,) = (tmp_path / "a").rglob("*.distcp"), (tmp_path / "b").rglob("*.distcp")
+    others.rename(mine)
+    with pytest.raises(torchferry.CheckpointCorruptError):
+        torchferry.load(tmp_path / "a")
+
+
+def test_an_asynchronous_save_keeps_what_was_there_when_it_began(tmp_path: Path) -> None:
+    tied = torch.ones(1000, 1000)
+    state = {"a": tied, "b": tied[:10], "step": [1]}
+    saves = []
+    for step in range(3):
+        tied.fill_(step)
+        state["step"][0] = step
+        saves.append(ferry.async_save(state, tmp_path / f"{step}"))
+    tied.fill_(9)
+    for step, save in enumerate(saves):
+        save.result(60)
+        loaded = torchferry.load(tmp_path / f"{step}")
+        assert (loaded["a"].unique().tolist(), loaded["b"].unique().tolist(), loaded["step"]) == (
+            [step],
+            [step],
+            [step],
+        )
+
+
+def test_the_stock_async_save_uses_the_writer_as_its_stager(tmp_path: Path) -> None:
+    writer = ferry.StorageWriter(tmp_path)
+    tensor = torch.ones(1000)
+    save = dcp.async_save({"a": tensor}, storage_writer=writer)
+    tensor.zero_()
+    save.result()
+    writer.close()
+    assert torchferry.load(tmp_path)["a"].unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("count", [16])
+def test_scattered_tensors_and_slices_cost_their_own_bytes(tmp_path: Path, count: int) -> None:
+    """2 MiB of each 16 MiB tensor, and a third of it."""
+    state = {f"{i}": torch.randn(2048, 512) for i in range(count)}
+    ferry.save(state, tmp_path)
+    reports: list[torchferry.TransferReport] = []
+    some = {name: torch.zeros(2048, 512) for name in list(state)[::4]}
+    ferry.load(some, tmp_path, report=reports.append, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+    assert reports[0].nbytes == len(some) * 4 * MIB
+    for name, value in some.items():
+        assert torch.equal(value, state[name])
+
+
+def test_a_checkpoint_becomes_one_object_as_torch_save_writes_it(tmp_path: Path) -> None:
+    ferry.save(STATE, tmp_path / "ours")
+    dcp.save(STATE, checkpoint_id=tmp_path / "stock")
+    for name in ("ours", "stock"):
+        stat = ferry.consolidate(tmp_path / name, tmp_path / f"{name}.pt")
+        check(torch.load(tmp_path / f"{name}.pt"))
+        check(torchferry.load(tmp_path / f"{name}.pt"))
+        assert torchferry.verify(tmp_path / f"{name}.pt").size == stat.size
+    (shard,) = (tmp_path / "ours").rglob("*.distcp")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    with pytest.raises(torchferry.CheckpointCorruptError, match="damaged"):
+        ferry.consolidate(tmp_path / "ours", tmp_path / "damaged.pt")
+    assert not (tmp_path / "damaged.pt").exists()
+
+
+def test_a_checkpoint_of_tensors_becomes_a_safetensors_file(tmp_path: Path) -> None:
+    tensors = {name: value.detach() for name, value in TENSORS.items()}
+    ferry.save(tensors, tmp_path / "c")
+    ferry.consolidate(tmp_path / "c", tmp_path / "c.safetensors")
+    data = (tmp_path / "c.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    for name, value in tensors.items():
+        first, last = header[name]["data_offsets"]
+        stored = value.resolve_conj().contiguous()
+        assert header[name]["shape"] == list(value.shape)
+        assert data[8 + length + first : 8 + length + last] == bytes(memory_of(stored)), name
+    ferry.save(STATE, tmp_path / "more")
+    with pytest.raises(torchferry.CheckpointValueError, match="step"):
+        ferry.consolidate(tmp_path / "more", tmp_path / "more.safetensors")
+
+
+def test_an_object_becomes_a_checkpoint_that_any_ranks_load(tmp_path: Path) -> None:
+    shared = torch.randn(500, 1000)
+    torch.save({**STATE, "tied": {"a": shared, "b": shared, "c": shared[10:20]}}, tmp_path / "one.pt")
+    ferry.save({"old": torch.ones(3)}, tmp_path / "c")
+    ferry.shard(tmp_path / "one.pt", tmp_path / "c")
+    state = {**blank(), "tied": {name: torch.zeros(500, 1000) for name in "ab"} | {"c": torch.zeros(10, 1000)}}
+    ferry.load(state, tmp_path / "c")
+    check(state)
+    assert torch.equal(state["tied"]["b"], shared)
+    assert torch.equal(state["tied"]["c"], shared[10:20])
+    again = {**blank(), "tied": {name: torch.zeros(500, 1000) for name in "ab"} | {"c": torch.zeros(10, 1000)}}
+    dcp.load(again, checkpoint_id=tmp_path / "c")
+    check(again)
+    torch.save(STATE, tmp_path / "two.pt")
+    ferry.shard(tmp_path / "two.pt", tmp_path / "d")
+    check(torchferry.load(tmp_path / "d"))
+    assert len(list((tmp_path / "c").rglob("*.distcp"))) == 1
+
+
+@pytest.mark.parametrize("writer", ["ours", "stock"])
+def test_a_checkpoint_is_copied_whole_or_not_at_all(tmp_path: Path, writer: str) -> None:
+    if writer == "ours":
+        ferry.save(STATE, tmp_path / "c")
+    else:
+        dcp.save(STATE, checkpoint_id=tmp_path / "c")
+    ferry.save({"old": torch.ones(3)}, tmp_path / "copy")
+    torchferry.copy(tmp_path / "c", tmp_path / "copy")
+    check(torchferry.load(tmp_path / "copy"))
+    assert len(list((tmp_path / "copy").rglob("*.distcp"))) == 1
+    (shard,) = (tmp_path / "c").rglob("*.distcp")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    with pytest.raises(torchferry.CheckpointCorruptError):
+        torchferry.copy(tmp_path / "c", tmp_path / "copy")
+    check(torchferry.load(tmp_path / "copy"))
+
+
+def test_clean_finds_shards_that_no_metadata_names(tmp_path: Path) -> None:
+    ferry.save({"a": torch.ones(3)}, tmp_path / "c")
+    ferry.save({"a": torch.ones(3)}, tmp_path / "died")
+    (tmp_path / "died/.metadata").unlink()
+    assert torchferry.clean(tmp_path).removed == ()
+    (found,) = torchferry.clean(tmp_path, older_than=0).removed
+    assert found.kind == "shards of an unfinished save"
+    assert not list((tmp_path / "died").rglob("*.distcp"))
+    assert torchferry.load(tmp_path / "c")["a"].tolist() == [1, 1, 1]

@@ -1,0 +1,169 @@
+"""What goes wrong, as Flyte 2 understands it; what is guessed; what the report shows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Annotated, Any, Optional, get_args
+
+import flyte
+import flyte.errors
+import pytest
+import torch
+from flyte.types import TypeEngine, TypeTransformerFailedError
+from flyteidl2.core.literals_pb2 import Blob, BlobMetadata, Literal, Scalar
+from flyteidl2.core.types_pb2 import BlobType, LiteralType
+from runs import Runs, init
+from samples import make_checkpoint
+
+import torchferry
+from torchferry import LoadOptions, SaveOptions
+from torchferry.errors import CheckpointValueError
+from torchferry.flyte2 import LoadedCheckpoint, PyTorchCheckpoint
+from torchferry.testing.faultproxy import Fault
+from torchferry.testing.servers import S3Server
+
+env = flyte.TaskEnvironment(name="errors")
+
+Impatient = Annotated[PyTorchCheckpoint, SaveOptions(give_up_after=0.1), LoadOptions(give_up_after=0.1)]
+
+
+@env.task
+async def make(seed: int) -> Impatient:
+    return make_checkpoint(seed)
+
+
+@env.task
+async def maybe(seed: int) -> Optional[Impatient]:  # noqa: UP045 - what users write
+    return make_checkpoint(seed)
+
+
+@env.task
+async def epochs_of(checkpoint: Impatient) -> int:
+    return int(checkpoint["epochs"])
+
+
+@env.task
+async def epochs_of_maybe(checkpoint: Optional[Impatient] = None) -> int:  # noqa: UP045
+    return 0 if checkpoint is None else int(checkpoint["epochs"])
+
+
+@pytest.mark.parametrize("task", [make, maybe], ids=["plain", "optional"])
+def test_a_store_that_is_down_is_an_error_of_the_system(
+    runs: Runs, s3_server: S3Server, faulty_s3: Callable[..., Any], task: Any
+) -> None:
+    init(s3_server, faulty_s3(Fault(method="PUT", status=503, times=None)).proxy.endpoint)
+    with pytest.raises(flyte.errors.RuntimeSystemError, match="could not be saved") as caught:
+        runs(task, seed=1)
+    assert caught.value.code == "StorageUnavailableError"
+
+
+def test_a_store_that_refuses_is_tried_as_often_as_the_task_says(runs: Runs, s3_server: S3Server) -> None:
+    init(S3Server(s3_server.endpoint, s3_server.port, secret="wrong"), s3_server.endpoint)
+    with pytest.raises(flyte.errors.RuntimeUserError, match="could not be saved") as caught:
+        runs(make, seed=1)
+    assert not isinstance(caught.value, flyte.errors.NonRecoverableError)
+    assert caught.value.code == "StoragePermissionError"
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_a_value_that_no_load_would_take_is_stored_and_final(runs: Runs, optional: bool) -> None:
+    @env.task
+    async def plain() -> PyTorchCheckpoint:
+        return PyTorchCheckpoint(torch.nn.Linear(2, 2), {"f": print})
+
+    @env.task
+    async def in_optional() -> Optional[PyTorchCheckpoint]:  # noqa: UP045
+        return PyTorchCheckpoint(torch.nn.Linear(2, 2), {"f": print})
+
+    with pytest.raises(flyte.errors.NonRecoverableError, match="stored all the same"):
+        runs(in_optional if optional else plain)
+    [stored] = runs.stored()
+    options = runs.fs.storage_options
+    assert torchferry.load(f"s3://{stored}", weights_only=False, storage_options=options)["f"] is print
+
+
+def test_what_needs_trust_passes_with_the_annotation(runs: Runs) -> None:
+    @env.task
+    async def trusted() -> Annotated[PyTorchCheckpoint, LoadOptions(weights_only=False)]:
+        return PyTorchCheckpoint(hyperparameters={"f": print})
+
+    assert runs(trusted)["f"] is print
+
+
+@pytest.mark.parametrize("task", [epochs_of, epochs_of_maybe], ids=["plain", "optional"])
+def test_a_checkpoint_that_is_gone_is_named(runs: Runs, task: Any) -> None:
+    uri = f"{runs.prefix}/gone/checkpoint.pt"
+    checkpoint = TypeEngine.to_literal_type(PyTorchCheckpoint)
+    literal = Literal(scalar=Scalar(blob=Blob(uri=uri, metadata=BlobMetadata(type=checkpoint.blob))))
+    with pytest.raises(TypeTransformerFailedError, match=r"gone/checkpoint\.pt could not be loaded.*no such") as caught:
+        asyncio.run(TypeEngine.to_python_value(literal, task.native_interface.get_input_types()["checkpoint"]))
+    assert str(caught.value).count(uri) < 3
+
+
+def test_other_values_are_refused(runs: Runs) -> None:
+    @env.task
+    async def wrong() -> PyTorchCheckpoint:
+        return {"module_state_dict": {}}  # type: ignore[return-value]
+
+    with pytest.raises(flyte.errors.RuntimeUserError, match=r"given: a dict; make a torchferry\.flyte2\.LoadedCheck"):
+        runs(wrong)
+
+
+def test_nothing_to_save_is_an_error_of_both_kinds() -> None:
+    with pytest.raises(CheckpointValueError) as caught:
+        PyTorchCheckpoint()
+    assert isinstance(caught.value, ValueError)
+
+
+def test_outside_of_runs_there_is_no_place() -> None:
+    with pytest.raises(flyte.errors.NonRecoverableError, match="no raw data path"):
+        asyncio.run(
+            TypeEngine.to_literal(make_checkpoint(), PyTorchCheckpoint, TypeEngine.to_literal_type(PyTorchCheckpoint))
+        )
+
+
+# ---------------------------------------------------------------- guessing
+
+
+def test_types_are_guessed_from_literals() -> None:
+    for t in (PyTorchCheckpoint, torch.Tensor, torch.nn.Module):
+        assert TypeEngine.guess_python_type(TypeEngine.to_literal_type(t)) is t
+        assert get_args(TypeEngine.guess_python_type(TypeEngine.to_literal_type(list[t]))) == (t,)  # type: ignore[valid-type]
+
+
+def test_literals_of_flytekit_which_have_no_tag_are_guessed() -> None:
+    single = BlobType.BlobDimensionality.SINGLE
+    for name, t in [("PyTorchCheckpoint", PyTorchCheckpoint), ("PyTorchTensor", torch.Tensor)]:
+        assert TypeEngine.guess_python_type(LiteralType(blob=BlobType(format=name, dimensionality=single))) is t
+
+
+# ---------------------------------------------------------------- the report
+
+
+def test_a_task_with_a_report_shows_what_it_returns(runs: Runs) -> None:
+    @env.task(report=True)
+    async def reports() -> tuple[PyTorchCheckpoint, list[PyTorchCheckpoint]]:
+        await flyte.report.log.aio("<p>mine</p>")
+        return make_checkpoint(1), [make_checkpoint(2)]
+
+    runs(reports)
+    [report] = runs.metadata.rglob("report.html")
+    page = report.read_text()
+    assert page.count('<div class="torchferry-deck">') == 2
+    assert "<p>mine</p>" in page
+    assert ">Checkpoint<" in page
+
+
+def test_a_task_without_a_report_has_none(runs: Runs) -> None:
+    runs(make, seed=1)
+    assert list(runs.metadata.rglob("report.html")) == []
+
+
+def test_what_is_received_can_be_returned_and_restored(runs: Runs) -> None:
+    received = runs(make, seed=1)
+    assert isinstance(received, LoadedCheckpoint)
+    module = make_checkpoint(5).module
+    assert module is not None
+    assert received.restore(module=module)["epochs"] == 3
+    assert torch.equal(module.state_dict()["0.weight"], received.module_state_dict["0.weight"])

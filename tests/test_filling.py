@@ -1,0 +1,182 @@
+"""``load(into=...)``: tensors that exist are filled, in their own memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import torchferry
+from torchferry.errors import CheckpointCorruptError, CheckpointMismatchError
+
+if TYPE_CHECKING:
+    from conftest import CountingStore  # type: ignore[attr-defined]
+
+
+def net(width: int = 600) -> nn.Module:
+    """Its weights have more than 1 MiB, so that they are filled in place; its biases have less."""
+    return nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Linear(width, width))
+
+
+@pytest.fixture(params=["torch", "safetensors", "legacy"])
+def stored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, nn.Module]:
+    """A stored state dict, and the module that it is of."""
+    module = net()
+    path = tmp_path / "x"
+    if request.param == "safetensors":
+        save_file(module.state_dict(), path)
+    else:
+        torch.save(module.state_dict(), path, _use_new_zipfile_serialization=request.param == "torch")
+    return str(path), module
+
+
+def equal(first: nn.Module, second: nn.Module) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_module_is_filled_in_its_own_memory(stored: tuple[str, nn.Module]) -> None:
+    url, original = stored
+    module = net()
+    weight = module[0].weight
+    address, version = weight.data_ptr(), weight._version
+    assert torchferry.load(url, into=module) == ([], [])
+    assert equal(module, original)
+    assert module[0].weight is weight
+    assert weight.data_ptr() == address
+    assert weight.requires_grad
+    assert weight._version > version
+
+
+def test_a_state_dict_is_filled_and_tensors_of_another_dtype_are_converted(stored: tuple[str, nn.Module]) -> None:
+    url, original = stored
+    state = {name: torch.zeros_like(tensor) for name, tensor in original.state_dict().items()}
+    state["0.weight"] = state["0.weight"].double()
+    state["2.weight"] = torch.zeros(600, 1200)[:, ::2]  # not contiguous
+    views = dict(state)
+    assert torchferry.load(url, into=state) == ([], [])
+    assert all(state[name] is views[name] for name in state)
+    assert all(torch.equal(state[name].float(), tensor.float()) for name, tensor in original.state_dict().items())
+
+
+def test_a_module_on_the_meta_device_is_assigned(stored: tuple[str, nn.Module]) -> None:
+    url, original = stored
+    with torch.device("meta"):
+        module = net()
+    assert torchferry.load(url, into=module) == ([], [])
+    assert equal(module, original)
+    assert isinstance(module[0].weight, nn.Parameter)
+    state = {"0.weight": torch.empty(600, 600, device="meta")}
+    torchferry.load(url, into=state, strict=False)
+    assert torch.equal(state["0.weight"], original.state_dict()["0.weight"])
+
+
+def test_names_that_do_not_match_are_reported_as_load_state_dict_does(stored: tuple[str, nn.Module]) -> None:
+    url, original = stored
+    module = nn.Sequential(nn.Linear(600, 600), nn.BatchNorm1d(600), nn.Identity(), nn.Linear(600, 600))
+    expected = module.load_state_dict(original.state_dict(), strict=False)
+    result = torchferry.load(url, into=module, strict=False)
+    assert result.missing_keys == expected.missing_keys
+    assert sorted(result.unexpected_keys) == sorted(expected.unexpected_keys)
+    before = module[0].weight.clone().zero_()
+    nn.init.zeros_(module[0].weight)
+    with pytest.raises(CheckpointMismatchError, match=r"lacks '3.weight', '3.bias'.*also has '2\."):
+        torchferry.load(url, into=module)
+    assert torch.equal(module[0].weight, before)  # nothing was read into it
+
+
+def test_another_shape_is_refused_before_anything_is_read(stored: tuple[str, nn.Module]) -> None:
+    url, _ = stored
+    for strict in (True, False):
+        with pytest.raises(CheckpointMismatchError, match=r"0.weight is 600 x 600 there and 601 x 601 here"):
+            torchferry.load(url, into=net(601), strict=strict)
+
+
+def test_parts_of_a_checkpoint_fill_modules_and_optimizers_state(tmp_path: Path) -> None:
+    original = net()
+    optimizer = torch.optim.Adam(original.parameters())
+    original(torch.ones(2, 600)).sum().backward()
+    optimizer.step()
+    torch.save({"model": original.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 1}, tmp_path / "x.pt")
+    module = net()
+    assert torchferry.load(tmp_path / "x.pt", into={"model": module}, keys="model") == ([], [])
+    assert equal(module, original)
+    with pytest.raises(CheckpointMismatchError, match=r"into=\{'model': ...\} with keys='model'"):
+        torchferry.load(tmp_path / "x.pt", into=module)
+    state = {"optimizer": optimizer.state_dict()}
+    first = state["optimizer"]["state"][0]["exp_avg"]
+    expected = first.clone()
+    first.zero_()
+    assert torchferry.load(tmp_path / "x.pt", into=state, keys="optimizer") == ([], [])
+    assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], expected)
+
+
+def test_tied_weights_and_views_are_filled_one_after_the_other(tmp_path: Path) -> None:
+    big = torch.rand(1 << 20)
+    rows = torch.rand(4, 1 << 19)
+    original = {"a": big, "b": big, "c": torch.rand(1 << 20), "row": rows[1], "rows": rows}
+    torch.save(original, tmp_path / "x.pt")
+    saved = torch.load(tmp_path / "x.pt")
+    shared = torch.zeros(1 << 20)
+    state = {name: torch.zeros_like(tensor) for name, tensor in original.items()}
+    state["b"] = torch.zeros(1 << 20, dtype=torch.float64)
+    torchferry.load(tmp_path / "x.pt", into=state)
+    assert all(torch.equal(state[name].float(), saved[name]) for name in state)
+    state = {"a": shared, "c": shared}  # torch lets the last one win
+    torchferry.load(tmp_path / "x.pt", into=state, strict=False)
+    assert torch.equal(shared, saved["c"])
+
+
+class Renames(nn.Linear):
+    """A module with a say in what it takes from a checkpoint."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}old_weight") * 2
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def test_modules_that_rename_what_they_load_are_given_all_of_it(tmp_path: Path) -> None:
+    torch.save({"old_weight": torch.ones(700, 700), "bias": torch.ones(700)}, tmp_path / "x.pt")
+    module = Renames(700, 700)
+    assert torchferry.load(tmp_path / "x.pt", into=module) == ([], [])
+    assert module.weight.eq(2).all()
+
+
+def test_what_is_damaged_is_found_while_it_is_filled(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1 << 20)}, tmp_path / "x.pt")
+    data = bytearray((tmp_path / "x.pt").read_bytes())
+    data[2 << 20] ^= 1
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(CheckpointCorruptError, match="data/0"):
+        torchferry.load(tmp_path / "x.pt", into={"a": torch.zeros(1 << 20)})
+
+
+def test_only_what_is_filled_is_read(counting_store: CountingStore) -> None:
+    url = counting_store.put({"a": torch.ones(1 << 20), "b": torch.ones(4 << 20)})
+    state = {"a": torch.zeros(1 << 20)}
+    assert torchferry.load(url, into=state, strict=False).unexpected_keys == ["b"]
+    assert state["a"].eq(1).all()
+    assert counting_store.nbytes < 5 << 20
+
+
+def test_filling_takes_no_second_copy(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from torchferry.testing.peak import peak_of_python
+
+    path = tmp_path / "x.pt"
+    torch.save({f"w{i}": torch.ones(8 << 20) for i in range(4)}, path)
+    code = f"""
+import torch, torchferry
+state = {{f"w{{i}}": torch.zeros(8 << 20) for i in range(4)}}
+for tensor in state.values(): tensor.fill_(2)
+torchferry.load({str(path)!r}, into={{"w0": torch.zeros(8 << 20)}}, keys="w0")
+begin()
+torchferry.load({str(path)!r}, into=state)
+end()
+assert all(tensor.eq(1).all() for tensor in state.values())
+"""
+    assert peak_of_python(code) < 16 << 20
+    assert not capfd.readouterr().err

@@ -1,0 +1,471 @@
+"""The checkpoint manager: what is kept, what is chosen, and what becomes of a series when things go wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import pytest
+import torch
+
+import torchferry
+from torchferry import CheckpointManager
+from torchferry.retention import Best, Retention
+from torchferry.testing import victims
+from torchferry.testing.faultproxy import Fault
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.conftest import FaultyS3
+
+STORES = ("memory", "local", "s3", "gcs", "azure")
+
+
+@pytest.fixture(params=["memory", "local"])
+def place(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    """The URL of a series that no other test uses, and how to get there."""
+    return _place(request)
+
+
+def _place(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    kind: str = request.param
+    if kind == "memory":
+        return f"memory://{uuid.uuid4().hex}/run", {}
+    if kind == "local":
+        return str(request.getfixturevalue("tmp_path") / "run"), {}
+    return request.getfixturevalue(f"{kind}_url"), {
+        "storage_options": request.getfixturevalue(f"{kind}_storage_options")
+    }
+
+
+anywhere = pytest.mark.parametrize("place", STORES, indirect=True)
+
+
+def state(step: int, size: int = 10) -> dict[str, Any]:
+    return {"weight": torch.full((size,), step), "step": step}
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") // 2] ^= 1
+    path.write_bytes(data)
+
+
+# --- a series, on every kind of store
+
+
+@anywhere
+@pytest.mark.parametrize("background", [True, False], ids=["background", "foreground"])
+def test_series_is_saved_listed_and_restored_on_every_store(
+    place: tuple[str, dict[str, Any]], background: bool
+) -> None:
+    url, store = place
+    with CheckpointManager(url, save_interval_steps=10, max_to_keep=2, background=background, **store) as manager:
+        assert manager.latest_step() is None
+        assert manager.all_steps() == []
+        with pytest.raises(torchferry.CheckpointNotFoundError, match="no checkpoint"):
+            manager.restore()
+        saved = [step for step in range(41) if manager.save(step, state(step), {"loss": 1 / (step + 1)})]
+        assert saved == [0, 10, 20, 30, 40]
+        manager.wait_until_finished()
+        assert manager.all_steps() == [30, 40]
+        assert manager.metrics(40) == {"loss": 1 / 41}
+    again = CheckpointManager(url, **store)
+    assert again.latest_step() == 40
+    assert torch.equal(again.restore()["weight"], state(40)["weight"])
+    assert again.restored_step == 40
+    assert again.restore(30, keys=["step"]) == {"step": 30}
+    assert again.metrics(30) == {"loss": 1 / 31}
+    again.delete(40)
+    assert again.all_steps() == [30]
+    with pytest.raises(torchferry.CheckpointNotFoundError, match="step 40"):
+        again.restore(40)
+    with pytest.raises(torchferry.CheckpointNotFoundError, match="step 40"):
+        again.metrics(40)
+
+
+async def test_every_method_has_an_asynchronous_twin(place: tuple[str, dict[str, Any]]) -> None:
+    url, store = place
+    for background in (False, True):
+        async with CheckpointManager(url, best=("loss", "min"), background=background, **store) as manager:
+            first = 2 * background
+            assert await manager.should_save_async(10 * first + 10)
+            assert await manager.save_async(10 * first + 10, state(1), {"loss": 2.0 + first})
+            assert await manager.save_async(10 * first + 20, state(2), {"loss": 1.0 + first})
+            await manager.wait_until_finished_async()
+    assert await manager.all_steps_async() == [10, 20, 30, 40]
+    assert await manager.latest_step_async() == 40
+    assert await manager.best_step_async() == 20
+    assert await manager.metrics_async(10) == {"loss": 2.0}
+    assert (await manager.restore_async())["step"] == 2
+    await manager.delete_async(40)
+    assert await manager.all_steps_async() == [10, 20, 30]
+    await manager.close_async()
+
+
+def test_checkpoints_are_what_torch_save_writes_and_names_sort_by_step(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        for step in (1, 9, 10, 100, 1_000_000_000):
+            manager.save(step, state(step))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert [torch.load(tmp_path / name)["step"] for name in names] == [1, 9, 10, 100, 1_000_000_000]
+    for wrong in (-1, 10**10, 1.5, True, "1"):
+        with pytest.raises(ValueError, match="A step is a whole number"):
+            manager.save(wrong, state(1))  # type: ignore[arg-type]
+
+
+# --- what is saved
+
+
+def test_save_saves_the_interval_and_never_a_step_before_the_latest(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, save_interval_steps=5) as manager:
+        assert [step for step in range(12) if manager.should_save(step)] == [0, 5, 10]
+        assert manager.save(10, state(10))
+        assert not manager.should_save(10)
+        assert not manager.save(10, state(10))
+        with pytest.warns(UserWarning, match="step 5 is not saved, because step 10 is there"):
+            assert not manager.save(5, state(5))
+        assert manager.save(7, state(7), force=True)
+        manager.wait_until_finished()
+        assert manager.all_steps() == [7, 10]
+    assert not CheckpointManager(tmp_path).should_save(9), "it looks at what is there"
+
+
+def test_error_of_a_background_save_is_raised_by_the_next_save_and_its_step_can_be_saved_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = tmp_path / "run" / "step-0000000001.pt"
+    blocked.mkdir(parents=True)
+    manager = CheckpointManager(tmp_path / "run")
+    with caplog.at_level(logging.ERROR, "torchferry"):
+        assert manager.save(1, state(1))
+        with pytest.raises(torchferry.StorageError, match="directory"):
+            manager.wait_until_finished()
+    assert "Step 1" in caplog.text
+    assert manager.save(1, state(1))
+    manager._under_way[0].exception()
+    with pytest.raises(torchferry.StorageError, match="directory"):
+        manager.save(2, state(2))
+    blocked.rmdir()
+    assert manager.save(1, state(1))
+    manager.close()
+    assert manager.all_steps() == [1]
+
+
+def test_error_of_the_block_is_not_hidden_by_that_of_the_last_save(tmp_path: Path) -> None:
+    (tmp_path / "step-0000000001.pt").mkdir()
+    with pytest.raises(RuntimeError, match="of the training") as caught, CheckpointManager(tmp_path) as manager:
+        manager.save(1, state(1))
+        raise RuntimeError("of the training")
+    assert "The last save failed, too" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"max_to_keep": 0}, {"save_interval_steps": 0}, {"keep_period": -1}, {"best": ("loss", "least")}]
+)
+def test_nonsense_is_refused_at_once(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        CheckpointManager("memory://x", **arguments)
+
+
+# --- what is kept
+
+
+def test_max_to_keep_and_keep_period(place: tuple[str, dict[str, Any]]) -> None:
+    url, store = place
+    with CheckpointManager(url, max_to_keep=2, keep_period=4, **store) as manager:
+        for step in range(11):
+            manager.save(step, state(step))
+        manager.wait_until_finished()
+        assert manager.all_steps() == [0, 4, 8, 9, 10]
+
+
+def test_best_are_kept_and_the_latest_in_any_case(place: tuple[str, dict[str, Any]]) -> None:
+    url, store = place
+    losses: list[float | None] = [5.0, 1.0, 4.0, float("nan"), 2.0, None, 3.0, 9.0]
+    with CheckpointManager(url, max_to_keep=2, best=("loss", "min"), **store) as manager:
+        for step, loss in enumerate(losses):
+            manager.save(step, state(step), None if loss is None else {"loss": torch.tensor(loss)})
+        manager.wait_until_finished()
+        assert manager.all_steps() == [1, 4, 7]
+        assert manager.best_step() == 1
+        assert [manager.metrics(step) for step in (1, 4, 7)] == [{"loss": 1.0}, {"loss": 2.0}, {"loss": 9.0}]
+    assert CheckpointManager(url, best=("loss", "max"), **store).best_step() == 7
+    with pytest.raises(ValueError, match="What is best"):
+        CheckpointManager(url, **store).best_step()
+
+
+def test_retention_keeps_what_it_says_whatever_is_there() -> None:
+    randomly = random.Random(1)
+    for _ in range(500):
+        steps = randomly.sample(range(50), randomly.randrange(20))
+        metrics = {step: {"a": randomly.choice([1, 2, float("nan")])} for step in steps if randomly.random() < 0.7}
+        most, period = randomly.choice([None, 1, 2, 5]), randomly.choice([None, 1, 7])
+        best = randomly.choice([None, Best("a", "min"), Best("a", "max")])
+        gone = Retention(most, period, best).superfluous(steps, metrics)
+        left = set(steps) - set(gone)
+        assert not steps or max(steps) in left
+        assert most is not None or not gone
+        counted = [step for step in left if not (period and step % period == 0)]
+        if most is not None:
+            assert len(counted) <= most + 1
+            assert len(counted) >= min(most, len([step for step in steps if not (period and step % period == 0)]))
+
+
+def test_what_the_manager_did_not_write_is_never_deleted(place: tuple[str, dict[str, Any]]) -> None:
+    url, store = place
+    names = ["step-1.pt", "step-0000000001.pth", "x-step-0000000001.pt", "best.pt", "deep/step-0000000001.pt"]
+    for name in names:
+        torchferry.save(state(0), f"{url}/{name}")
+    with CheckpointManager(url, max_to_keep=1, **store) as manager:
+        for step in range(5):
+            manager.save(step, state(step), {"loss": 1.0})
+        manager.wait_until_finished()
+        assert manager.all_steps() == [4]
+    for name in names:
+        assert torchferry.load(f"{url}/{name}")["step"] == 0
+
+
+def test_metrics_of_deleted_checkpoints_go_too(tmp_path: Path) -> None:
+    (tmp_path / "step-0000000000.metrics.json").write_text("{}")  # of a checkpoint that was deleted before a crash
+    with CheckpointManager(tmp_path, max_to_keep=1) as manager:
+        for step in range(1, 4):
+            manager.save(step, state(step), {"loss": 1.0})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000000003.metrics.json", "step-0000000003.pt"]
+
+
+def test_deletion_comes_after_the_new_checkpoint_and_no_save_waits_for_it(
+    faulty_s3: Callable[..., FaultyS3], s3_url: str
+) -> None:
+    """The first deletion is never answered: saves go on, and what is superfluous goes after the next ones."""
+    s3 = faulty_s3(Fault(method="DELETE", hang=True))
+    manager = CheckpointManager(
+        s3_url, max_to_keep=1, background=False, give_up_after=1, storage_options=s3.storage_options
+    )
+    for step in range(4):
+        assert manager.save(step, state(step))
+    s3.proxy.wait_for(method="DELETE")
+    requests = [(r.method, r.target.partition("?")[0].rpartition("/")[2]) for r in list(s3.proxy.log)]
+    assert requests.index(("PUT", "step-0000000001.pt")) < requests.index(("DELETE", "step-0000000000.pt"))
+    assert manager.save(4, state(4))
+
+
+@pytest.mark.parametrize("size", [10, 4_000], ids=["metadata", "object"])
+def test_metrics_travel_with_the_object_or_beside_it(
+    s3_url: str, s3_storage_options: dict[str, Any], size: int
+) -> None:
+    metrics = {"loss": 0.5, "note": "ü" * size}
+    with CheckpointManager(s3_url, storage_options=s3_storage_options) as manager:
+        manager.save(1, state(1), metrics)
+        manager.wait_until_finished()
+        assert manager.metrics(1) == metrics
+    assert CheckpointManager(s3_url, storage_options=s3_storage_options).metrics(1) == metrics
+    with pytest.raises(ValueError, match="A metric is a number or text"):
+        manager.save(2, state(2), {"loss": torch.ones(3)})
+
+
+def test_metrics_of_another_version_of_a_checkpoint_are_not_taken_for_its_own(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, state(1), {"loss": 0.5})
+        manager.save(1, state(1), force=True)  # without metrics
+        manager.wait_until_finished()
+        assert manager.metrics(1) == {}
+
+
+# --- what is restored
+
+
+def test_restore_falls_back_to_the_checkpoint_before_with_a_warning_that_names_both(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, max_to_keep=3) as manager:
+        for step in range(3):
+            manager.save(step, state(step, 1000))
+    damage(tmp_path / "step-0000000002.pt")
+    manager = CheckpointManager(tmp_path, max_to_keep=3)
+    with pytest.warns(UserWarning, match=r"(?s)step-0000000002.*Restored .*step-0000000001.pt instead of .*0002.pt"):
+        assert manager.restore()["step"] == 1
+    assert manager.restored_step == 1
+    assert manager.latest_step() == 1
+    assert manager.all_steps() == [0, 1]
+    with warnings.catch_warnings(), pytest.raises(torchferry.CheckpointCorruptError):
+        manager.restore(2)
+    assert manager.save(2, state(2)), "the damaged one is replaced"
+    manager.close()
+    assert CheckpointManager(tmp_path).restore()["step"] == 2
+
+
+def test_restore_raises_the_error_of_the_latest_where_all_are_damaged(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            manager.save(step, state(step, 1000))
+    for step in (1, 2):
+        damage(tmp_path / f"step-000000000{step}.pt")
+    with pytest.raises(torchferry.CheckpointCorruptError, match="0002") as caught:
+        manager.restore()
+    assert "0001" in caught.value.__notes__[-1]
+
+
+def test_damaged_checkpoints_never_count_among_those_that_are_kept(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            manager.save(step, state(step, 1000))
+    damage(tmp_path / "step-0000000002.pt")
+    with CheckpointManager(tmp_path, max_to_keep=2) as manager:
+        with pytest.warns(UserWarning, match="instead of"):
+            manager.restore()
+        manager.save(3, state(3))
+        manager.wait_until_finished()
+        assert manager.all_steps() == [1, 3]
+
+
+def test_only_whole_checkpoints_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "step-0000000007.pt").touch()  # as Azure shows for a moment
+    (tmp_path / "step-0000000008").mkdir()
+    (tmp_path / "step-0000000008" / "__0_0.distcp").write_bytes(b"a shard")
+    (tmp_path / "step-0000000009").mkdir()
+    (tmp_path / "step-0000000009" / ".metadata").write_bytes(b"of a whole one")
+    victim = victims.start(victims.stage_until_killed, str(tmp_path / "step-0000000010.pt"))
+    victim.join()
+    assert CheckpointManager(tmp_path).all_steps() == [9]
+
+
+def test_sharded_checkpoints_are_listed_and_deleted_with_their_shards_and_nothing_else(tmp_path: Path) -> None:
+    for step in (1, 2):
+        directory = tmp_path / f"step-000000000{step}"
+        directory.mkdir()
+        for name in (".metadata", "__0_0.distcp", "__1_0.distcp"):
+            (directory / name).write_bytes(b"x")
+    (tmp_path / "step-0000000001" / "mine.txt").write_text("x")
+    with CheckpointManager(tmp_path, max_to_keep=1) as manager:
+        manager.save(3, state(3))
+        manager.wait_until_finished()
+        assert manager.all_steps() == [3]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "step-0000000001",
+        "step-0000000001/mine.txt",
+        "step-0000000003.pt",
+    ]
+
+
+def test_restore_fills_a_module_in_place_and_takes_keys_at_any_depth(place: tuple[str, dict[str, Any]]) -> None:
+    url, store = place
+    module, other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    with CheckpointManager(url, **store) as manager:
+        manager.save(1, {"model": module.state_dict(), "step": 1})
+        assert not manager.restore(into={"model": other}, keys=["model"]).missing_keys
+        assert torch.equal(other.weight, module.weight)
+        assert list(manager.restore(keys=["model.bias"])["model"]) == ["bias"]
+
+
+def test_restore_starts_from_another_series_while_this_one_is_empty(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path / "before") as before:
+        before.save(5, state(5))
+    manager = CheckpointManager(tmp_path / "now", start_from=tmp_path / "before", max_to_keep=1)
+    assert manager.latest_step() == 5
+    assert manager.restore()["step"] == 5
+    assert manager.all_steps() == []
+    manager.save(6, state(6))
+    manager.close()
+    assert manager.restore()["step"] == 6
+    assert before.all_steps() == [5]
+
+
+# --- several writers, and the end
+
+
+def test_two_managers_on_one_url_end_with_one_whole_checkpoint_a_step(
+    s3_url: str, s3_storage_options: dict[str, Any]
+) -> None:
+    managers = [CheckpointManager(s3_url, max_to_keep=3, storage_options=s3_storage_options) for _ in range(2)]
+
+    def train(number: int) -> None:
+        for step in range(8):
+            managers[number].save(step, {"step": step, "writer": torch.full((1000,), number)}, {"writer": number})
+        managers[number].close()
+
+    threads = [threading.Thread(target=train, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    reader = CheckpointManager(s3_url, storage_options=s3_storage_options)
+    assert reader.all_steps() == [5, 6, 7]
+    for step in reader.all_steps():
+        found = reader.restore(step)
+        assert found["step"] == step
+        assert len(found["writer"].unique()) == 1
+        assert reader.metrics(step) == {"writer": int(found["writer"][0])}, "nothing is mixed"
+
+
+def test_sigterm_saves_the_next_step_and_is_told_and_previous_handlers_are_kept(tmp_path: Path) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        handler = signal.getsignal(signal.SIGTERM)
+        with CheckpointManager(tmp_path, save_interval_steps=100, handle_preemption=True) as manager:
+            assert not manager.save(7, state(7))
+            assert not manager.reached_preemption()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert manager.reached_preemption()
+            assert manager.should_save(8)
+            assert manager.save(8, state(8))
+            assert manager.all_steps() == [8], "save has waited for it"
+        assert seen == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_is_not_listened_to_unless_asked_for(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with CheckpointManager(tmp_path) as manager:
+        assert signal.getsignal(signal.SIGTERM) is before
+        assert not manager.reached_preemption()
+
+
+def test_long_series_keeps_memory_and_descriptors_flat() -> None:
+    url = f"memory://{uuid.uuid4().hex}"
+    fs = fsspec.filesystem("memory")
+    with CheckpointManager(url, max_to_keep=3, best=("loss", "min")) as manager:
+        for step in range(60):
+            manager.save(step, state(step), {"loss": -step})
+        manager.wait_until_finished()
+        assert manager.all_steps() == [57, 58, 59]
+        assert len(manager._metrics) <= 4
+        assert len(fs.find(url.removeprefix("memory:/"))) == 6
+
+
+def test_first_of_several_ranks_decides_and_an_error_of_one_is_raised_on_all(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("manager_ranks.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, str(script), str(rank), str(tmp_path)] for rank in range(2)]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) for command in commands]
+    first, second = (json.loads(rank.communicate(timeout=120)[0]) for rank in ranks)
+    for seen in (first, second):
+        assert seen.pop("failed on rank 1") in {"RuntimeError", "RankFailedError"}
+    assert first == second
+    assert first == {
+        "nothing yet": None,
+        "saved": [False, True, False, True, False, True],
+        "restored": {"step": 6, "rank": 0},
+        "step": 6,
+        "steps": [4, 6],
+        "not there": "CheckpointNotFoundError",
+        "failed on rank 0": "StorageError",
+        "began": True,
+        "failed in the background": "StorageError",
+        "before SIGTERM": [False, False],
+        "after SIGTERM": [True, True],
+        "preempted": [8],
+    }
