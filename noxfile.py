@@ -26,7 +26,7 @@ LINTED = (
 
 # Three files of tests at a time, as they wait for servers half of the time; each worker has servers of its own.
 # `-n 0` after `--` runs all in one process.
-SIDE_BY_SIDE = ("-n", "3", "--dist", "loadfile")
+SIDE_BY_SIDE = ("-n", "2", "--dist", "loadfile")
 
 # Oldest and newest of what pyproject.toml allows. flytekit's own bounds keep the pairs of the first rows together.
 MATRIX = {
