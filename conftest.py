@@ -88,12 +88,13 @@ def s3_client(s3_server: S3Server) -> Iterator[Any]:
     client.close()
 
 
-@pytest.fixture(scope="session")
-def s3_bucket(s3_client: Any) -> str:
-    """The name of a bucket, fresh for the session."""
+@pytest.fixture(scope="module")
+def s3_bucket(s3_client: Any) -> Iterator[str]:
+    """The name of a bucket, fresh for the file of tests; deleting it gives back what it took of the disk."""
     name = f"ferry-{uuid.uuid4().hex[:12]}"
     s3_client.create_bucket(Bucket=name)
-    return name
+    yield name
+    s3_client.delete_bucket(Bucket=name)  # SeaweedFS deletes it with what is in it
 
 
 @pytest.fixture

@@ -150,12 +150,13 @@ def azure_client(azure_server: AzureServer) -> Iterator[Any]:
         yield client
 
 
-@pytest.fixture(scope="session")
-def azure_container(azure_client: Any) -> str:
-    """The name of a container on Azurite, fresh for the session."""
+@pytest.fixture(scope="module")
+def azure_container(azure_client: Any) -> Iterator[str]:
+    """The name of a container on Azurite, fresh for the file of tests."""
     name = f"ferry-{uuid.uuid4().hex[:12]}"
     azure_client.create_container(name)
-    return name
+    yield name
+    azure_client.delete_container(name)
 
 
 @pytest.fixture
