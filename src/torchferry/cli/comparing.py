@@ -63,11 +63,11 @@ def _print(found: Diff) -> None:
             ("added", found.added),
             ("of another shape or dtype", found.reshaped),
             ("of other content", found.changed),
-            ("other values", found.values),
+            ("other value" if len(found.values) == 1 else "other values", found.values),
         )
         if names
     ]
-    say("; ".join([*notes, f"{found.equal:,} tensors the same"]))
+    say("; ".join([*notes, f"{found.equal:,} {'tensor' if found.equal == 1 else 'tensors'} the same"]))
 
 
 def _described(tensor: TensorInfo) -> str:

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.planner import WriteItemType
 
 from torchferry.distributed.assemble import Archive, Assembly, Data, Script, StandIns
 from torchferry.distributed.fetch import Files
-from torchferry.distributed.metadata import new_save_name, shards_of, storage_info, write_metadata
-from torchferry.distributed.place import METADATA, Place
+from torchferry.distributed.metadata import shards_of, storage_info, write_metadata
+from torchferry.distributed.place import METADATA, Place, new_save_name
 from torchferry.distributed.reader import StorageReader, where_stored
 from torchferry.distributed.slices import Direct, Piece, cut
 from torchferry.distributed.whole import Contents, checksums_of, find, load_whole

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from torchferry.distributed.metadata import read_metadata, save_name_of, shards_of
-from torchferry.distributed.place import METADATA, Place
+from torchferry.distributed.place import METADATA, Place, save_name_of
 from torchferry.engine.cancellation import in_thread
 from torchferry.errors import CheckpointFormatError, CheckpointNotFoundError, UnsafeCheckpointError
 
@@ -103,4 +102,6 @@ async def _named(place: Place, names: Sequence[str]) -> set[str] | None:
 
 
 def _names(data: bytes, url: str) -> set[str]:
+    from torchferry.distributed.metadata import read_metadata, shards_of  # torch: only where there is such a save
+
     return {path.partition("/")[0] for path in shards_of(read_metadata(data, url, weights_only=True))}

@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import io
 import pickle
-import re
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -40,9 +37,7 @@ __all__ = [
     "Extras",
     "chunk_of",
     "extras_of",
-    "new_save_name",
     "read_metadata",
-    "save_name_of",
     "shards_of",
     "storage_info",
     "write_metadata",
@@ -51,7 +46,6 @@ __all__ = [
 _VERSION = 1  # of what torchferry adds
 _DCP_VERSION = "1.0.0"  # as the stock writer says since torch 2.8; readers only look whether it is there
 
-_SAVE_NAME = re.compile(r"save-(\d{8}T\d{6}Z)-[0-9a-f]{8}")
 _ALLOWED = frozenset(
     {
         ("builtins", name)
@@ -101,20 +95,6 @@ class Extras:
 
     url: str | None = None
     shards: Mapping[str, tuple[int, str | None]] = field(default_factory=dict)
-
-
-def new_save_name() -> str:
-    """The name of a save, in which its shards lie: nobody else's, and it tells when the save began."""
-    return f"save-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
-
-
-def save_name_of(relative_path: str) -> tuple[str, datetime] | None:
-    """The save that a shard belongs to, and when that began; None for a shard that torchferry did not write."""
-    name, slash, _ = relative_path.partition("/")
-    found = _SAVE_NAME.fullmatch(name)
-    if not slash or found is None:
-        return None
-    return name, datetime.strptime(found[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
 
 
 def storage_info(relative_path: str, written: Written) -> _StorageInfo:

@@ -1,11 +1,14 @@
-"""Where a sharded checkpoint is: a directory of a store, and small objects in it."""
+"""Where a sharded checkpoint is: a directory of a store, small objects in it, and the names of its saves."""
 
 from __future__ import annotations
 
 import os
+import re
+import secrets
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +28,12 @@ from torchferry.storage.registry import open_backend
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["METADATA", "Place", "bytes_of", "inside"]
+__all__ = ["METADATA", "Place", "bytes_of", "inside", "new_save_name", "save_name_of"]
 
 METADATA = ".metadata"
 """The object whose appearance makes a checkpoint: it names all shards."""
 
+_SAVE_NAME = re.compile(r"save-(\d{8}T\d{6}Z)-[0-9a-f]{8}")
 _DELETES = 16  # under way at once
 
 
@@ -124,3 +128,17 @@ async def bytes_of(data: bytes) -> AsyncIterator[Chunk]:
     view = memoryview(data)
     for start in range(0, len(view), 8 * MIB):
         yield Chunk(view[start : start + 8 * MIB])
+
+
+def new_save_name() -> str:
+    """The name of a save, in which its shards lie: nobody else's, and it tells when the save began."""
+    return f"save-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+
+
+def save_name_of(relative_path: str) -> tuple[str, datetime] | None:
+    """The save that a shard belongs to, and when that began; None for a shard that torchferry did not write."""
+    name, slash, _ = relative_path.partition("/")
+    found = _SAVE_NAME.fullmatch(name)
+    if not slash or found is None:
+        return None
+    return name, datetime.strptime(found[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)

@@ -18,12 +18,11 @@ from torchferry.distributed.fetch import Files, fetch
 from torchferry.distributed.metadata import (
     chunk_of,
     extras_of,
-    new_save_name,
     read_metadata,
     shards_of,
     write_metadata,
 )
-from torchferry.distributed.place import METADATA, Place
+from torchferry.distributed.place import METADATA, Place, new_save_name
 from torchferry.distributed.reader import StorageReader
 from torchferry.distributed.slices import Piece
 from torchferry.distributed.writer import remove_before, shards_before

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from torchferry.distributed.errors import with_portable_errors
-from torchferry.distributed.metadata import new_save_name, read_metadata, shards_of, storage_info, write_metadata
-from torchferry.distributed.place import METADATA, Place
+from torchferry.distributed.metadata import read_metadata, shards_of, storage_info, write_metadata
+from torchferry.distributed.place import METADATA, Place, new_save_name
 from torchferry.distributed.staging import Stager
 from torchferry.engine.loops import own_loop, run, run_on
 from torchferry.engine.transfer import Transfer, TransferReport, current
