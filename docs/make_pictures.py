@@ -57,11 +57,12 @@ def terminal(environment: dict[str, str]) -> None:
     """Runs the commands, and draws what they print."""
     console = Console(record=True, width=WIDTH, file=StringIO(), force_terminal=True)
     for command in COMMANDS:
-        program = [sys.executable, "-m", "torchferry", *command.split()[1:]]
-        done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+        program = f"stty cols {WIDTH}; {sys.executable} -m torchferry {command.partition(' ')[2]} 2>/dev/null"
+        on_terminal = ["script", "-qec", program, "/dev/null"]  # of util-linux; it ends with the command's status
+        done = subprocess.run(on_terminal, env=environment, capture_output=True, text=True, check=False)
         if done.returncode not in {0, 1}:
-            raise SystemExit(f"{command}: {done.stderr}")
-        console.print(Text("$ ", style="bold green") + Text(command, style="bold"))
+            raise SystemExit(f"{command}: {done.stdout}")
+        console.print(Text.assemble(("$ ", "bold green"), (command, "bold")))
         console.print(Text.from_ansi(done.stdout.rstrip()))
         console.print()
     svg = console.export_svg(title="torchferry", unique_id="torchferry")
@@ -77,7 +78,7 @@ def deck(checkpoint: PyTorchCheckpoint) -> None:
         chromium = shutil.which("chromium")
         assert chromium is not None
         picture = f"--screenshot={PICTURES / 'deck.png'}"
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,1000"]
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,1520"]
         subprocess.run([chromium, *flags, picture, page.as_uri()], check=True, capture_output=True, timeout=120)
 
 
@@ -95,8 +96,6 @@ def main(wanted: list[str]) -> None:
             "AWS_ACCESS_KEY_ID": server.key,
             "AWS_SECRET_ACCESS_KEY": server.secret,
             "AWS_DEFAULT_REGION": server.region,
-            "FORCE_COLOR": "1",
-            "COLUMNS": str(WIDTH),
             "TERM": "xterm-256color",
         }
         os.environ.update({name: value for name, value in environment.items() if name.startswith("AWS_")})

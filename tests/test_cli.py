@@ -114,7 +114,7 @@ def test_diff_tells_what_was_added_removed_reshaped_and_changed(
         "! shape: float32 2 -> float32 3",
         "~ changed: other content",
         "= lr: 0.1 -> 0.2",
-        "1 removed; 1 added; 1 of another shape or dtype; 1 of other content; 1 other values; 1 tensors the same",
+        "1 removed; 1 added; 1 of another shape or dtype; 1 of other content; 1 other value; 1 tensor the same",
     ]
     assert main(["diff", "--json", a, b]) == 1
     assert json.loads(capsys.readouterr().out)["changed"] == ["changed"]
