@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import s3fs
+import torch
 from fsspec.config import conf
 
 import torchferry
@@ -28,17 +29,20 @@ def name_of(path: Path) -> str:
 
 
 @pytest.fixture
-def _own_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As a reader's: an empty directory, and nothing configured."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # where cores are few, threads that wait for each other took most of the CPU
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def _own_bucket(s3_server: S3Server, s3_client: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Credentials and an endpoint in the environment, and an S3 bucket that is called "bucket"."""
-    if BUCKET not in {bucket["Name"] for bucket in s3_client.list_buckets()["Buckets"]}:
-        s3_client.create_bucket(Bucket=BUCKET)
+    """Credentials and an endpoint in the environment, and an empty S3 bucket that is called "bucket"."""
+    s3_client.create_bucket(Bucket=BUCKET)
     for name, value in (
         ("AWS_ENDPOINT_URL", s3_server.endpoint),
         ("AWS_ACCESS_KEY_ID", s3_server.key),
@@ -49,6 +53,7 @@ def _own_bucket(s3_server: S3Server, s3_client: Any, monkeypatch: pytest.MonkeyP
     configured = dict(conf)
     s3fs.S3FileSystem.clear_instance_cache()
     yield
+    s3_client.delete_bucket(Bucket=BUCKET)  # with what is in it: pages must not find what others have saved
     s3fs.S3FileSystem.clear_instance_cache()
     conf.clear()
     conf.update(configured)

@@ -27,9 +27,12 @@ async def open_object(backend: Backend, path: str, *, weights_only: bool = True)
     except StorageUnavailableError:
         raise
     except StorageError:  # stores say in several ways that there is no object of a directory's name
-        from torchferry.distributed.whole import find
+        from torchferry.distributed.place import METADATA
 
         with suppress(StorageError):
+            await backend.stat(f"{path.rstrip('/')}/{METADATA}")  # most often there is none: no torch, no second's wait
+            from torchferry.distributed.whole import find
+
             found = await find(backend, path, mask(backend.url(path)), weights_only=weights_only)
             if found is not None:
                 return found
