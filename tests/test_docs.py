@@ -39,22 +39,29 @@ def _own_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def _own_store(s3_server: S3Server) -> Iterator[None]:
+    """Credentials and an endpoint in the environment. Once for all pages: a client of s3fs takes a second to make."""
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in (
+            ("AWS_ENDPOINT_URL", s3_server.endpoint),
+            ("AWS_ACCESS_KEY_ID", s3_server.key),
+            ("AWS_SECRET_ACCESS_KEY", s3_server.secret),
+            ("AWS_DEFAULT_REGION", s3_server.region),
+        ):
+            environment.setenv(name, value)
+        yield
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
 @pytest.fixture
-def _own_bucket(s3_server: S3Server, s3_client: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Credentials and an endpoint in the environment, and an empty S3 bucket that is called "bucket"."""
-    s3_client.create_bucket(Bucket=BUCKET)
-    for name, value in (
-        ("AWS_ENDPOINT_URL", s3_server.endpoint),
-        ("AWS_ACCESS_KEY_ID", s3_server.key),
-        ("AWS_SECRET_ACCESS_KEY", s3_server.secret),
-        ("AWS_DEFAULT_REGION", s3_server.region),
-    ):
-        monkeypatch.setenv(name, value)
+def _own_bucket(_own_store: None, s3_client: Any) -> Iterator[None]:
+    """An empty S3 bucket that is called "bucket"."""
     configured = dict(conf)
-    s3fs.S3FileSystem.clear_instance_cache()
+    s3_client.create_bucket(Bucket=BUCKET)
     yield
-    s3_client.delete_bucket(Bucket=BUCKET)  # with what is in it: pages must not find what others have saved
-    s3fs.S3FileSystem.clear_instance_cache()
+    s3_client.delete_bucket(Bucket=BUCKET)  # with what is in it: no page finds what another has saved
     conf.clear()
     conf.update(configured)
 
