@@ -61,6 +61,17 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """Takes back what libraries leave in the environment, such as the ranks that Lightning and accelerate look for."""
+    before = dict(os.environ)
+    yield
+    now = dict(os.environ)
+    for name in now.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if now.get(name) != value})
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """SeaweedFS on loopback: .endpoint, .port, .key, .secret, .region, .storage_options."""

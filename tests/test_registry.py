@@ -7,6 +7,7 @@ import threading
 import uuid
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from torchferry.storage.generic import GenericBackend
 from torchferry.storage.local import LocalBackend
 from torchferry.storage.registry import open_backend
 from torchferry.testing import BackendConformance, StoreUnderTest
+
+fsspec_registry = import_module("fsspec.registry")  # fsspec has another "registry" of this name
 
 S3 = {"key": "key", "secret": "secret", "endpoint_url": "http://127.0.0.1:1"}
 
@@ -419,6 +422,23 @@ print(torchferry.load("{s3_url}/x.pt", storage_options={s3_storage_options!r}))
 """
     done = run_python(script)
     assert done.stdout == "{'a': 1}\n", done.stderr
+
+
+@pytest.mark.parametrize("chain", ["zip://a/x.pt::{}/x.zip", "simplecache::zip://a/x.pt::{}/x.zip", "dir://x.pt::{}/a"])
+def test_chain_lies_on_s3fs_whatever_is_registered(
+    chain: str, s3_url: str, s3_storage_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Strange(fsspec.AbstractFileSystem):  # type: ignore[misc]
+        def __init__(self, **options: Any) -> None:
+            raise AssertionError(options)
+
+    torchferry.save({"a": 1}, f"{s3_url}/a/x.pt", storage_options=s3_storage_options)
+    store = S3FileSystem(**s3_storage_options)
+    with store.open(f"{s3_url}/x.zip", "wb") as file, zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a/x.pt", store.cat_file(f"{s3_url}/a/x.pt"))
+    monkeypatch.setitem(fsspec_registry._registry, "s3", Strange)
+    loaded = torchferry.load(chain.format(s3_url), storage_options={"s3": s3_storage_options})
+    assert loaded == {"a": 1}
 
 
 @pytest.mark.parametrize("registered", [False, True], ids=["FsspecStore", "registered"])

@@ -969,6 +969,7 @@ async def test_idle_connections_stay_open_for_the_last_eight_filesystems(store: 
         fs = gcsfs.GCSFileSystem(**store.options["storage_options"], skip_instance_cache=True)
         backend, path = open_backend(store.url, filesystem=fs)
         await run_on(backend.loop, partial(backend.write, path, stream(DATA, MIB), plan=backend.upload_plan(1)))
+        await run_on(backend.loop, fs._info, path)  # over gcsfs's own connection
         made.append(fs)
 
     async def idle() -> list[int]:

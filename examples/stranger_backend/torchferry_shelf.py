@@ -82,6 +82,7 @@ class ShelfFileSystem(AsyncFileSystem):  # type: ignore[misc] # fsspec has no ty
 class ShelfBackend(HttpBackend):
     """Objects on a Shelf. A version is an ETag, which is new with every write."""
 
+    keeps_metadata = True
     checksum_refused: ClassVar[frozenset[int]] = frozenset()  # a Shelf never refuses one
 
     def __init__(self, fs: ShelfFileSystem) -> None:

@@ -167,8 +167,30 @@ def _make(url: str, storage_options: Mapping[str, Any], *, is_path: bool) -> tup
 def _make_any(url: str, protocol: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
     if not _is_chain(url):
         return _make_one(url, protocol, storage_options)
+    if _protocol_in(url.rpartition("::")[2]) in _entry_points():
+        return _make_on_store(url, storage_options)
     made: tuple[AbstractFileSystem, str] = url_to_fs(_decoded_at_the_end(url), **storage_options)
     return made
+
+
+def _make_on_store(chain: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
+    """What ``url_to_fs`` makes of a chain, on the class that is used for the store's own URLs."""
+    *layers, last = chain.split("::")
+    options = dict(storage_options)
+    protocol = get_protocol(last)
+    fs, path = _make_one(last, protocol, options.pop(protocol, {}))
+    for layer in reversed(layers):
+        protocol = _protocol_in(layer) or ""
+        kind: type[AbstractFileSystem] = fsspec.get_filesystem_class(protocol)
+        given = {**kind._get_kwargs_from_urls(layer), **options.pop(protocol, {})}
+        if layer is layers[0]:
+            given |= options
+        names = option_names(kind)
+        given |= {"fs": fs} if "fs" in names else {"fo": fs.open(path)}
+        if {"fs", "fo"} <= names:
+            given["fo"] = path
+        fs, path = kind(**given), kind._strip_protocol(layer.partition("://")[2]) or path
+    return fs, path
 
 
 def _make_one(url: str, protocol: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
