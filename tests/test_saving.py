@@ -311,7 +311,10 @@ class Changing(Callback):
         super().__init__()
         self._change = change
 
-    def relative_update(self, inc: int = 1) -> None:  # noqa: ARG002 - fsspec calls it so
+    def set_size(self, size: int) -> None:  # noqa: ARG002 - fsspec calls it so
+        self._change()
+
+    def relative_update(self, inc: int = 1) -> None:  # noqa: ARG002
         self._change()
 
 

@@ -14,6 +14,7 @@ import contextvars
 import io
 import os
 import threading
+import traceback
 import types
 from bisect import bisect_right, insort
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
@@ -163,6 +164,8 @@ class TorchStream(AsyncIterator["Chunk"]):
         except Exception as error:  # noqa: BLE001  # it goes on from __anext__, so that the consumer cleans up
             if not self._closed:
                 self._failure = error
+            else:  # nobody sees it: its frames, which hold the tensors, need not wait for the collector
+                traceback.clear_frames(error.__traceback__)
         except BaseException:
             if not self._closed:  # else the consumer's own error is the reason
                 self._failure = InterruptedError("torch.save was interrupted")
@@ -210,16 +213,22 @@ class TorchStream(AsyncIterator["Chunk"]):
             recorder = recording_pickle(on_opened, self._storages.add, tensors.append, on_pickled)
         if filler is not None:
             torch.serialization.set_crc32_options(compute_crc32=False)  # in this context, which is the thread's own
+        failure = None
         try:
             with self._modes.applied():
                 torch_save(self._obj, writer, pickle_module=recorder)  # type: ignore[arg-type]  # write and flush will do
         except RuntimeError:
-            if writer.error is not None:  # torch raises one of its own instead
-                raise writer.error from None
-            raise
+            if writer.error is None:
+                raise
+            failure = writer.error  # torch has raised one of its own instead
         finally:
             writer.error = None
             writer.close()
+        try:  # out here, where torch's error is not its context: their frames refer to each other, and to the tensors
+            if failure is not None:
+                raise failure
+        finally:
+            del failure
 
     def _begin(self, pickle_size: int) -> Claim:
         """Called when the object is pickled and nothing is written: claims memory, and lets the consumer begin."""
