@@ -224,12 +224,13 @@ def _places(pickled: bytes, archive: Archive, request: LoadRequest) -> dict[str,
     found, _ = leaves(graph, part)
     places: dict[str, TensorPlace] = {}
     odd: list[str] = []
-    for name, leaf in found.items():
-        place = place_of(leaf) if is_tensor_leaf(leaf) else None
-        if place is None:
-            odd.append(name)
-        else:
-            places[name] = place
+    with graph.damage_told():
+        for name, leaf in found.items():
+            place = place_of(leaf) if is_tensor_leaf(leaf) else None
+            if place is None:
+                odd.append(name)
+            else:
+                places[name] = place
     if odd:
         some = ", ".join(repr(printable(name)) for name in odd[:_SHOWN])
         more = f" and {len(odd) - _SHOWN} more" if len(odd) > _SHOWN else ""

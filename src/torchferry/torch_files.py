@@ -141,10 +141,8 @@ def _plan_filling(pickled: bytes, archive: Archive, request: LoadRequest, target
     graph = read_graph(pickled, archive.url)
     part = pick(graph, *request.choice()) if request.is_part else graph.root
     there, metadata = leaves(graph, part)
-    try:
+    with graph.damage_told():
         found = {name: _found(leaf, archive, is_native) for name, leaf in there.items() if is_tensor_leaf(leaf)}
-    except Exception as error:  # what stand-ins in odd places raise is anything
-        raise CheckpointCorruptError(f"{archive.url}: data.pkl is none that torch writes: {error}.") from error
     others = [name for name in there if name not in found]
     target.check(found, others, archive.url, strict=request.strict)
     direct = target.direct(found)

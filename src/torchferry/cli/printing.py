@@ -59,7 +59,9 @@ def say(text: str = "") -> None:
 
 def print_json(value: Any) -> None:
     """Prints a value for programs."""
-    print(json.dumps(value, indent=2))
+    for piece in json.JSONEncoder(indent=2).iterencode(value):
+        sys.stdout.write(piece)
+    print()
 
 
 class Table:
