@@ -139,7 +139,7 @@ PICKLES: dict[str, bytes] = {
     "deep tuple as persistent id": b"\x80\x02" + _DEEP + b"Q.",
     "600,000 lists": b"\x80\x02](" + b"]" * 600_000 + b"e.",
     "600,000 sets": b"\x80\x04](" + b"\x8f" * 600_000 + b"e.",
-    "100,000 globals": b"\x80\x02](" + b"".join(b"ca\nb%d\n" % i for i in range(100_000)) + b"e.",
+    "200,000 globals": b"\x80\x02](" + b"".join(b"ca\nb%d\n" % i for i in range(200_000)) + b"e.",
     "bytearray of a size": _pickled(b"c__builtin__\nbytearray\n\x8a\x05\0\0\0\0\x01\x85R"),
     "bytearray of a size, popped": _pickled(b"c__builtin__\nbytearray\n\x8a\x05\0\0\0\0\x01\x85R0N"),
     "bytearray through a tensor": _pickled(b"ctorch._tensor\n_rebuild_from_type_v2\n(c__builtin__\nbytearray\nctorch\nTensor\n\x8a\x05\0\0\0\0\x01\x85}tR"),
@@ -167,7 +167,7 @@ PICKLES: dict[str, bytes] = {
     "no opcode": b"\x80\x02\xff.",
     "extension code": b"\x80\x02\x82\x01.",
     "nothing": b"",
-    "tensors shared 50,000 times": b"\x80\x02](" + _tensor() + _put(0) + b"h\x00" * 50_000 + b"e.",
+    "tensors shared 100,000 times": b"\x80\x02](" + _tensor() + _put(0) + b"h\x00" * 100_000 + b"e.",
     "byte of a list": _pickled(b"c__builtin__\nbytearray\n](K\x01K\x02e\x85R"),
 }  # fmt: skip
 
@@ -319,13 +319,6 @@ SAFETENSORS: dict[str, Callable[[], bytes]] = {
     "a header of spaces": lambda: _safetensors_of(" " * 1_000_000),
 }
 
-_SHARDED = (
-    *("memo index", "shared tuples as key", "deep tuple", "nested keys", "600,000 sets", "100,000 globals"),
-    *("bytearray of a size", "bytes of a size", "punycode", "keys that act on a terminal", "a blocked module"),
-    *("global that acts on a terminal", "a set of lists", "no end", "nothing", "call of nothing"),
-)
-_METADATA = ".metadata"  # of a sharded checkpoint
-
 FILES: dict[str, Callable[[], bytes]] = {
     **{f"{name}, zip": partial(archive_of, data, bytes(16)) for name, data in PICKLES.items()},
     **{f"{name}, legacy": partial(legacy_of, data) for name, data in PICKLES.items()},
@@ -338,8 +331,8 @@ FILES: dict[str, Callable[[], bytes]] = {
     "records that act on a terminal": lambda: _zip_of(iter([f"a/{_ESCAPES}"])),
     "no checkpoint, with names that act on a terminal": lambda: _zip_of(iter([f"{_ESCAPES}/x"])),
     "a folder that acts on a terminal": lambda: _zip_of(iter([f"a/{_ESCAPES[:20]}"]), mode=16),
-    "50,000 records": lambda: _zip_of(f"a/data/{i}" for i in range(50_000)),
-    "50,000 records with filler": lambda: _zip_of((f"a/data/{i}" for i in range(50_000)), filler=3),
+    "100,000 records": lambda: _zip_of(f"a/data/{i}" for i in range(100_000)),
+    "100,000 records with filler": lambda: _zip_of((f"a/data/{i}" for i in range(100_000)), filler=3),
     "a record twice": lambda: _zip_of(iter(["a/x", "a/x"])),
     "a directory as large as the file": _directory_as_large_as_the_file,
     "an end record alone": lambda: b"PK\5\6" + bytes(18),
