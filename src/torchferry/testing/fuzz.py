@@ -2,7 +2,8 @@
 
 ``python -m torchferry.testing.fuzz 20000`` prints that as JSON. Each mutant is loaded, and some are inspected, some
 verified, copied, converted, shown in the Deck or by the command. That gives the right object or one of torchferry's
-errors; everything else is counted as what it is. All runs in this process: if a mutant ends it, its number is the last one on standard error.
+errors; everything else is counted as what it is. All runs in this process: if a mutant ends it, its number is the last
+one on standard error.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import io
 import itertools
 import json
 import random
+import struct
 import sys
 import tempfile
 import warnings
@@ -31,6 +33,7 @@ from torchferry.testing.hostile import acts, taken
 
 __all__ = ["UNWANTED", "Mutant", "Originals", "mutants", "run"]
 
+_UNCHECKED = {"legacy", "without CRC32s", "safetensors"}  # formats without CRC32s: values may have changed
 _SHARE = 4  # of the entry points but load, each mutant gets one of so many
 
 UNWANTED = ("wrong", *_UNWANTED)
@@ -100,6 +103,8 @@ class Originals:
         torch.serialization.set_crc32_options(True)
         file = io.BytesIO()
         torch.jit.save(torch.jit.script(model), file)
+        tensors = {"m": torch.arange(6.0).reshape(2, 3), "n": torch.ones(5, dtype=torch.bfloat16)}
+        self._made.append(("safetensors", tensors, _safetensors(), True))
         self._add("TorchScript", None, file.getvalue(), weights_only=False)
 
     def _add(self, name: str, obj: Any, data: bytes, *, weights_only: bool = True) -> None:
@@ -121,7 +126,7 @@ def mutants(seed: int = 0, originals: Originals | None = None) -> Iterator[Mutan
         if generator.random() < 0.1 and name != "kinds":
             options["map_location"] = "meta"
         mutant = change(generator, data)
-        is_same = options["verify"] and change is not _with_other_pickle and name not in {"legacy", "without CRC32s"}
+        is_same = options["verify"] and change is not _with_other_pickle and name not in _UNCHECKED
         known = None if not is_same or "map_location" in options or obj is None else obj
         yield Mutant(number, f"{name}, {change.__name__.strip('_').replace('_', ' ')}", mutant, known, options)
 
@@ -206,6 +211,17 @@ def _saved(obj: Any, **options: Any) -> bytes:
     file = io.BytesIO()
     torch.save(obj, file, **options)
     return file.getvalue()
+
+
+def _safetensors() -> bytes:
+    """The tensors of the original of that format, as its library writes them."""
+    header = {
+        "n": {"dtype": "BF16", "shape": [5], "data_offsets": [24, 34]},
+        "m": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+        "__metadata__": {"format": "pt"},
+    }
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + struct.pack("<6f", *range(6)) + b"\x80\x3f" * 5
 
 
 def _repacked(data: bytes) -> bytes:
