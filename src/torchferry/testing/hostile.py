@@ -319,6 +319,13 @@ SAFETENSORS: dict[str, Callable[[], bytes]] = {
     "a header of spaces": lambda: _safetensors_of(" " * 1_000_000),
 }
 
+_SHARDED = (
+    *("memo index", "shared tuples as key", "deep tuple", "nested keys", "600,000 sets", "200,000 globals"),
+    *("bytearray of a size", "bytes of a size", "punycode", "keys that act on a terminal", "a blocked module"),
+    *("global that acts on a terminal", "a set of lists", "no end", "nothing", "call of nothing"),
+)
+_METADATA = ".metadata"  # of a sharded checkpoint
+
 FILES: dict[str, Callable[[], bytes]] = {
     **{f"{name}, zip": partial(archive_of, data, bytes(16)) for name, data in PICKLES.items()},
     **{f"{name}, legacy": partial(legacy_of, data) for name, data in PICKLES.items()},
@@ -326,6 +333,7 @@ FILES: dict[str, Callable[[], bytes]] = {
         f"{name}, TorchScript": partial(_torchscript_of, PICKLES[name])
         for name in ("memo index", "shared tuples as key", "deep tuple", "keys that act on a terminal", "no end")
     },
+    **{f"{name}, sharded": partial(bytes, PICKLES[name]) for name in _SHARDED},
     "a legacy pickle without its storages": lambda: legacy_of(PICKLES["nested lists"], whole=False),
     "a legacy magic number alone": lambda: legacy_of(b"")[:20],
     "records that act on a terminal": lambda: _zip_of(iter([f"a/{_ESCAPES}"])),
@@ -578,9 +586,11 @@ def run(
                     continue
                 say(name)
                 data = make()
-                path = directory / "x.pt"
+                place = f"sharded/{_METADATA}" if name.endswith(", sharded") else "x.pt"
+                path = directory / place
+                path.parent.mkdir(exist_ok=True)
                 path.write_bytes(data)
-                url = str(path) if put is None else put("x.pt", data)
+                url = (str(path) if put is None else put(place, data)).removesuffix(f"/{_METADATA}")
                 target = str(directory / "copy.pt") if put is None else f"{url}.copy"
                 size = len(data)
                 del data
