@@ -121,6 +121,8 @@ class _Picker:
             return value if taken else _NOTHING
         if taken and self._exclude is None and (self._keys is None or not self._keys.unmatched):
             return value
+        if not taken and self._keys is not None and not self._keys.reaches_into(name):
+            return _NOTHING
         self._path.add(id(value))
         self._held += _nbytes(name)
         try:
