@@ -112,6 +112,7 @@ async def fill_torch(source: RangeReader, request: LoadRequest, target: Target) 
             plan.filled,
             plan.found,
             loaded["metadata"],
+            source.url,
             strict=request.strict,
         )
     )
@@ -202,7 +203,7 @@ def fill_with(loaded: Any, url: str, request: LoadRequest, target: Target) -> In
         if hasattr(value, "dtype") and hasattr(value, "shape")
     }
     target.check(found, values, url, strict=request.strict)
-    return target.finish(values, (), found, {}, strict=request.strict)
+    return target.finish(values, (), found, {}, url, strict=request.strict)
 
 
 def _flattened(name: str, value: Any) -> list[tuple[str, Any]]:

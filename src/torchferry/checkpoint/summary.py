@@ -14,6 +14,7 @@ import torch
 
 from torchferry.checkpoint.content import content_of
 from torchferry.checkpoint.values import MODULE_KEY, OPTIMIZER_KEY
+from torchferry.engine.collector import collector_paused
 from torchferry.engine.transfer import TransferReport
 
 _Place: TypeAlias = "tuple[_Place | None, Any]"  # where a value is: the place of what it is in, and its key there
@@ -25,6 +26,7 @@ _LONGEST_INT = 500  # bits of a number that is shown
 _LONGEST_NAME = 500  # characters of the name of a tensor
 _MOST_ROWS = 20_000
 _PLAIN = frozenset({bool, bytes, float, int, str, type(None)})
+_CONTAINERS = (dict, list, tuple, Mapping)  # the last one takes longest to ask
 _MOST_GROUPS = 1000  # parameter groups that are looked at
 
 _logger = logging.getLogger("torchferry")
@@ -71,6 +73,7 @@ class Summary:
     saved: TransferReport | None = None
 
 
+@collector_paused()
 def summarize(content: Mapping[str, Any], uri: str | None, saved: TransferReport | None = None) -> Summary:
     """Summarizes the dict that is saved for a checkpoint. Looks at no tensor's values."""
     storages: set[int] = set()
@@ -144,7 +147,7 @@ def _tensors(place: _Place | None, value: Any) -> Iterator[tuple[_Place | None, 
                 continue
             if isinstance(item, torch.Tensor):
                 yield (before, key), item
-            elif isinstance(item, Mapping | list | tuple) and id(item) not in seen:
+            elif isinstance(item, _CONTAINERS) and id(item) not in seen:
                 seen.add(id(item))
                 stack.append(((before, key), _children(item)))
                 break

@@ -57,7 +57,7 @@ _LEGACY_LENGTH = 8  # bytes before a storage: how many elements it has
 _LONGEST_INT = 4096  # bits of a key that is shown
 _LONGEST_KEY = 1 << 18  # characters of the key of a tensor
 _WIDE = 1000  # values in a container whose children are not listed at once
-_LISTED = (8 << 20, 8)  # bytes of memory that the list of tensors may take, and so many for each byte of the pickle
+_LISTED = (8 << 20, 6)  # bytes of memory that the list of tensors may take, and so many for each byte of the pickle
 _PLAIN_VISITS = 1 << 16  # values that are looked at for plain ones
 _MOST_PLAIN = 1000
 _SHORT = 16  # values in a list of plain ones that is worth listing
@@ -390,7 +390,7 @@ class Graph:
 
         Raises:
             CheckpointCorruptError: a tensor is not made as torch makes it, or the list takes more than 8 MiB and
-                8 bytes for each of the pickle, as it may if keys are nested deep or tensors shared very often.
+                6 bytes for each of the pickle, as it may if keys are nested deep or tensors shared very often.
         """
         room = _LISTED[0] + _LISTED[1] * self.nbytes
         with self.damage_told():

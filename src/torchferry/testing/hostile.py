@@ -57,7 +57,8 @@ MEMORY = 64 << 20
 """Bytes beyond the file's own size; a try takes less."""
 
 _DECK = 200_000  # characters
-_THIRD = 3
+_LARGE = 100_000  # bytes of a file
+_SHARES = {False: 3, True: 11}  # of the entry points, one of so many in a short run: of files that are large or not
 
 
 def saved(obj: Any, **options: Any) -> bytes:
@@ -559,7 +560,7 @@ def run(
         put: Stores a file under a name, and returns its URL; by default, in a directory of this machine.
         options: The storage options of these URLs.
         only: Which files and values.
-        short: Whether files get a third of the entry points each, in turn.
+        short: Whether files get only some of the entry points each, in turn: a third, or two where they are large.
         say: Called with the name of each before it is tried.
 
     Returns:
@@ -581,7 +582,8 @@ def run(
     try:
         with warnings.catch_warnings(action="ignore"):
             _warm(directory)
-            for done, (name, make) in enumerate(FILES.items()):
+            turns = {is_large: itertools.count() for is_large in _SHARES}
+            for name, make in FILES.items():
                 if not only(name):
                     continue
                 say(name)
@@ -594,9 +596,9 @@ def run(
                 target = str(directory / "copy.pt") if put is None else f"{url}.copy"
                 size = len(data)
                 del data
-                for number, (act, tried) in enumerate(acts(url, target, options).items()):
-                    if short and number % _THIRD != done % _THIRD:
-                        continue
+                share = _SHARES[size >= _LARGE] if short else 1
+                turn = next(turns[size >= _LARGE]) % share
+                for act, tried in itertools.islice(acts(url, target, options).items(), turn, None, share):
                     note(f"{name}, {act}", taken(tried, size))
             for name, make in VALUES.items() if put is None else ():
                 if only(name):
