@@ -143,7 +143,10 @@ def _plan_filling(pickled: bytes, archive: Archive, request: LoadRequest, target
     part = pick(graph, *request.choice()) if request.is_part else graph.root
     there, metadata = leaves(graph, part)
     with graph.damage_told():
-        found = {name: _found(leaf, archive, is_native) for name, leaf in there.items() if is_tensor_leaf(leaf)}
+        tensors = {name: leaf for name, leaf in there.items() if is_tensor_leaf(leaf)}
+        leaves_by_id = {id(leaf): leaf for leaf in tensors.values()}  # one tensor may have very many names
+        known = {identity: _found(leaf, archive, is_native) for identity, leaf in leaves_by_id.items()}
+        found = {name: known[id(leaf)] for name, leaf in tensors.items()}
     others = [name for name in there if name not in found]
     target.check(found, others, archive.url, strict=request.strict)
     direct = target.direct(found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import reprlib
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -129,9 +128,15 @@ def _rows(name: str, value: Any, storages: set[int]) -> Iterator[TensorRow]:
     for place, tensor in islice(found, _MOST_ROWS):
         dtype = str(tensor.dtype).removeprefix("torch.")
         yield TensorRow(_name(place), tuple(tensor.shape), dtype, _size(tensor, storages))
-    sizes = Counter(_size(tensor, storages) for _, tensor in found)
-    if count := sizes.total():
-        yield TensorRow(f"{count:,} others", (), "", sum(size * times for size, times in sizes.items()))
+    count = size = 0
+    last = None
+    for _, tensor in found:
+        count += 1
+        if tensor is not last:  # there may be a million of one
+            size += _size(tensor, storages)
+        last = tensor
+    if count:
+        yield TensorRow(f"{count:,} others", (), "", size)
 
 
 def _tensors(place: _Place | None, value: Any) -> Iterator[tuple[_Place | None, torch.Tensor]]:

@@ -8,6 +8,8 @@ errors, take 2 s of CPU time or 64 MiB beyond its own size, or get a character t
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import io
 import itertools
 import json
@@ -58,7 +60,7 @@ MEMORY = 64 << 20
 
 _DECK = 200_000  # characters
 _LARGE = 100_000  # bytes of a file
-_SHARES = {False: 3, True: 11}  # of the entry points, one of so many in a short run: of files that are large or not
+_SHARES = {False: 4, True: 22}  # of the entry points, one of so many in a short run: of files that are large or not
 
 
 def saved(obj: Any, **options: Any) -> bytes:
@@ -560,7 +562,7 @@ def run(
         put: Stores a file under a name, and returns its URL; by default, in a directory of this machine.
         options: The storage options of these URLs.
         only: Which files and values.
-        short: Whether files get only some of the entry points each, in turn: a third, or two where they are large.
+        short: Whether files get only some of the entry points each, in turn: a quarter, or one where they are large.
         say: Called with the name of each before it is tried.
 
     Returns:
@@ -582,6 +584,8 @@ def run(
     try:
         with warnings.catch_warnings(action="ignore"):
             _warm(directory)
+            gc.collect()
+            gc.freeze()  # so that the collector's passes take no time for what is there anyway
             turns = {is_large: itertools.count() for is_large in _SHARES}
             for name, make in FILES.items():
                 if not only(name):
@@ -596,6 +600,8 @@ def run(
                 target = str(directory / "copy.pt") if put is None else f"{url}.copy"
                 size = len(data)
                 del data
+                if size >= _LARGE:
+                    _give_back()
                 share = _SHARES[size >= _LARGE] if short else 1
                 turn = next(turns[size >= _LARGE]) % share
                 for act, tried in itertools.islice(acts(url, target, options).items(), turn, None, share):
@@ -603,6 +609,8 @@ def run(
             for name, make in VALUES.items() if put is None else ():
                 if only(name):
                     say(name)
+                    value = content = checkpoint = None  # the one before
+                    _give_back()
                     value = make()
                     content = {
                         "module_state_dict": value,
@@ -611,8 +619,16 @@ def run(
                     for checkpoint in ({"hyper": value}, content):
                         note(f"{name}, Deck", taken(partial(_deck, checkpoint), 0))
     finally:
+        gc.unfreeze()
         shutil.rmtree(directory)
     return report
+
+
+def _give_back() -> None:
+    """Has the memory of what was tried go back to the system, which malloc would keep in pieces."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _deck(content: dict[str, Any]) -> str:
