@@ -193,7 +193,7 @@ def test_any_opcodes_are_read_or_refused(data: strategies.DataObject) -> None:
 
 def test_mutants_of_files_of_every_format_are_right_or_clear_errors() -> None:
     """In a process of its own: a mutant might end it. ``nox -s reliability`` tries 20,000."""
-    command = [sys.executable, "-W", "ignore", "-m", "torchferry.testing.fuzz", "200"]
+    command = [sys.executable, "-W", "ignore", "-m", "torchferry.testing.fuzz", "200", "--share", "7"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
     assert done.returncode == 0, f"mutant {done.stderr.split()[-1]} ended the process"
     report = json.loads(done.stdout)

@@ -34,7 +34,7 @@ from torchferry.testing.hostile import acts, taken
 __all__ = ["UNWANTED", "Mutant", "Originals", "mutants", "run"]
 
 _UNCHECKED = {"legacy", "without CRC32s", "safetensors"}  # formats without CRC32s: values may have changed
-_SHARE = 4  # of the entry points but load, each mutant gets one of so many
+_SHARE = 4
 
 UNWANTED = ("wrong", *_UNWANTED)
 """What no mutant may be, in the report of :func:`run`."""
@@ -136,11 +136,12 @@ def run(
     seed: int = 0,
     start: int = 0,
     *,
+    share: int = _SHARE,
     put: Callable[[str, bytes], str] | None = None,
     options: Mapping[str, Any] | None = None,
     say: Callable[[str], object] = lambda _: None,
 ) -> dict[str, Any]:
-    """Tries so many mutants: each is loaded, and gets a quarter of the other entry points, in turn.
+    """Tries so many mutants: each is loaded, and gets some of the other entry points, in turn.
 
     These are :func:`torchferry.testing.hostile.acts`.
 
@@ -148,6 +149,7 @@ def run(
         count: How many.
         seed: Of all mutants.
         start: The number of the first.
+        share: Of the other entry points, each gets one of so many.
         put: Stores a file under a name, and returns its URL; by default, in a directory of this machine.
         options: The storage options of these URLs.
         say: Called with the number of each before it is tried.
@@ -165,11 +167,18 @@ def run(
             say(str(mutant.number))
             path.write_bytes(mutant.data)
             url = str(path) if put is None else put("x.pt", mutant.data)
-            _try(mutant, url, str(Path(directory, "y.pt")) if put is None else f"{url}.copy", options or {}, report)
+            _try(
+                mutant,
+                url,
+                str(Path(directory, "y.pt")) if put is None else f"{url}.copy",
+                options or {},
+                share,
+                report,
+            )
     return report
 
 
-def _try(mutant: Mutant, url: str, target: str, options: Mapping[str, Any], report: dict[str, Any]) -> None:
+def _try(mutant: Mutant, url: str, target: str, options: Mapping[str, Any], share: int, report: dict[str, Any]) -> None:
     report["tried"] += 1
     loaded: list[Any] = []
     own = ""
@@ -186,7 +195,7 @@ def _try(mutant: Mutant, url: str, target: str, options: Mapping[str, Any], repo
             own = type(error).__name__
 
     others = [(name, act) for name, act in acts(url, target, options).items() if not name.startswith("load")]
-    tried = {"the load": load} | dict(others[mutant.number % _SHARE :: _SHARE])
+    tried = {"the load": load} | dict(others[mutant.number % share :: share])
     for name, act in tried.items():
         result = taken(act, len(mutant.data))
         report["slowest"] = max(report["slowest"], result.seconds)
@@ -328,12 +337,13 @@ def main() -> None:
     parser.add_argument("count", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--share", type=int, default=_SHARE)
     arguments = parser.parse_args()
 
     def say(number: str) -> None:
         print(number, file=sys.stderr, flush=True)  # noqa: T201 - for who finds the process dead
 
-    report = run(arguments.count, arguments.seed, arguments.start, say=say)
+    report = run(arguments.count, arguments.seed, arguments.start, share=arguments.share, say=say)
     print(json.dumps(report, indent=1))  # noqa: T201 - the result
 
 
