@@ -1,4 +1,4 @@
-"""Mutants of real checkpoints of every format, each with every entry point (``torchferry.testing.fuzz``).
+"""Mutants of real checkpoints of every format, at every entry point (``torchferry.testing.fuzz``).
 
 Right: what was saved. Clear error: one of torchferry's. Wrong: anything else, 2 s of CPU time, 64 MiB beyond the file,
 or text that acts on a terminal. "slowest" is CPU time.

@@ -180,3 +180,14 @@ assert all(tensor.eq(1).all() for tensor in state.values())
 """
     assert peak_of_python(code) < 16 << 20
     assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    "value", ["text", None, torch.float32, torch.eye(4).to_sparse(), torch.empty(4, device="meta")], ids=str
+)
+def test_what_cannot_be_copied_into_a_tensor_does_not_fit(value: Any, legacy: bool, tmp_path: Path) -> None:
+    torch.save({"a": value}, tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
+    for into in ({"a": torch.zeros(4)}, nn.ParameterDict({"a": torch.zeros(4)})):
+        with pytest.raises(CheckpointMismatchError, match=r"x\.pt does not fit into=.*\ba\b"):
+            torchferry.load(tmp_path / "x.pt", into=into, strict=False)

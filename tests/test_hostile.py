@@ -159,7 +159,7 @@ VALUES = strategies.recursive(
 )  # fmt: skip
 
 
-@hypothesis.settings(max_examples=200, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+@hypothesis.settings(max_examples=100, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 @hypothesis.given(VALUES, strategies.sampled_from([2, 4]))
 def test_whatever_is_saved_is_scanned_and_read(value: Any, protocol: int) -> None:
     data = zipfile.ZipFile(io.BytesIO(saved(value, pickle_protocol=protocol))).read("archive/data.pkl")
@@ -167,7 +167,7 @@ def test_whatever_is_saved_is_scanned_and_read(value: Any, protocol: int) -> Non
     list(read_graph(data, "test://x").tensors())
 
 
-@hypothesis.settings(max_examples=1000, deadline=None)
+@hypothesis.settings(max_examples=400, deadline=None)
 @hypothesis.given(strategies.data())
 def test_any_opcodes_are_read_or_refused(data: strategies.DataObject) -> None:
     opcode = strategies.sampled_from([bytes([op]) for op in b"(.0126]}))NKhqtRbsue\x85\x86\x87\x81\x89\x8fQ"])
@@ -191,12 +191,12 @@ def test_any_opcodes_are_read_or_refused(data: strategies.DataObject) -> None:
         pass
 
 
-def test_1000_mutants_of_files_of_every_format_are_right_or_clear_errors() -> None:
-    """In a process of its own: a mutant might end it."""
-    command = [sys.executable, "-W", "ignore", "-m", "torchferry.testing.fuzz", "1000"]
+def test_mutants_of_files_of_every_format_are_right_or_clear_errors() -> None:
+    """In a process of its own: a mutant might end it. ``nox -s reliability`` tries 20,000."""
+    command = [sys.executable, "-W", "ignore", "-m", "torchferry.testing.fuzz", "200", "--share", "7"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
     assert done.returncode == 0, f"mutant {done.stderr.split()[-1]} ended the process"
     report = json.loads(done.stdout)
-    assert report["tried"] == 1000
+    assert report["tried"] == 200
     kinds = ("wrong", "other error", "memory", "acts on a terminal")
     assert {kind: report[kind] for kind in kinds} == {kind: [] for kind in kinds}

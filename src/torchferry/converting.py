@@ -224,12 +224,15 @@ def _places(pickled: bytes, archive: Archive, request: LoadRequest) -> dict[str,
     found, _ = leaves(graph, part)
     places: dict[str, TensorPlace] = {}
     odd: list[str] = []
-    for name, leaf in found.items():
-        place = place_of(leaf) if is_tensor_leaf(leaf) else None
-        if place is None:
-            odd.append(name)
-        else:
-            places[name] = place
+    with graph.damage_told():
+        known: dict[int, TensorPlace | None] = {}  # by the leaf's id: one tensor may have very many names
+        for name, leaf in found.items():
+            if id(leaf) not in known:
+                known[id(leaf)] = place_of(leaf) if is_tensor_leaf(leaf) else None
+            if (place := known[id(leaf)]) is None:
+                odd.append(name)
+            else:
+                places[name] = place
     if odd:
         some = ", ".join(repr(printable(name)) for name in odd[:_SHOWN])
         more = f" and {len(odd) - _SHOWN} more" if len(odd) > _SHOWN else ""
@@ -237,7 +240,7 @@ def _places(pickled: bytes, archive: Archive, request: LoadRequest) -> dict[str,
             f"safetensors holds plain tensors only, and {archive.url} also has {some}{more}: choose with keys=, or "
             "leave them out with exclude=."
         )
-    for place in places.values():
+    for place in {id(place): place for place in places.values()}.values():
         record = archive.get(place.storage.record)
         if record is None or record.size != place.storage.nbytes:
             raise CheckpointFormatError(f"{archive.url} is damaged: a storage's record is missing or of another size.")

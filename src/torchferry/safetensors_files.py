@@ -102,7 +102,7 @@ async def fill_safetensors(files: Sequence[File], request: LoadRequest, url: str
         loads.append(await in_thread(_Load, file, rest, dict(direct.values())))
     await fetch([load.job() for load in loads])
     return await in_thread(
-        lambda: target.finish(_tensors(loads, request.map_location), filled, found, {}, strict=request.strict)
+        lambda: target.finish(_tensors(loads, request.map_location), filled, found, {}, url, strict=request.strict)
     )
 
 

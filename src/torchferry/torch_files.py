@@ -112,6 +112,7 @@ async def fill_torch(source: RangeReader, request: LoadRequest, target: Target) 
             plan.filled,
             plan.found,
             loaded["metadata"],
+            source.url,
             strict=request.strict,
         )
     )
@@ -141,10 +142,11 @@ def _plan_filling(pickled: bytes, archive: Archive, request: LoadRequest, target
     graph = read_graph(pickled, archive.url)
     part = pick(graph, *request.choice()) if request.is_part else graph.root
     there, metadata = leaves(graph, part)
-    try:
-        found = {name: _found(leaf, archive, is_native) for name, leaf in there.items() if is_tensor_leaf(leaf)}
-    except Exception as error:  # what stand-ins in odd places raise is anything
-        raise CheckpointCorruptError(f"{archive.url}: data.pkl is none that torch writes: {error}.") from error
+    with graph.damage_told():
+        tensors = {name: leaf for name, leaf in there.items() if is_tensor_leaf(leaf)}
+        leaves_by_id = {id(leaf): leaf for leaf in tensors.values()}  # one tensor may have very many names
+        known = {identity: _found(leaf, archive, is_native) for identity, leaf in leaves_by_id.items()}
+        found = {name: known[id(leaf)] for name, leaf in tensors.items()}
     others = [name for name in there if name not in found]
     target.check(found, others, archive.url, strict=request.strict)
     direct = target.direct(found)
@@ -204,7 +206,7 @@ def fill_with(loaded: Any, url: str, request: LoadRequest, target: Target) -> In
         if hasattr(value, "dtype") and hasattr(value, "shape")
     }
     target.check(found, values, url, strict=request.strict)
-    return target.finish(values, (), found, {}, strict=request.strict)
+    return target.finish(values, (), found, {}, url, strict=request.strict)
 
 
 def _flattened(name: str, value: Any) -> list[tuple[str, Any]]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import reprlib
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from torchferry.checkpoint.content import content_of
 from torchferry.checkpoint.values import MODULE_KEY, OPTIMIZER_KEY
+from torchferry.engine.collector import collector_paused
 from torchferry.engine.transfer import TransferReport
+
+_Place: TypeAlias = "tuple[_Place | None, Any]"  # where a value is: the place of what it is in, and its key there
 
 __all__ = ["Summary", "TensorRow", "remember_summary", "summarize", "summary_of"]
 
@@ -22,6 +24,8 @@ _SUMMARY = "_torchferry_summary"
 _LONGEST_INT = 500  # bits of a number that is shown
 _LONGEST_NAME = 500  # characters of the name of a tensor
 _MOST_ROWS = 20_000
+_PLAIN = frozenset({bool, bytes, float, int, str, type(None)})
+_CONTAINERS = (dict, list, tuple, Mapping)  # the last one takes longest to ask
 _MOST_GROUPS = 1000  # parameter groups that are looked at
 
 _logger = logging.getLogger("torchferry")
@@ -68,18 +72,19 @@ class Summary:
     saved: TransferReport | None = None
 
 
+@collector_paused()
 def summarize(content: Mapping[str, Any], uri: str | None, saved: TransferReport | None = None) -> Summary:
     """Summarizes the dict that is saved for a checkpoint. Looks at no tensor's values."""
     storages: set[int] = set()
     summary = Summary(uri, saved=saved)
     for key, value in content.items():
         if key == MODULE_KEY:
-            summary.module.extend(_bounded(_rows("", value, storages)))
+            summary.module.extend(_rows("", value, storages))
         elif key == OPTIMIZER_KEY:
-            summary.optimizer.extend(_bounded(_rows("", value, storages)))
+            summary.optimizer.extend(_rows("", value, storages))
             summary.groups.extend(_groups(value))
         else:
-            summary.other.extend(_bounded(_rows(_text(key), value, storages)))
+            summary.other.extend(_rows(_text(key), value, storages))
             summary.hyperparameters.append((_text(key), type(value).__name__, _SHORT.repr(value)))
     return summary
 
@@ -118,42 +123,60 @@ def _groups(state: Any) -> Iterator[dict[str, str]]:
 
 
 def _rows(name: str, value: Any, storages: set[int]) -> Iterator[TensorRow]:
+    """The tensors in a value: a row for each of the first 20,000, and one for all others."""
+    found = _tensors((None, name) if name else None, value)
+    for place, tensor in islice(found, _MOST_ROWS):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        yield TensorRow(_name(place), tuple(tensor.shape), dtype, _size(tensor, storages))
+    count = size = 0
+    last = None
+    for _, tensor in found:
+        count += 1
+        if tensor is not last:  # there may be a million of one
+            size += _size(tensor, storages)
+        last = tensor
+    if count:
+        yield TensorRow(f"{count:,} others", (), "", size)
+
+
+def _tensors(place: _Place | None, value: Any) -> Iterator[tuple[_Place | None, torch.Tensor]]:
     """The tensors in a value, depth first, without recursion; a container that occurs again is left out then."""
+    if isinstance(value, torch.Tensor):
+        yield place, value
     seen: set[int] = set()
-    stack: list[Iterator[tuple[str, Any]]] = [iter([(name, value)])]
+    stack: list[tuple[_Place | None, Iterator[tuple[Any, Any]]]] = [(place, _children(value))]
     while stack:
-        for key, item in stack[-1]:
+        before, items = stack[-1]
+        for key, item in items:
+            if type(item) in _PLAIN:
+                continue
             if isinstance(item, torch.Tensor):
-                dtype = str(item.dtype).removeprefix("torch.")
-                yield TensorRow(key, tuple(item.shape), dtype, _size(item, storages))
-            elif isinstance(item, Mapping | list | tuple) and id(item) not in seen:
+                yield (before, key), item
+            elif isinstance(item, _CONTAINERS) and id(item) not in seen:
                 seen.add(id(item))
-                stack.append(_children(key, item))
+                stack.append(((before, key), _children(item)))
                 break
         else:
             stack.pop()
 
 
-def _bounded(rows: Iterator[TensorRow]) -> Iterator[TensorRow]:
-    """The first 20,000 rows, and one for all others."""
-    yield from islice(rows, _MOST_ROWS)
-    sizes = Counter(row.size for row in rows)
-    if count := sizes.total():
-        yield TensorRow(f"{count:,} others", (), "", sum(size * times for size, times in sizes.items()))
+def _children(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        return iter(value.items())
+    return iter(enumerate(value)) if isinstance(value, list | tuple) else iter(())
 
 
-def _children(name: str, value: Mapping[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
-    before = f"{name}." if name else ""
-    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-        yield _shortened(f"{before}{_text(key)}"), item
-
-
-def _shortened(name: str) -> str:
-    """Its two ends, where a name is very long, as those of values that are nested very deep are."""
-    if len(name) <= _LONGEST_NAME:
-        return name
-    half = _LONGEST_NAME // 2
-    return f"{name[:half]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"
+def _name(place: _Place | None) -> str:
+    """The keys that lead to a place, with dots between; the last 500 characters of them, or a little more."""
+    parts: list[str] = []
+    length = 0
+    while place is not None and length < _LONGEST_NAME:
+        place, key = place
+        parts.append(_text(key))
+        length += len(parts[-1])
+    if place is not None:
+        parts.append("\N{HORIZONTAL ELLIPSIS}")
+    return ".".join(reversed(parts))
 
 
 def _text(key: Any) -> str:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from torchferry.printable import escaped
@@ -18,6 +19,7 @@ __all__ = ["Table", "age", "escaped", "is_terminal", "one_line", "print_json", "
 
 _WIDEST = 200  # characters that a column is filled up to
 _MOST_BY_RICH = 1000  # rows: it takes a millisecond each
+_PIECES = 4096  # of JSON that are written at once
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 _AGES = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -59,7 +61,10 @@ def say(text: str = "") -> None:
 
 def print_json(value: Any) -> None:
     """Prints a value for programs."""
-    print(json.dumps(value, indent=2))
+    pieces = json.JSONEncoder(indent=2).iterencode(value)
+    while some := "".join(islice(pieces, _PIECES)):
+        sys.stdout.write(some)
+    print()
 
 
 class Table:

@@ -170,6 +170,7 @@ class Target:
         filled: Iterable[str],
         found: Mapping[str, Found],
         metadata: Mapping[str, Any],
+        url: str,
         *,
         strict: bool,
     ) -> IncompatibleKeys:
@@ -180,10 +181,14 @@ class Target:
             filled: The names of the tensors that are filled already.
             found: The checkpoint's tensors.
             metadata: The ``_metadata`` of state dicts in it, by name.
+            url: For messages.
             strict: Whether all names must match: for modules that have a say.
 
         Returns:
             What did not match.
+
+        Raises:
+            CheckpointMismatchError: what was loaded for a tensor does not fit into it.
         """
         missing, unexpected = self._compare(found, loaded)
         done = set(filled)
@@ -197,9 +202,9 @@ class Target:
                 if name in done:
                     torch.autograd.graph.increment_version(tensor)
                 elif name in loaded and not tensor.is_meta and not self.needs_all:
-                    tensor.copy_(loaded[name])
+                    _copy(name, tensor, loaded[name], url)
                 elif name in loaded and name not in owned:
-                    self._put(name, tensor, loaded[name])
+                    self._put(name, tensor, loaded[name], url)
         for prefix, module in self._modules:
             result = self._finish_module(prefix, module, loaded, done, metadata, strict=strict)
             names = {*self._names_of(prefix, module)}
@@ -241,14 +246,19 @@ class Target:
     def _names_of(self, prefix: str, module: nn.Module) -> list[str]:
         return [_joined(prefix, key) for key in module.state_dict(keep_vars=True)]
 
-    def _put(self, name: str, tensor: torch.Tensor, value: torch.Tensor) -> None:
+    def _put(self, name: str, tensor: torch.Tensor, value: Any, url: str) -> None:
         if not tensor.is_meta:
-            tensor.copy_(value)
+            _copy(name, tensor, value, url)
+        elif not isinstance(value, torch.Tensor):
+            raise _no_tensor(name, value, url)
         elif name in self._places:
             container, key = self._places[name]
             container[key] = value
         else:
-            raise CheckpointMismatchError(f"{name} is a meta tensor in a container that does not let it be replaced.")
+            raise CheckpointMismatchError(
+                f"{url} does not fit into=: {printable(name)} is a meta tensor in a container that does not let it be "
+                "replaced."
+            )
 
     def _compare(self, found: Mapping[str, Found], others: Iterable[str]) -> tuple[list[str], list[str]]:
         there = {*found, *others}
@@ -266,6 +276,30 @@ class Target:
 
 def _joined(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
+
+
+def _copy(name: str, tensor: torch.Tensor, value: Any, url: str) -> None:
+    """Copies what was loaded into a tensor that exists.
+
+    Raises:
+        CheckpointMismatchError: it is no tensor, or of a kind, such as a sparse one, that the other does not take.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise _no_tensor(name, value, url)
+    try:
+        tensor.copy_(value)
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        cause = printable(str(error).partition("\n")[0])
+        raise CheckpointMismatchError(f"{url} does not fit into=: {printable(name)}: {cause}") from error
+
+
+def _no_tensor(name: str, value: Any, url: str) -> CheckpointMismatchError:
+    kind = printable(type(value).__name__)
+    return CheckpointMismatchError(
+        f"{url} does not fit into=: {printable(name)} is of type {kind} there, a tensor here."
+    )
 
 
 def _is_tensor(value: Any) -> bool:

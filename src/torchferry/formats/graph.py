@@ -54,9 +54,10 @@ _INT64_MAX = (1 << 63) - 1
 _MOST_GLOBALS = 10_000  # distinct ones in a pickle: the class that stands for one takes 1.2 kB
 _LEGACY_PICKLES = 5  # a magic number, a version, facts about the machine, the object, and the keys of its storages
 _LEGACY_LENGTH = 8  # bytes before a storage: how many elements it has
+_LONGEST_INT = 4096  # bits of a key that is shown
 _LONGEST_KEY = 1 << 18  # characters of the key of a tensor
 _WIDE = 1000  # values in a container whose children are not listed at once
-_LISTED = (8 << 20, 8)  # bytes of memory that the list of tensors may take, and so many for each byte of the pickle
+_LISTED = (8 << 20, 6)  # bytes of memory that the list of tensors may take, and so many for each byte of the pickle
 _PLAIN_VISITS = 1 << 16  # values that are looked at for plain ones
 _MOST_PLAIN = 1000
 _SHORT = 16  # values in a list of plain ones that is worth listing
@@ -379,7 +380,7 @@ class Graph:
         Raises:
             CheckpointCorruptError: the object is not made as torch makes it.
         """
-        with self._damage_told():
+        with self.damage_told():
             return {leaf.key: leaf for _, leaf in _walk(value, into_tensors=True) if isinstance(leaf, StorageRef)}
 
     def tensors(self) -> Iterator[TensorInfo]:
@@ -389,10 +390,10 @@ class Graph:
 
         Raises:
             CheckpointCorruptError: a tensor is not made as torch makes it, or the list takes more than 8 MiB and
-                8 bytes for each of the pickle, as it may if keys are nested deep or tensors shared very often.
+                6 bytes for each of the pickle, as it may if keys are nested deep or tensors shared very often.
         """
         room = _LISTED[0] + _LISTED[1] * self.nbytes
-        with self._damage_told():
+        with self.damage_told():
             for path, leaf in _walk(self.root, into_tensors=False):
                 room -= _INFO_COST + (path.nbytes if path else 0)
                 if room < 0:
@@ -416,7 +417,8 @@ class Graph:
         return found
 
     @contextmanager
-    def _damage_told(self) -> Iterator[None]:
+    def damage_told(self) -> Iterator[None]:
+        """Raises a CheckpointCorruptError for whatever stand-ins in odd places raise."""
         try:
             yield
         except Exception as error:  # what stand-ins in odd places raise is anything
@@ -672,6 +674,8 @@ def children(value: Any) -> Iterator[tuple[str, Any]]:
 
 def name_of(key: Any) -> str:
     """What a key of a dict is called in names."""
+    if isinstance(key, int) and key.bit_length() > _LONGEST_INT:
+        return f"an int of {key.bit_length()} bits"  # of very long ones, Python makes no text
     return str(key) if isinstance(key, str | int | float | bool | bytes) else type(key).__name__
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -51,6 +52,7 @@ class Keys:
         self.names: tuple[str, ...] = () if callable(given) else given
         self._exact = {name.removesuffix("."): name for name in self.names}
         self._lengths = sorted({len(name) for name in self._exact})
+        self._sorted = sorted(self._exact)
         globs = [name for name in self.names if _GLOB.search(name)]
         self._globs = [(name, re.compile(fnmatch.translate(name)[:-2] + r"(?:\..*)?\Z", re.DOTALL)) for name in globs]
         self._taken: set[str] = set()
@@ -73,6 +75,14 @@ class Keys:
         taken += [glob for glob, pattern in self._globs if pattern.match(name)]
         self._taken.update(taken)
         return bool(taken)
+
+    def reaches_into(self, name: str) -> bool:
+        """Whether what is in a value of this name, which is not taken itself, may be taken."""
+        if self.function is not None or self._globs or not name:
+            return True
+        before = f"{name}."
+        at = bisect_left(self._sorted, before)
+        return at < len(self._sorted) and self._sorted[at].startswith(before)
 
     def _exact_of(self, name: str) -> list[str]:
         found = []

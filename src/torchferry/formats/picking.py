@@ -20,6 +20,9 @@ __all__ = ["leaves", "missing_keys", "pick"]
 
 _VISITS = (1 << 16, 1)  # values that a choice may look at, and so many for each byte of the pickle
 _LONGEST_NAME = 1 << 18  # characters
+_HELD = 8 << 20  # bytes of names that are held at once
+_HELD_EACH = 8  # more for each byte of the pickle
+_WIDEST = 4  # bytes of a character, in text that is not ASCII
 _SHOWN_KEYS = 50  # in the message about one that is not there
 _SHORT = reprlib.Repr()  # of a key, which may be a tuple of many others
 _SHORT.maxlevel = 2
@@ -73,6 +76,7 @@ def leaves(graph: Graph, part: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     found: dict[str, Any] = {}
     attributes: dict[str, Any] = {}
     room = _VISITS[0] + _VISITS[1] * graph.nbytes
+    held = 0
     stack: list[tuple[str, Any]] = [("", part)]
     while stack:
         name, value = stack.pop()
@@ -82,6 +86,9 @@ def leaves(graph: Graph, part: Any) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"{graph.url}: data.pkl has more names, or longer ones, than its length allows."
             )
         if not isinstance(value, dict | list | tuple):
+            held += _nbytes(name)
+            if held > _HELD + graph.nbytes * _HELD_EACH:
+                raise CheckpointCorruptError(f"{graph.url}: the names in data.pkl are longer than its length allows.")
             found[name] = value
             continue
         if isinstance(value, OrderedStandIn) and (kept := value.attributes.get("_metadata")) is not None:
@@ -96,6 +103,7 @@ class _Picker:
         self._keys = keys
         self._exclude = exclude
         self._room = room
+        self._held = 0  # bytes of the names of the containers that the current one is in
         self._path: set[int] = set()  # ids of the containers that the current one is in
 
     def pick(self, name: str, value: Any, *, taken: bool = False) -> Any:
@@ -113,10 +121,16 @@ class _Picker:
             return value if taken else _NOTHING
         if taken and self._exclude is None and (self._keys is None or not self._keys.unmatched):
             return value
+        if not taken and self._keys is not None and not self._keys.reaches_into(name):
+            return _NOTHING
         self._path.add(id(value))
+        self._held += _nbytes(name)
         try:
+            if self._held > _HELD:
+                raise ValueError("its names are longer than its length allows")
             return self._pick_items(name, value, taken=taken)
         finally:
+            self._held -= _nbytes(name)
             self._path.discard(id(value))
 
     def _pick_items(self, name: str, value: Any, *, taken: bool) -> Any:
@@ -142,6 +156,10 @@ class _Picker:
                 part_of.attributes = value.attributes
             return part_of
         return picked or _NOTHING
+
+
+def _nbytes(name: str) -> int:
+    return len(name) if name.isascii() else _WIDEST * len(name)
 
 
 def _items(value: Any) -> list[tuple[Any, str, Any]]:

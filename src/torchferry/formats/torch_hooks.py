@@ -80,12 +80,15 @@ _OF_THE_MACHINE = (NotImplementedError, torch.OutOfMemoryError)
 # Where such errors come from: a device that is not there, a library that is not there, checks that the caller wants.
 _OTHERS = {"restore_location", "default_restore_location", "_validate_loaded_sparse_tensors"}
 _ENDS_OF_OTHERS = ("_deserialize", "_from_numpy")
+_OF_AN_ODD_LAYOUT = "rebuilding sparse tensor for layout"
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 _ABOUT_INDICES = "inconsistent with indices"  # of sparse tensors: torch.sparse.check_sparse_tensor_invariants
 _JIT = f"{Path(torch.jit.__file__).parent}{os.sep}"
 _NOT_OF_TORCHSCRIPT = (
     "CUDA|device|Unknown builtin op"  # what torch.jit.load says of a machine or a torch that lacks some
 )
+_STDLIB = f"{Path(os.__file__).parent}{os.sep}"  # what torch calls of it, such as Counter
+_PACKAGES = re.compile(r"[/\\](?:site|dist)-packages[/\\]")
 _DIRECTORIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
 
 
@@ -309,7 +312,8 @@ def _unpickling_error(error: pickle.UnpicklingError, url: str, *, weights_only: 
 def _is_damage(error: Exception, *, weights_only: bool, checked: bool) -> bool:
     if isinstance(error, RuntimeError) and re.search("PytorchStreamReader|unexpected EOF", str(error)):
         return True
-    if not isinstance(error, _OF_DAMAGE) or isinstance(error, _OF_THE_MACHINE) or _ABOUT_INDICES in str(error):
+    is_of_the_machine = isinstance(error, _OF_THE_MACHINE) and not str(error).startswith(_OF_AN_ODD_LAYOUT)
+    if not isinstance(error, _OF_DAMAGE) or is_of_the_machine or _ABOUT_INDICES in str(error):
         return False
     if any(file.startswith(_JIT) for file, _ in _frames(error)):
         return not re.search(_NOT_OF_TORCHSCRIPT, str(error))
@@ -327,4 +331,6 @@ def _frames(error: Exception) -> Iterator[tuple[str, str]]:
 
 
 def _is_of_others(file: str, function: str) -> bool:
-    return function in _OTHERS or function.endswith(_ENDS_OF_OTHERS) or not file.startswith(_DIRECTORIES)
+    is_pythons = file.startswith((_STDLIB, "<frozen ")) and _PACKAGES.search(file) is None
+    is_known = is_pythons or file.startswith(_DIRECTORIES)
+    return function in _OTHERS or function.endswith(_ENDS_OF_OTHERS) or not is_known

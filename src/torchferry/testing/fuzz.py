@@ -1,8 +1,9 @@
 """Damages real checkpoints of every format, and tells what becomes of them.
 
-``python -m torchferry.testing.fuzz 20000`` prints that as JSON. Each mutant is loaded, inspected, verified, copied, and
-shown in the Deck and by the command. That gives the right object or one of torchferry's errors; everything else is
-counted as what it is. All runs in this process: if a mutant ends it, its number is the last one on standard error.
+``python -m torchferry.testing.fuzz 20000`` prints that as JSON. Each mutant is loaded, and some are inspected, some
+verified, copied, converted, shown in the Deck or by the command. That gives the right object or one of torchferry's
+errors; everything else is counted as what it is. All runs in this process: if a mutant ends it, its number is the last
+one on standard error.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import io
 import itertools
 import json
 import random
+import struct
 import sys
 import tempfile
 import warnings
@@ -30,6 +32,9 @@ from torchferry.testing.hostile import UNWANTED as _UNWANTED
 from torchferry.testing.hostile import acts, taken
 
 __all__ = ["UNWANTED", "Mutant", "Originals", "mutants", "run"]
+
+_UNCHECKED = {"legacy", "without CRC32s", "safetensors"}  # formats without CRC32s: values may have changed
+_SHARE = 4
 
 UNWANTED = ("wrong", *_UNWANTED)
 """What no mutant may be, in the report of :func:`run`."""
@@ -98,6 +103,8 @@ class Originals:
         torch.serialization.set_crc32_options(True)
         file = io.BytesIO()
         torch.jit.save(torch.jit.script(model), file)
+        tensors = {"m": torch.arange(6.0).reshape(2, 3), "n": torch.ones(5, dtype=torch.bfloat16)}
+        self._made.append(("safetensors", tensors, _safetensors(), True))
         self._add("TorchScript", None, file.getvalue(), weights_only=False)
 
     def _add(self, name: str, obj: Any, data: bytes, *, weights_only: bool = True) -> None:
@@ -119,7 +126,7 @@ def mutants(seed: int = 0, originals: Originals | None = None) -> Iterator[Mutan
         if generator.random() < 0.1 and name != "kinds":
             options["map_location"] = "meta"
         mutant = change(generator, data)
-        is_same = options["verify"] and change is not _with_other_pickle and name not in {"legacy", "without CRC32s"}
+        is_same = options["verify"] and change is not _with_other_pickle and name not in _UNCHECKED
         known = None if not is_same or "map_location" in options or obj is None else obj
         yield Mutant(number, f"{name}, {change.__name__.strip('_').replace('_', ' ')}", mutant, known, options)
 
@@ -129,16 +136,20 @@ def run(
     seed: int = 0,
     start: int = 0,
     *,
+    share: int = _SHARE,
     put: Callable[[str, bytes], str] | None = None,
     options: Mapping[str, Any] | None = None,
     say: Callable[[str], object] = lambda _: None,
 ) -> dict[str, Any]:
-    """Tries so many mutants, each with every entry point (:func:`torchferry.testing.hostile.acts`).
+    """Tries so many mutants: each is loaded, and gets some of the other entry points, in turn.
+
+    These are :func:`torchferry.testing.hostile.acts`.
 
     Args:
         count: How many.
         seed: Of all mutants.
         start: The number of the first.
+        share: Of the other entry points, each gets one of so many.
         put: Stores a file under a name, and returns its URL; by default, in a directory of this machine.
         options: The storage options of these URLs.
         say: Called with the number of each before it is tried.
@@ -156,11 +167,18 @@ def run(
             say(str(mutant.number))
             path.write_bytes(mutant.data)
             url = str(path) if put is None else put("x.pt", mutant.data)
-            _try(mutant, url, str(Path(directory, "y.pt")) if put is None else f"{url}.copy", options or {}, report)
+            _try(
+                mutant,
+                url,
+                str(Path(directory, "y.pt")) if put is None else f"{url}.copy",
+                options or {},
+                share,
+                report,
+            )
     return report
 
 
-def _try(mutant: Mutant, url: str, target: str, options: Mapping[str, Any], report: dict[str, Any]) -> None:
+def _try(mutant: Mutant, url: str, target: str, options: Mapping[str, Any], share: int, report: dict[str, Any]) -> None:
     report["tried"] += 1
     loaded: list[Any] = []
     own = ""
@@ -176,9 +194,8 @@ def _try(mutant: Mutant, url: str, target: str, options: Mapping[str, Any], repo
                 raise
             own = type(error).__name__
 
-    tried = {"the load": load} | {
-        name: act for name, act in acts(url, target, options).items() if not name.startswith("load")
-    }
+    others = [(name, act) for name, act in acts(url, target, options).items() if not name.startswith("load")]
+    tried = {"the load": load} | dict(others[mutant.number % share :: share])
     for name, act in tried.items():
         result = taken(act, len(mutant.data))
         report["slowest"] = max(report["slowest"], result.seconds)
@@ -203,6 +220,17 @@ def _saved(obj: Any, **options: Any) -> bytes:
     file = io.BytesIO()
     torch.save(obj, file, **options)
     return file.getvalue()
+
+
+def _safetensors() -> bytes:
+    """The tensors of the original of that format, as its library writes them."""
+    header = {
+        "n": {"dtype": "BF16", "shape": [5], "data_offsets": [24, 34]},
+        "m": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+        "__metadata__": {"format": "pt"},
+    }
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + struct.pack("<6f", *range(6)) + b"\x80\x3f" * 5
 
 
 def _repacked(data: bytes) -> bytes:
@@ -309,12 +337,13 @@ def main() -> None:
     parser.add_argument("count", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--share", type=int, default=_SHARE)
     arguments = parser.parse_args()
 
     def say(number: str) -> None:
         print(number, file=sys.stderr, flush=True)  # noqa: T201 - for who finds the process dead
 
-    report = run(arguments.count, arguments.seed, arguments.start, say=say)
+    report = run(arguments.count, arguments.seed, arguments.start, share=arguments.share, say=say)
     print(json.dumps(report, indent=1))  # noqa: T201 - the result
 
 

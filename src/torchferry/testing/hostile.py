@@ -8,6 +8,8 @@ errors, take 2 s of CPU time or 64 MiB beyond its own size, or get a character t
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import io
 import itertools
 import json
@@ -57,7 +59,9 @@ MEMORY = 64 << 20
 """Bytes beyond the file's own size; a try takes less."""
 
 _DECK = 200_000  # characters
-_THIRD = 3
+_LARGE = 100_000  # bytes of a file
+_VERY_LARGE = 1_000_000
+_SHARES = {False: 5, True: 22}  # of the entry points, one of so many in a short run: of files that are large or not
 
 
 def saved(obj: Any, **options: Any) -> bytes:
@@ -319,6 +323,13 @@ SAFETENSORS: dict[str, Callable[[], bytes]] = {
     "a header of spaces": lambda: _safetensors_of(" " * 1_000_000),
 }
 
+_SHARDED = (
+    *("memo index", "shared tuples as key", "deep tuple", "nested keys", "600,000 sets", "200,000 globals"),
+    *("bytearray of a size", "bytes of a size", "punycode", "keys that act on a terminal", "a blocked module"),
+    *("global that acts on a terminal", "a set of lists", "no end", "nothing", "call of nothing"),
+)
+_METADATA = ".metadata"  # of a sharded checkpoint
+
 FILES: dict[str, Callable[[], bytes]] = {
     **{f"{name}, zip": partial(archive_of, data, bytes(16)) for name, data in PICKLES.items()},
     **{f"{name}, legacy": partial(legacy_of, data) for name, data in PICKLES.items()},
@@ -326,6 +337,7 @@ FILES: dict[str, Callable[[], bytes]] = {
         f"{name}, TorchScript": partial(_torchscript_of, PICKLES[name])
         for name in ("memo index", "shared tuples as key", "deep tuple", "keys that act on a terminal", "no end")
     },
+    **{f"{name}, sharded": partial(bytes, PICKLES[name]) for name in _SHARDED},
     "a legacy pickle without its storages": lambda: legacy_of(PICKLES["nested lists"], whole=False),
     "a legacy magic number alone": lambda: legacy_of(b"")[:20],
     "records that act on a terminal": lambda: _zip_of(iter([f"a/{_ESCAPES}"])),
@@ -440,6 +452,7 @@ def acts(url: str, target: str, options: Mapping[str, Any] | None = None) -> dic
         "load, verify=False": lambda: load(verify=False),
         "load, keys": lambda: load(keys=["k0"]),
         "load, meta": lambda: load(map_location="meta"),
+        "load, into": lambda: load(into={"k0": torch.zeros(4)}, strict=False),
         "inspect": lambda: repr(torchferry.inspect(url, **more)),
         "inspect, in a notebook": lambda: torchferry.inspect(url, **more)._repr_html_(),
         "verify": lambda: torchferry.verify(url, **more) and None,
@@ -460,11 +473,24 @@ def acts(url: str, target: str, options: Mapping[str, Any] | None = None) -> dic
     }
 
 
+class _Terminal(io.TextIOBase):
+    """Takes what is printed, and keeps the characters that a terminal would act on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unfit: set[str] = set()
+
+    def write(self, text: str) -> int:
+        self.unfit.update(_unfit(text))
+        return len(text)
+
+
 def _output(*arguments: str) -> str:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    """What the command prints that a terminal would act on."""
+    terminal = _Terminal()
+    with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
         command(arguments)
-    return out.getvalue()
+    return "".join(terminal.unfit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -484,9 +510,10 @@ def taken(act: Callable[[], Any], size: int) -> Taken:
     try:
         shown = act()
         if isinstance(shown, str):
-            detail = _unfit(shown)
+            detail = ", ".join(map(repr, sorted(_unfit(shown))))
     except torchferry.TorchferryError as error:
-        outcome, detail = "clear error", _unfit("\n".join([str(error), *getattr(error, "__notes__", [])]))
+        shown = "\n".join([str(error), *getattr(error, "__notes__", [])])
+        outcome, detail = "clear error", ", ".join(map(repr, sorted(_unfit(shown))))
     except Exception as error:  # noqa: BLE001 - that is what is looked for
         outcome, detail = "other error", f"{type(error).__name__}: {error}"[:200]
     seconds, nbytes = time.process_time() - began, _peak() - before - size
@@ -499,9 +526,9 @@ def taken(act: Callable[[], Any], size: int) -> Taken:
     return Taken(outcome, detail, seconds, nbytes)
 
 
-def _unfit(text: str) -> str:
-    """What people must not see of a text, if anything."""
-    return "".join(sorted({repr(char) for char in text if not char.isprintable() and char not in "\n\t"}))
+def _unfit(text: str) -> set[str]:
+    """What people must not see of a text."""
+    return set() if text.isprintable() else {char for char in text if not char.isprintable() and char not in "\n\t"}
 
 
 def _reset_peak() -> int:
@@ -536,7 +563,7 @@ def run(
         put: Stores a file under a name, and returns its URL; by default, in a directory of this machine.
         options: The storage options of these URLs.
         only: Which files and values.
-        short: Whether files get a third of the entry points each, in turn.
+        short: Whether files get only some of the entry points each, in turn: a fifth, or one where they are large.
         say: Called with the name of each before it is tried.
 
     Returns:
@@ -558,24 +585,33 @@ def run(
     try:
         with warnings.catch_warnings(action="ignore"):
             _warm(directory)
-            for done, (name, make) in enumerate(FILES.items()):
+            gc.collect()
+            gc.freeze()  # so that the collector's passes take no time for what is there anyway
+            turns = {is_large: itertools.count() for is_large in _SHARES}
+            for name, make in FILES.items():
                 if not only(name):
                     continue
                 say(name)
                 data = make()
-                path = directory / "x.pt"
+                place = f"sharded/{_METADATA}" if name.endswith(", sharded") else "x.pt"
+                path = directory / place
+                path.parent.mkdir(exist_ok=True)
                 path.write_bytes(data)
-                url = str(path) if put is None else put("x.pt", data)
+                url = (str(path) if put is None else put(place, data)).removesuffix(f"/{_METADATA}")
                 target = str(directory / "copy.pt") if put is None else f"{url}.copy"
                 size = len(data)
                 del data
-                for number, (act, tried) in enumerate(acts(url, target, options).items()):
-                    if short and number % _THIRD != done % _THIRD:
-                        continue
+                if size >= _VERY_LARGE:
+                    _give_back()
+                share = _SHARES[size >= _LARGE] if short else 1
+                turn = next(turns[size >= _LARGE]) % share
+                for act, tried in itertools.islice(acts(url, target, options).items(), turn, None, share):
                     note(f"{name}, {act}", taken(tried, size))
             for name, make in VALUES.items() if put is None else ():
                 if only(name):
                     say(name)
+                    value = content = checkpoint = None  # the one before
+                    _give_back()
                     value = make()
                     content = {
                         "module_state_dict": value,
@@ -584,8 +620,16 @@ def run(
                     for checkpoint in ({"hyper": value}, content):
                         note(f"{name}, Deck", taken(partial(_deck, checkpoint), 0))
     finally:
+        gc.unfreeze()
         shutil.rmtree(directory)
     return report
+
+
+def _give_back() -> None:
+    """Has the memory of what was tried go back to the system, which malloc would keep in pieces."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _deck(content: dict[str, Any]) -> str:
