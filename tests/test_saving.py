@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import subprocess
 import sys
 import textwrap
 import uuid
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -316,6 +318,16 @@ class Changing(Callback):
 
     def relative_update(self, inc: int = 1) -> None:  # noqa: ARG002
         self._change()
+
+
+async def test_a_callback_is_let_go_when_the_save_is_over(target: dict[str, Any]) -> None:
+    """Else what it holds dies with the interpreter, in the thread of the event loop, where torch aborts the process."""
+    callback = Changing(lambda: None)
+    await torchferry.save_async([1], **target, callback=callback)
+    reference = weakref.ref(callback)
+    del callback
+    gc.collect()
+    assert reference() is None
 
 
 @pytest.mark.parametrize("past_torch", [False, True])

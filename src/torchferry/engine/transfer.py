@@ -288,6 +288,7 @@ class Transfer:
                         span.set_attributes(_attributes(report))
         finally:
             _current.reset(token)
+            self._callback = None  # timers of HTTP clients hold their context, and so this transfer, for a while
         logger.info("%s", report)
         if deliver is not None:
             deliver(report)
