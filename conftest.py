@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 pytest_plugins = ["torchferry.testing.fixtures"]
 
 _MOST_KEPT = 100 << 20  # bytes
+_MOST_FILESYSTEMS = 8
 _KEPT = pytest.StashKey[int]()
 
 
@@ -46,10 +47,15 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
     """Gives memory back: the whole suite must run on a small machine, two files at a time.
 
     Tensors wait in reference cycles, with the exceptions that tests catch, for a collector that counts objects, not
-    bytes; malloc keeps what is freed; and objects in memory:// stay until somebody deletes them.
+    bytes; malloc keeps what is freed; objects in memory:// stay until somebody deletes them; and fsspec keeps each
+    filesystem, 12 MB of botocore in it where it is S3's, that was made for a test's own proxy.
     """
     if memory := sys.modules.get("fsspec.implementations.memory"):
         memory.MemoryFileSystem.store.clear()
+    for module, name in (("s3fs", "S3FileSystem"), ("gcsfs", "GCSFileSystem"), ("adlfs", "AzureBlobFileSystem")):
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is not None and len(kind._cache) > _MOST_FILESYSTEMS:  # noqa: SLF001 - fsspec tells it nowhere else
+            kind.clear_instance_cache()
     if sys.platform == "linux" and _resident() > item.config.stash.get(_KEPT, 0) + _MOST_KEPT:
         gc.collect()
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc has it

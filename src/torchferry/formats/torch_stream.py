@@ -213,6 +213,10 @@ class TorchStream(AsyncIterator["Chunk"]):
             recorder = recording_pickle(on_opened, self._storages.add, tensors.append, on_pickled)
         if filler is not None:
             torch.serialization.set_crc32_options(compute_crc32=False)  # in this context, which is the thread's own
+        self._save_to(writer, recorder)
+
+    def _save_to(self, writer: _Writer, recorder: Any) -> None:
+        """Runs torch.save. Where a write fails, its error goes on, and not the one that torch makes of it."""
         failure = None
         try:
             with self._modes.applied():
@@ -220,7 +224,7 @@ class TorchStream(AsyncIterator["Chunk"]):
         except RuntimeError:
             if writer.error is None:
                 raise
-            failure = writer.error  # torch has raised one of its own instead
+            failure = writer.error
         finally:
             writer.error = None
             writer.close()
