@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from flytekit.configuration import SERIALIZED_CONTEXT_ENV_VAR, ImageConfig, Seri
 from flytekit.core.type_engine import TypeEngine
 from flytekit.models.dynamic_job import DynamicJobSpec
 from flytekit.models.literals import LiteralMap
+from zygote import Zygote
 
 from torchferry.flyte import PyTorchCheckpoint
 from torchferry.testing.servers import S3Server
+
+Zygotes = Callable[[bool], Zygote]
 
 HERE = Path(__file__).parent
 SERIALIZED = SerializationSettings(ImageConfig.auto(img_name="localhost/image:1"), version="v")
@@ -32,8 +36,10 @@ SERIALIZED = SerializationSettings(ImageConfig.auto(img_name="localhost/image:1"
 class Pods:
     """Runs tasks as Flyte's propeller has pods do it."""
 
-    def __init__(self, context: FlyteContext, server: S3Server) -> None:
+    def __init__(self, context: FlyteContext, server: S3Server, zygotes: Zygotes, output: Path) -> None:
         self.context = context
+        self.zygotes = zygotes
+        self.output = output
         self.prefix = f"{context.file_access.raw_output_prefix}{uuid.uuid4().hex}"
         self.fs = context.file_access.raw_output_fs
         self.environment = {
@@ -88,10 +94,8 @@ class Pods:
         environment = self.environment | {"TORCHFERRY_TAKE_OVER": "0" if stock else "1"}
         if index is not None:
             environment |= {"BATCH_JOB_ARRAY_INDEX_VAR_NAME": "INDEX", "INDEX": str(index)}
-        pod = subprocess.run(
-            [Path(sys.executable).with_name(command[0]), *command[1:]],
-            cwd=HERE, env=environment, capture_output=True, text=True, check=False, timeout=120,
-        )  # fmt: skip
+        program = str(Path(sys.executable).with_name(command[0]))
+        pod = self.zygotes(stock).run(program, *command[1:], cwd=HERE, env=environment, output=self.output)
         self.fs.invalidate_cache()
         if pod.returncode == -signal.SIGKILL:
             return prefix
@@ -109,9 +113,22 @@ class Pods:
         return TypeEngine.to_python_value(self.context, literals.literals["o0"], t)
 
 
+@pytest.fixture(scope="module")
+def zygotes() -> Iterator[Zygotes]:
+    """Processes that have imported what a pod imports, with torchferry's plugin or without."""
+    with ExitStack() as stack:
+
+        @cache
+        def start(stock: bool) -> Zygote:
+            environment = {**os.environ, "PYTHONWARNINGS": "ignore", "TORCHFERRY_TAKE_OVER": "0" if stock else "1"}
+            return stack.enter_context(Zygote("flytekit.bin.entrypoint", "torch", "s3fs", environment=environment))
+
+        yield start
+
+
 @pytest.fixture
-def pods(s3_context: FlyteContext, s3_server: S3Server) -> Pods:
-    return Pods(s3_context, s3_server)
+def pods(s3_context: FlyteContext, s3_server: S3Server, zygotes: Zygotes, tmp_path: Path) -> Pods:
+    return Pods(s3_context, s3_server, zygotes, tmp_path / "output.txt")
 
 
 @pytest.fixture
