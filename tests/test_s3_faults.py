@@ -334,7 +334,7 @@ async def test_a_cancel_over_a_slow_link_is_over_soon_and_leaves_the_old_object(
 PROGRAM = """
     import sys, torch, torchferry
     url, options = sys.argv[1], eval(sys.argv[2])
-    tensors = {"a": [torch.full((1 << 20,), float(n)) for n in range(6)]}
+    tensors = {"a": [torch.full((1 << 20,), float(n)) for n in range(20)]}
     torchferry.save(tensors, url, storage_options=options, part_size=5 << 20)
 """
 
