@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from torchferry.announcing import announcers_of
-from torchferry.engine.loops import Call, refuse_own_loop
+from torchferry.engine.loops import Call, refuse_own_loop, wait_for
 from torchferry.engine.memory import SNAPSHOTS, Claim
 from torchferry.errors import SaveUnderWayError, TorchferryError, mask
 from torchferry.formats.partial import parts_allowed
@@ -107,6 +107,8 @@ class BackgroundSave:
             TimeoutError: it is still under way after ``timeout`` seconds.
             concurrent.futures.CancelledError: it was cancelled.
         """
+        if timeout is None:
+            wait_for(self._work.future)
         error = self._work.future.exception(timeout)
         _failed.pop(self._work, None)
         return error

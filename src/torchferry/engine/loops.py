@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures
 import os
 import sys
 import threading
@@ -24,12 +25,13 @@ from torchferry.engine.cancellation import refuse_threads, require_running_inter
 from torchferry.engine.tasks import unwrapping_exits, wrapping_exits
 from torchferry.errors import TorchferryError, forget_frames, shows_frames
 
-__all__ = ["Call", "keep_running", "own_loop", "refuse_own_loop", "run", "run_on", "synchronous"]
+__all__ = ["Call", "keep_running", "own_loop", "refuse_own_loop", "run", "run_on", "synchronous", "wait_for"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _EXIT_SECONDS = 2.0
+_SIGNAL_SECONDS = 0.1
 _INTERRUPTED_SECONDS = 15.0  # enough for the slowest clean-up: 10 s for the answer of a request that publishes
 
 _kept: set[asyncio.Future[Any]] = set()
@@ -55,7 +57,7 @@ def run(func: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: An
     call = Call(partial(func, *args, **kwargs), done.set)
     try:
         call.start()
-        done.wait()
+        _wait(done)
     except BaseException:
         call.cancel()
         _wait_through_interrupts(done)
@@ -71,12 +73,27 @@ def refuse_own_loop() -> None:
         )
 
 
+def wait_for(future: concurrent.futures.Future[Any]) -> None:
+    """Waits until it is done, and looks for signals meanwhile, as :func:`run` does."""
+    while not future.done():
+        concurrent.futures.wait([future], _SIGNAL_SECONDS)
+
+
+def _wait(done: threading.Event) -> None:
+    """Waits, and looks for signals meanwhile: one that the system hands to another thread does not end a wait."""
+    while not done.wait(_SIGNAL_SECONDS):
+        pass
+
+
 def _wait_through_interrupts(done: threading.Event) -> None:
     """Waits until the cancelled call has cleaned up. A second Ctrl-C ends the wait only after 15 s."""
     deadline: float | None = None
     while True:
         try:
-            done.wait(None if deadline is None else max(0.0, deadline - monotonic()))
+            if deadline is None:
+                _wait(done)
+            else:
+                done.wait(max(0.0, deadline - monotonic()))
         except KeyboardInterrupt:
             deadline = deadline or monotonic() + _INTERRUPTED_SECONDS
         else:
