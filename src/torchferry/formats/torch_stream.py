@@ -160,12 +160,10 @@ class TorchStream(AsyncIterator["Chunk"]):
     async def _produce(self) -> None:
         try:
             # A limiter of its own: streams that wait for memory must not keep threads from those they wait for.
-            await to_thread.run_sync(stops_as_errors, self._torch_save, limiter=anyio.CapacityLimiter(1))
+            await to_thread.run_sync(self._save_in_thread, limiter=anyio.CapacityLimiter(1))
         except Exception as error:  # noqa: BLE001  # it goes on from __anext__, so that the consumer cleans up
             if not self._closed:
                 self._failure = error
-            else:  # nobody sees it: its frames, which hold the tensors, need not wait for the collector
-                traceback.clear_frames(error.__traceback__)
         except BaseException:
             if not self._closed:  # else the consumer's own error is the reason
                 self._failure = InterruptedError("torch.save was interrupted")
@@ -188,6 +186,16 @@ class TorchStream(AsyncIterator["Chunk"]):
         with self._lent.loans.held() as are_lent:
             if are_lent:
                 self._changes.check()
+
+    def _save_in_thread(self) -> None:
+        try:
+            stops_as_errors(self._torch_save)
+        except Exception as error:
+            if not self._closed:
+                raise
+            # Nobody sees it. Its frames hold the tensors: they go here, in a thread that the interpreter waits for when
+            # it ends, and not with the collector.
+            traceback.clear_frames(error.__traceback__)
 
     def _torch_save(self) -> None:
         fills = torch.serialization.get_crc32_options() and not self._modes.skips_data and fills_crc32s()
