@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import anyio
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torchferry.engine.memory import Claim
     from torchferry.engine.reader import RangeReader
 
-__all__ = ["Extent", "ExtentStream", "Piece", "pieces"]
+__all__ = ["Extent", "ExtentStream", "Piece", "ReadAhead", "pieces"]
 
 _READS = 16  # blocks ahead of the target at most, and so many reads under way at once
 _GAP = 64 << 10  # extents of one object that are this near are read in one: a request costs more
@@ -59,6 +60,11 @@ class Piece:
     crc32: int | None = None
     filled: anyio.Event = field(default_factory=anyio.Event)
 
+    @property
+    def nbytes(self) -> int:
+        """How long it is."""
+        return self.stop - self.start
+
 
 def pieces(extents: Iterable[Extent], longest: int) -> Iterable[Piece]:
     """Cuts extents into pieces of at most ``longest`` bytes, and joins near ones of one object."""
@@ -83,33 +89,55 @@ def pieces(extents: Iterable[Extent], longest: int) -> Iterable[Piece]:
         yield piece
 
 
-class ExtentStream(AsyncIterator[Chunk]):
-    """The bytes of extents in order, read ahead into blocks, while :meth:`running`.
+class ReadJob(Protocol):
+    """What is read into one block.
 
-    Args:
-        extents: What is read.
-        claim: The memory.
-        add: Told all bytes that are read, with their object and offset; returns their CRC32, if it knows it.
-        finish: Called when all is read, before the stream ends.
+    Attributes:
+        nbytes: How much of the block; of none, nothing is taken.
+        memory: So much of it.
+        filled: Set when it has been read.
     """
 
-    def __init__(
-        self,
-        extents: Sequence[Extent],
-        claim: Claim,
-        *,
-        add: Callable[[RangeReader, int, memoryview], int | None] = lambda *_: None,
-        finish: Callable[[], object] = lambda: None,
-    ) -> None:
-        self._extents = extents
+    @property
+    def nbytes(self) -> int: ...
+
+    memory: memoryview
+    filled: anyio.Event
+
+
+J = TypeVar("J", bound=ReadJob)
+
+
+class ReadAhead(AsyncIterator[Chunk], ABC, Generic[J]):
+    """A stream whose bytes are read ahead into blocks, and given in order, while :meth:`running`.
+
+    Args:
+        claim: The memory.
+    """
+
+    def __init__(self, claim: Claim) -> None:
         self._claim = claim
-        self._add = add
-        self._finish = finish
-        self._send, self._receive = anyio.create_memory_object_stream[Piece](_READS)
+        self._send, self._receive = anyio.create_memory_object_stream[J](_READS)
         self._reading = anyio.CapacityLimiter(_READS)
         self._ready: deque[Chunk] = deque()
         self._closed = False
         self._complete = False
+
+    @abstractmethod
+    def _jobs(self, block_size: int) -> Iterable[J]:
+        """What to read, in order."""
+
+    @abstractmethod
+    async def _read(self, job: J) -> None:
+        """Reads it into its memory."""
+
+    @abstractmethod
+    async def _chunks(self, job: J) -> Iterable[Chunk]:
+        """What the stream gives of it, once it is read."""
+
+    @abstractmethod
+    def _finish(self) -> None:
+        """Called when all is given, before the stream ends. May raise."""
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None]:
@@ -130,35 +158,32 @@ class ExtentStream(AsyncIterator[Chunk]):
                 self._ready.clear()
 
     async def __anext__(self) -> Chunk:
-        if self._ready:
-            return self._ready.popleft()
         current().tell()
-        try:
-            piece = await self._receive.receive()
-        except anyio.EndOfStream:
-            if not self._complete:
-                raise InterruptedError("reading the source was interrupted") from None
-            self._finish()
-            raise StopAsyncIteration from None
-        await piece.filled.wait()
-        memory = piece.memory.toreadonly()
-        if piece.slices == [(piece.start, piece.stop)]:
-            return Chunk(memory, piece.crc32)
-        self._ready += (Chunk(memory[start - piece.start : stop - piece.start]) for start, stop in piece.slices)
+        while not self._ready:
+            try:
+                job = await self._receive.receive()
+            except anyio.EndOfStream:
+                if not self._complete:
+                    raise InterruptedError("reading the source was interrupted") from None
+                self._finish()
+                raise StopAsyncIteration from None
+            await job.filled.wait()
+            self._ready += await self._chunks(job)
         return self._ready.popleft()
 
     async def _read_ahead(self) -> None:
         try:
             with current().reading_side():
                 async with task_group() as tasks:
-                    for piece in pieces(self._extents, self._claim.block_size):
-                        # Taken in order: a later piece must never have the block that an earlier one waits for.
-                        block = await self._claim.take_async()
-                        piece.memory = block[: piece.stop - piece.start]
-                        del block  # nothing but the piece holds it, so that it comes back
-                        await self._send.send(piece)
-                        tasks.start_soon(self._fill, piece)
-                        del piece
+                    for job in self._jobs(self._claim.block_size):
+                        if job.nbytes:
+                            # Taken in order: a later job must never have the block that an earlier one waits for.
+                            block = await self._claim.take_async()
+                            job.memory = block[: job.nbytes]
+                            del block  # nothing but the job holds it, so that it comes back
+                        await self._send.send(job)
+                        tasks.start_soon(self._fill, job)
+                        del job
             self._complete = True
         except (InterruptedError, anyio.BrokenResourceError):
             if not self._closed:
@@ -166,8 +191,47 @@ class ExtentStream(AsyncIterator[Chunk]):
         finally:
             self._send.close()
 
-    async def _fill(self, piece: Piece) -> None:
+    async def _fill(self, job: J) -> None:
         async with self._reading:
-            await piece.source.read_into(piece.start, piece.memory)
-            piece.crc32 = await in_thread(self._add, piece.source, piece.start, piece.memory)
-        piece.filled.set()
+            await self._read(job)
+        job.filled.set()
+
+
+class ExtentStream(ReadAhead[Piece]):
+    """The bytes of extents in order.
+
+    Args:
+        extents: What is read.
+        claim: The memory.
+        add: Told all bytes that are read, with their object and offset; returns their CRC32, if it knows it.
+        finish: Called when all is read, before the stream ends.
+    """
+
+    def __init__(
+        self,
+        extents: Sequence[Extent],
+        claim: Claim,
+        *,
+        add: Callable[[RangeReader, int, memoryview], int | None] = lambda *_: None,
+        finish: Callable[[], object] = lambda: None,
+    ) -> None:
+        super().__init__(claim)
+        self._extents = extents
+        self._add = add
+        self._at_end = finish
+
+    def _jobs(self, block_size: int) -> Iterable[Piece]:
+        return pieces(self._extents, block_size)
+
+    async def _read(self, job: Piece) -> None:
+        await job.source.read_into(job.start, job.memory)
+        job.crc32 = await in_thread(self._add, job.source, job.start, job.memory)
+
+    async def _chunks(self, job: Piece) -> Iterable[Chunk]:
+        memory = job.memory.toreadonly()
+        if job.slices == [(job.start, job.stop)]:
+            return [Chunk(memory, job.crc32)]
+        return [Chunk(memory[start - job.start : stop - job.start]) for start, stop in job.slices]
+
+    def _finish(self) -> None:
+        self._at_end()

@@ -6,8 +6,7 @@ in memory that is never touched (:class:`Script`). Their bytes are read when the
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,17 +18,15 @@ from torchferry.distributed.fetch import Files, fetch
 from torchferry.distributed.slices import Direct, Piece
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.memory import BLOCK_SIZE, Claim, address_of
-from torchferry.engine.tasks import task_group
-from torchferry.engine.transfer import current
 from torchferry.engine.types import Chunk
 from torchferry.formats.checksum import Checksums, Crc32Filler
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.torch_hooks import torch_save
 from torchferry.formats.torch_stream import fills_crc32s
+from torchferry.streaming import ReadAhead
 
 __all__ = ["Archive", "Assembly", "Data", "Parts", "Script", "StandIns"]
 
-_AHEAD = 16  # blocks that are being read at most
 _ALIGNMENT = 64  # of tensors in a block
 
 Parts = Callable[[str, Sequence[int], torch.Tensor], Iterable[tuple[int, Direct | Piece]]]
@@ -156,18 +153,18 @@ class _Job:
 
     Attributes:
         entries: Bytes, marks, and parts of tensors: the data, offsets and sizes of the part, where it is in the block.
-        block: The memory.
+        memory: The memory.
         nbytes: What is used of it.
     """
 
     entries: list[bytes | Archive | tuple[Data, tuple[int, ...], tuple[int, ...], int]] = field(default_factory=list)
     nbytes: int = 0
-    block: memoryview = field(default_factory=lambda: memoryview(b""))
+    memory: memoryview = field(default_factory=lambda: memoryview(b""))
     crc32s: list[int] = field(default_factory=list)
     filled: anyio.Event = field(default_factory=anyio.Event)
 
 
-class Assembly(AsyncIterator[Chunk]):
+class Assembly(ReadAhead[_Job]):
     """The chunks of a script, while :meth:`running`.
 
     Args:
@@ -181,51 +178,30 @@ class Assembly(AsyncIterator[Chunk]):
     def __init__(
         self, script: Script, parts: Parts, files: Files, checksums: Sequence[Checksums | None], claim: Claim
     ) -> None:
+        super().__init__(claim)
         self._script = script
         self._parts = parts
         self._files = files
         self._checksums = checksums
-        self._claim = claim
-        self._send, self._receive = anyio.create_memory_object_stream[_Job](_AHEAD)
-        self._reading = anyio.CapacityLimiter(_AHEAD)
         self._filler: Crc32Filler | None = None
         self._fills = torch.serialization.get_crc32_options() and fills_crc32s()
-        self._ready: list[Chunk] = []
-        self._closed = self._complete = False
 
-    @asynccontextmanager
-    async def running(self) -> AsyncGenerator[None]:
-        """Reads ahead.
+    def _jobs(self, block_size: int) -> Iterable[_Job]:
+        return _jobs(self._script, block_size)
 
-        Raises:
-            TorchferryError: a read failed; the body was cancelled because of it.
-        """
-        async with task_group() as tasks:
-            tasks.start_soon(self._read_ahead)
-            try:
-                yield
-            finally:
-                self._closed = True
-                self._claim.abandon()
-                tasks.cancel_scope.cancel()
-                self._receive.close()
-                self._ready.clear()
+    async def _read(self, job: _Job) -> None:
+        if job.nbytes:
+            wanted = await in_thread(self._wanted_by, job)
+            await fetch(self._files, wanted, self._checksums, "", finish=False)
+            await in_thread(_compute, job)
 
-    async def __anext__(self) -> Chunk:
-        current().tell()
-        while not self._ready:
-            try:
-                job = await self._receive.receive()
-            except anyio.EndOfStream:
-                if not self._complete:
-                    raise InterruptedError("reading the source was interrupted") from None
-                for checksum in self._checksums:
-                    if checksum is not None:
-                        checksum.finish()
-                raise StopAsyncIteration from None
-            await job.filled.wait()
-            self._ready = list(reversed(await in_thread(self._chunks_of, job)))
-        return self._ready.pop()
+    async def _chunks(self, job: _Job) -> Iterable[Chunk]:
+        return await in_thread(self._chunks_of, job)
+
+    def _finish(self) -> None:
+        for checksum in self._checksums:
+            if checksum is not None:
+                checksum.finish()
 
     def _chunks_of(self, job: _Job) -> list[Chunk]:
         """The job's chunks, with CRC32s filled in: archives come in order."""
@@ -239,46 +215,20 @@ class Assembly(AsyncIterator[Chunk]):
             else:
                 data, _, lengths, at = entry
                 nbytes = torch.Size(lengths).numel() * data.dtype.itemsize
-                view, crc32 = job.block[at : at + nbytes].toreadonly(), next(crc32s)
+                view, crc32 = job.memory[at : at + nbytes].toreadonly(), next(crc32s)
                 if self._filler is not None:
                     self._filler.add(view, crc32)
                 data.crc32 = isal_zlib.crc32_combine(data.crc32, crc32, nbytes)
                 chunks.append(Chunk(view, crc32))
-        job.block = memoryview(b"")  # the chunks hold it now
+        job.memory = memoryview(b"")  # the chunks hold it now
         return chunks
-
-    async def _read_ahead(self) -> None:
-        try:
-            with current().reading_side():
-                async with task_group() as tasks:
-                    for job in _jobs(self._script, self._claim.block_size):
-                        if job.nbytes:
-                            # In order: a later job must never have the block that an earlier one waits for.
-                            job.block = await self._claim.take_async()
-                        await self._send.send(job)
-                        tasks.start_soon(self._fill, job)
-                        del job
-            self._complete = True
-        except (InterruptedError, anyio.BrokenResourceError):
-            if not self._closed:
-                raise
-        finally:
-            self._send.close()
-
-    async def _fill(self, job: _Job) -> None:
-        async with self._reading:
-            if job.nbytes:
-                wanted = await in_thread(self._wanted_by, job)
-                await fetch(self._files, wanted, self._checksums, "", finish=False)
-                await in_thread(_compute, job)
-        job.filled.set()
 
     def _wanted_by(self, job: _Job) -> list[tuple[int, Direct | Piece]]:
         wanted: list[tuple[int, Direct | Piece]] = []
         for entry in job.entries:
             if isinstance(entry, tuple):
                 data, offsets, lengths, at = entry
-                wanted += self._parts(data.key, offsets, _target(job.block, at, lengths, data.dtype))
+                wanted += self._parts(data.key, offsets, _target(job.memory, at, lengths, data.dtype))
         return wanted
 
 
@@ -292,7 +242,7 @@ def _compute(job: _Job) -> None:
         if isinstance(entry, tuple):
             data, _, lengths, at = entry
             nbytes = torch.Size(lengths).numel() * data.dtype.itemsize
-            job.crc32s.append(isal_zlib.crc32(job.block[at : at + nbytes]))
+            job.crc32s.append(isal_zlib.crc32(job.memory[at : at + nbytes]))
 
 
 def _jobs(script: Script, block_size: int) -> Iterator[_Job]:
