@@ -11,7 +11,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from torchferry.engine.cancellation import in_thread, run_shielded
+from torchferry.engine.cancellation import in_thread
 from torchferry.engine.collector import collector_paused
 from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.memory import BLOCK_SIZE, EVERYTHING_ELSE
@@ -32,7 +32,7 @@ from torchferry.opening import open_reader
 from torchferry.printable import printable
 from torchferry.requests import LoadRequest
 from torchferry.safetensors_files import load_safetensors
-from torchferry.safetensors_opening import File, delete_all, open_file, open_files, prepare, publish_index
+from torchferry.safetensors_opening import File, delete_all, open_file, open_files, prepare, publish_index, take_back
 from torchferry.saving import SaveFormat
 from torchferry.storage.metadata import require_storable
 from torchferry.storage.registry import open_backend
@@ -52,7 +52,6 @@ __all__ = ["convert", "convert_async"]
 
 _PYTORCH = {"format": "pt"}
 _SHOWN = 5  # names in a message
-_ABORT_PATIENCE = 0.7  # seconds that a cancel waits for shards to be deleted
 
 
 async def convert_async(
@@ -313,7 +312,7 @@ async def _to_safetensors(tensors: Sequence[_Tensor], checksums: Checksums, orde
         ]
         stat = await publish_index(order.writer, index, pairs, total)
     except BaseException:
-        await run_shielded(delete_all, order.writer, written, patience=lambda: _ABORT_PATIENCE)
+        await take_back(order.writer, written)
         raise
     await delete_all(order.writer, replaced - {*names})
     return stat

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torchferry.engine.cancellation import in_thread, run_shielded
+from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.memory import BLOCK_SIZE, EVERYTHING_ELSE
 from torchferry.engine.reader import RangeReader
@@ -20,7 +20,7 @@ from torchferry.formats.checksum import Checksums
 from torchferry.formats.opcodes import UnusualPickleError
 from torchferry.locating import open_object
 from torchferry.opening import memory_errors, read_archive, read_legacy_format
-from torchferry.safetensors_opening import File, delete_all, open_file, open_files, prepare, publish_index
+from torchferry.safetensors_opening import File, delete_all, open_file, open_files, prepare, publish_index, take_back
 from torchferry.storage.base import Backend
 from torchferry.storage.metadata import require_storable
 from torchferry.storage.registry import open_backend
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from torchferry.distributed.whole import Contents
 
 __all__ = ["copy", "copy_async"]
-
-_ABORT_PATIENCE = 0.7  # seconds that a cancel waits for what was copied to be deleted
 
 
 async def copy_async(
@@ -189,7 +187,7 @@ async def _copy_files(source: RangeReader, files: Sequence[File], order: _Order)
             else await _copy_object(source, None, order.path, order)
         )
     except BaseException:
-        await run_shielded(delete_all, order.writer, written, patience=lambda: _ABORT_PATIENCE)
+        await take_back(order.writer, written)
         raise
     await delete_all(order.writer, replaced - {*paths})
     return stat

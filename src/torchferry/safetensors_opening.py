@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torchferry.engine.cancellation import in_thread
+from torchferry.engine.cancellation import in_thread, run_shielded
 from torchferry.engine.loops import run_on
 from torchferry.engine.reader import RangeReader
 from torchferry.engine.tasks import task_group
@@ -36,7 +36,9 @@ from torchferry.printable import printable
 if TYPE_CHECKING:
     from torchferry.storage.base import Backend
 
-__all__ = ["File", "delete_all", "open_file", "open_files", "prepare", "publish_index"]
+__all__ = ["File", "delete_all", "open_file", "open_files", "prepare", "publish_index", "take_back"]
+
+_ABORT_PATIENCE = 0.7  # seconds that a cancel waits for files to be deleted
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,11 @@ async def delete_all(backend: Backend, paths: Collection[str]) -> None:
     for path in paths:
         with suppress(StorageError):
             await run_on(backend.loop, backend.delete, path)
+
+
+async def take_back(backend: Backend, written: Collection[str]) -> None:
+    """Deletes the files of a save that failed. A cancel waits for it a moment; then it goes on by itself."""
+    await run_shielded(delete_all, backend, written, patience=lambda: _ABORT_PATIENCE)
 
 
 async def _one(data: bytes) -> AsyncGenerator[Chunk]:

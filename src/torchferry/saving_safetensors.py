@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from torchferry.engine.cancellation import in_thread, run_shielded
+from torchferry.engine.cancellation import in_thread
 from torchferry.engine.memory import BLOCK_SIZE, CPU_SAVES, EVERYTHING_ELSE
 from torchferry.engine.transfer import current
 from torchferry.engine.types import ObjectStat
@@ -16,7 +16,7 @@ from torchferry.formats.safetensors import (
 )
 from torchferry.formats.safetensors_dtypes import dtype_name
 from torchferry.formats.safetensors_stream import check_tensors, copied_bytes, file_chunks
-from torchferry.safetensors_opening import delete_all, prepare, publish_index
+from torchferry.safetensors_opening import delete_all, prepare, publish_index, take_back
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["save_safetensors"]
 
 _PYTORCH = {"format": "pt"}  # what Hugging Face's libraries want to see in the header
-_ABORT_PATIENCE = 0.7  # seconds that a cancel waits for the shards to be deleted
 
 
 async def save_safetensors(
@@ -67,7 +66,7 @@ async def save_safetensors(
             files = [(member, _base(name)) for name, members in zip(names, shards, strict=True) for member in members]
             stat = await publish_index(backend, index, files, total)
         except BaseException:
-            await run_shielded(delete_all, backend, written, patience=lambda: _ABORT_PATIENCE)
+            await take_back(backend, written)
             raise
         await delete_all(backend, replaced - {*names})
         return stat
