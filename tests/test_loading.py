@@ -25,7 +25,7 @@ import torch
 from fsspec.callbacks import Callback
 
 import torchferry
-import torchferry.torch_files
+import torchferry.objects.torch_files
 from torchferry.errors import (
     CheckpointChangedError,
     CheckpointCorruptError,
@@ -788,7 +788,7 @@ def test_memory_is_free_with_the_last_tensor_and_not_when_the_collector_comes(
             super().__init__(layout, sparse=sparse)
             memories.append(weakref.ref(self._memory))
 
-    monkeypatch.setattr(torchferry.torch_files, "LoadBuffer", Watched)
+    monkeypatch.setattr(torchferry.objects.torch_files, "LoadBuffer", Watched)
     url = f"memory://{uuid.uuid4().hex}/x.pt"
     torchferry.save({"a": torch.ones(1 << 20), "b": torch.ones(1 << 20)}, url)
     gc.disable()

@@ -21,7 +21,7 @@ import torch
 
 import torchferry
 from torchferry import CheckpointManager
-from torchferry.retention import Best, Retention
+from torchferry.series.retention import Best, Retention
 from torchferry.testing import victims
 from torchferry.testing.faultproxy import Fault
 

@@ -17,13 +17,13 @@ from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import Transfer, current
 from torchferry.errors import CheckpointCorruptError, mask
 from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, Record, sniff
-from torchferry.opening import open_reader
+from torchferry.objects.opening import open_reader
+from torchferry.objects.safetensors_files import inspect_safetensors
+from torchferry.objects.safetensors_opening import open_file, open_files
+from torchferry.objects.streaming import Extent, ExtentStream
+from torchferry.objects.torch_files import inspect_torch
 from torchferry.printable import printable
-from torchferry.safetensors_files import inspect_safetensors
-from torchferry.safetensors_opening import open_file, open_files
 from torchferry.storage.registry import open_backend
-from torchferry.streaming import Extent, ExtentStream
-from torchferry.torch_files import inspect_torch
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

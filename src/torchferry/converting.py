@@ -28,16 +28,24 @@ from torchferry.formats.safetensors import INDEX_SUFFIX, item_size, lay_out, spl
 from torchferry.formats.safetensors_dtypes import dtype_name, torch_dtype
 from torchferry.formats.safetensors_stream import view_bytes
 from torchferry.formats.torch_stream import TorchStream, fills_crc32s
-from torchferry.opening import open_reader
+from torchferry.objects.opening import open_reader
+from torchferry.objects.requests import LoadRequest
+from torchferry.objects.safetensors_files import load_safetensors
+from torchferry.objects.safetensors_opening import (
+    File,
+    delete_all,
+    open_file,
+    open_files,
+    prepare,
+    publish_index,
+    take_back,
+)
+from torchferry.objects.streaming import Extent, ExtentStream
+from torchferry.objects.torch_files import load_torch, read_pickle, require_archive
 from torchferry.printable import printable
-from torchferry.requests import LoadRequest
-from torchferry.safetensors_files import load_safetensors
-from torchferry.safetensors_opening import File, delete_all, open_file, open_files, prepare, publish_index, take_back
 from torchferry.saving import SaveFormat
 from torchferry.storage.metadata import require_storable
 from torchferry.storage.registry import open_backend
-from torchferry.streaming import Extent, ExtentStream
-from torchferry.torch_files import load_torch, read_pickle, require_archive
 
 if TYPE_CHECKING:
     import torch

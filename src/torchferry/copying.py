@@ -19,12 +19,20 @@ from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_S
 from torchferry.formats.checksum import Checksums
 from torchferry.formats.opcodes import UnusualPickleError
 from torchferry.locating import open_object
-from torchferry.opening import memory_errors, read_archive, read_legacy_format
-from torchferry.safetensors_opening import File, delete_all, open_file, open_files, prepare, publish_index, take_back
+from torchferry.objects.opening import memory_errors, read_archive, read_legacy_format
+from torchferry.objects.safetensors_opening import (
+    File,
+    delete_all,
+    open_file,
+    open_files,
+    prepare,
+    publish_index,
+    take_back,
+)
+from torchferry.objects.streaming import Extent, ExtentStream
 from torchferry.storage.base import Backend
 from torchferry.storage.metadata import require_storable
 from torchferry.storage.registry import open_backend
-from torchferry.streaming import Extent, ExtentStream
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -19,12 +19,12 @@ from torchferry.formats.filling import Target
 from torchferry.formats.keys import KeysArgument, as_keys
 from torchferry.formats.torch_hooks import TorchModes
 from torchferry.locating import open_object
-from torchferry.opening import memory_errors
-from torchferry.requests import LoadRequest
-from torchferry.safetensors_files import fill_safetensors, inspect_safetensors, load_safetensors
-from torchferry.safetensors_opening import File, open_file, open_files
+from torchferry.objects.opening import memory_errors
+from torchferry.objects.requests import LoadRequest
+from torchferry.objects.safetensors_files import fill_safetensors, inspect_safetensors, load_safetensors
+from torchferry.objects.safetensors_opening import File, open_file, open_files
+from torchferry.objects.torch_files import fill_torch, fill_with, inspect_torch, load_torch, verify_torch
 from torchferry.storage.registry import open_backend
-from torchferry.torch_files import fill_torch, fill_with, inspect_torch, load_torch, verify_torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from torchferry.errors import StorageError, StorageUnavailableError, mask
-from torchferry.opening import open_reader
+from torchferry.objects.opening import open_reader
 
 if TYPE_CHECKING:
     from torchferry.distributed.whole import Contents

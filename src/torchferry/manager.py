@@ -27,12 +27,12 @@ from torchferry.errors import (
     TorchferryError,
 )
 from torchferry.formats.keys import KeysArgument
-from torchferry.preemption import Preemption
-from torchferry.ranks import Ranks
-from torchferry.restoring import Candidate, Restorer
-from torchferry.retention import Best, Retention
 from torchferry.saving import save, save_async
-from torchferry.steps import Series, SeriesListing, encode_metrics, name_of, url_of
+from torchferry.series.preemption import Preemption
+from torchferry.series.ranks import Ranks
+from torchferry.series.restoring import Candidate, Restorer
+from torchferry.series.retention import Best, Retention
+from torchferry.series.steps import Series, SeriesListing, encode_metrics, name_of, url_of
 
 if TYPE_CHECKING:
     from types import TracebackType

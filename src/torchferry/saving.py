@@ -16,7 +16,7 @@ from torchferry.formats.partial import parts_allowed
 from torchferry.formats.safetensors import INDEX_SUFFIX, SUFFIX
 from torchferry.formats.torch_hooks import TorchModes
 from torchferry.formats.torch_stream import TorchStream
-from torchferry.saving_safetensors import save_safetensors
+from torchferry.objects.saving_safetensors import save_safetensors
 from torchferry.storage.base import Backend
 from torchferry.storage.metadata import require_storable
 from torchferry.storage.registry import open_backend

@@ -11,7 +11,7 @@ from torchferry.checkpoint.values import LoadedCheckpoint, PyTorchCheckpoint, re
 from torchferry.engine.cancellation import in_thread
 from torchferry.errors import CheckpointNotFoundError, CheckpointValueError
 from torchferry.manager import CheckpointManager
-from torchferry.steps import name_of, url_of
+from torchferry.series.steps import name_of, url_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

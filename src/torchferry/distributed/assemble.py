@@ -23,7 +23,7 @@ from torchferry.formats.checksum import Checksums, Crc32Filler
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.torch_hooks import torch_save
 from torchferry.formats.torch_stream import fills_crc32s
-from torchferry.streaming import ReadAhead
+from torchferry.objects.streaming import ReadAhead
 
 __all__ = ["Archive", "Assembly", "Data", "Parts", "Script", "StandIns"]
 

@@ -42,8 +42,8 @@ from torchferry.formats.item_stream import Written, is_plain
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.selection import check_graph
 from torchferry.formats.torch_hooks import torch_errors
-from torchferry.opening import open_reader, read_archive
-from torchferry.requests import LoadRequest
+from torchferry.objects.opening import open_reader, read_archive
+from torchferry.objects.requests import LoadRequest
 from torchferry.storage.base import Backend
 from torchferry.storage.registry import open_backend
 

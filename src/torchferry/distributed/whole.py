@@ -47,8 +47,8 @@ from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.picking import missing_keys
 from torchferry.formats.torch_hooks import torch_errors
 from torchferry.manifest import Manifest
+from torchferry.objects.requests import LoadRequest
 from torchferry.printable import printable
-from torchferry.requests import LoadRequest
 from torchferry.storage.base import Backend
 
 __all__ = ["Contents", "ShardedCopy", "find", "inspect_contents", "load_whole", "verify_contents"]

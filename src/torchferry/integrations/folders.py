@@ -25,7 +25,7 @@ from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import Transfer
 from torchferry.engine.types import Chunk
 from torchferry.errors import CheckpointCorruptError, CheckpointNotFoundError, mask
-from torchferry.steps import url_of
+from torchferry.series.steps import url_of
 from torchferry.storage.local import LocalBackend
 from torchferry.storage.registry import open_backend
 

@@ -34,8 +34,8 @@ from torchferry.formats.selection import (
 )
 from torchferry.formats.torch_hooks import NO_MODES, torch_errors
 from torchferry.manifest import Manifest
-from torchferry.opening import read_archive, read_legacy_format
-from torchferry.reading import Job, fetch
+from torchferry.objects.opening import read_archive, read_legacy_format
+from torchferry.objects.reading import Job, fetch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from torchferry.engine.reader import RangeReader
     from torchferry.formats.archive import Archive, Record
     from torchferry.formats.graph import Graph
-    from torchferry.requests import LoadRequest
+    from torchferry.objects.requests import LoadRequest
 
 __all__ = [
     "fill_torch",

@@ -27,13 +27,13 @@ from torchferry.formats.safetensors import (
 from torchferry.formats.safetensors_dtypes import torch_dtype
 from torchferry.formats.selection import is_meta
 from torchferry.manifest import Manifest
-from torchferry.reading import Job, fetch
-from torchferry.safetensors_opening import File
+from torchferry.objects.reading import Job, fetch
+from torchferry.objects.safetensors_opening import File
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from torchferry.requests import LoadRequest
+    from torchferry.objects.requests import LoadRequest
 
 __all__ = ["fill_safetensors", "inspect_safetensors", "load_safetensors"]
 

@@ -18,12 +18,12 @@ from torchferry.errors import (
     mask,
 )
 from torchferry.loading import load_async
-from torchferry.steps import name_of, url_of
+from torchferry.series.steps import name_of, url_of
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from torchferry.ranks import Ranks
+    from torchferry.series.ranks import Ranks
 
 __all__ = ["Candidate", "Restorer"]
 

@@ -16,7 +16,7 @@ from torchferry.formats.safetensors import (
 )
 from torchferry.formats.safetensors_dtypes import dtype_name
 from torchferry.formats.safetensors_stream import check_tensors, copied_bytes, file_chunks
-from torchferry.safetensors_opening import delete_all, prepare, publish_index, take_back
+from torchferry.objects.safetensors_opening import delete_all, prepare, publish_index, take_back
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
