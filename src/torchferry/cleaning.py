@@ -7,18 +7,16 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import Transfer
 from torchferry.errors import CheckpointNotFoundError, mask
 from torchferry.storage.base import Backend, Leftover
-from torchferry.storage.registry import open_backend
+from torchferry.storage.registry import open_backend_async
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -74,8 +72,9 @@ async def clean_async(
         CheckpointNotFoundError: there is no such bucket, container or directory.
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
-    opened = partial(open_backend, url, storage_options=storage_options, filesystem=filesystem, directory=True)
-    backend, path = await in_thread(opened)
+    backend, path = await open_backend_async(
+        url, storage_options=storage_options, filesystem=filesystem, directory=True
+    )
     latest = datetime.now(UTC) - timedelta(seconds=older_than) if older_than else None
     with Transfer("clean", mask(os.fspath(url)), give_up_after=give_up_after).running(None):
         return await run_on(own_loop(backend.loop), _clean, backend, path, latest, dry_run)

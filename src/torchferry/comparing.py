@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from isal import isal_zlib
@@ -23,7 +22,7 @@ from torchferry.objects.safetensors_opening import open_file, open_files
 from torchferry.objects.streaming import Extent, ExtentStream
 from torchferry.objects.torch_files import inspect_torch
 from torchferry.printable import printable
-from torchferry.storage.registry import open_backend
+from torchferry.storage.registry import open_backend_async
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -93,7 +92,7 @@ async def diff_async(
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
     opened = [
-        await in_thread(partial(open_backend, url, storage_options=options, filesystem=filesystem))
+        await open_backend_async(url, storage_options=options, filesystem=filesystem)
         for url, options, filesystem in (
             (first, first_storage_options, first_filesystem),
             (second, second_storage_options, second_filesystem),

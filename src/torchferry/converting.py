@@ -7,7 +7,6 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +44,7 @@ from torchferry.objects.torch_files import load_torch, read_pickle, require_arch
 from torchferry.printable import printable
 from torchferry.saving import SaveFormat
 from torchferry.storage.metadata import require_storable
-from torchferry.storage.registry import open_backend
+from torchferry.storage.registry import open_backend_async
 
 if TYPE_CHECKING:
     import torch
@@ -115,11 +114,11 @@ async def convert_async(
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
     require_storable(os.fspath(target), metadata or {})
-    reader, source_path = await in_thread(
-        partial(open_backend, source, storage_options=source_storage_options, filesystem=source_filesystem)
+    reader, source_path = await open_backend_async(
+        source, storage_options=source_storage_options, filesystem=source_filesystem
     )
-    writer, target_path = await in_thread(
-        partial(open_backend, target, storage_options=target_storage_options, filesystem=target_filesystem)
+    writer, target_path = await open_backend_async(
+        target, storage_options=target_storage_options, filesystem=target_filesystem
     )
     request = LoadRequest(as_keys(keys), as_keys(exclude), None, weights_only=True, verify=True)
     order = _Order(writer, target_path, request, strip_prefix, max_shard_size, part_size, metadata)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torchferry.engine.cancellation import in_thread
@@ -32,7 +31,7 @@ from torchferry.objects.safetensors_opening import (
 from torchferry.objects.streaming import Extent, ExtentStream
 from torchferry.storage.base import Backend
 from torchferry.storage.metadata import require_storable
-from torchferry.storage.registry import open_backend
+from torchferry.storage.registry import open_backend_async
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -90,11 +89,11 @@ async def copy_async(
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
     require_storable(os.fspath(target), metadata or {})
-    reader, source_path = await in_thread(
-        partial(open_backend, source, storage_options=source_storage_options, filesystem=source_filesystem)
+    reader, source_path = await open_backend_async(
+        source, storage_options=source_storage_options, filesystem=source_filesystem
     )
-    writer, target_path = await in_thread(
-        partial(open_backend, target, storage_options=target_storage_options, filesystem=target_filesystem)
+    writer, target_path = await open_backend_async(
+        target, storage_options=target_storage_options, filesystem=target_filesystem
     )
     transfer = Transfer("copy", mask(os.fspath(target)), callback=callback, give_up_after=give_up_after)
     with transfer.running(report), memory_errors(source):

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.reader import RangeReader
 from torchferry.engine.tasks import task_group
 from torchferry.errors import CheckpointFormatError
 from torchferry.formats.safetensors import INDEX_SUFFIX, LONGEST_INDEX, parse_index
 from torchferry.storage.base import ListedObject
-from torchferry.storage.registry import open_backend
+from torchferry.storage.registry import open_backend_async
 
 if TYPE_CHECKING:
     from torchferry.engine.types import ObjectStat
@@ -28,7 +26,7 @@ async def _list_objects(
     url: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
 ) -> list[tuple[str, ListedObject]]:
     """The objects below a prefix, a bucket or a directory, with their names in it, in order."""
-    backend, path = await in_thread(partial(open_backend, url, storage_options=storage_options, directory=True))
+    backend, path = await open_backend_async(url, storage_options=storage_options, directory=True)
     return await run_on(own_loop(backend.loop), _below, backend, path)
 
 
@@ -44,7 +42,7 @@ def _name(pair: tuple[str, ListedObject]) -> str:
 
 async def _stat(url: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> ObjectStat:
     """One object."""
-    backend, path = await in_thread(partial(open_backend, url, storage_options=storage_options))
+    backend, path = await open_backend_async(url, storage_options=storage_options)
     return await run_on(backend.loop, backend.stat, path)
 
 
@@ -58,7 +56,7 @@ async def _objects_of(
     """
     if recursive:
         return [item for _, item in await _list_objects(url, storage_options=storage_options)]
-    backend, path = await in_thread(partial(open_backend, url, storage_options=storage_options))
+    backend, path = await open_backend_async(url, storage_options=storage_options)
     return await run_on(own_loop(backend.loop), _parts, backend, path)
 
 
@@ -79,7 +77,7 @@ async def _delete(
     url: str | os.PathLike[str], objects: Sequence[ListedObject], *, storage_options: Mapping[str, Any] | None = None
 ) -> None:
     """Deletes objects of the store of ``url``: the first one first, the others together."""
-    backend, _ = await in_thread(partial(open_backend, url, storage_options=storage_options, directory=True))
+    backend, _ = await open_backend_async(url, storage_options=storage_options, directory=True)
     for item in objects[:1]:
         await run_on(backend.loop, backend.delete, item.path)
     async with task_group() as group:

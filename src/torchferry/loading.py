@@ -6,7 +6,6 @@ The format is told by the object's first bytes, never by its name.
 from __future__ import annotations
 
 import os
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torchferry.engine import loops
@@ -24,7 +23,7 @@ from torchferry.objects.requests import LoadRequest
 from torchferry.objects.safetensors_files import fill_safetensors, inspect_safetensors, load_safetensors
 from torchferry.objects.safetensors_opening import File, open_file, open_files
 from torchferry.objects.torch_files import fill_torch, fill_with, inspect_torch, load_torch, verify_torch
-from torchferry.storage.registry import open_backend
+from torchferry.storage.registry import open_backend_async
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -188,7 +187,7 @@ verify = loops.synchronous(verify_async)
 async def _open(
     url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None, filesystem: AbstractFileSystem | None
 ) -> tuple[Backend, str]:
-    return await in_thread(partial(open_backend, url, storage_options=storage_options, filesystem=filesystem))
+    return await open_backend_async(url, storage_options=storage_options, filesystem=filesystem)
 
 
 async def _inspect(backend: Backend, path: str) -> Manifest:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import ObjectStat
@@ -19,7 +18,7 @@ from torchferry.formats.torch_stream import TorchStream
 from torchferry.objects.saving_safetensors import save_safetensors
 from torchferry.storage.base import Backend
 from torchferry.storage.metadata import require_storable
-from torchferry.storage.registry import open_backend
+from torchferry.storage.registry import open_backend_async
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -85,7 +84,7 @@ async def save_async(
     """
     modes = TorchModes.of_caller()
     require_storable(os.fspath(url), metadata or {})
-    backend, path = await in_thread(partial(open_backend, url, storage_options=storage_options, filesystem=filesystem))
+    backend, path = await open_backend_async(url, storage_options=storage_options, filesystem=filesystem)
     transfer = Transfer("save", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after)
     with transfer.running(report), parts_allowed(shards):
         if (format or _format_of(path)) == "torch":

@@ -45,7 +45,7 @@ from torchferry.formats.torch_hooks import torch_errors
 from torchferry.objects.opening import open_reader, read_archive
 from torchferry.objects.requests import LoadRequest
 from torchferry.storage.base import Backend
-from torchferry.storage.registry import open_backend
+from torchferry.storage.registry import open_backend_async
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -102,8 +102,8 @@ async def consolidate_async(
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
     place = await Place.open_async(source, storage_options=source_storage_options, filesystem=source_filesystem)
-    writer, path = await in_thread(
-        partial(open_backend, target, storage_options=target_storage_options, filesystem=target_filesystem)
+    writer, path = await open_backend_async(
+        target, storage_options=target_storage_options, filesystem=target_filesystem
     )
     transfer = Transfer("consolidate", mask(os.fspath(target)), callback=callback, give_up_after=give_up_after)
     as_safetensors = os.fspath(target).endswith(".safetensors")
@@ -153,8 +153,8 @@ async def shard_async(
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
     place = await Place.open_async(url, storage_options=target_storage_options, filesystem=target_filesystem)
-    reader, path = await in_thread(
-        partial(open_backend, source, storage_options=source_storage_options, filesystem=source_filesystem)
+    reader, path = await open_backend_async(
+        source, storage_options=source_storage_options, filesystem=source_filesystem
     )
     transfer = Transfer("shard", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after)
     with transfer.running(report):

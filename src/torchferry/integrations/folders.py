@@ -27,7 +27,7 @@ from torchferry.engine.types import Chunk
 from torchferry.errors import CheckpointCorruptError, CheckpointNotFoundError, mask
 from torchferry.series.steps import url_of
 from torchferry.storage.local import LocalBackend
-from torchferry.storage.registry import open_backend
+from torchferry.storage.registry import open_backend, open_backend_async
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -195,8 +195,7 @@ async def delete_async(
     if await in_thread(os.path.isdir, text):
         await in_thread(partial(shutil.rmtree, text))
         return
-    opened = partial(open_backend, url, storage_options=storage_options, directory=True)
-    backend, path = await in_thread(opened)
+    backend, path = await open_backend_async(url, storage_options=storage_options, directory=True)
 
     async def delete() -> None:
         await backend.delete(path)

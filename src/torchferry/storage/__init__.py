@@ -3,7 +3,7 @@
 from torchferry.engine.types import MIB, Buffer, Chunk, ObjectStat
 from torchferry.engine.writer import Limits, UploadPlan
 from torchferry.storage.base import Backend, Leftover, ListedObject
-from torchferry.storage.registry import open_backend
+from torchferry.storage.registry import open_backend, open_backend_async
 
 __all__ = [
     "MIB",
@@ -16,4 +16,5 @@ __all__ = [
     "ObjectStat",
     "UploadPlan",
     "open_backend",
+    "open_backend_async",
 ]

@@ -18,7 +18,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.registry import registry
 from fsspec.utils import get_protocol
 
-from torchferry.engine.cancellation import ThreadPool
+from torchferry.engine.cancellation import ThreadPool, in_thread
 from torchferry.errors import (
     BackendNotInstalledError,
     CheckpointNotFoundError,
@@ -35,7 +35,7 @@ from torchferry.storage.options import option_names, require_known, unknown_opti
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["ENTRY_POINT_GROUP", "open_backend", "protocol_of"]
+__all__ = ["ENTRY_POINT_GROUP", "open_backend", "open_backend_async", "protocol_of"]
 
 ENTRY_POINT_GROUP = "torchferry.storage_backends"
 
@@ -55,7 +55,7 @@ def open_backend(
 
     The backend is the entry point of the group ``torchferry.storage_backends`` that is named for the
     filesystem's protocol; files of this machine and every other fsspec filesystem have built-in ones.
-    May import the store's library and so take a second: call it in a worker thread.
+    May import the store's library and so take a second: see :func:`open_backend_async`.
 
     Args:
         url: Any fsspec URL, or a local path. A ``os.PathLike`` is a local path, also with ``::`` in it, and so is a
@@ -85,6 +85,19 @@ def open_backend(
     while isinstance(filesystem, DirFileSystem):  # a directory of a store is reached as the store is
         filesystem, path = filesystem.fs, filesystem._join(path)
     return _backend_for(_of_this_process(filesystem)), path.rstrip("/") if directory else path
+
+
+async def open_backend_async(
+    url: str | os.PathLike[str],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    filesystem: AbstractFileSystem | None = None,
+    directory: bool = False,
+) -> tuple[Backend, str]:
+    """:func:`open_backend` in a worker thread."""
+    return await in_thread(
+        partial(open_backend, url, storage_options=storage_options, filesystem=filesystem, directory=directory)
+    )
 
 
 def protocol_of(url: str | os.PathLike[str]) -> str:
