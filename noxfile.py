@@ -24,7 +24,7 @@ LINTED = (
     "noxfile.py",
 )
 
-# Three files of tests at a time, as they wait for servers half of the time; each worker has servers of its own.
+# Two files of tests at a time, as they wait for servers half of the time; each worker has servers of its own.
 # `-n 0` after `--` runs all in one process.
 SIDE_BY_SIDE = ("-n", "2", "--dist", "loadfile")
 
