@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -137,6 +138,29 @@ def test_filesystem_that_does_not_connect_holds_up_no_other(tmp_path: Path) -> N
             ended.set()
         with pytest.raises(torchferry.StorageError, match=r"slow://x\.pt: EOFError: no greeting"):
             opening.result()
+
+
+async def test_a_cancel_does_not_wait_for_a_filesystem_that_does_not_connect() -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    class Stuck(MemoryFileSystem):
+        protocol = "stuck"
+
+        def __init__(self) -> None:
+            begun.set()
+            ended.wait()
+            raise EOFError("no greeting")
+
+    fsspec.register_implementation("stuck", Stuck, clobber=True)
+    task = asyncio.create_task(torchferry.load_async("stuck://x.pt"))
+    await asyncio.to_thread(begun.wait)
+    task.cancel()
+    try:
+        done, _ = await asyncio.wait([task], timeout=30)
+        assert done
+        assert task.cancelled()
+    finally:
+        ended.set()
 
 
 def test_credentials_that_are_not_there_are_a_permission_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

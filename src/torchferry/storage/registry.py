@@ -39,6 +39,7 @@ __all__ = ["ENTRY_POINT_GROUP", "open_backend", "open_backend_async", "protocol_
 
 ENTRY_POINT_GROUP = "torchferry.storage_backends"
 
+_PATIENCE = 0.5  # seconds
 _LOCAL = frozenset({"file", "local"})
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -94,9 +95,13 @@ async def open_backend_async(
     filesystem: AbstractFileSystem | None = None,
     directory: bool = False,
 ) -> tuple[Backend, str]:
-    """:func:`open_backend` in a worker thread."""
+    """:func:`open_backend` in a worker thread.
+
+    A cancel waits 0.5 s for a filesystem that is being made and connects: what comes of it later is dropped.
+    """
     return await in_thread(
-        partial(open_backend, url, storage_options=storage_options, filesystem=filesystem, directory=directory)
+        partial(open_backend, url, storage_options=storage_options, filesystem=filesystem, directory=directory),
+        interrupt=lambda: _PATIENCE,
     )
 
 
