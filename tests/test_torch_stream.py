@@ -509,6 +509,27 @@ async def test_saves_together_hold_no_more_than_the_ledger() -> None:
     assert not CPU_SAVES.held
 
 
+async def test_saves_that_begin_together_never_wait_for_each_others_memory() -> None:
+    """Where the store's client takes memory of its own: 4 of 12 MiB fit at once, and 16 MiB more for each do not."""
+    meeting = threading.Barrier(4)
+
+    class Plan(UploadPlan):
+        def __getattribute__(self, name: str) -> Any:
+            if name == "memory":
+                meeting.wait(30)  # whoever had claimed some before would now hold it
+            return super().__getattribute__(name)
+
+    def plan_for(size: int, part_size: int | None) -> UploadPlan:
+        return Plan.for_size(size, part_size, memory=16 * MIB)
+
+    tensors = [torch.zeros(MIB // 2, dtype=torch.uint8) for _ in range(24)]
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            for _ in range(4):
+                tasks.start_soon(drain, TorchStream(tensors, plan_for=plan_for))
+    assert not CPU_SAVES.held
+
+
 async def test_a_small_save_never_waits_for_a_large_one() -> None:
     tensors = [torch.zeros(MIB // 2, dtype=torch.uint8) for _ in range(600)]
     async with TorchStream(tensors).running() as large:

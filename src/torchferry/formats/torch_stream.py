@@ -255,6 +255,10 @@ class TorchStream(AsyncIterator["Chunk"]):
         elif part_size is None and copied > _COPYING_PART:
             part_size = _COPYING_PART
         self.plan = self._plan_for(self.size_hint, part_size)
+        return self._begin_with(ledger, copied)
+
+    def _begin_with(self, ledger: Ledger, copied: int) -> Claim:
+        """Claims memory for a stream of which ``copied`` bytes are copied, and lets the consumer begin."""
         # A store holds up to a part back before it sends any of it: with one block more there is always room to go on.
         self._claim = claim = ledger.claim(
             min(copied, self.plan.part_size + BLOCK_SIZE),
