@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -138,6 +139,13 @@ def test_filesystem_that_does_not_connect_holds_up_no_other(tmp_path: Path) -> N
             ended.set()
         with pytest.raises(torchferry.StorageError, match=r"slow://x\.pt: EOFError: no greeting"):
             opening.result()
+
+
+def test_server_that_refuses_the_connection_of_a_filesystem_is_unavailable() -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # and not listened on
+        with pytest.raises(torchferry.StorageUnavailableError, match="Cannot open ftp://127"):
+            torchferry.load(f"ftp://127.0.0.1:{held.getsockname()[1]}/x.pt")
 
 
 async def test_a_cancel_does_not_wait_for_a_filesystem_that_does_not_connect() -> None:

@@ -21,7 +21,6 @@ from fsspec.utils import get_protocol
 from torchferry.engine.cancellation import ThreadPool, in_thread
 from torchferry.errors import (
     BackendNotInstalledError,
-    CheckpointNotFoundError,
     StorageError,
     StoragePermissionError,
     TorchferryError,
@@ -31,6 +30,7 @@ from torchferry.errors import (
 )
 from torchferry.storage.base import Backend
 from torchferry.storage.options import option_names, require_known, unknown_option
+from torchferry.storage.translate import generic_error
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -153,8 +153,7 @@ def _translate(url: str, protocol: str, error: Exception) -> TorchferryError:
         hint = f"pip install 'torchferry[{extra}]'" if extra else f"install what fsspec needs for {protocol}://"
         return BackendNotInstalledError(f"{url}: {error}. To use {protocol}:// URLs, {hint}.")
     if isinstance(error, OSError):
-        kind = CheckpointNotFoundError if isinstance(error, FileNotFoundError) else StorageError
-        return kind(error.errno, f"{url}: {error}")
+        return generic_error(f"Cannot open {url}", error)
     if isinstance(error, TypeError | ValueError) and protocol not in _protocols():
         return UnsupportedURLError(
             f"{url}: no filesystem is known for the protocol {protocol!r}. "
