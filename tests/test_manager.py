@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 import torchferry
 from torchferry import CheckpointManager
@@ -189,6 +190,33 @@ def test_sharded_save_that_cannot_begin_is_an_error_and_nothing_waits_for_it(tmp
             manager.save(1, ["no state dict"])
         assert manager.save(1, state(1))
     assert CheckpointManager(tmp_path).all_steps() == [1]
+
+
+async def test_a_cancel_ends_the_wait_for_a_save_and_not_the_save() -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    class Held(MemoryFileSystem):
+        cachable = False
+
+        def cp_file(self, *args: Any, **options: Any) -> None:
+            begun.set()
+            may_end.wait()
+            super().cp_file(*args, **options)
+
+    manager = CheckpointManager(f"memory://{uuid.uuid4().hex}", filesystem=Held())
+    await manager.save_async(1, state(1))
+    await asyncio.to_thread(begun.wait)
+    waiting = asyncio.create_task(manager.wait_until_finished_async())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    try:
+        done, _ = await asyncio.wait([waiting], timeout=10)
+        assert done
+        assert waiting.cancelled()
+    finally:
+        may_end.set()
+    await manager.close_async()
+    assert await manager.all_steps_async() == [1]
 
 
 def test_error_of_the_block_is_not_hidden_by_that_of_the_last_save(tmp_path: Path) -> None:

@@ -226,8 +226,11 @@ class CheckpointManager:
             raise error
 
     async def wait_until_finished_async(self) -> None:
-        """The asynchronous twin of :meth:`wait_until_finished`."""
-        await wait_in_thread(self.wait_until_finished)
+        """The asynchronous twin of :meth:`wait_until_finished`. A cancel ends the wait, and not the save."""
+        if self._ranks is not None:  # they wait for each other, each in its own thread
+            await wait_in_thread(self.wait_until_finished)
+        else:
+            await self._wait_async()
 
     # --- looking
 
@@ -437,7 +440,15 @@ class CheckpointManager:
             self._retaining.result()
 
     async def _wait_async(self) -> None:
-        await wait_in_thread(self._wait)
+        while self._under_way:
+            over = self._under_way[0]
+            try:
+                await asyncio.shield(asyncio.wrap_future(over))
+            finally:
+                if over.done() and over in self._under_way:
+                    self._under_way.remove(over)
+        if self._retaining is not None:
+            await asyncio.shield(asyncio.wrap_future(self._retaining))
 
     def _raise_failure(self) -> None:
         while self._under_way and self._under_way[0].done():
