@@ -201,12 +201,9 @@ class Transfer:
         finally:
             _current.reset(token)
 
-    def stage(self, name: str) -> AbstractContextManager[None]:
-        """Counts the time in it to a stage."""
-        return self._stage(name)
-
     @contextmanager
-    def _stage(self, name: str) -> Generator[None]:
+    def stage(self, name: str) -> Generator[None]:
+        """Counts the time in it to a stage."""
         begun = perf_counter()
         try:
             yield
@@ -318,8 +315,10 @@ class _ReadingSide(Transfer):
     def warn(self, text: str) -> None:
         self._whole.warn(text)
 
-    def stage(self, name: str) -> AbstractContextManager[None]:
-        return self._whole.stage(name)
+    @contextmanager
+    def stage(self, name: str) -> Generator[None]:
+        with self._whole.stage(name):
+            yield
 
 
 _current: ContextVar[Transfer | None] = ContextVar("torchferry_transfer", default=None)
