@@ -484,6 +484,49 @@ async def test_a_save_goes_on_where_lost_uploads_may_not_be_listed(
     through: Through, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, _ = through(
+async def test_upload_whose_creation_got_no_answer_is_aborted_where_a_cancel_comes_while_it_is_looked_for(
+    through: Through,
+) -> None:
+    looking, ended = threading.Event(), threading.Event()
+    lost: list[str] = []
+
+    def hold(exchange: Exchange) -> None:
+        if exchange.method == "POST" and exchange.target.endswith("uploads") and not lost:
+            lost.append(exchange.target)
+            raise ConnectionAbortedError
+        if exchange.method == "GET" and "uploads" in exchange.target and not looking.is_set():
+            looking.set()
+            ended.wait()
+
+    store, _ = through.front(after=hold)
+    task = asyncio.create_task(store.write(store.path("checkpoint.pt"), stream(DATA, MIB)))
+    await asyncio.to_thread(looking.wait)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    ended.set()
+    await nothing_is_left(store)
+
+
+async def test_uploads_that_were_never_asked_for_are_not_looked_for(
+    through: Through, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where nothing reached the store, nothing is said to stay there; nor are others' uploads taken for those."""
+    nobody = {"key": None, "secret": None, "skip_instance_cache": True}
+    store, proxy = through(**nobody)
+    with pytest.raises(StoragePermissionError, match="no usable credentials") as caught:
+        await store.write(store.path("checkpoint.pt"), stream(DATA, MIB))
+    assert not hasattr(caught.value, "__notes__")
+    store, proxy = through()
+    path = store.path("checkpoint.pt")
+    with proxy.outage("refuse"):
+        task = asyncio.create_task(store.write(path, stream(DATA, MIB)))
+        while "Trying again" not in caplog.text:  # noqa: ASYNC110 - a logger has no event
+            await asyncio.sleep(0.01)
+    await task
+    assert proxy.requests("GET", "uploads") == []
+
+
         Fault(method="POST", target=CREATION, lose_reply=True),
         Fault(method="GET", target="uploads", status=403, code="AccessDenied", times=None),
     )
@@ -771,6 +814,43 @@ async def test_a_token_that_expires_in_the_middle_of_an_upload_is_a_permission_e
     with pytest.raises(StoragePermissionError, match="ExpiredToken"):
         await store.write(store.path("checkpoint.pt"), stream(DATA, MIB))
     assert store.leftovers() == []
+
+
+async def test_a_400_of_another_reason_does_not_make_a_store_one_that_refuses_checksums(through: Through) -> None:
+    store, proxy = through(
+        Fault(method="POST", target=CREATION, status=400, code="ExpiredToken"),
+        Fault(method="PUT", target="partNumber=2", status=400, code="RequestTimeout"),
+    )
+    path = store.path("checkpoint.pt")
+    with pytest.raises(StoragePermissionError, match="ExpiredToken"):
+        await store.write(path, stream(DATA, MIB))
+    await store.write(path, stream(DATA, MIB))
+    assert store.raw_read(path) == DATA
+    parts = proxy.requests("PUT", "partNumber=")
+    assert all("x-amz-checksum-crc32" in request.headers for request in parts)
+    assert len([request for request in parts if request.fault]) == 1
+
+
+async def test_parts_that_are_there_after_an_abort_are_named(through: Through) -> None:
+    """S3 says that those which were under way may arrive after it."""
+
+    def go_on(exchange: Exchange) -> None:
+        if exchange.method == "PUT" and "partNumber=2" in exchange.target:
+            exchange.refuse(400, "EntityTooLarge")
+        if exchange.method == "GET" and "uploadId=" in exchange.target:
+            exchange.status, exchange.answer = 200, {"Content-Type": "application/xml"}
+            exchange.content = (
+                b"<ListPartsResult><Part><PartNumber>2</PartNumber><ETag>x</ETag><Size>1</Size></Part>"
+                b"</ListPartsResult>"
+            )
+
+    store, front = through.front(before=go_on)
+    with pytest.raises(StorageError, match="EntityTooLarge") as caught:
+        await store.write(store.path("checkpoint.pt"), stream(DATA, MIB))
+    (note,) = caught.value.__notes__
+    assert "could not be removed" in note
+    assert "3 aborts" in note
+    assert len([each for each in front.log if each.method == "DELETE"]) == 3
 
 
 @pytest.mark.parametrize("ending", ["failure", "cancel"])

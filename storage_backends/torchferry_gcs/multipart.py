@@ -25,7 +25,6 @@ from torchferry_gcs.target import Target, Written
 __all__ = ["MultipartUpload", "Part"]
 
 _XML = {"Content-Type": "application/xml"}
-_ABORTS = 3  # a part that was on its way when the upload was aborted can arrive later: it is aborted again
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,12 @@ class MultipartUpload:
         url = self._backend.url(target.path)
         self._lost = LostCreations(url, self._list_uploads, self._has_parts, self._abort_upload)
         self._parts_cut_off = False
+
+    @property
+    def staged(self) -> str:
+        """What :meth:`abort` removes, for messages: see :attr:`torchferry.engine.writer.Upload.staged`."""
+        url = self._backend.url(self._target.path)
+        return "" if self._upload_id is None else f" (the multipart upload {self._upload_id} of {url})"
 
     async def start(self) -> bool:
         """Opens the upload. Returns False where the server does not speak the XML API."""
@@ -140,17 +145,7 @@ class MultipartUpload:
 
     async def abort(self) -> None:
         """Removes the parts; finds the upload where its creation was cut off without an answer."""
-        if self._upload_id is None:
-            await self._lost.abort()
-            return
-        try:
-            for _ in range(_ABORTS):
-                await self._abort_upload(self._upload_id)
-                if not self._parts_cut_off or not await self._has_parts(self._upload_id):
-                    return
-        except StorageError as error:
-            error.add_note(f"The multipart upload {self._upload_id} of {self._backend.url(self._target.path)} stays.")
-            raise
+        await self._lost.abort_all(self._upload_id, parts_were_cut_off=self._parts_cut_off)
 
     async def _initiate(self) -> Reply:
         try:

@@ -22,7 +22,8 @@ from torchferry.engine.writer import Body, Upload
 from torchferry.errors import CheckpointNotFoundError, StorageError, StorageUnavailableError
 from torchferry.storage.body import RequestBody, whole_or_not_at_all
 from torchferry.storage.creations import LostCreations, OpenUpload
-from torchferry_s3.errors import DAMAGED, code_and_status, known_etag
+from torchferry.storage.http import NOT_OF_A_CHECKSUM
+from torchferry_s3.errors import DAMAGED, code_and_status, known_etag, may_have_arrived
 
 if TYPE_CHECKING:
     from torchferry_s3.backend import S3Backend
@@ -31,9 +32,6 @@ __all__ = ["S3Upload"]
 
 _COMPLETE_SECONDS = 600.0  # S3 says that completing can take several minutes, and sends blanks meanwhile
 _CHECKSUM_REFUSED = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_IMPLEMENTED})
-# Statuses of a request that the store may have carried out all the same; 0 where it gave no answer.
-_NO_ANSWER = frozenset({0, HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT})
-_ABORTS = 3  # a part that was on its way when the upload was aborted can arrive later: it is aborted again
 
 
 class S3Upload(Upload["dict[str, Any]"]):
@@ -128,13 +126,7 @@ class S3Upload(Upload["dict[str, Any]"]):
         return await self._stat(self._size, answer)
 
     async def abort(self) -> None:
-        if self._upload_id is None:
-            await self._lost.abort()
-            return
-        for _ in range(_ABORTS):
-            await self._abort_upload(self._upload_id)
-            if not self._parts_cut_off or not await self._has_parts(self._upload_id):
-                return
+        await self._lost.abort_all(self._upload_id, parts_were_cut_off=self._parts_cut_off)
 
     async def _create(self, **checksums: str) -> str:
         async def create() -> dict[str, Any]:
@@ -143,7 +135,7 @@ class S3Upload(Upload["dict[str, Any]"]):
                     "create_multipart_upload", **self._target, **checksums, **self._with_metadata()
                 )
             except BaseException as error:
-                if code_and_status(error)[1] in _NO_ANSWER:
+                if may_have_arrived(error):
                     self._lost.add()
                 raise
 
