@@ -230,9 +230,10 @@ def _combined(crc32s: Sequence[tuple[int, int] | None]) -> str | None:
 
 def _refused(error: BaseException | None) -> bool:
     """Whether a store, or an older botocore, may have refused to open an upload because of the checksum."""
-    return isinstance(error, ParamValidationError) or (
-        isinstance(error, ClientError) and code_and_status(error)[1] in _CHECKSUM_REFUSED
-    )
+    if not isinstance(error, ClientError):
+        return isinstance(error, ParamValidationError)
+    code, status = code_and_status(error)
+    return status in _CHECKSUM_REFUSED and code not in NOT_OF_A_CHECKSUM
 
 
 def _etag_of(parts: Sequence[Mapping[str, Any]]) -> str | None:

@@ -36,25 +36,30 @@ from torchferry.storage.translate import translated
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["Engine", "HttpBackend", "changed_while_saving", "error_code"]
+__all__ = ["NOT_OF_A_CHECKSUM", "Engine", "HttpBackend", "error_code"]
 
 T = TypeVar("T")
 
 _CALL_SECONDS = 60.0  # the longest that one request of the client without a body may take
+NOT_OF_A_CHECKSUM = frozenset(
+    {
+        *("AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "NoSuchBucket", "NoSuchUpload"),
+        *("AuthenticationFailed", "AuthorizationFailure", "AuthorizationPermissionMismatch", "ContainerNotFound"),
+        *("EntityTooLarge", "QuotaExceeded", "RequestBodyTooLarge", "RequestTimeTooSkewed", "TokenRefreshRequired"),
+        *("IncompleteBody", "InvalidAuthenticationInfo", "RequestTimeout", "Throttling", "ThrottlingException"),
+    }
+)
+"""Codes of refusals that have nothing to do with a checksum: the request is not sent once more without one.
+
+It could succeed for another reason, and the store would be taken for one that refuses checksums.
+"""
+
 _SLOWEST = 50_000  # bytes a second: a request of the client with a body has that much more time
 _SIGNED = 8  # signed reads that are kept: several objects may be read side by side
 _FRESH = 60.0  # seconds for which a signed read is used: no client hands out one that expires sooner
 _ODD_ANSWERS = 3  # in a row, after which the engine rests
 _REST = 60.0  # seconds for which everything then goes through the client
 _CLIENT_TURN = 3  # every third attempt goes through the client: it may know a way that the engine does not
-# Codes of refusals that have nothing to do with a checksum: the body is not sent once more without one.
-_NOT_OF_A_CHECKSUM = frozenset(
-    {
-        *("AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "NoSuchBucket", "NoSuchUpload"),
-        *("AuthenticationFailed", "AuthorizationFailure", "AuthorizationPermissionMismatch", "ContainerNotFound"),
-        *("EntityTooLarge", "QuotaExceeded", "RequestBodyTooLarge", "RequestTimeTooSkewed"),
-    }
-)
 _KEPT_OPEN = 8  # filesystems whose idle connections stay open
 _CODE = re.compile(rb"<Code>([^<]+)</Code>")
 
@@ -339,7 +344,7 @@ class HttpBackend(Backend):
             if not await is_unchanged():
                 raise changed_while_saving(self.url(path))
             raise AnswerError(f"the bytes arrived damaged ({error_code(answer) or answer})", Transient())
-        if checked and answer.status in self.checksum_refused and error_code(answer) not in _NOT_OF_A_CHECKSUM:
+        if checked and answer.status in self.checksum_refused and error_code(answer) not in NOT_OF_A_CHECKSUM:
             current().count("requests")
             answer = await transport.send(await sign(False), body.buffers, publishes=publishes)
             if answer.ok:
