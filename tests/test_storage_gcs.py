@@ -794,6 +794,19 @@ async def test_list_and_leftovers_come_in_pages(google: tuple[GcsClient, int, st
         store = GcsStore(google[0], f"gs://{google[2]}/{uuid.uuid4().hex}", proxy)
         paths = [store.path(f"{number:04}.pt") for number in range(7)]
         for path in paths:
+async def test_a_time_out_of_the_client_is_named(through: Callable[..., GcsStore]) -> None:
+    store = through(Fault(hang=True, times=None), requests_timeout=0.2)
+    with Transfer(give_up_after=0.0).running(None), pytest.raises(StorageUnavailableError, match="Timeout"):
+        await store.stat(store.path("checkpoint.pt"))
+
+
+async def test_a_listing_that_is_no_json_is_an_error_of_the_store(through: Callable[..., GcsStore]) -> None:
+    """As the page on which a network asks its guests to log in."""
+    store = through(Fault(method="GET", target=r"/o\?", status=200))
+    with pytest.raises(StorageError, match="Cannot list"):
+        await store.list(store.path(""))
+
+
             store.raw_write(path, b"x")
             begin_upload(google, path)
         found = await store.list(store.path(""))

@@ -307,7 +307,11 @@ class HttpBackend(Backend):
                     reason, odd = str(error), True
                 else:
                     engine.note_success()
-                    return accept(answer)
+                    try:
+                        return accept(answer)
+                    except AnswerError:  # it is sent again, and counted again
+                        current().moved(-body.size)
+                        raise
             try:
                 with _limit(_CALL_SECONDS + body.size / _SLOWEST):
                     result = await through_client()
@@ -380,7 +384,8 @@ class HttpBackend(Backend):
 
     def _translate(self, what: str, error: Exception) -> StorageError:
         if isinstance(error, AnswerError | ConnectionError | TimeoutError):
-            return StorageUnavailableError(f"{what}: the store is not available, after all retries. {error}")
+            reason = str(error) or type(error).__name__
+            return StorageUnavailableError(f"{what}: the store is not available, after all retries. {reason}")
         return self.translate(what, error)
 
 
