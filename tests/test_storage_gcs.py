@@ -748,6 +748,18 @@ async def test_cancel_while_the_completion_is_answered_is_exact(through: Callabl
     assert store.raw_read(path) == after
 
 
+async def test_cancel_between_two_attempts_to_complete_publishes_nothing(through: Callable[..., GcsStore]) -> None:
+    store = through(Fault(method="POST", target="uploadId", status=503, headers={"Retry-After": "1"}))
+    path = store.path("checkpoint.pt")
+    store.raw_write(path, b"old")
+    await cancel_when(store, path, partial(store.proxy.wait_for, "POST", "uploadId"))
+    with anyio.fail_after(5):
+        while store.leftovers():  # noqa: ASYNC110 - the store has no event
+            await anyio.sleep(0.01)
+    assert store.raw_read(path) == b"old"
+    assert len(store.proxy.requests("POST", "uploadId")) == 1
+
+
 async def test_cancelled_resumable_upload_deletes_its_session(json_through: Callable[..., JsonStore]) -> None:
     store = json_through(Fault(method="PUT", target="upload_id", hang=True, skip=1, times=None))
     path = store.path("checkpoint.pt")
@@ -782,18 +794,6 @@ async def test_list_and_leftovers_of_a_missing_bucket_are_not_found(
             await each.backend_leftovers("ferry-nowhere/x")
 
 
-async def test_list_and_leftovers_come_in_pages(google: tuple[GcsClient, int, str]) -> None:
-    class PagingProxy(TokenProxy):
-        """Asks for pages of 3, whatever the client asks for."""
-
-        def admit(self, head: Head) -> Head | bytes:
-            first = head.first_line.replace("?uploads", "?max-uploads=3&uploads").replace("/o?", "/o?maxResults=3&")
-            return super().admit(Head(first, head.lines))
-
-    with PagingProxy(google[1]) as proxy:
-        store = GcsStore(google[0], f"gs://{google[2]}/{uuid.uuid4().hex}", proxy)
-        paths = [store.path(f"{number:04}.pt") for number in range(7)]
-        for path in paths:
 async def test_a_time_out_of_the_client_is_named(through: Callable[..., GcsStore]) -> None:
     store = through(Fault(hang=True, times=None), requests_timeout=0.2)
     with Transfer(give_up_after=0.0).running(None), pytest.raises(StorageUnavailableError, match="Timeout"):
@@ -807,6 +807,18 @@ async def test_a_listing_that_is_no_json_is_an_error_of_the_store(through: Calla
         await store.list(store.path(""))
 
 
+async def test_list_and_leftovers_come_in_pages(google: tuple[GcsClient, int, str]) -> None:
+    class PagingProxy(TokenProxy):
+        """Asks for pages of 3, whatever the client asks for."""
+
+        def admit(self, head: Head) -> Head | bytes:
+            first = head.first_line.replace("?uploads", "?max-uploads=3&uploads").replace("/o?", "/o?maxResults=3&")
+            return super().admit(Head(first, head.lines))
+
+    with PagingProxy(google[1]) as proxy:
+        store = GcsStore(google[0], f"gs://{google[2]}/{uuid.uuid4().hex}", proxy)
+        paths = [store.path(f"{number:04}.pt") for number in range(7)]
+        for path in paths:
             store.raw_write(path, b"x")
             begin_upload(google, path)
         found = await store.list(store.path(""))

@@ -120,6 +120,8 @@ class MultipartUpload:
         )
         body = f"<CompleteMultipartUpload>{document}</CompleteMultipartUpload>".encode()
 
+        find = partial(self._target.if_there, size, whole)
+
         async def complete() -> Written:
             try:
                 reply = await self._client.call(
@@ -127,20 +129,14 @@ class MultipartUpload:
                 )
             except Exception as error:
                 # Completed, perhaps, and only the reply was lost: then a repeated request finds no such upload.
-                if is_missing(error) and (there := await self._target.if_there(size, whole)) is not None:
+                if is_missing(error) and (there := await find()) is not None:
                     return there
                 raise
             if reply.xml("CompleteMultipartUploadResult") is None:
                 raise GcsAnswerError(HTTPStatus.INTERNAL_SERVER_ERROR, reply.headers, reply.body)
             return Written.from_headers(reply.headers)
 
-        try:
-            written = await self._backend.call("write", self._target.path, complete)
-        except StorageUnavailableError:
-            there = await self._backend.call("look up", self._target.path, partial(self._target.if_there, size, whole))
-            if there is None:
-                raise
-            written = there
+        written = await self._backend.publish(self._target.path, complete, find)
         return await self._target.published(size, whole, written)
 
     async def abort(self) -> None:

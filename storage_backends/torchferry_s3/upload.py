@@ -106,16 +106,12 @@ class S3Upload(Upload["dict[str, Any]"]):
                     checksum = {}
                     return await self._complete(parts, checksum)
                 # Completed, perhaps, and only the reply was lost: then a repeated request finds no such upload.
-                if code == "NoSuchUpload" and (etag := await self._etag_if_complete(expected)) is not None:
-                    return {"ETag": etag}
+                if code == "NoSuchUpload" and (there := await self._find(expected)) is not None:
+                    return there
                 raise
 
-        try:
-            answer = await self._backend.call("write", self._path, complete, seconds=_COMPLETE_SECONDS)
-        except StorageUnavailableError:
-            if (etag := await self._etag_if_complete(expected)) is None:
-                raise
-            answer = {"ETag": etag}
+        find = partial(self._find, expected)
+        answer = await self._backend.publish(self._path, complete, find, seconds=_COMPLETE_SECONDS)
         self._backend.forget(self._path)
         stored = answer.get("ChecksumCRC32") if answer.get("ChecksumType") == "FULL_OBJECT" else None
         if whole is not None and stored not in {None, whole}:
@@ -172,15 +168,17 @@ class S3Upload(Upload["dict[str, Any]"]):
                 if upload["Key"] == self._target["Key"]:
                     yield OpenUpload(upload["UploadId"], upload["Initiated"], now)
 
-    async def _etag_if_complete(self, expected: str | None) -> str | None:
-        """The ETag of what is there, if that can only be what was uploaded: not what was there before."""
+    async def _find(self, expected: str | None) -> dict[str, Any] | None:
+        """What is there, if that can only be what was uploaded, and not what was there before. One attempt."""
         if expected is None:
             return None
         try:
-            etag = (await self._backend.stat(self._path)).etag or ""
-        except CheckpointNotFoundError:
-            return None
-        return etag if etag.strip('"') == expected else None
+            found = await self._backend.client.call("head_object", **self._target)
+        except ClientError as error:
+            if code_and_status(error)[1] == HTTPStatus.NOT_FOUND:
+                return None
+            raise
+        return {"ETag": found["ETag"]} if found.get("ETag", "").strip('"') == expected else None
 
     async def _send(self, body: Body, operation: str, *, publishes: bool = False, **arguments: Any) -> dict[str, Any]:
         checksum = base64.b64encode((await body.checksum()).to_bytes(4, "big")).decode()

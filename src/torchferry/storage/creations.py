@@ -84,14 +84,14 @@ class LostCreations:
         """Aborts the upload, and those whose creation got no answer.
 
         Args:
-            but: The upload that is known.
+            upload_id: The upload; None where no creation was answered.
+            parts_were_cut_off: Whether parts of it got no answer. They can arrive after the abort: then it is aborted
+                again, three times at most.
 
         Raises:
-            StorageError: the store refused, or more uploads could be ours than were lost.
+            StorageError: the store refused, parts are there after the third abort, or more uploads could be ours than
+                were lost.
         """
-        for seconds in _LOOKS:
-            if not self._count:
-                return
         if upload_id is not None:
             for _ in range(_ABORTS):
                 await self._abort(upload_id)
@@ -103,6 +103,9 @@ class LostCreations:
 
     async def _abort_lost(self, *, but: str | None) -> None:
         """Aborts those whose creation got no answer; looks again, twice, where fewer are found than were lost."""
+        for seconds in _LOOKS:
+            if not self._count:
+                return
             await anyio.sleep(seconds)
             found = await self._find(but)
             if len(found) > self._count:
@@ -113,10 +116,10 @@ class LostCreations:
             for upload_id in found:
                 await self._abort(upload_id)
             self._count -= len(found)
+        self._count = 0  # those that were not found never came about
 
     async def _find(self, but: str | None) -> list[str]:
         age = timedelta(seconds=monotonic() - (self._first or monotonic()) + _SPARE)
-        self._count = 0  # those that were not found never came about
         found = [
             upload.id async for upload in self._list_uploads() if upload.id != but and upload.begun >= upload.now - age
         ]
