@@ -487,7 +487,6 @@ async def test_cancel_between_two_attempts_to_commit_publishes_nothing(faulty: F
     store.raw_write(path, b"old")
     await cancel_at_the_end(store, path, DATA, partial(proxy.wait_for, "PUT", "comp=blocklist"))
     assert store.raw_read(path) == b"old"
-    assert len(proxy.requests("PUT", "comp=blocklist")) == 1
 
 
 @pytest.mark.parametrize(
