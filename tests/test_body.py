@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
+import pytest
+
 from torchferry.storage.body import RequestBody
 
 
@@ -14,3 +18,17 @@ def test_what_is_read_of_a_request_is_copied_only_where_it_lies_in_two_buffers()
     assert body.read(3) == b"def"
     assert body.read() == b"gh"
     assert body.read(1) == b""
+
+
+def test_a_body_is_sent_whole_or_not_at_all_also_where_the_client_reads_it_as_a_file() -> None:
+    """As botocore does over https, where it puts a checksum behind the body."""
+    body = RequestBody([b"abc", b"de"])
+    assert body.seek(0, io.SEEK_END) == 5
+    assert body.seek(0) == 0
+    assert bytes(body.read(3)) == b"abc"
+    assert body.interrupt()
+    with pytest.raises(InterruptedError):
+        body.read(3)
+    body = RequestBody([b"abc", b"de"])
+    body.read()
+    assert not body.interrupt()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -12,12 +13,14 @@ import sys
 import threading
 import uuid
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 import torchferry
 from torchferry import CheckpointManager
@@ -162,6 +165,58 @@ def test_error_of_a_background_save_is_raised_by_the_next_save_and_its_step_can_
     assert manager.save(1, state(1))
     manager.close()
     assert manager.all_steps() == [1]
+
+
+@pytest.mark.parametrize("background", [True, False], ids=["background", "foreground"])
+async def test_step_whose_save_failed_at_once_can_be_saved_again(tmp_path: Path, background: bool) -> None:
+    blocked = tmp_path / "step-0000000001.pt"
+    blocked.mkdir()
+    obj, metrics = ({"unpicklable": lambda: 0}, {}) if background else (state(1), {})
+    with CheckpointManager(tmp_path, background=background) as manager:
+        for save in (manager.save_async, partial(asyncio.to_thread, manager.save)):
+            with pytest.raises(ValueError, match="A metric is"):
+                await save(1, state(1), {"loss": object()})
+            with pytest.raises((AttributeError, torchferry.StorageError)):
+                await save(1, obj, metrics)
+        blocked.rmdir()
+        assert manager.save(1, state(1))
+    assert CheckpointManager(tmp_path).all_steps() == [1]
+
+
+@pytest.mark.parametrize("background", [True, False], ids=["background", "foreground"])
+def test_sharded_save_that_cannot_begin_is_an_error_and_nothing_waits_for_it(tmp_path: Path, background: bool) -> None:
+    with CheckpointManager(tmp_path, sharded=True, background=background) as manager:
+        with pytest.raises((AttributeError, TypeError)):
+            manager.save(1, ["no state dict"])
+        assert manager.save(1, state(1))
+    assert CheckpointManager(tmp_path).all_steps() == [1]
+
+
+async def test_a_cancel_ends_the_wait_for_a_save_and_not_the_save() -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    class Held(MemoryFileSystem):
+        cachable = False
+
+        def cp_file(self, *args: Any, **options: Any) -> None:
+            begun.set()
+            may_end.wait()
+            super().cp_file(*args, **options)
+
+    manager = CheckpointManager(f"memory://{uuid.uuid4().hex}", filesystem=Held())
+    await manager.save_async(1, state(1))
+    await asyncio.to_thread(begun.wait)
+    waiting = asyncio.create_task(manager.wait_until_finished_async())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    try:
+        done, _ = await asyncio.wait([waiting], timeout=10)
+        assert done
+        assert waiting.cancelled()
+    finally:
+        may_end.set()
+    await manager.close_async()
+    assert await manager.all_steps_async() == [1]
 
 
 def test_error_of_the_block_is_not_hidden_by_that_of_the_last_save(tmp_path: Path) -> None:
@@ -425,6 +480,14 @@ def test_sigterm_saves_the_next_step_and_is_told_and_previous_handlers_are_kept(
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+async def test_sigterm_is_listened_to_until_an_asynchronous_block_ends(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    async with CheckpointManager(tmp_path, handle_preemption=True) as manager:
+        assert signal.getsignal(signal.SIGTERM) is not before
+        await manager.save_async(1, state(1))
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_sigterm_is_not_listened_to_unless_asked_for(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -137,6 +139,36 @@ def test_filesystem_that_does_not_connect_holds_up_no_other(tmp_path: Path) -> N
             ended.set()
         with pytest.raises(torchferry.StorageError, match=r"slow://x\.pt: EOFError: no greeting"):
             opening.result()
+
+
+def test_server_that_refuses_the_connection_of_a_filesystem_is_unavailable() -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # and not listened on
+        with pytest.raises(torchferry.StorageUnavailableError, match="Cannot open ftp://127"):
+            torchferry.load(f"ftp://127.0.0.1:{held.getsockname()[1]}/x.pt")
+
+
+async def test_a_cancel_does_not_wait_for_a_filesystem_that_does_not_connect() -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    class Stuck(MemoryFileSystem):
+        protocol = "stuck"
+
+        def __init__(self) -> None:
+            begun.set()
+            ended.wait()
+            raise EOFError("no greeting")
+
+    fsspec.register_implementation("stuck", Stuck, clobber=True)
+    task = asyncio.create_task(torchferry.load_async("stuck://x.pt"))
+    await asyncio.to_thread(begun.wait)
+    task.cancel()
+    try:
+        done, _ = await asyncio.wait([task], timeout=30)
+        assert done
+        assert task.cancelled()
+    finally:
+        ended.set()
 
 
 def test_credentials_that_are_not_there_are_a_permission_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from s3fs import S3FileSystem
 
 import torchferry
 from torchferry import TransferReport
-from torchferry.engine import writer
+from torchferry.engine.transfer import Transfer
 from torchferry.engine.types import MIB, Chunk, ObjectStat
 from torchferry.errors import (
     ChangedWhileSavingError,
@@ -36,6 +36,7 @@ from torchferry.errors import (
     StoragePermissionError,
     StorageUnavailableError,
 )
+from torchferry.storage import http
 from torchferry.storage.http import Engine
 from torchferry.testing.conformance import READS, Reads, cancel_at_the_end, nothing_is_left, stream
 from torchferry.testing.faultproxy import Fault, FaultProxy
@@ -221,7 +222,7 @@ async def test_a_link_so_slow_that_a_part_takes_longer_than_silence_may_is_no_fa
     store, _ = through(bandwidth=3e6, config_kwargs={"read_timeout": 1})
     path = store.path("checkpoint.pt")
     reports: list[TransferReport] = []
-    with torchferry.engine.transfer.Transfer().running(reports.append):
+    with Transfer().running(reports.append):
         await store.write(path, stream(DATA, MIB))
     assert store.raw_read(path) == DATA
     assert (reports[0].retries, reports[0].client_bytes) == (0, 0)
@@ -249,7 +250,7 @@ async def test_part_that_is_never_taken_is_unavailable_and_leaves_nothing(throug
 @contextlib.contextmanager
 def impatient(seconds: float = 0.5) -> Iterator[None]:
     """In here, requests are repeated for half a second without progress."""
-    with torchferry.engine.transfer.Transfer(give_up_after=seconds).running(None):
+    with Transfer(give_up_after=seconds).running(None):
         yield
 
 
@@ -400,14 +401,35 @@ async def test_cancel_that_comes_again_and_again_leaves_nothing(through: Through
 async def test_cancel_while_the_completion_gets_no_answer_waits_no_longer_than_ten_seconds(
     through: Through, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert writer._PUBLISH_PATIENCE == 10
-    monkeypatch.setattr(writer, "_PUBLISH_PATIENCE", 0.3)
+    assert http._PUBLISH_PATIENCE == 10
+    monkeypatch.setattr(http, "_PUBLISH_PATIENCE", 0.3)
     store, proxy = through(Fault(method="POST", target=COMPLETION, hang=True, times=None))
     path = store.path("checkpoint.pt")
     store.raw_write(path, b"old")
     await cancel_at_the_end(store, path, DATA, partial(proxy.wait_for, "POST", COMPLETION))
     await nothing_is_left(store)
     assert store.raw_read(path) == b"old"
+
+
+async def test_cancel_between_two_attempts_to_complete_publishes_nothing(through: Through) -> None:
+    store, proxy = through(Fault(method="POST", target=COMPLETION, status=503, headers={"Retry-After": "1"}))
+    path = store.path("checkpoint.pt")
+    store.raw_write(path, b"old")
+    await cancel_at_the_end(store, path, DATA, partial(proxy.wait_for, "POST", COMPLETION))
+    await nothing_is_left(store)
+    assert store.raw_read(path) == b"old"
+    assert len(proxy.requests("POST", COMPLETION)) == 1
+
+
+async def test_a_completion_that_fails_is_the_reason_also_where_the_store_cannot_be_asked_for_the_object(
+    through: Through,
+) -> None:
+    store, proxy = through(
+        Fault(method="POST", target=COMPLETION, status=503, times=None), Fault(method="HEAD", status=500, times=None)
+    )
+    with pytest.raises(StorageUnavailableError, match="Cannot write"), impatient():
+        await store.write(store.path("checkpoint.pt"), stream(DATA, MIB))
+    assert len(proxy.requests("HEAD")) == 1
 
 
 async def test_cancel_while_the_completion_is_answered_publishes_the_whole_object(through: Through) -> None:
@@ -460,6 +482,49 @@ async def test_upload_whose_creation_got_no_answer_is_found_and_aborted(through:
     await store.write(path, stream(DATA, MIB))
     assert store.raw_read(path) == DATA
     assert store.leftovers() == [store.address(f"{path}.other")["Key"]]
+
+
+async def test_upload_whose_creation_got_no_answer_is_aborted_where_a_cancel_comes_while_it_is_looked_for(
+    through: Through,
+) -> None:
+    looking, ended = threading.Event(), threading.Event()
+    lost: list[str] = []
+
+    def hold(exchange: Exchange) -> None:
+        if exchange.method == "POST" and exchange.target.endswith("uploads") and not lost:
+            lost.append(exchange.target)
+            raise ConnectionAbortedError
+        if exchange.method == "GET" and "uploads" in exchange.target and not looking.is_set():
+            looking.set()
+            ended.wait()
+
+    store, _ = through.front(after=hold)
+    task = asyncio.create_task(store.write(store.path("checkpoint.pt"), stream(DATA, MIB)))
+    await asyncio.to_thread(looking.wait)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    ended.set()
+    await nothing_is_left(store)
+
+
+async def test_uploads_that_were_never_asked_for_are_not_looked_for(
+    through: Through, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where nothing reached the store, nothing is said to stay there; nor are others' uploads taken for those."""
+    nobody = {"key": None, "secret": None, "skip_instance_cache": True}
+    store, proxy = through(**nobody)
+    with pytest.raises(StoragePermissionError, match="no usable credentials") as caught:
+        await store.write(store.path("checkpoint.pt"), stream(DATA, MIB))
+    assert not hasattr(caught.value, "__notes__")
+    store, proxy = through()
+    path = store.path("checkpoint.pt")
+    with proxy.outage("refuse"):
+        task = asyncio.create_task(store.write(path, stream(DATA, MIB)))
+        while "Trying again" not in caplog.text:  # noqa: ASYNC110 - a logger has no event
+            await asyncio.sleep(0.01)
+    await task
+    assert proxy.requests("GET", "uploads") == []
 
 
 async def test_uploads_stay_where_somebody_else_writes_to_the_same_key_and_the_save_goes_on(
@@ -612,8 +677,11 @@ async def test_a_store_that_got_other_bytes_and_does_not_mind_is_sent_them_again
     lies: list[str] = []
     store, front = through.front(after=believe)
     path = store.path("checkpoint.pt")
-    await store.write(path, stream(DATA[:MIB], 4096))
+    transfer = Transfer("save")
+    with transfer.running(None):
+        await store.write(path, stream(DATA[:MIB], 4096))
     assert len([each for each in front.log if each.method == "PUT"]) == 3
+    assert transfer.report().nbytes == MIB
 
 
 @pytest.mark.parametrize("way", ["engine", "client"])
@@ -746,6 +814,43 @@ async def test_credentials_that_expired_do_not_make_a_store_one_that_refuses_che
             await store.stat(path)
     await store.write(path, stream(DATA, MIB))
     assert all("x-amz-checksum-crc32" in request.headers for request in proxy.requests("PUT") if not request.fault)
+
+
+async def test_a_400_of_another_reason_does_not_make_a_store_one_that_refuses_checksums(through: Through) -> None:
+    store, proxy = through(
+        Fault(method="POST", target=CREATION, status=400, code="ExpiredToken"),
+        Fault(method="PUT", target="partNumber=2", status=400, code="RequestTimeout"),
+    )
+    path = store.path("checkpoint.pt")
+    with pytest.raises(StoragePermissionError, match="ExpiredToken"):
+        await store.write(path, stream(DATA, MIB))
+    await store.write(path, stream(DATA, MIB))
+    assert store.raw_read(path) == DATA
+    parts = proxy.requests("PUT", "partNumber=")
+    assert all("x-amz-checksum-crc32" in request.headers for request in parts)
+    assert len([request for request in parts if request.fault]) == 1
+
+
+async def test_parts_that_are_there_after_an_abort_are_named(through: Through) -> None:
+    """S3 says that those which were under way may arrive after it."""
+
+    def go_on(exchange: Exchange) -> None:
+        if exchange.method == "PUT" and "partNumber=2" in exchange.target:
+            exchange.refuse(400, "EntityTooLarge")
+        if exchange.method == "GET" and "uploadId=" in exchange.target:
+            exchange.status, exchange.answer = 200, {"Content-Type": "application/xml"}
+            exchange.content = (
+                b"<ListPartsResult><Part><PartNumber>2</PartNumber><ETag>x</ETag><Size>1</Size></Part>"
+                b"</ListPartsResult>"
+            )
+
+    store, front = through.front(before=go_on)
+    with pytest.raises(StorageError, match="EntityTooLarge") as caught:
+        await store.write(store.path("checkpoint.pt"), stream(DATA, MIB))
+    (note,) = caught.value.__notes__
+    assert "could not be removed" in note
+    assert "3 aborts" in note
+    assert len([each for each in front.log if each.method == "DELETE"]) == 3
 
 
 # --- refusals

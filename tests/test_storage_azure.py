@@ -463,6 +463,32 @@ async def test_survives(faulty: Faulty, way: Way, fault: str) -> None:
     assert store.leftovers() == []
 
 
+async def test_a_commit_whose_reply_was_lost_is_a_success_also_where_nothing_is_tried_again(faulty: Faulty) -> None:
+    store, _ = faulty(SURVIVABLE["committed but the reply lost"])
+    path = store.path("checkpoint.pt")
+    with Transfer("save", give_up_after=0.0).running(None):
+        written = await store.write(path, stream(DATA, MIB))
+    assert await store.stat(path) == written
+
+
+async def test_a_token_that_has_expired_does_not_make_a_store_one_that_refuses_checksums(faulty: Faulty) -> None:
+    fault = Fault(method="PUT", target="comp=block&", status=400, code="InvalidAuthenticationInfo")
+    store, proxy = faulty(fault)
+    path = store.path("checkpoint.pt")
+    await store.write(path, stream(DATA, MIB))
+    assert store.raw_read(path) == DATA
+    assert all("content-md5" in request.headers for request in proxy.requests("PUT", "comp=block&"))
+
+
+async def test_cancel_between_two_attempts_to_commit_publishes_nothing(faulty: Faulty) -> None:
+    headers = {"Retry-After": "1"}
+    store, proxy = faulty(Fault(method="PUT", target="comp=blocklist", status=503, code="ServerBusy", headers=headers))
+    path = store.path("checkpoint.pt")
+    store.raw_write(path, b"old")
+    await cancel_at_the_end(store, path, DATA, partial(proxy.wait_for, "PUT", "comp=blocklist"))
+    assert store.raw_read(path) == b"old"
+
+
 @pytest.mark.parametrize(
     "fault",
     [

@@ -748,6 +748,18 @@ async def test_cancel_while_the_completion_is_answered_is_exact(through: Callabl
     assert store.raw_read(path) == after
 
 
+async def test_cancel_between_two_attempts_to_complete_publishes_nothing(through: Callable[..., GcsStore]) -> None:
+    store = through(Fault(method="POST", target="uploadId", status=503, headers={"Retry-After": "1"}))
+    path = store.path("checkpoint.pt")
+    store.raw_write(path, b"old")
+    await cancel_when(store, path, partial(store.proxy.wait_for, "POST", "uploadId"))
+    with anyio.fail_after(5):
+        while store.leftovers():  # noqa: ASYNC110 - the store has no event
+            await anyio.sleep(0.01)
+    assert store.raw_read(path) == b"old"
+    assert len(store.proxy.requests("POST", "uploadId")) == 1
+
+
 async def test_cancelled_resumable_upload_deletes_its_session(json_through: Callable[..., JsonStore]) -> None:
     store = json_through(Fault(method="PUT", target="upload_id", hang=True, skip=1, times=None))
     path = store.path("checkpoint.pt")
@@ -780,6 +792,19 @@ async def test_list_and_leftovers_of_a_missing_bucket_are_not_found(
             await each.list("ferry-nowhere/x")
         with pytest.raises(CheckpointNotFoundError, match="bucket"):
             await each.backend_leftovers("ferry-nowhere/x")
+
+
+async def test_a_time_out_of_the_client_is_named(through: Callable[..., GcsStore]) -> None:
+    store = through(Fault(hang=True, times=None), requests_timeout=0.2)
+    with Transfer(give_up_after=0.0).running(None), pytest.raises(StorageUnavailableError, match="Timeout"):
+        await store.stat(store.path("checkpoint.pt"))
+
+
+async def test_a_listing_that_is_no_json_is_an_error_of_the_store(through: Callable[..., GcsStore]) -> None:
+    """As the page on which a network asks its guests to log in."""
+    store = through(Fault(method="GET", target=r"/o\?", status=200))
+    with pytest.raises(StorageError, match="Cannot list"):
+        await store.list(store.path(""))
 
 
 async def test_list_and_leftovers_come_in_pages(google: tuple[GcsClient, int, str]) -> None:

@@ -330,6 +330,21 @@ async def test_other_save_of_this_process_is_never_touched(store: LocalStore) ->
     assert (store.raw_read(path), store.raw_read(other)) == (b"12", b"new")
 
 
+async def test_a_directory_that_cannot_be_listed_is_an_error_and_not_left_out(tmp_path: Path) -> None:
+    """As one whose path is longer than the system takes, which not even root can list."""
+    fd = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(17):
+        os.mkdir("d" * 250, dir_fd=fd)
+        below = os.open("d" * 250, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    backend = LocalBackend()
+    for verb in (backend.list, backend.leftovers):
+        with pytest.raises(StorageError, match="Cannot list"):
+            [found async for found in verb(f"{tmp_path}/")]
+
+
 async def test_leftover_that_this_machine_cannot_judge_stays_until_it_is_discarded(store: LocalStore) -> None:
     """Of another host, of another filesystem, of a boot before, of torchferry 0.1."""
     directory = Path(store.path("."))

@@ -489,22 +489,44 @@ async def test_padding_beyond_what_was_expected_does_not_stall_the_stream() -> N
 
 
 async def test_saves_together_hold_no_more_than_the_ledger() -> None:
-    """25 at once, each of which must copy more than its share: all finish."""
-    tensors = [torch.zeros(MIB // 2) for _ in range(16)]
+    """25 at once, which copy 12 MiB each, to a store whose client takes 16 MiB more: all finish."""
+    tensors = [torch.zeros(MIB // 2, dtype=torch.uint8) for _ in range(24)]
     peak = 0
 
     async def consume() -> None:
         nonlocal peak
-        stream = TorchStream(tensors, plan_for=lambda size, part: UploadPlan.for_size(size, part, memory=8 * MIB))
+        stream = TorchStream(tensors, plan_for=lambda size, part: UploadPlan.for_size(size, part, memory=16 * MIB))
         async with stream.running():
             peak = max(peak, CPU_SAVES.held)
             async for _ in stream:
                 peak = max(peak, CPU_SAVES.held)
 
-    async with anyio.create_task_group() as tasks:
-        for _ in range(25):
-            tasks.start_soon(consume)
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            for _ in range(25):
+                tasks.start_soon(consume)
     assert 0 < peak <= CPU_SAVES.limit
+    assert not CPU_SAVES.held
+
+
+async def test_saves_that_begin_together_never_wait_for_each_others_memory() -> None:
+    """Where the store's client takes memory of its own: 4 of 12 MiB fit at once, and 16 MiB more for each do not."""
+    meeting = threading.Barrier(4)
+
+    class Plan(UploadPlan):
+        def __getattribute__(self, name: str) -> Any:
+            if name == "memory":
+                meeting.wait(30)  # whoever had claimed some before would now hold it
+            return super().__getattribute__(name)
+
+    def plan_for(size: int, part_size: int | None) -> UploadPlan:
+        return Plan.for_size(size, part_size, memory=16 * MIB)
+
+    tensors = [torch.zeros(MIB // 2, dtype=torch.uint8) for _ in range(24)]
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            for _ in range(4):
+                tasks.start_soon(drain, TorchStream(tensors, plan_for=plan_for))
     assert not CPU_SAVES.held
 
 

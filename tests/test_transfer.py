@@ -108,6 +108,15 @@ async def test_a_report_names_no_secret(tmp_path: Any, caplog: pytest.LogCapture
     assert "hush" not in reports[0].url + caplog.text
 
 
+async def test_what_a_store_says_reaches_the_log_in_one_line_and_cut_short(caplog: pytest.LogCaptureFixture) -> None:
+    transfer = Transfer("load", "s3://bucket/key")
+    with caplog.at_level("INFO", "torchferry"), transfer.running(None):
+        transfer.through_client(1, "status 400 (\x1b[2J\nsave s3://bucket/key: 1.0 MB" + "x" * 1000 + ")")
+    (record,) = caplog.records
+    assert record.getMessage().isprintable()
+    assert len(record.getMessage()) < 400
+
+
 async def test_a_transfer_that_fails_is_not_reported_as_done() -> None:
     reports: list[TransferReport] = []
     with pytest.raises(FileNotFoundError):

@@ -221,7 +221,7 @@ async def test_abort_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("stage", ["start", "put_part", "finish"])
 async def test_cancel_in_a_request_aborts_once_it_is_over(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request to start or finish is not cut: whether the store did it would be unknown."""
+    """A request to start is not cut: whether the store did it would be unknown. To finish is the store's own matter."""
     target = MemoryUpload()
     reached, go_on = asyncio.Event(), asyncio.Event()
     original = getattr(target, stage)
@@ -241,7 +241,7 @@ async def test_cancel_in_a_request_aborts_once_it_is_over(stage: str, monkeypatc
     with pytest.raises(asyncio.CancelledError):
         await task
     assert target.events[-1] == "abort"
-    assert (stage in target.events) == (stage != "put_part")
+    assert (stage in target.events) == (stage == "start")
 
 
 async def test_a_cancelled_upload_does_not_wait_for_an_abort_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:

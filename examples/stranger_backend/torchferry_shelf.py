@@ -207,7 +207,8 @@ class ShelfUpload(Upload[None]):
         return self._stat(await self._send(self._fs.address("objects", self._path), body, publishes=True))
 
     async def start(self) -> None:
-        await self._call("write", "PUT", headers=self._headers)
+        address = self._fs.address("uploads", self._path, id=self._id)
+        await self._backend.call("write", self._path, partial(self._fs.request, "PUT", address, self._headers))
 
     async def put_part(self, index: int, body: Body) -> None:
         await self._send(self._fs.address("uploads", self._path, id=self._id, part=str(index)), body)
@@ -215,15 +216,12 @@ class ShelfUpload(Upload[None]):
 
     async def finish(self, parts: Sequence[None]) -> ObjectStat:
         # May be repeated: a Shelf gives the same answer again. With others, look whether the object is there.
-        return self._stat(await self._call("write", "POST", parts=str(len(parts))))
+        address = self._fs.address("uploads", self._path, id=self._id, parts=str(len(parts)))
+        _, body = await self._backend.publish(self._path, partial(self._fs.request, "POST", address))
+        return self._stat(body)
 
     async def abort(self) -> None:
         await self._backend.discard(Leftover(self._path, self._backend.url(self._path), "multipart upload", self._id))
-
-    async def _call(self, verb: str, method: str, headers: Mapping[str, str] | None = None, **query: str) -> bytes:
-        address = self._fs.address("uploads", self._path, id=self._id, **query)
-        _, body = await self._backend.call(verb, self._path, partial(self._fs.request, method, address, headers))
-        return body
 
     async def _send(self, address: str, body: Body, *, publishes: bool = False) -> bytes:
         """Sends a body by the engine, or where that does not work, by the filesystem's client."""

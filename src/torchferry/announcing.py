@@ -17,7 +17,7 @@ class Announcer:
     """Calls functions each time before its object changes tensors.
 
     Attributes:
-        listeners: Them; add and discard in any thread.
+        listeners: The functions; may be added and discarded in any thread.
     """
 
     def __init__(self) -> None:

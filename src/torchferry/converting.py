@@ -338,7 +338,7 @@ async def _write_file(
     in_order = [by_name[entry.name] for entry in header.entries]
     size = len(head) + sum(tensor.nbytes for tensor in tensors)
     plan = order.writer.upload_plan(size, order.part_size)
-    claim = await EVERYTHING_ELSE.claim_async(min(size, plan.part_size + BLOCK_SIZE) + plan.memory)
+    claim = await EVERYTHING_ELSE.claim_async(min(size, plan.part_size + BLOCK_SIZE), beside=plan.memory)
     try:
         stream = ExtentStream(
             [tensor.extent for tensor in in_order if tensor.extent is not None],

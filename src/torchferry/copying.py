@@ -206,7 +206,7 @@ async def _copy_object(source: RangeReader, checksums: Checksums | None, path: s
     size = source.stat.size
     plan = writer.upload_plan(size, order.part_size)
     # The target holds up to a part back before it sends any of it: with one block more there is always room to go on.
-    claim = await EVERYTHING_ELSE.claim_async(min(size, plan.part_size + BLOCK_SIZE) + plan.memory)
+    claim = await EVERYTHING_ELSE.claim_async(min(size, plan.part_size + BLOCK_SIZE), beside=plan.memory)
 
     def add(_: RangeReader, start: int, memory: memoryview) -> int | None:
         return None if checksums is None else checksums.add(start, memory)

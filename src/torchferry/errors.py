@@ -106,7 +106,7 @@ def forget_frames(error: TorchferryError, but: BaseException | None = None) -> N
     """Lets go of the frames that an error and its causes were raised in, unless :func:`shows_frames`.
 
     Args:
-        error: It.
+        error: The error.
         but: An exception that was being handled before, which is none of ours.
     """
     left: list[BaseException | None] = [] if shows_frames() else [error]

@@ -65,7 +65,7 @@ async def load_async(
 ) -> Any:
     """Loads a checkpoint from a store: any file that ``torch.save`` wrote, safetensors, or a sharded checkpoint.
 
-    Takes memory for the object, or for the part that ``keys`` name, and at most 200 MiB beside. Small tensors lie in
+    Takes memory for the object, or for the part that ``keys`` name, and at most 208 MiB beside. Small tensors lie in
     memory together; a storage of 1 MiB or more frees its own when its tensors are gone. A checkpoint in the legacy
     format (before torch 1.6) is read whole and copied once more. For safetensors in several files, ``url`` is that of
     their index; for a sharded checkpoint, that of its directory.
@@ -155,7 +155,7 @@ async def verify_async(
     callback: Callback | None = None,
     report: Callable[[TransferReport], object] | None = None,
 ) -> Manifest:
-    """Reads a whole checkpoint and checks the CRC32 of every record; takes at most 200 MiB of memory.
+    """Reads a whole checkpoint and checks the CRC32 of every record; takes at most 208 MiB of memory.
 
     Args:
         url: Any fsspec URL, or a local path.

@@ -11,8 +11,9 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -25,6 +26,7 @@ from torchferry.engine.tasks import task_group
 from torchferry.errors import (
     CheckpointNotFoundError,
     TorchferryError,
+    mask,
 )
 from torchferry.formats.keys import KeysArgument
 from torchferry.saving import save, save_async
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from torchferry.engine.types import ObjectStat
 
 __all__ = ["CheckpointManager"]
+
+_OPENING_PATIENCE = 0.5  # seconds that a cancel waits for a filesystem that is being made
 
 logger = logging.getLogger("torchferry")
 
@@ -186,14 +190,16 @@ class CheckpointManager:
             return await wait_in_thread(partial(self.save, step, obj, metrics, force=force, until=until))
         if self._passes(step, force) or not await self._begins(step, force):
             return False
-        encoded, url = encode_metrics(metrics), url_of(self.url, name_of(step))
-        options = await in_thread(self._options, encoded)
-        if self._background:
-            self._follow(step, await in_thread(partial(save_in_background, obj, url, until=until, **options)), encoded)
-            if self._ends:
-                await self._wait_async()
-        else:
-            await self._finish(step, await save_async(obj, url, **options), encoded)
+        with self._asking_again_after_a_failure():
+            encoded, url = encode_metrics(metrics), url_of(self.url, name_of(step))
+            options = await in_thread(self._options, encoded)
+            if self._background:
+                saving = await in_thread(partial(save_in_background, obj, url, until=until, **options))
+                self._follow(step, saving, encoded)
+                if self._ends:
+                    await self._wait_async()
+            else:
+                await self._finish(step, await save_async(obj, url, **options), encoded)
         return True
 
     def reached_preemption(self) -> bool:
@@ -220,8 +226,11 @@ class CheckpointManager:
             raise error
 
     async def wait_until_finished_async(self) -> None:
-        """The asynchronous twin of :meth:`wait_until_finished`."""
-        await wait_in_thread(self.wait_until_finished)
+        """The asynchronous twin of :meth:`wait_until_finished`. A cancel ends the wait, and not the save."""
+        if self._ranks is not None:  # they wait for each other, each in its own thread
+            await wait_in_thread(self.wait_until_finished)
+        else:
+            await self._wait_async()
 
     # --- looking
 
@@ -358,7 +367,7 @@ class CheckpointManager:
         name_of(step)
         await self._wait_async()
         await (await self._series()).delete(await self._list(), step)
-        self._latest, self._knows_latest = None, False
+        self._forget_latest()
 
     # --- the end
 
@@ -367,18 +376,14 @@ class CheckpointManager:
         try:
             self.wait_until_finished()
         finally:
-            if self._preemption is not None:
-                self._preemption.close()
-            if self._ranks is not None:
-                self._ranks.close()
-                self._ranks = None
+            self._end()
 
     async def close_async(self) -> None:
         """The asynchronous twin of :meth:`close`."""
         try:
             await self.wait_until_finished_async()
         finally:
-            self.close()
+            self._end()  # here: Python sets handlers of signals in the main thread only
 
     def __enter__(self) -> Self:
         return self
@@ -386,12 +391,8 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
+        with _as_note_of(error):
             self.close()
-        except Exception as failure:  # the error of the block matters more
-            if error is None:
-                raise
-            error.add_note(f"The last save failed, too: {type(failure).__name__}: {failure}")
 
     async def __aenter__(self) -> Self:
         return self
@@ -399,9 +400,17 @@ class CheckpointManager:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await wait_in_thread(self.__exit__, kind, error, traceback)
+        with _as_note_of(error):
+            await self.close_async()
 
     # --- how it is done
+
+    def _end(self) -> None:
+        if self._preemption is not None:
+            self._preemption.close()
+        if self._ranks is not None:
+            self._ranks.close()
+            self._ranks = None
 
     @property
     def _leads(self) -> bool:
@@ -419,7 +428,8 @@ class CheckpointManager:
         name_of(step)
         if self._ranks is None:
             self._raise_failure()
-        self.reached_preemption()
+        else:
+            self.reached_preemption()
         return not self._wants(step, force)
 
     def _wait(self) -> None:
@@ -430,7 +440,15 @@ class CheckpointManager:
             self._retaining.result()
 
     async def _wait_async(self) -> None:
-        await wait_in_thread(self._wait)
+        while self._under_way:
+            over = self._under_way[0]
+            try:
+                await asyncio.shield(asyncio.wrap_future(over))
+            finally:
+                if over.done() and over in self._under_way:
+                    self._under_way.remove(over)
+        if self._retaining is not None:
+            await asyncio.shield(asyncio.wrap_future(self._retaining))
 
     def _raise_failure(self) -> None:
         while self._under_way and self._under_way[0].done():
@@ -444,6 +462,18 @@ class CheckpointManager:
         self._latest = max(step, -1 if self._latest is None else self._latest)
         self._damaged.pop(step, None)
         return True
+
+    @contextmanager
+    def _asking_again_after_a_failure(self) -> Iterator[None]:
+        """Where a save fails in here, the store is asked again for the latest step: this one may be saved again."""
+        try:
+            yield
+        except BaseException:
+            self._forget_latest()
+            raise
+
+    def _forget_latest(self) -> None:
+        self._latest, self._knows_latest = None, False
 
     async def _is_later(self, step: int) -> bool:
         if not self._knows_latest:
@@ -465,14 +495,15 @@ class CheckpointManager:
         self._raise_failure()
         if not run(self._begins, step, force):
             return False
-        encoded, url = encode_metrics(metrics), url_of(self.url, name_of(step))
-        options = self._options(encoded)
-        if self._background:
-            self._follow(step, save_in_background(obj, url, until=until, **options), encoded)
-            if self._ends:
-                self._wait()
-        else:
-            run(self._finish, step, save(obj, url, **options), encoded)
+        with self._asking_again_after_a_failure():
+            encoded, url = encode_metrics(metrics), url_of(self.url, name_of(step))
+            options = self._options(encoded)
+            if self._background:
+                self._follow(step, save_in_background(obj, url, until=until, **options), encoded)
+                if self._ends:
+                    self._wait()
+            else:
+                run(self._finish, step, save(obj, url, **options), encoded)
         return True
 
     def _save_sharded(self, step: int, obj: Any, metrics: Mapping[str, Any] | None, force: bool) -> bool:
@@ -487,11 +518,11 @@ class CheckpointManager:
         url = url_of(self.url, name_of(step, sharded=True))
         options = {**self._store, "part_size": self._part_size, "process_group": self._group}
         if not self._background:
-            distributed.save(obj, url, **options)
-            self._on_first_rank_or_here(lambda: run(self._finish_sharded, step, encoded))
+            with self._asking_again_after_a_failure():
+                distributed.save(obj, url, **options)
+                self._on_first_rank_or_here(lambda: run(self._finish_sharded, step, encoded))
             return True
         over = Future[None]()
-        self._under_way.append(over)
 
         def finish(saved: Future[Any]) -> None:
             try:
@@ -499,14 +530,17 @@ class CheckpointManager:
                 if self._leads:
                     run(self._finish_sharded, step, encoded)
             except BaseException as error:  # noqa: BLE001 - goes on from the future
-                self._latest, self._knows_latest = None, False
+                self._forget_latest()
                 over.set_exception(error)
             else:
                 over.set_result(None)
 
-        distributed.async_save(obj, url, **options).upload_completion.add_done_callback(finish)
-        if self._ends:
-            self._wait()
+        with self._asking_again_after_a_failure():
+            saving = distributed.async_save(obj, url, **options)
+            self._under_way.append(over)
+            saving.upload_completion.add_done_callback(finish)
+            if self._ends:
+                self._wait()
         return True
 
     def _begins_on_all(self, step: int, force: bool) -> bool:
@@ -549,7 +583,7 @@ class CheckpointManager:
             try:
                 run(self._finish, step, saved.result(), metrics)
             except BaseException as error:  # noqa: BLE001 - goes on from the future
-                self._latest, self._knows_latest = None, False
+                self._forget_latest()
                 logger.error("Step %d of %s was not saved: %s", step, self._said(), error)  # noqa: TRY400
                 over.set_exception(error)
             else:
@@ -614,7 +648,7 @@ class CheckpointManager:
             found = await restorer.load(step, loading | ({} if into is None else {"into": into}), self._note_damaged)
         if found is not None:
             self.restored_step = found[1].step
-            self._latest, self._knows_latest = None, False
+            self._forget_latest()
         return found
 
     def _note_damaged(self, candidate: Candidate) -> None:
@@ -664,7 +698,7 @@ class CheckpointManager:
         return await (await self._series(url)).list()
 
     async def _series(self, url: str | os.PathLike[str] | None = None) -> Series:
-        return await in_thread(self._open, url or self.url)
+        return await in_thread(self._open, url or self.url, interrupt=lambda: _OPENING_PATIENCE)
 
     def _open(self, url: str | os.PathLike[str]) -> Series:
         with self._opening:
@@ -674,4 +708,15 @@ class CheckpointManager:
             return self._opened[name]
 
     def _said(self) -> str:
-        return self._open(self.url).url
+        return mask(os.fspath(self.url))
+
+
+@contextmanager
+def _as_note_of(error: BaseException | None) -> Iterator[None]:
+    """What fails in here becomes a note of ``error``, which matters more; where that is None, it is raised."""
+    try:
+        yield
+    except Exception as failure:
+        if error is None:
+            raise
+        error.add_note(f"The last save failed, too: {type(failure).__name__}: {failure}")

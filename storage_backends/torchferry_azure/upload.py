@@ -22,9 +22,8 @@ from torchferry.engine.loops import keep_running
 from torchferry.engine.transport import Answer, SignedRequest
 from torchferry.engine.types import MIB, ObjectStat
 from torchferry.engine.writer import Body, Upload, abort
-from torchferry.errors import StorageError
+from torchferry.errors import ChangedWhileSavingError, StorageError
 from torchferry.storage.body import RequestBody
-from torchferry.storage.http import changed_while_saving
 from torchferry_azure.blocks import UncommittedBlocks, new_block_id
 from torchferry_azure.errors import INVALID_BLOCK_LIST, code_and_status
 
@@ -83,15 +82,16 @@ class AzureUpload(Upload[str]):
 
     async def finish(self, parts: Sequence[str]) -> ObjectStat:
         attempts = 0
+        find = partial(self._etag_if_committed, parts)
 
         async def commit() -> str:
             nonlocal attempts
             attempts += 1
             # Committed already, perhaps, and the reply was lost: once more would make another version of the blob.
-            etag = await self._etag_if_committed(parts) if attempts > 1 else None
+            etag = await find() if attempts > 1 else None
             return etag or await self._commit(parts)
 
-        return await self._published(await self._backend.call("write", self._path, commit))
+        return await self._published(await self._backend.publish(self._path, commit, find))
 
     async def abort(self) -> None:
         if not self._staged:
@@ -220,7 +220,7 @@ class AzureUpload(Upload[str]):
         ended = threading.Event()
         md5 = await in_thread(_md5_of_unchanged, body, ended, interrupt=ended.set)
         if md5 is None:
-            raise changed_while_saving(self._backend.url(self._path))
+            raise ChangedWhileSavingError.at(self._backend.url(self._path))
         return md5
 
     async def _published(self, etag: str) -> ObjectStat:

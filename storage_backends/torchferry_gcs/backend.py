@@ -171,7 +171,7 @@ class GcsBackend(HttpBackend):
                 pageToken=token,
                 fields="items(name,size,generation,updated),nextPageToken",
             )
-            page = (await self.call("list", prefix, partial(self._of_bucket, url))).json()
+            page = await self.call("list", prefix, partial(self._page, url))
             for found in page.get("items", []):
                 path = f"{bucket}/{found['name']}"
                 modified = _time(found.get("updated"))
@@ -318,6 +318,9 @@ class GcsBackend(HttpBackend):
         """What is in a bucket. One attempt."""
         with errors.missing_bucket():
             return await self.client.call("GET", url)
+
+    async def _page(self, url: str) -> dict[str, Any]:
+        return (await self._of_bucket(url)).json()
 
     def _first_object_url(self, bucket: str) -> str:
         return self.client.objects_url(bucket, maxResults="1", fields="kind")

@@ -25,7 +25,6 @@ from torchferry_gcs.target import Target, Written
 __all__ = ["MultipartUpload", "Part"]
 
 _XML = {"Content-Type": "application/xml"}
-_ABORTS = 3  # a part that was on its way when the upload was aborted can arrive later: it is aborted again
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,12 @@ class MultipartUpload:
         url = self._backend.url(target.path)
         self._lost = LostCreations(url, self._list_uploads, self._has_parts, self._abort_upload)
         self._parts_cut_off = False
+
+    @property
+    def staged(self) -> str:
+        """What :meth:`abort` removes, for messages: see :attr:`torchferry.engine.writer.Upload.staged`."""
+        url = self._backend.url(self._target.path)
+        return "" if self._upload_id is None else f" (the multipart upload {self._upload_id} of {url})"
 
     async def start(self) -> bool:
         """Opens the upload. Returns False where the server does not speak the XML API."""
@@ -115,6 +120,8 @@ class MultipartUpload:
         )
         body = f"<CompleteMultipartUpload>{document}</CompleteMultipartUpload>".encode()
 
+        find = partial(self._target.if_there, size, whole)
+
         async def complete() -> Written:
             try:
                 reply = await self._client.call(
@@ -122,35 +129,19 @@ class MultipartUpload:
                 )
             except Exception as error:
                 # Completed, perhaps, and only the reply was lost: then a repeated request finds no such upload.
-                if is_missing(error) and (there := await self._target.if_there(size, whole)) is not None:
+                if is_missing(error) and (there := await find()) is not None:
                     return there
                 raise
             if reply.xml("CompleteMultipartUploadResult") is None:
                 raise GcsAnswerError(HTTPStatus.INTERNAL_SERVER_ERROR, reply.headers, reply.body)
             return Written.from_headers(reply.headers)
 
-        try:
-            written = await self._backend.call("write", self._target.path, complete)
-        except StorageUnavailableError:
-            there = await self._backend.call("look up", self._target.path, partial(self._target.if_there, size, whole))
-            if there is None:
-                raise
-            written = there
+        written = await self._backend.publish(self._target.path, complete, find)
         return await self._target.published(size, whole, written)
 
     async def abort(self) -> None:
         """Removes the parts; finds the upload where its creation was cut off without an answer."""
-        if self._upload_id is None:
-            await self._lost.abort()
-            return
-        try:
-            for _ in range(_ABORTS):
-                await self._abort_upload(self._upload_id)
-                if not self._parts_cut_off or not await self._has_parts(self._upload_id):
-                    return
-        except StorageError as error:
-            error.add_note(f"The multipart upload {self._upload_id} of {self._backend.url(self._target.path)} stays.")
-            raise
+        await self._lost.abort_all(self._upload_id, parts_were_cut_off=self._parts_cut_off)
 
     async def _initiate(self) -> Reply:
         try:

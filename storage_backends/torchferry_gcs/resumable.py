@@ -17,7 +17,6 @@ from torchferry.engine.transfer import current
 from torchferry.engine.types import Buffer, ObjectStat
 from torchferry.engine.writer import Body
 from torchferry.errors import StorageError, StorageUnavailableError
-from torchferry.storage.body import RequestBody, whole_or_not_at_all
 from torchferry_gcs.checksum import crc32c, encoded
 from torchferry_gcs.client import Reply
 from torchferry_gcs.errors import is_missing, missing_bucket, status_of
@@ -86,26 +85,20 @@ class ResumableUpload:
         whole = await in_thread(partial(crc32c, [self._kept], self._crc32c))
         fields = {"Content-Range": self._range(len(self._kept), str(size)), "x-goog-hash": f"crc32c={encoded(whole)}"}
 
+        find = partial(self._target.if_there, size, whole)
+
         async def publish() -> Written:
-            request = RequestBody([self._kept])
-            call = partial(self._client.call, "PUT", self._session or "", headers=fields, body=request)
             try:
-                reply = await whole_or_not_at_all(request, call)
+                reply = await self._client.call("PUT", self._session or "", headers=fields, body=self._kept)
             except Exception as error:
                 # Published, perhaps, and only the reply was lost: then a repeated request finds no such session.
-                if is_missing(error) and (there := await self._target.if_there(size, whole)) is not None:
+                if is_missing(error) and (there := await find()) is not None:
                     return there
                 raise
             return Written.from_resource(reply.json())
 
         current().through_client(len(self._kept), _REASON)
-        try:
-            written = await self._backend.call("write", self._target.path, publish)
-        except StorageUnavailableError:
-            there = await self._backend.call("look up", self._target.path, partial(self._target.if_there, size, whole))
-            if there is None:
-                raise
-            written = there
+        written = await self._backend.publish(self._target.path, publish, find)
         current().moved(len(self._kept))
         return await self._target.published(size, whole, written)
 

@@ -36,6 +36,10 @@ class GcsUpload(Upload["Part | None"]):
         self._multipart = MultipartUpload(target)
         self._resumable: ResumableUpload | None = None
 
+    @property
+    def staged(self) -> str:
+        return self._multipart.staged
+
     async def put_whole(self, body: Body) -> ObjectStat:
         whole = await in_thread(crc32c, body.buffers)
         for left in reversed(range(_TRIES)):

@@ -9,12 +9,21 @@ from typing import Any
 
 import botocore.exceptions as boto_errors
 import s3fs.core
+from aiohttp import ClientConnectorError
 
 from torchferry.engine.retry import Transient, transient_answer
 from torchferry.errors import CheckpointNotFoundError, StorageError, StoragePermissionError
 from torchferry.storage.translate import by_status, upload_gone
 
-__all__ = ["DAMAGED", "NoSuchBucketError", "code_and_status", "is_answer", "known_etag", "transient", "translate"]
+__all__ = [
+    "DAMAGED",
+    "NoSuchBucketError",
+    "code_and_status",
+    "known_etag",
+    "may_have_arrived",
+    "transient",
+    "translate",
+]
 
 DAMAGED = frozenset(
     {"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch", "ContentSHA256Mismatch"}
@@ -42,6 +51,7 @@ _PERMISSION_CODES = frozenset(
 _UNAVAILABLE_CODES = frozenset(
     ["InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException"]
 )
+_UNSURE = frozenset({HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT})
 _CREDENTIAL_ERRORS = (
     boto_errors.NoCredentialsError,
     boto_errors.PartialCredentialsError,
@@ -89,9 +99,15 @@ def translate(what: str, error: Exception) -> StorageError:
     return by_status(what, reason, status, code, unanswered=unanswered)
 
 
-def is_answer(error: Exception) -> bool:
-    """Whether S3 said so, and not this machine, of a file that credentials come from."""
-    return code_and_status(error)[1] != 0
+def may_have_arrived(error: BaseException) -> bool:
+    """Whether S3 may have done what it was asked for, although this is all that came back."""
+    if not isinstance(error, Exception):  # cancelled
+        return True
+    if status := code_and_status(error)[1]:
+        return status in _UNSURE
+    cause = getattr(error, "kwargs", {}).get("error")  # aiohttp's, from which botocore's is made
+    never_sent = isinstance(error, boto_errors.ConnectTimeoutError) or isinstance(cause, ClientConnectorError)
+    return isinstance(error, _connection_errors()) and not never_sent
 
 
 def known_etag(answer: Mapping[str, Any]) -> str | None:

@@ -22,7 +22,8 @@ from torchferry.engine.writer import Body, Upload
 from torchferry.errors import CheckpointNotFoundError, StorageError, StorageUnavailableError
 from torchferry.storage.body import RequestBody, whole_or_not_at_all
 from torchferry.storage.creations import LostCreations, OpenUpload
-from torchferry_s3.errors import DAMAGED, code_and_status, known_etag
+from torchferry.storage.http import NOT_OF_A_CHECKSUM
+from torchferry_s3.errors import DAMAGED, code_and_status, known_etag, may_have_arrived
 
 if TYPE_CHECKING:
     from torchferry_s3.backend import S3Backend
@@ -31,9 +32,6 @@ __all__ = ["S3Upload"]
 
 _COMPLETE_SECONDS = 600.0  # S3 says that completing can take several minutes, and sends blanks meanwhile
 _CHECKSUM_REFUSED = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_IMPLEMENTED})
-# Statuses of a request that the store may have carried out all the same; 0 where it gave no answer.
-_NO_ANSWER = frozenset({0, HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT})
-_ABORTS = 3  # a part that was on its way when the upload was aborted can arrive later: it is aborted again
 
 
 class S3Upload(Upload["dict[str, Any]"]):
@@ -108,16 +106,12 @@ class S3Upload(Upload["dict[str, Any]"]):
                     checksum = {}
                     return await self._complete(parts, checksum)
                 # Completed, perhaps, and only the reply was lost: then a repeated request finds no such upload.
-                if code == "NoSuchUpload" and (etag := await self._etag_if_complete(expected)) is not None:
-                    return {"ETag": etag}
+                if code == "NoSuchUpload" and (there := await self._find(expected)) is not None:
+                    return there
                 raise
 
-        try:
-            answer = await self._backend.call("write", self._path, complete, seconds=_COMPLETE_SECONDS)
-        except StorageUnavailableError:
-            if (etag := await self._etag_if_complete(expected)) is None:
-                raise
-            answer = {"ETag": etag}
+        find = partial(self._find, expected)
+        answer = await self._backend.publish(self._path, complete, find, seconds=_COMPLETE_SECONDS)
         self._backend.forget(self._path)
         stored = answer.get("ChecksumCRC32") if answer.get("ChecksumType") == "FULL_OBJECT" else None
         if whole is not None and stored not in {None, whole}:
@@ -128,13 +122,7 @@ class S3Upload(Upload["dict[str, Any]"]):
         return await self._stat(self._size, answer)
 
     async def abort(self) -> None:
-        if self._upload_id is None:
-            await self._lost.abort()
-            return
-        for _ in range(_ABORTS):
-            await self._abort_upload(self._upload_id)
-            if not self._parts_cut_off or not await self._has_parts(self._upload_id):
-                return
+        await self._lost.abort_all(self._upload_id, parts_were_cut_off=self._parts_cut_off)
 
     async def _create(self, **checksums: str) -> str:
         async def create() -> dict[str, Any]:
@@ -143,7 +131,7 @@ class S3Upload(Upload["dict[str, Any]"]):
                     "create_multipart_upload", **self._target, **checksums, **self._with_metadata()
                 )
             except BaseException as error:
-                if code_and_status(error)[1] in _NO_ANSWER:
+                if may_have_arrived(error):
                     self._lost.add()
                 raise
 
@@ -180,15 +168,17 @@ class S3Upload(Upload["dict[str, Any]"]):
                 if upload["Key"] == self._target["Key"]:
                     yield OpenUpload(upload["UploadId"], upload["Initiated"], now)
 
-    async def _etag_if_complete(self, expected: str | None) -> str | None:
-        """The ETag of what is there, if that can only be what was uploaded: not what was there before."""
+    async def _find(self, expected: str | None) -> dict[str, Any] | None:
+        """What is there, if that can only be what was uploaded, and not what was there before. One attempt."""
         if expected is None:
             return None
         try:
-            etag = (await self._backend.stat(self._path)).etag or ""
-        except CheckpointNotFoundError:
-            return None
-        return etag if etag.strip('"') == expected else None
+            found = await self._backend.client.call("head_object", **self._target)
+        except ClientError as error:
+            if code_and_status(error)[1] == HTTPStatus.NOT_FOUND:
+                return None
+            raise
+        return {"ETag": found["ETag"]} if found.get("ETag", "").strip('"') == expected else None
 
     async def _send(self, body: Body, operation: str, *, publishes: bool = False, **arguments: Any) -> dict[str, Any]:
         checksum = base64.b64encode((await body.checksum()).to_bytes(4, "big")).decode()
@@ -238,9 +228,10 @@ def _combined(crc32s: Sequence[tuple[int, int] | None]) -> str | None:
 
 def _refused(error: BaseException | None) -> bool:
     """Whether a store, or an older botocore, may have refused to open an upload because of the checksum."""
-    return isinstance(error, ParamValidationError) or (
-        isinstance(error, ClientError) and code_and_status(error)[1] in _CHECKSUM_REFUSED
-    )
+    if not isinstance(error, ClientError):
+        return isinstance(error, ParamValidationError)
+    code, status = code_and_status(error)
+    return status in _CHECKSUM_REFUSED and code not in NOT_OF_A_CHECKSUM
 
 
 def _etag_of(parts: Sequence[Mapping[str, Any]]) -> str | None:

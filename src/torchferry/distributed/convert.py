@@ -209,7 +209,7 @@ async def _write(
 ) -> ObjectStat:
     plan = writer.upload_plan(script.size, part_size)
     # A store holds up to a part back before it sends any of it: with two blocks more there is always room to go on.
-    claim = await EVERYTHING_ELSE.claim_async(plan.part_size + 2 * BLOCK_SIZE + plan.memory, piece=BLOCK_SIZE)
+    claim = await EVERYTHING_ELSE.claim_async(plan.part_size + 2 * BLOCK_SIZE, piece=BLOCK_SIZE, beside=plan.memory)
     transfer = current()
     try:
         assembly = Assembly(script, parts, files, checksums, claim)

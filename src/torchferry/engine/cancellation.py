@@ -166,7 +166,7 @@ async def clean_up(func: Callable[[], object]) -> None:
 def stops_as_errors(func: Callable[..., T], /, *args: object) -> T:
     """Calls ``func(*args)``; a StopIteration or StopAsyncIteration of it comes out as the cause of a RuntimeError.
 
-    As it does out of a generator (PEP 479), and for the same reason: out here it would mean something else.
+    As it does out of a generator (PEP 479), and for the same reason: the caller's own loop would end without an error.
     """
     try:
         return func(*args)
@@ -177,7 +177,7 @@ def stops_as_errors(func: Callable[..., T], /, *args: object) -> T:
 def refuse_threads() -> None:
     """Makes :func:`in_thread` raise a RuntimeError from now on, once the interpreter has shut the pool down.
 
-    For when it has waited for all threads that it waits for, and what still runs is to end.
+    Called when the interpreter has joined all threads but daemons: what still runs fails at its next step.
     """
     global _refusing  # noqa: PLW0603 - there is one pool
     _refusing = True

@@ -19,7 +19,7 @@ _was_enabled = False
 
 
 def _forget_pauses() -> None:
-    """In a forked child nobody is in there, but for who forked: that one's own pause may end early."""
+    """After a fork only the forking thread exists. A pause of its own ends here, too: the collector runs again."""
     global _lock, _pauses  # noqa: PLW0603 - there is one collector
     _lock = threading.Lock()
     if _pauses and _was_enabled:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from torchferry.printable import escaped
+
 __all__ = ["html_table"]
 
 _STYLE = "text-align:left;font-family:monospace;padding:0 1em 0 0"
@@ -19,4 +21,4 @@ def html_table(caption: str, rows: Iterable[Sequence[str]], head: Sequence[str] 
 
 
 def _shown(text: str) -> str:
-    return escape("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+    return escape(escaped(text))

@@ -118,7 +118,7 @@ def synchronous(
     """The synchronous twin of ``name_async``: a function ``name`` that runs it to its end with :func:`run`.
 
     Args:
-        func: It.
+        func: The asynchronous function.
         within: Entered in the calling thread around the call.
     """
 

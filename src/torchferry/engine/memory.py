@@ -68,19 +68,24 @@ class Ledger:
         self._spare: deque[mmap.mmap] = deque()  # blocks kept warm while there are claims: filling new memory is slow
         self._claims = 0
 
-    def claim(self, need: int, *, piece: int = 0, abandoned: Callable[[], bool] = lambda: False) -> Claim:
-        """Waits until ``need`` bytes are free, and reserves them. Blocks the thread.
+    def claim(
+        self, need: int, *, piece: int = 0, beside: int = 0, abandoned: Callable[[], bool] = lambda: False
+    ) -> Claim:
+        """Waits until ``need + beside`` bytes are free, and reserves them, all at once. Blocks the thread.
+
+        Who holds a claim and waits for another may wait for ever: several of them can hold all there is.
 
         Args:
             need: What is enough to make progress, and no more than the object can need.
             piece: The most bytes that are needed in one block, 4 MiB at most; 0 where any blocks will do.
+            beside: Bytes that are needed otherwise than in blocks, as a client's own buffers are.
             abandoned: Asked before each wait; after a change, call :meth:`wake`.
 
         Raises:
             InterruptedError: ``abandoned()`` was true.
         """
         block = BLOCK_SIZE if need > BLOCK_SIZE // 2 or piece > _SMALL_BLOCK else _SMALL_BLOCK
-        need = max(1, -(-need // block)) * block
+        need = max(1, -(-need // block)) * block + beside
         with self.changed:
             while self.held and self.held + need > self.limit:
                 if abandoned():
@@ -88,15 +93,15 @@ class Ledger:
                 self.changed.wait()
             self.held += need
             self._claims += 1
-        return Claim(self, need, block)
+        return Claim(self, need, block, beside)
 
-    async def claim_async(self, need: int, *, piece: int = 0) -> Claim:
+    async def claim_async(self, need: int, *, piece: int = 0, beside: int = 0) -> Claim:
         """:meth:`claim` on an event loop, which goes on meanwhile. A cancel ends the wait."""
         abandoned = False
         granted: list[Claim] = []
 
         def wait() -> None:
-            granted.append(self.claim(need, piece=piece, abandoned=lambda: abandoned))
+            granted.append(self.claim(need, piece=piece, beside=beside, abandoned=lambda: abandoned))
 
         def abandon() -> None:
             nonlocal abandoned
@@ -158,11 +163,11 @@ class Claim:
         block_size: Bytes in each of its blocks.
     """
 
-    def __init__(self, ledger: Ledger, need: int, block_size: int) -> None:
+    def __init__(self, ledger: Ledger, need: int, block_size: int, beside: int) -> None:
         self.block_size = block_size
         self._ledger = ledger
         self._reserved = need  # bytes that are this claim's until it ends
-        self._used = 0  # bytes of blocks that are out
+        self._used = beside  # and bytes of blocks that are out
         self._held = need  # bytes of the ledger: what is reserved, and what it grew by
         self._abandoned = False
         self._closed = False

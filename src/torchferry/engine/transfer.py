@@ -24,6 +24,7 @@ from torchferry.engine.html import html_table
 from torchferry.engine.tasks import task_group
 from torchferry.engine.types import MIB
 from torchferry.errors import mask
+from torchferry.printable import printable
 
 if TYPE_CHECKING:
     from fsspec.callbacks import Callback
@@ -177,7 +178,7 @@ class Transfer:
         """Notes that bytes go through the filesystem's client, and why."""
         with self._lock:
             self._counts["client_bytes"] += nbytes
-            self._reasons[reason] = None
+            self._reasons[printable(mask(reason))] = None  # it may be what the store says
 
     def holds(self, nbytes: int) -> None:
         """Notes that more memory is held (or less, where negative), in bytes."""
@@ -200,12 +201,9 @@ class Transfer:
         finally:
             _current.reset(token)
 
-    def stage(self, name: str) -> AbstractContextManager[None]:
-        """Counts the time in it to a stage."""
-        return self._stage(name)
-
     @contextmanager
-    def _stage(self, name: str) -> Generator[None]:
+    def stage(self, name: str) -> Generator[None]:
+        """Counts the time in it to a stage."""
         begun = perf_counter()
         try:
             yield
@@ -317,8 +315,10 @@ class _ReadingSide(Transfer):
     def warn(self, text: str) -> None:
         self._whole.warn(text)
 
-    def stage(self, name: str) -> AbstractContextManager[None]:
-        return self._whole.stage(name)
+    @contextmanager
+    def stage(self, name: str) -> Generator[None]:
+        with self._whole.stage(name):
+            yield
 
 
 _current: ContextVar[Transfer | None] = ContextVar("torchferry_transfer", default=None)

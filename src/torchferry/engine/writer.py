@@ -38,7 +38,6 @@ _IN_FLIGHT = 16  # parts under way at once: at 90 MB/s a connection, as S3 gives
 _START_PATIENCE = 0.3  # seconds that a cancel waits to learn the id of an upload that is being created
 _ABORT_PATIENCE = 0.7  # seconds that a cancelled upload waits for its abort, before that goes on by itself
 _ABORT_SECONDS = 30.0  # the longest that an abort may take
-_PUBLISH_PATIENCE = 10.0  # seconds that a cancel waits for the answer to the request that publishes
 
 
 class Body:
@@ -180,7 +179,10 @@ class Upload(ABC, Generic[PartT]):
 
     @abstractmethod
     async def finish(self, parts: Sequence[PartT]) -> ObjectStat:
-        """Publishes the object: what :meth:`put_part` returned, in the object's order."""
+        """Publishes the object: what :meth:`put_part` returned, in the object's order.
+
+        A cancel must not cut the request that publishes: see :meth:`torchferry.storage.http.HttpBackend.publish`.
+        """
 
     @abstractmethod
     async def abort(self) -> None:
@@ -194,7 +196,8 @@ async def upload(target: Upload[PartT], chunks: AsyncIterable[Chunk], plan: Uplo
     there; its chunks are held, without a copy, until it is up.
 
     When anything raises or the caller is cancelled, parts under way are stopped and the upload is aborted before
-    the error goes on. A cancel that comes while the object is being published waits up to 10 seconds for the answer.
+    the error goes on. A cancel that comes while the object is being published waits as long as :meth:`Upload.finish`
+    has it wait.
 
     Args:
         target: The store's side of it.
@@ -232,7 +235,7 @@ async def upload(target: Upload[PartT], chunks: AsyncIterable[Chunk], plan: Uplo
         transfer.tell()  # what the callback raises still keeps the object from being published
         in_order = [parts[index] for index in range(len(parts))]
         with transfer.stage("publishing"):
-            return await run_shielded(target.finish, in_order, patience=_PUBLISH_PATIENCE)
+            return await target.finish(in_order)
     except BaseException as error:
         await abort(target, error)
         raise

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from anyio import from_thread
 from isal import isal_zlib
 
 from torchferry.engine.memory import BLOCK_SIZE, CPU_SAVES, EVERYTHING_ELSE, Claim, address_of
@@ -125,12 +124,7 @@ class ItemStream(TorchStream):
         elif part_size is None and lent < self.size_hint - lent:
             part_size = _SMALL_PART
         self.plan = self._plan_for(self.size_hint, part_size)
-        # Any tensor may turn out to be one that is copied, and a store holds up to a part back before it sends it.
-        claim = self._claim(ledger, min(self.size_hint, self.plan.part_size + BLOCK_SIZE))
-        if self.plan.memory:
-            self._claim(ledger, min(self.plan.memory, self.size_hint))
-        from_thread.run_sync(self._begun.set)
-        return claim
+        return self._begin_with(ledger, self.size_hint)  # any tensor may turn out to be one that is copied
 
 
 class _ItemWriter(_Writer):

@@ -105,7 +105,7 @@ class TorchStream(AsyncIterator["Chunk"]):
         self._changes = Changes(url) if self._lent is None else self._lent.changes
         self._changes.recheck = not store_checks
         self._storages = _Storages(obj, are_lent=not modes.skips_data)
-        self._claims: list[Claim] = []
+        self._claim: Claim | None = None
         self._waits_for: Ledger = CPU_SAVES
         self._begun = anyio.Event()
         self._closed = False
@@ -144,8 +144,8 @@ class TorchStream(AsyncIterator["Chunk"]):
             if self._lent is not None:
                 self._transfer.holds(self._lent.copied)
                 self._lent.end()
-            for claim in self._claims:
-                claim.close()
+            if self._claim is not None:
+                self._claim.close()
 
     async def __anext__(self) -> Chunk:
         self._transfer.tell()
@@ -255,10 +255,18 @@ class TorchStream(AsyncIterator["Chunk"]):
         elif part_size is None and copied > _COPYING_PART:
             part_size = _COPYING_PART
         self.plan = self._plan_for(self.size_hint, part_size)
+        return self._begin_with(ledger, copied)
+
+    def _begin_with(self, ledger: Ledger, copied: int) -> Claim:
+        """Claims memory for a stream of which ``copied`` bytes are copied, and lets the consumer begin."""
         # A store holds up to a part back before it sends any of it: with one block more there is always room to go on.
-        claim = self._claim(ledger, min(copied, self.plan.part_size + BLOCK_SIZE))
-        if self.plan.memory:
-            self._claim(ledger, min(self.plan.memory, self.size_hint))
+        self._claim = claim = ledger.claim(
+            min(copied, self.plan.part_size + BLOCK_SIZE),
+            beside=min(self.plan.memory, self.size_hint),
+            abandoned=lambda: self._closed,
+        )
+        if self._closed:  # meanwhile: nobody else gives it back
+            claim.close()
         from_thread.run_sync(self._begun.set)
         return claim
 
@@ -266,18 +274,11 @@ class TorchStream(AsyncIterator["Chunk"]):
         """The part size that the store would take."""
         return self._plan_for(self.size_hint, part_size).part_size
 
-    def _claim(self, ledger: Ledger, need: int) -> Claim:
-        claim = ledger.claim(need, abandoned=lambda: self._closed)
-        self._claims.append(claim)
-        if self._closed:  # meanwhile: nobody else gives it back
-            claim.close()
-        return claim
-
     def _close(self) -> None:
         self._closed = True
         self._chunks.close()
-        for claim in self._claims:
-            claim.abandon()
+        if self._claim is not None:
+            self._claim.abandon()
         self._waits_for.wake()
 
 

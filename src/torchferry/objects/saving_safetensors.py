@@ -85,7 +85,7 @@ async def _write_file(
     plan = backend.upload_plan(size, part_size)
     ledger = CPU_SAVES if all(tensor.device.type == "cpu" for tensor in tensors.values()) else EVERYTHING_ELSE
     need = min(copied_bytes(tensors) + len(head), plan.part_size + BLOCK_SIZE)
-    claim = await ledger.claim_async(need + plan.memory)
+    claim = await ledger.claim_async(need, beside=plan.memory)
     try:
         async with aclosing(file_chunks(head, header.entries, tensors, claim, backend.url(path))) as chunks:
             return await backend.write(path, chunks, plan=plan, metadata=metadata)

@@ -194,8 +194,8 @@ class Backend(ABC):
         Args:
             path: Where to.
             chunks: Consumed once, in order, and to its end before anything is published. Chunks of any
-                size, empty ones too. Their memory is bounded and may be needed for the next ones: no reference is
-                kept to a chunk that has been sent, and none to more than one part's that have not begun to be.
+                size, empty ones too. Their memory is bounded and may be needed for the next ones: keep no chunk that
+                has been sent, and of those whose sending has not begun no more than one part needs.
             plan: What :meth:`upload_plan` returned; parts of other sizes are allowed.
             metadata: User metadata to store with the object, where the store can.
         """

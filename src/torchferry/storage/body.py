@@ -21,6 +21,7 @@ T = TypeVar("T")
 SEND_PIECE = 512 << 10
 """Bytes handed to a connection at once; about as many wait in its buffer."""
 
+_CANCELLED = "The request was cancelled."
 _PATIENCE = 10.0  # seconds that a cancel waits for the answer to a request that was sent whole
 _SILENCE = 60.0  # seconds without a byte taken and without an answer, after which a client's request has failed
 
@@ -54,10 +55,13 @@ class RequestBody:
         """Sets where :meth:`read` reads on, as for any file."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         self._position = base + offset
+        self._taken = self._position >= self._size
         return self._position
 
     def read(self, size: int | None = -1) -> Buffer:
         """``size`` bytes, or all that are left; copied only where they lie in more than one buffer."""
+        if self._interrupted:
+            raise InterruptedError(_CANCELLED)
         stop = self._size if size is None or size < 0 else min(self._size, self._position + size)
         pieces = []
         start = 0
@@ -67,6 +71,7 @@ class RequestBody:
                 pieces.append(view[max(0, self._position - start) : stop - start])
             start += len(view)
         self._position = max(stop, self._position)
+        self._taken = self._position >= self._size
         return pieces[0] if len(pieces) == 1 and not is_lent(pieces[0]) else joined(pieces)
 
     def interrupt(self) -> bool:
@@ -80,7 +85,7 @@ class RequestBody:
         for view in self._views:
             for start in range(0, len(view), SEND_PIECE):
                 if self._interrupted:
-                    raise InterruptedError("The request was cancelled.")
+                    raise InterruptedError(_CANCELLED)
                 piece = view[start : start + SEND_PIECE]
                 left -= len(piece)
                 self._taken = not left

@@ -15,6 +15,7 @@ from torchferry.errors import StorageError, mask
 __all__ = ["LostCreations", "OpenUpload"]
 
 _LOOKS = (0.0, 0.5, 2.0)  # seconds before each look: an upload can appear after its request was given up
+_ABORTS = 3
 _SPARE = 1.0  # seconds: both of a store's times may be whole ones
 
 logger = logging.getLogger("torchferry.engine")
@@ -74,20 +75,34 @@ class LostCreations:
     async def abort_beside(self, upload_id: str) -> None:
         """Aborts them, once another creation was answered. Where that fails, the log says so, and the save goes on."""
         try:
-            await self.abort(but=upload_id)
+            await self._abort_lost(but=upload_id)
         except StorageError as error:
             message = f"{self._url}: an upload whose creation was not answered may stay. {error}"
             logger.warning("%s", mask(message))
 
-    async def abort(self, *, but: str | None = None) -> None:
-        """Aborts them; looks again, twice, where fewer are found than were lost.
+    async def abort_all(self, upload_id: str | None, *, parts_were_cut_off: bool) -> None:
+        """Aborts the upload, and those whose creation got no answer.
 
         Args:
-            but: The upload that is known.
+            upload_id: The upload; None where no creation was answered.
+            parts_were_cut_off: Whether parts of it got no answer. They can arrive after the abort: then it is aborted
+                again, three times at most.
 
         Raises:
-            StorageError: the store refused, or more uploads could be ours than were lost.
+            StorageError: the store refused, parts are there after the third abort, or more uploads could be ours than
+                were lost.
         """
+        if upload_id is not None:
+            for _ in range(_ABORTS):
+                await self._abort(upload_id)
+                if not parts_were_cut_off or not await self._has_parts(upload_id):
+                    break
+            else:
+                raise StorageError(f"Cannot clean up {self._url}: parts are there after {_ABORTS} aborts.")
+        await self._abort_lost(but=upload_id)
+
+    async def _abort_lost(self, *, but: str | None) -> None:
+        """Aborts those whose creation got no answer; looks again, twice, where fewer are found than were lost."""
         for seconds in _LOOKS:
             if not self._count:
                 return
@@ -101,6 +116,7 @@ class LostCreations:
             for upload_id in found:
                 await self._abort(upload_id)
             self._count -= len(found)
+        self._count = 0  # those that were not found never came about
 
     async def _find(self, but: str | None) -> list[str]:
         age = timedelta(seconds=monotonic() - (self._first or monotonic()) + _SPARE)

@@ -13,11 +13,12 @@ from abc import abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import anyio
 
-from torchferry.engine.cancellation import in_thread
+from torchferry.engine.cancellation import in_thread, run_shielded
 from torchferry.engine.retry import AnswerError, Transient, retrying
 from torchferry.engine.transfer import current
 from torchferry.engine.transport import Answer, SignedRequest, Transport, UnmovableError
@@ -36,25 +37,31 @@ from torchferry.storage.translate import translated
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["Engine", "HttpBackend", "changed_while_saving", "error_code"]
+__all__ = ["NOT_OF_A_CHECKSUM", "Engine", "HttpBackend", "error_code"]
 
 T = TypeVar("T")
 
+NOT_OF_A_CHECKSUM = frozenset(
+    {
+        *("AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "NoSuchBucket", "NoSuchUpload"),
+        *("AuthenticationFailed", "AuthorizationFailure", "AuthorizationPermissionMismatch", "ContainerNotFound"),
+        *("EntityTooLarge", "QuotaExceeded", "RequestBodyTooLarge", "RequestTimeTooSkewed", "TokenRefreshRequired"),
+        *("IncompleteBody", "InvalidAuthenticationInfo", "RequestTimeout", "Throttling", "ThrottlingException"),
+    }
+)
+"""Codes of refusals that have nothing to do with a checksum: the request is not sent once more without one.
+
+It could succeed for another reason, and the store would be taken for one that refuses checksums.
+"""
+
 _CALL_SECONDS = 60.0  # the longest that one request of the client without a body may take
+_PUBLISH_PATIENCE = 10.0  # seconds that a cancel waits for the answer to a request that publishes
 _SLOWEST = 50_000  # bytes a second: a request of the client with a body has that much more time
 _SIGNED = 8  # signed reads that are kept: several objects may be read side by side
 _FRESH = 60.0  # seconds for which a signed read is used: no client hands out one that expires sooner
 _ODD_ANSWERS = 3  # in a row, after which the engine rests
 _REST = 60.0  # seconds for which everything then goes through the client
 _CLIENT_TURN = 3  # every third attempt goes through the client: it may know a way that the engine does not
-# Codes of refusals that have nothing to do with a checksum: the body is not sent once more without one.
-_NOT_OF_A_CHECKSUM = frozenset(
-    {
-        *("AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "NoSuchBucket", "NoSuchUpload"),
-        *("AuthenticationFailed", "AuthorizationFailure", "AuthorizationPermissionMismatch", "ContainerNotFound"),
-        *("EntityTooLarge", "QuotaExceeded", "RequestBodyTooLarge", "RequestTimeTooSkewed"),
-    }
-)
 _KEPT_OPEN = 8  # filesystems whose idle connections stay open
 _CODE = re.compile(rb"<Code>([^<]+)</Code>")
 
@@ -208,13 +215,39 @@ class HttpBackend(Backend):
             request: One attempt, without retries of its own.
             seconds: The longest that one attempt may take.
         """
-
-        async def attempt() -> T:
-            with _limit(seconds):
-                return await request()
-
         with self.translated(verb, path):
+            attempt = partial(_limited, seconds, request)
             return await retrying(attempt, self._transient, f"Cannot {verb} {self.url(path)}")
+
+    async def publish(
+        self,
+        path: str,
+        request: Callable[[], Awaitable[T]],
+        find: Callable[[], Awaitable[T | None]] | None = None,
+        *,
+        seconds: float = _CALL_SECONDS,
+    ) -> T:
+        """Awaits a request of the client that makes an object appear, as :meth:`call` does.
+
+        A cancel waits for the answer to an attempt that is under way, at most 10 seconds; between two attempts it does
+        not wait, and there is no other one.
+
+        Args:
+            path: The object.
+            request: One attempt.
+            find: Makes the result from what is there, with one attempt, where that is what was to be published; returns
+                None where it is not. Asked where no attempt was answered: the store may have published it all the same.
+            seconds: The longest that one attempt may take.
+        """
+        attempt = partial(run_shielded, _limited, seconds, request, patience=_PUBLISH_PATIENCE)
+        try:
+            return await self.call("write", path, attempt, seconds=seconds + _PUBLISH_PATIENCE)
+        except StorageUnavailableError:
+            if find is not None:
+                with suppress(Exception):  # that the store cannot be asked either is no news
+                    if (found := await _limited(_CALL_SECONDS, find)) is not None:
+                        return found
+            raise
 
     def translated(self, verb: str, path: str) -> AbstractContextManager[None]:
         """Turns errors of the client and the engine into torchferry's."""
@@ -302,13 +335,17 @@ class HttpBackend(Backend):
                     reason, odd = str(error), True
                 else:
                     engine.note_success()
-                    return accept(answer)
+                    try:
+                        return accept(answer)
+                    except AnswerError:  # it is sent again, and counted again
+                        current().moved(-body.size)
+                        raise
             try:
                 with _limit(_CALL_SECONDS + body.size / _SLOWEST):
                     result = await through_client()
             except Exception as error:
                 if self.is_damage(error) and not await is_unchanged():
-                    raise changed_while_saving(self.url(path)) from masked(error)
+                    raise ChangedWhileSavingError.at(self.url(path)) from masked(error)
                 raise
             if not engine.checksums:
                 await self._check_unchanged(path, body, publishes)
@@ -337,9 +374,9 @@ class HttpBackend(Backend):
             return answer
         if self.is_damaged(answer):
             if not await is_unchanged():
-                raise changed_while_saving(self.url(path))
+                raise ChangedWhileSavingError.at(self.url(path))
             raise AnswerError(f"the bytes arrived damaged ({error_code(answer) or answer})", Transient())
-        if checked and answer.status in self.checksum_refused and error_code(answer) not in _NOT_OF_A_CHECKSUM:
+        if checked and answer.status in self.checksum_refused and error_code(answer) not in NOT_OF_A_CHECKSUM:
             current().count("requests")
             answer = await transport.send(await sign(False), body.buffers, publishes=publishes)
             if answer.ok:
@@ -352,7 +389,7 @@ class HttpBackend(Backend):
     async def _check_unchanged(self, path: str, body: Body, published: bool) -> None:
         """Where the store has not checked a body: whether its memory still is what it was."""
         if not published and not await in_thread(_has_its_crc32, body):
-            raise changed_while_saving(self.url(path))
+            raise ChangedWhileSavingError.at(self.url(path))
 
     async def _signed_read(self, path: str, stat: ObjectStat) -> SignedRequest:
         version = path, stat.etag
@@ -375,7 +412,8 @@ class HttpBackend(Backend):
 
     def _translate(self, what: str, error: Exception) -> StorageError:
         if isinstance(error, AnswerError | ConnectionError | TimeoutError):
-            return StorageUnavailableError(f"{what}: the store is not available, after all retries. {error}")
+            reason = str(error) or type(error).__name__
+            return StorageUnavailableError(f"{what}: the store is not available, after all retries. {reason}")
         return self.translate(what, error)
 
 
@@ -391,17 +429,17 @@ def _has_its_crc32(body: Body) -> bool:
     return Body([Chunk(chunk.data) for chunk in body.chunks]).crc32 == body.crc32
 
 
-def changed_while_saving(url: str) -> ChangedWhileSavingError:
-    """The error for a body whose memory is not what it was when its checksum was computed."""
-    return ChangedWhileSavingError.at(url)
-
-
 def error_code(answer: Answer) -> str:
     """The store's own name for an error: from its XML, or Azure's header; empty where there is none."""
     if header := answer.headers.get("x-ms-error-code"):
         return str(header)
     found = _CODE.search(answer.body)
     return found.group(1).decode("utf-8", "replace") if found else ""
+
+
+async def _limited(seconds: float, request: Callable[[], Awaitable[T]]) -> T:
+    with _limit(seconds):
+        return await request()
 
 
 @contextmanager

@@ -161,7 +161,7 @@ class LocalBackend(Backend):
         found = []
         with _translated(self.url(prefix), "list"):
             os.scandir(top).close()  # raises where there is no such directory
-            for directory, _, names in os.walk(top):
+            for directory, _, names in os.walk(top, onerror=_raise_unless_gone):
                 for name in names:
                     path = os.path.join(directory, name)  # noqa: PTH118 - the same
                     with suppress(FileNotFoundError):  # gone meanwhile
@@ -221,6 +221,11 @@ class LocalBackend(Backend):
     def _delete(self, path: str) -> None:
         with _translated(self.url(path), "delete"), suppress(FileNotFoundError):
             os.unlink(path)  # noqa: PTH108 - a path like fsspec's, not a Path
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _modified(result: os.stat_result) -> datetime:

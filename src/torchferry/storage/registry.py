@@ -21,7 +21,6 @@ from fsspec.utils import get_protocol
 from torchferry.engine.cancellation import ThreadPool, in_thread
 from torchferry.errors import (
     BackendNotInstalledError,
-    CheckpointNotFoundError,
     StorageError,
     StoragePermissionError,
     TorchferryError,
@@ -31,6 +30,7 @@ from torchferry.errors import (
 )
 from torchferry.storage.base import Backend
 from torchferry.storage.options import option_names, require_known, unknown_option
+from torchferry.storage.translate import generic_error
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -39,6 +39,7 @@ __all__ = ["ENTRY_POINT_GROUP", "open_backend", "open_backend_async", "protocol_
 
 ENTRY_POINT_GROUP = "torchferry.storage_backends"
 
+_PATIENCE = 0.5  # seconds
 _LOCAL = frozenset({"file", "local"})
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -94,9 +95,13 @@ async def open_backend_async(
     filesystem: AbstractFileSystem | None = None,
     directory: bool = False,
 ) -> tuple[Backend, str]:
-    """:func:`open_backend` in a worker thread."""
+    """:func:`open_backend` in a worker thread.
+
+    A cancel waits 0.5 s for a filesystem that is being made and connects: what comes of it later is dropped.
+    """
     return await in_thread(
-        partial(open_backend, url, storage_options=storage_options, filesystem=filesystem, directory=directory)
+        partial(open_backend, url, storage_options=storage_options, filesystem=filesystem, directory=directory),
+        interrupt=lambda: _PATIENCE,
     )
 
 
@@ -148,8 +153,7 @@ def _translate(url: str, protocol: str, error: Exception) -> TorchferryError:
         hint = f"pip install 'torchferry[{extra}]'" if extra else f"install what fsspec needs for {protocol}://"
         return BackendNotInstalledError(f"{url}: {error}. To use {protocol}:// URLs, {hint}.")
     if isinstance(error, OSError):
-        kind = CheckpointNotFoundError if isinstance(error, FileNotFoundError) else StorageError
-        return kind(error.errno, f"{url}: {error}")
+        return generic_error(f"Cannot open {url}", error)
     if isinstance(error, TypeError | ValueError) and protocol not in _protocols():
         return UnsupportedURLError(
             f"{url}: no filesystem is known for the protocol {protocol!r}. "
