@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, CheckpointKeyError
-from torchferry.formats.graph import OrderedStandIn, children, is_leaf, name_of
+from torchferry.formats.stand_ins import OrderedStandIn, children, is_leaf, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

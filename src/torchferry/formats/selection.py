@@ -18,10 +18,11 @@ from torchferry.errors import (
     CheckpointKeyError,
     UnsafeCheckpointError,
 )
-from torchferry.formats.graph import StandIn, is_transparent_global
+from torchferry.formats.calls import is_transparent_global
 from torchferry.formats.layout import Layout, whole
 from torchferry.formats.picking import missing_keys, pick
 from torchferry.formats.repickle import NotPlainError, repickle
+from torchferry.formats.stand_ins import StandIn
 from torchferry.formats.subset import subset
 from torchferry.printable import printable
 
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
     from torchferry.formats.archive import Archive, Record
-    from torchferry.formats.graph import Graph, StorageRef
+    from torchferry.formats.graph import Graph
     from torchferry.formats.keys import Keys
+    from torchferry.formats.stand_ins import StorageRef
 
 __all__ = [
     "BLOCKED_MODULES",

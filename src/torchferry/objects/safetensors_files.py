@@ -17,10 +17,10 @@ from torchferry.errors import (
 )
 from torchferry.formats.archive import Record
 from torchferry.formats.filling import Found, IncompatibleKeys, Target
-from torchferry.formats.graph import TensorInfo
 from torchferry.formats.layout import Layout, Run
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.picking import missing_keys
+from torchferry.formats.places import TensorInfo
 from torchferry.formats.safetensors import (
     Entry,
 )

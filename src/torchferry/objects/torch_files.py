@@ -18,10 +18,11 @@ from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, Not
 from torchferry.formats.archive import LEGACY_FORMAT, SNIFF_SIZE, sniff
 from torchferry.formats.checksum import Checksums
 from torchferry.formats.filling import Found, IncompatibleKeys, Target
-from torchferry.formats.graph import is_tensor_leaf, place_of, read_graph
+from torchferry.formats.graph import read_graph
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
 from torchferry.formats.picking import leaves, pick
+from torchferry.formats.places import place_of
 from torchferry.formats.repickle import NotPlainError
 from torchferry.formats.selection import (
     Selection,
@@ -32,6 +33,7 @@ from torchferry.formats.selection import (
     select,
     take_from,
 )
+from torchferry.formats.stand_ins import is_tensor_leaf
 from torchferry.formats.torch_hooks import NO_MODES, torch_errors
 from torchferry.manifest import Manifest
 from torchferry.objects.opening import read_archive, read_legacy_format
