@@ -84,8 +84,8 @@ async def fill_safetensors(files: Sequence[File], request: LoadRequest, url: str
     """Fills tensors that exist with those of the same name."""
     chosen = await in_thread(_choose, files, request, url)
     found = {
-        name: Found(torch_dtype(dtype, url), shape, (start, stop))
-        for _, entries in chosen
+        name: Found(torch_dtype(dtype, url), shape, (start, stop), file.name)
+        for file, entries in chosen
         for name, dtype, shape, start, stop in entries
     }
     target.check(found, (), url, strict=request.strict)
