@@ -101,7 +101,13 @@ class _Writer:
         self.out += data
 
     def _put(self, value: Any) -> None:
-        """Puts what is on top of the stack into the memo, as ``value``."""
+        """Puts what is on top of the stack into the memo, as ``value``.
+
+        Raises:
+            NotPlainError: it is there already, as it holds itself; what refers to it would get another value.
+        """
+        if id(value) in self._memo:
+            raise NotPlainError("a value in it that cannot change holds itself")
         self._memo[id(value)] = self._remember()
         self._keep.append(value)
 
