@@ -151,7 +151,7 @@ class Everything:
     others: SimpleNamespace
     frozen: frozenset[Color]
     last: deque[Path]
-    any_frozen: frozenset
+    any_frozen: frozenset  # type: ignore[type-arg]  # as users write it
     sequence: Sequence[Path]
     mapping: Mapping[str, Path]
     either: dict[str, Path] | list[Color]

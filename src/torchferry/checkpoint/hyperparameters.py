@@ -25,9 +25,9 @@ __all__ = ["as_dict", "is_dataclass_instance", "is_named_tuple", "rebuild"]
 
 T = TypeVar("T")
 
-_DATES = frozenset({date, datetime, time})
-_OF_TEXTS = frozenset({Decimal, Fraction, UUID})
-_SAVED_AS = {frozenset: set, deque: list}  # what a container of another kind was saved as
+_DATES: frozenset[type] = frozenset({date, datetime, time})
+_OF_TEXTS: frozenset[type] = frozenset({Decimal, Fraction, UUID})
+_SAVED_AS: dict[type, type] = {frozenset: set, deque: list}  # what a container of another kind was saved as
 
 
 def is_dataclass_instance(value: object) -> bool:

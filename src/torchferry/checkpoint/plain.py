@@ -58,13 +58,22 @@ def _as_dict(value: Any) -> dict[str, Any]:
 
 # By type, and not by isinstance: a subclass can know more than its text says.
 _FORMS: dict[type, Callable[[Any], Any]] = {
-    **dict.fromkeys((PosixPath, PurePosixPath, PureWindowsPath, WindowsPath), str),
-    **dict.fromkeys((Decimal, Fraction, TorchVersion, UUID), str),
-    **dict.fromkeys((date, datetime, time), _as_text),
-    timedelta: _as_seconds,
-    **dict.fromkeys((Namespace, SimpleNamespace), _as_dict),
-    frozenset: set,
+    Decimal: str,
+    Fraction: str,
+    Namespace: _as_dict,
+    PosixPath: str,
+    PurePosixPath: str,
+    PureWindowsPath: str,
+    SimpleNamespace: _as_dict,
+    TorchVersion: str,
+    UUID: str,
+    WindowsPath: str,
+    date: _as_text,
+    datetime: _as_text,
     deque: _as_list,
+    frozenset: set,
+    time: _as_text,
+    timedelta: _as_seconds,
 }
 
 
