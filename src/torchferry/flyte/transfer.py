@@ -108,7 +108,7 @@ def filesystem_for(ctx: FlyteContext, uri: str) -> AbstractFileSystem:
 
 
 def _configured_name(uri: str) -> str:
-    protocol = get_protocol(uri)
+    protocol: str = get_protocol(uri)
     return _ALIASES.get(protocol, protocol)
 
 
