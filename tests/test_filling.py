@@ -63,6 +63,39 @@ def test_a_state_dict_is_filled_and_tensors_of_another_dtype_are_converted(store
     assert all(torch.equal(state[name].float(), tensor.float()) for name, tensor in original.state_dict().items())
 
 
+@pytest.mark.parametrize("like", ["double", "turned"])
+def test_tensors_at_the_same_offset_of_two_files_are_two(tmp_path: Path, like: str) -> None:
+    state = {"a": torch.rand(600, 600), "b": torch.rand(600, 600)}
+    torchferry.save(state, tmp_path / "x.safetensors", max_shard_size=2_000_000)
+    into = {"a": torch.zeros(600, 600), "b": torch.zeros(600, 600)}
+    into["b"] = into["b"].double() if like == "double" else into["b"].T
+    torchferry.load(tmp_path / "x.safetensors.index.json", into=into)
+    assert torch.equal(into["a"], state["a"])
+    assert torch.equal(into["b"].float(), state["b"])
+
+
+def test_two_tensors_of_the_same_bytes_are_filled_each_in_its_own_way(tmp_path: Path) -> None:
+    matrix = torch.rand(600, 600)
+    numbers = torch.randint(0, 120, (2 << 20,), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    state = {
+        "matrix": matrix, "flat": matrix.view(-1), "again": matrix,
+        "e4m3": numbers, "e5m2": numbers.view(torch.float8_e5m2),
+    }  # fmt: skip
+    torch.save(state, tmp_path / "x.pt")
+    into = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    torchferry.load(tmp_path / "x.pt", into=into)
+    for name, tensor in state.items():
+        assert torch.equal(into[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_tensors_made_in_inference_mode_are_filled(stored: tuple[str, nn.Module]) -> None:
+    url, original = stored
+    with torch.inference_mode():
+        module = net()
+        assert torchferry.load(url, into=module) == ([], [])
+    assert equal(module, original)
+
+
 def test_a_module_on_the_meta_device_is_assigned(stored: tuple[str, nn.Module]) -> None:
     url, original = stored
     with torch.device("meta"):

@@ -71,6 +71,43 @@ def test_a_legacy_checkpoint_of_storages_longer_than_itself_is_refused(tmp_path:
         torchferry.load(tmp_path / "x.pt")
 
 
+def shared(kind: str) -> dict[str, Any]:
+    """Containers that hold each other so often that nobody lists all names in them."""
+    value: Any = {"a": 1}
+    for _ in range(100_000 if kind == "deep" else 40):
+        value = {"a": value} if kind == "deep" else [value, value] if kind == "lists" else {"a": value, "b": value}
+    if kind == "cycle":
+        value = {}
+        value["a"] = value
+    return {"x": value, "w": torch.zeros(2)}
+
+
+def dumped(obj: dict[str, Any]) -> bytes:
+    """In the legacy format, which torch loads whole; without recursion, which ends at a depth of 1,000."""
+    if not isinstance(obj["x"], dict) or len(obj["x"]) != 1 or obj["x"]["a"] is obj["x"]:
+        return saved(obj, _use_new_zipfile_serialization=False)
+    data = saved({"x": 5, "w": obj["w"]}, _use_new_zipfile_serialization=False)
+    deep = b"}X\x01\x00\x00\x00a" * 100_000 + b"K\x05" + b"s" * 100_000
+    assert data.count(b"K\x05") == 1
+    return data.replace(b"K\x05", deep)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["lists", "dicts", "deep", "cycle"])
+def test_names_of_a_legacy_checkpoint_are_not_listed_without_end(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(dumped(shared(kind)))
+    into = {"w": torch.ones(2)}
+    with pytest.raises(CheckpointCorruptError, match="names"):
+        torchferry.load(tmp_path / "x.pt", into=into, strict=False)
+    if kind in {"dicts", "cycle"}:
+        with pytest.raises(CheckpointCorruptError, match="names"):
+            torchferry.load(tmp_path / "x.pt", keys="*no")
+    if kind == "deep":
+        with pytest.raises(CheckpointCorruptError):
+            torchferry.load(tmp_path / "x.pt", keys="*no")
+    assert torch.equal(torchferry.load(tmp_path / "x.pt", keys="w")["w"], torch.zeros(2))
+
+
 @pytest.mark.parametrize("name", ["memo index", "nested keys", "shared tuples as key", "600,000 sets"])
 def test_a_hostile_pickle_is_refused_before_it_is_unpickled(name: str) -> None:
     with pytest.raises(CheckpointCorruptError, match=r"^test://x: data\.pkl"):

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
@@ -53,10 +54,30 @@ def test_what_the_library_wrote_is_loaded_and_the_other_way_round(tmp_path: Path
 
 
 def test_what_is_written_is_byte_for_byte_what_the_library_writes(tmp_path: Path) -> None:
-    tensors = {**every_dtype(), "large": torch.rand(700_000), "turned": torch.rand(3, 5).T}
+    tensors = {
+        **every_dtype(),
+        "large": torch.rand(700_000),
+        "turned": torch.rand(3, 5).T,
+        "wide": torch.rand(900, 2000).T,
+    }
     torchferry.save(tensors, tmp_path / "x.safetensors")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     assert (tmp_path / "x.safetensors").read_bytes() == save(contiguous, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("past_torch", [False, True])
+def test_a_tensor_that_changes_while_it_is_saved_is_noticed(tmp_path: Path, past_torch: bool) -> None:
+    tensor = torch.rand(5 << 20)
+
+    class Changing(fsspec.callbacks.Callback):
+        def relative_update(self, inc: int = 1) -> None:
+            del inc
+            (tensor.data if past_torch else tensor).add_(1)
+
+    torchferry.save({"a": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(torchferry.ChangedWhileSavingError, match=r"x\.safetensors.*save_in_background"):
+        torchferry.save({"a": tensor}, tmp_path / "x.safetensors", callback=Changing())
+    assert torchferry.load(tmp_path / "x.safetensors")["a"].shape == (1,)
 
 
 def test_the_url_tells_how_to_save_and_the_content_how_to_load(tmp_path: Path) -> None:

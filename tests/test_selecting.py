@@ -121,6 +121,17 @@ def test_what_weights_only_refuses_elsewhere_does_not_matter(tmp_path: Path) -> 
     assert type(torchferry.load(tmp_path / "x.pt", keys="config", weights_only=False)["config"]) is Refused
 
 
+def test_a_tuple_that_holds_itself_is_taken_as_it_is(tmp_path: Path) -> None:
+    inner: list[Any] = []
+    inner.append((inner,))
+    original = {"part": {"t": inner[0], "name": "fresh", "again": inner[0], "last": "x"}, "w": torch.ones(2)}
+    torch.save(original, tmp_path / "x.pt")
+    part = torchferry.load(tmp_path / "x.pt", keys="part", weights_only=False)["part"]
+    assert part["again"] is part["t"]
+    assert part["t"][0][0] is part["t"]
+    assert (part["name"], part["last"]) == ("fresh", "x")
+
+
 def test_the_weights_of_a_pickled_module_load_without_its_class(tmp_path: Path) -> None:
     torch.save({"module": model()}, tmp_path / "x.pt")
     names = [tensor.key for tensor in torchferry.inspect(tmp_path / "x.pt").tensors]

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     )
     from torchferry.formats.archive import Record
     from torchferry.formats.filling import IncompatibleKeys
-    from torchferry.formats.graph import TensorInfo
+    from torchferry.formats.places import TensorInfo
     from torchferry.loading import inspect, inspect_async, load, load_async, verify, verify_async
     from torchferry.manager import CheckpointManager
     from torchferry.manifest import Manifest
@@ -83,7 +83,7 @@ _MODULES = {
         "UnsupportedOptionError",
         "UnsupportedURLError",
     ),
-    "torchferry.formats.graph": ("TensorInfo",),
+    "torchferry.formats.places": ("TensorInfo",),
     "torchferry.formats.filling": ("IncompatibleKeys",),
     "torchferry.manifest": ("Manifest",),
     "torchferry.loading": (

@@ -10,7 +10,7 @@ from torchferry.engine.html import html_table
 
 if TYPE_CHECKING:
     from torchferry.formats.archive import Record
-    from torchferry.formats.graph import TensorInfo
+    from torchferry.formats.places import TensorInfo
 
 __all__ = ["Manifest", "PlainValue"]
 

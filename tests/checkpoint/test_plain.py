@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import enum
 import io
-from collections import OrderedDict
-from collections.abc import Callable
+from argparse import Namespace
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, NamedTuple
+from types import SimpleNamespace
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
+from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -18,6 +23,8 @@ import torch
 from torchferry.checkpoint import LoadedCheckpoint, PyTorchCheckpoint
 from torchferry.checkpoint.content import content_of, loadable
 from torchferry.errors import CheckpointValueError
+
+T = TypeVar("T")
 
 
 class Color(enum.Enum):
@@ -88,6 +95,14 @@ WHEN = datetime(2026, 5, 4, 3, 2, 1, 7, tzinfo=timezone(timedelta(hours=2)))
         (datetime(2026, 1, 1, tzinfo=UTC), "2026-01-01T00:00:00+00:00"),
         (date(2026, 1, 2), "2026-01-02"),
         (time(1, 2), "01:02:00"),
+        (timedelta(hours=1, microseconds=1), 3600.000001),
+        (UUID(int=5), "00000000-0000-0000-0000-000000000005"),
+        (Decimal("0.10"), "0.10"),
+        (Fraction(1, 3), "1/3"),
+        (Namespace(lr=0.1), {"lr": 0.1}),
+        (SimpleNamespace(where=Path("a")), {"where": "a"}),
+        (frozenset({1, 2}), {1, 2}),
+        (deque([1, Path("b")]), [1, "b"]),
         (Shape(3), {"width": 3, "name": "x"}),
         (Inner(Color.BLUE, Shape(4)), {"color": "blue", "shape": {"width": 4, "name": "x"}}),
     ],
@@ -100,6 +115,12 @@ def test_a_small_object_becomes_a_plain_value_anywhere(value: Any, plain: Any) -
     assert type(loaded["ordered"]) is OrderedDict
     assert type(loaded["a"]) is type(plain)
     assert given["nested"][1][0] is value  # the user's own containers stay as they are
+
+
+@dataclass
+class Box(Generic[T]):
+    path: Path
+    content: T
 
 
 @dataclass
@@ -122,6 +143,19 @@ class Everything:
     pair: tuple[Color, ...]
     chosen: set[Color]
     named: dict[Color, Shape]
+    took: timedelta
+    run: UUID
+    price: Decimal
+    share: Fraction
+    options: Namespace
+    others: SimpleNamespace
+    frozen: frozenset[Color]
+    last: deque[Path]
+    any_frozen: frozenset  # type: ignore[type-arg]  # as users write it
+    sequence: Sequence[Path]
+    mapping: Mapping[str, Path]
+    either: dict[str, Path] | list[Color]
+    generic: Box[Path]
     derived: Color = field(default=Color.RED, init=False)
 
 
@@ -129,7 +163,9 @@ def test_a_dataclass_comes_back_whole() -> None:
     everything = Everything(
         Color.RED, Level.LOW, Kind.ADAM, Bits.A | Bits.B, Where.HERE, Path("/p"), WHEN, date(2026, 1, 2), time(1, 2),
         Shape(3), Inner(Color.BLUE, Shape(4)), Color.BLUE, "text", Path("n"), [Path("a"), Path("b")],
-        (Color.RED, Color.BLUE), {Color.RED}, {Color.RED: Shape(5)},
+        (Color.RED, Color.BLUE), {Color.RED}, {Color.RED: Shape(5)}, timedelta(days=1, microseconds=3), UUID(int=3),
+        Decimal("0.10"), Fraction(1, 3), Namespace(lr=0.1), SimpleNamespace(lr=0.1), frozenset({Color.RED}),
+        deque([Path("a")]), frozenset({1}), [Path("a")], {"a": Path("a")}, [Color.RED], Box(Path("a"), 1),
     )  # fmt: skip
     everything.derived = Color.BLUE
     rebuilt = LoadedCheckpoint(stored(everything)).hyperparameters_as(Everything)
@@ -150,6 +186,15 @@ def test_a_value_that_its_enum_or_date_does_not_have_is_a_type_error() -> None:
         LoadedCheckpoint({"color": "green"}).hyperparameters_as(Config)
     with pytest.raises(TypeError, match="'soon' is no date in ISO format"):
         LoadedCheckpoint({"when": "soon"}).hyperparameters_as(Config)
+
+
+def test_a_deque_with_a_bound_and_a_very_long_timedelta_are_left_to_be_refused() -> None:
+    for value in (deque([1], maxlen=3), timedelta(days=365 * 900, microseconds=1)):
+        assert loadable({"a": value}).refused is not None
+
+
+def test_torchs_version_is_stored_as_a_text_that_every_torch_reads() -> None:
+    assert str(stored({"torch": torch.__version__})["torch"]) == str(torch.__version__)
 
 
 def make_numpy() -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from fsspec.callbacks import Callback
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -234,6 +235,21 @@ def test_the_stock_async_save_uses_the_writer_as_its_stager(tmp_path: Path) -> N
     save.result()
     writer.close()
     assert torchferry.load(tmp_path)["a"].unique().tolist() == [1]
+
+
+def test_a_tensor_that_changes_while_it_is_saved_is_noticed(tmp_path: Path) -> None:
+    ferry.save(STATE, tmp_path)
+    tensors = [torch.zeros(4 << 20), torch.zeros(3)]
+
+    class Changing(Callback):
+        def relative_update(self, inc: int = 1) -> None:
+            del inc
+            for tensor in tensors:
+                tensor.add_(1)
+
+    with pytest.raises(torchferry.ChangedWhileSavingError, match="Nothing was stored"):
+        ferry.save({"a": tensors}, tmp_path, callback=Changing())
+    check(torchferry.load(tmp_path))
 
 
 @pytest.mark.parametrize("count", [16])

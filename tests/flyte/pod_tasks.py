@@ -13,7 +13,7 @@ from flytekit.extras.pytorch import PyTorchCheckpoint
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from torchferry import LoadOptions
-from torchferry.flyte import task_checkpoint
+from torchferry.flyte import task_checkpoints
 
 
 @task
@@ -104,13 +104,14 @@ def train_in_ranks(steps: int) -> PyTorchCheckpoint:
 @task
 def resumes(steps: int) -> list[int]:
     """Killed at its third step, in the first attempt."""
-    place = task_checkpoint()
-    loaded = place.load()
-    first = 0 if loaded is None else int(loaded["step"])
-    for step in range(first, steps):
-        place.save(PyTorchCheckpoint(torch.nn.Linear(4, 4), {"step": step + 1}))
-        if loaded is None and step == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+    with task_checkpoints(max_to_keep=1) as checkpoints:
+        loaded = checkpoints.resume()
+        first = 0 if loaded is None else int(loaded["step"])
+        for step in range(first, steps):
+            checkpoints.save(step + 1, PyTorchCheckpoint(torch.nn.Linear(4, 4), {"step": step + 1}))
+            if loaded is None and step == 2:
+                checkpoints.wait_until_finished()
+                os.kill(os.getpid(), signal.SIGKILL)
     return [first, steps]
 
 

@@ -9,8 +9,7 @@ import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from decimal import Decimal
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Optional
 
@@ -20,6 +19,8 @@ import pytest
 import torch
 from checkpoints import Progress, make_checkpoint, sandbox_files, stored_files
 from flytekit import FlyteContext
+from flytekit.configuration import DataConfig
+from flytekit.core.data_persistence import FileAccessProvider
 from flytekit.core.type_engine import TypeEngine, TypeTransformerFailedError
 from flytekit.models.core.types import BlobType
 from flytekit.models.literals import Binary, Literal, Primitive, Scalar
@@ -32,6 +33,7 @@ import torchferry.flyte.checkpoint as module
 from torchferry import LoadOptions, SaveOptions
 from torchferry.checkpoint import transfer
 from torchferry.flyte import LoadedCheckpoint, PyTorchCheckpoint, PyTorchCheckpointTransformer
+from torchferry.flyte.transfer import filesystem_for
 from torchferry.flyte.values import FlytekitCheckpoint
 
 transformer = PyTorchCheckpointTransformer()
@@ -396,16 +398,20 @@ class Plain:
     pass
 
 
+class Words(str):
+    __slots__ = ()
+
+
 @pytest.mark.parametrize(
     ("hyperparameters", "path", "kind"),
     [
-        ({"when": timedelta(1)}, "Hyperparameter 'when'", "datetime.timedelta"),
-        ({"a": [1, {"what": Decimal(1)}]}, r"Hyperparameter 'a'\[1\]\['what'\]", "decimal.Decimal"),
+        ({"steps": range(3)}, "Hyperparameter 'steps'", "range"),
+        ({"a": [1, {"what": Words("x")}]}, r"Hyperparameter 'a'\[1\]\['what'\]", "Words"),
         ({"h": {"x": Hyper(1, Plain())}}, r"Hyperparameter 'h'\['x'\]\['loss'\]", "Plain"),
         ({"o": Plain()}, "Hyperparameter 'o'", "Plain"),
-        ({"f": frozenset({1})}, "Hyperparameter 'f'", "frozenset"),
+        ({"s": slice(1)}, "Hyperparameter 's'", "slice"),
     ],
-    ids=["timedelta", "nested Decimal", "object in a NamedTuple", "object", "frozenset"],
+    ids=["range", "nested str of a class", "object in a NamedTuple", "object", "slice"],
 )
 def test_hyperparameters_that_could_not_be_loaded_are_an_error_and_the_checkpoint_is_stored(
     s3_context: FlyteContext, hyperparameters: dict[str, Any], path: str, kind: str
@@ -574,6 +580,16 @@ def test_s3a_is_the_s3_that_flytekit_is_configured_for(s3_context: FlyteContext,
     literal = save(s3_context, checkpoint)
     literal.scalar.blob._uri = literal.scalar.blob.uri.replace("s3://", "s3a://")
     assert load(s3_context, literal)["epochs"] == 3
+
+
+def test_az_is_the_azure_that_flytekit_is_configured_for(
+    context: FlyteContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLYTE_AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("FLYTE_AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
+    access = FileAccessProvider(context.file_access.local_sandbox_dir, "/tmp/raw", DataConfig.auto())
+    configured = context.with_file_access(access).build()
+    assert filesystem_for(configured, "az://c/x").account_name == "account"
 
 
 def test_a_checkpoint_pickles(checkpoint: PyTorchCheckpoint) -> None:

@@ -10,7 +10,7 @@ import flyte
 import torch
 
 from torchferry import LoadOptions
-from torchferry.flyte2 import PyTorchCheckpoint, task_checkpoint
+from torchferry.flyte2 import PyTorchCheckpoint, task_checkpoints
 
 env = flyte.TaskEnvironment(name="pod")
 
@@ -34,11 +34,12 @@ async def refuse(steps: int) -> PyTorchCheckpoint:
 @env.task
 async def resumes(steps: int) -> list[int]:
     """Killed at its third step, in the first attempt."""
-    place = task_checkpoint()
-    loaded = await place.load_async()
-    first = 0 if loaded is None else int(loaded["step"])
-    for step in range(first, steps):
-        await place.save_async(PyTorchCheckpoint(torch.nn.Linear(4, 4), {"step": step + 1}))
-        if loaded is None and step == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+    async with task_checkpoints(max_to_keep=1) as checkpoints:
+        loaded = await checkpoints.resume_async()
+        first = 0 if loaded is None else int(loaded["step"])
+        for step in range(first, steps):
+            await checkpoints.save_async(step + 1, PyTorchCheckpoint(torch.nn.Linear(4, 4), {"step": step + 1}))
+            if loaded is None and step == 2:
+                await checkpoints.wait_until_finished_async()
+                os.kill(os.getpid(), signal.SIGKILL)
     return [first, steps]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import Runs
 
-from torchferry.flyte2 import PyTorchCheckpoint, task_checkpoint, task_checkpoints
+from torchferry.flyte2 import PyTorchCheckpoint, task_checkpoints
 
 env = flyte.TaskEnvironment(name="attempts")
 
@@ -17,21 +17,21 @@ def test_the_next_attempt_goes_on_from_what_this_one_saved(runs: Runs) -> None:
 
     @env.task(retries=2)
     async def resumes(steps: int) -> int:
-        place = task_checkpoint()
         module = torch.nn.Linear(2, 2)
-        loaded = await place.load_async()
-        step = 0 if loaded is None else int(loaded.restore(module=module)["step"])
-        begun.append(step)
-        while step < steps:
-            step += 1
-            await place.save_async(PyTorchCheckpoint(module, {"step": step}))
-            if step == 2 * len(begun):
-                raise ConnectionError("killed")
+        async with task_checkpoints(max_to_keep=1) as checkpoints:
+            loaded = await checkpoints.resume_async()
+            step = 0 if loaded is None else int(loaded.restore(module=module)["step"])
+            begun.append(step)
+            while step < steps:
+                step += 1
+                await checkpoints.save_async(step, PyTorchCheckpoint(module, {"step": step}))
+                if step == 2 * len(begun):
+                    raise ConnectionError("killed")
         return step
 
     @env.task
     async def main() -> int:
-        assert await task_checkpoint().load_async() is None  # another task's is not its own
+        assert await task_checkpoints().resume_async() is None  # another task's is not its own
         return await resumes(5)
 
     assert runs(main) == 5
@@ -39,7 +39,7 @@ def test_the_next_attempt_goes_on_from_what_this_one_saved(runs: Runs) -> None:
     assert len(runs.stored()) == 1
 
 
-def test_a_series_goes_on_too(runs: Runs) -> None:
+def test_a_task_returns_what_it_saved_last_without_a_second_upload(runs: Runs) -> None:
     begun: list[int | None] = []
 
     @env.task(retries=1)
@@ -65,4 +65,4 @@ def test_a_series_goes_on_too(runs: Runs) -> None:
 
 def test_outside_of_tasks_there_is_none() -> None:
     with pytest.raises(RuntimeError, match="inside a task"):
-        task_checkpoint()
+        task_checkpoints()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import io
 import typing
 from dataclasses import dataclass
@@ -359,6 +360,33 @@ def test_modules_are_values_of_tasks(runs: Runs) -> None:
     assert [uri.rsplit("/", 1)[1] for uri in runs.stored()] == ["module.pt"]
 
 
+class Odd(Net):
+    extra: Any = None
+
+
+class Extended:
+    """Pickled by a number that only this process knows: torchferry does not look into such a pickle."""
+
+
+def test_a_module_that_nobody_looks_into_is_stored_and_loaded_all_the_same(runs: Runs) -> None:
+    copyreg.add_extension(__name__, "Extended", 240)
+
+    @env.task
+    async def make_odd() -> Odd:
+        net = Odd()
+        net.extra = Extended
+        return net
+
+    @env.task
+    async def main() -> bool:
+        return (await make_odd()).extra is Extended
+
+    try:
+        assert runs(main) is True
+    finally:
+        copyreg.remove_extension(__name__, "Extended", 240)
+
+
 def test_tensors_are_values_of_tasks(runs: Runs) -> None:
     @env.task
     async def make_tensors() -> tuple[torch.Tensor, list[torch.Tensor], dict[str, torch.Tensor]]:
@@ -379,13 +407,15 @@ def test_cached_tasks_find_tensors_by_their_content(runs: Runs) -> None:
     calls: list[int] = []
 
     @env.task(cache=flyte.Cache(behavior="auto", version_override="1"))
-    async def cached(tensor: torch.Tensor) -> int:
+    async def cached(tensor: torch.Tensor, maybe: Optional[torch.Tensor]) -> int:  # noqa: UP045
         calls.append(1)
+        assert maybe is not None
         return len(tensor)
 
     @env.task
     async def main() -> int:
-        return await cached(torch.ones(3)) + await cached(torch.ones(3))
+        first = await cached(torch.ones(3), torch.ones(1))
+        return first + await cached(torch.ones(3), torch.ones(1))
 
     assert runs(main) == 6
     assert len(calls) == 1

@@ -167,6 +167,18 @@ def test_a_folder_is_sent_though_the_trainer_deletes_it_meanwhile(
     assert fetch_latest(tmp_path / "copy", tmp_path / "third") == str(tmp_path / "third" / "checkpoint-6")
 
 
+def test_a_file_that_is_a_symbolic_link_is_sent(tmp_path: Path) -> None:
+    class Linking(TorchferryCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            (folder.parent / "shared.txt").write_text("shared")
+            (folder / "linked.txt").symlink_to(Path("..", "shared.txt"))
+            super().on_save(args, state, control, **more)
+
+    train(tmp_path / "here", Linking(tmp_path / "there"), 2)
+    assert (tmp_path / "there" / "checkpoint-2" / "linked.txt").read_text() == "shared"
+
+
 def test_a_list_of_files_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
     manifest = tmp_path / "run" / "checkpoint-1" / "torchferry.json"
@@ -174,6 +186,10 @@ def test_a_list_of_files_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
         '{"files": {"../out": 0}}',
         '{"files": {"/out": 0}}',
         '{"files": {"a/../../out": 0}}',
+        '{"files": {"a\\u0000": 0}}',
+        '{"files": {"a": 0, "a/b": 0}}',
+        '{"files": {"a": -1}}',
+        '{"files": ' + "[" * 100_000,
         "{}",
         "[1",
         "1",

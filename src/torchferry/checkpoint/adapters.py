@@ -8,7 +8,7 @@ from typing import Any
 
 from torchferry.errors import CheckpointValueError
 
-__all__ = ["Adapter", "current_adapter", "refusal", "register_adapter"]
+__all__ = ["Adapter", "current_adapter", "message_of", "refusal", "register_adapter", "type_name"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +50,13 @@ def refusal(message: str) -> CheckpointValueError:
     """The error for what cannot be a checkpoint: of the kind that users of the current SDK would catch."""
     adapter = current_adapter()
     return CheckpointValueError(message) if adapter is None else adapter.refusal(message)
+
+
+def message_of(error: BaseException) -> str:
+    """What an error says; never empty."""
+    return repr(error) if isinstance(error, SystemExit) else str(error) or type(error).__name__
+
+
+def type_name(t: Any) -> str:
+    """What a type, or an annotation, is called in messages."""
+    return getattr(t, "__qualname__", None) or str(t)

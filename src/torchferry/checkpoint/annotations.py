@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import fields
 from functools import reduce
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from torchferry.checkpoint.adapters import refusal
 from torchferry.options import LoadOptions, SaveOptions
 
-__all__ = ["options_of"]
+__all__ = ["options_of", "without_annotations"]
 
 OptionsT = TypeVar("OptionsT", LoadOptions, SaveOptions)
 
@@ -25,6 +25,11 @@ def options_of(t: Any, kind: type[OptionsT]) -> OptionsT:
     """
     found = [annotation for annotation in getattr(t, "__metadata__", ()) if isinstance(annotation, kind)]
     return reduce(_join, found, kind())
+
+
+def without_annotations(t: Any) -> Any:
+    """The type that is annotated, if it is."""
+    return get_args(t)[0] if hasattr(t, "__metadata__") else t
 
 
 def _join(first: OptionsT, second: OptionsT) -> OptionsT:

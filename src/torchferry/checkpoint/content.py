@@ -16,7 +16,7 @@ from torchferry.checkpoint.values import MODULE_KEY, OPTIMIZER_KEY, LoadedCheckp
 from torchferry.errors import CheckpointValueError
 from torchferry.formats.torch_hooks import torch_load, torch_save
 
-__all__ = ["Loadable", "content_of", "loadable"]
+__all__ = ["Loadable", "content_of", "loadable", "prepared"]
 
 
 def content_of(checkpoint: PyTorchCheckpoint) -> dict[str, Any]:
@@ -71,6 +71,20 @@ class Loadable:
         return refusal(
             f"{self.refused} The checkpoint is stored all the same{without}: torchferry.load({uri!r}{trust}) reads it."
         )
+
+
+def prepared(checkpoint: Any, *, trusted: bool = False) -> Loadable:
+    """What to save of a checkpoint. Calls ``state_dict()`` as :func:`content_of`: run it in a worker thread.
+
+    Args:
+        checkpoint: As for :func:`content_of`.
+        trusted: Whether it will be loaded with ``weights_only=False``, which takes everything.
+
+    Raises:
+        CheckpointValueError: as :func:`content_of` and :func:`loadable` do.
+    """
+    content = content_of(checkpoint)
+    return Loadable(content) if trusted else loadable(content)
 
 
 def loadable(content: dict[str, Any]) -> Loadable:

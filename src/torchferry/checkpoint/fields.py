@@ -19,9 +19,9 @@ from torchferry.options import LoadOptions, SaveOptions
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["JSON_SCHEMA", "load_field", "register_fields", "save_field"]
+__all__ = ["describes_checkpoint", "load_field", "path_in", "register_fields", "save_field"]
 
-JSON_SCHEMA: dict[str, Any] = {
+_JSON_SCHEMA: dict[str, Any] = {
     "title": "PyTorchCheckpoint",
     "type": "object",
     "properties": {"path": {"type": "string", "title": "Path"}},
@@ -48,9 +48,21 @@ def load_field(t: Any, value: Any) -> Any:
     Raises:
         CheckpointValueError: ``value`` is not what :func:`save_field` returns. Other errors are the SDK's.
     """
-    if not isinstance(value, Mapping) or not isinstance(value.get("path"), str):
+    path = path_in(value)
+    if path is None:
         raise refusal(f"A checkpoint's field is saved as its path; this is not: {value!r}.")
-    return _adapter().load(t, value["path"])
+    return _adapter().load(t, path)
+
+
+def path_in(value: Any) -> str | None:
+    """The URI in what :func:`save_field` returned; None for what it did not return."""
+    path = value.get("path") if isinstance(value, Mapping) else None
+    return path if isinstance(path, str) else None
+
+
+def describes_checkpoint(schema: Any) -> bool:
+    """Whether a part of the JSON schema of a dataclass or model is that of a checkpoint: Flyte guesses types by it."""
+    return isinstance(schema, dict) and all(schema.get(key) == _JSON_SCHEMA[key] for key in ("title", "required"))
 
 
 def register_fields(checkpoint_type: type) -> None:
@@ -60,7 +72,7 @@ def register_fields(checkpoint_type: type) -> None:
         checkpoint_type: What mashumaro takes for a checkpoint, subclasses included. pydantic asks the class of
             the field, which is always ours.
     """
-    mashumaro_hooks.register_field(checkpoint_type, save_field, load_field, JSON_SCHEMA)
+    mashumaro_hooks.register_field(checkpoint_type, save_field, load_field, _JSON_SCHEMA)
     # pydantic finds the schema of a type in the type, and asks what annotates it for another one.
     for options in (LoadOptions, SaveOptions):
         options.__get_pydantic_core_schema__ = _annotated_schema  # type: ignore[union-attr]
@@ -96,7 +108,7 @@ def _annotated_schema(self: LoadOptions | SaveOptions, source: Any, handler: Cal
 
 
 def _json_schema(_schema: Any, _handler: Any) -> dict[str, Any]:
-    return dict(JSON_SCHEMA)
+    return dict(_JSON_SCHEMA)
 
 
 def _validate(t: Any, value: Any) -> Any:

@@ -1,24 +1,33 @@
 """Hyperparameters: dataclasses and NamedTuples become the dicts that are saved, and are rebuilt from them.
 
-So is what :mod:`torchferry.checkpoint.plain` made plain: members of enums, paths, dates, numpy's scalars.
+So is what :mod:`torchferry.checkpoint.plain` made plain: members of enums, paths, dates, numpy's scalars and others.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+from argparse import Namespace
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from datetime import date, datetime, time
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal, InvalidOperation
 from enum import Enum
+from fractions import Fraction
 from pathlib import PurePath
-from types import UnionType
+from types import SimpleNamespace, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from uuid import UUID
 
 __all__ = ["as_dict", "is_dataclass_instance", "is_named_tuple", "rebuild"]
 
 T = TypeVar("T")
+
+_DATES: frozenset[type] = frozenset({date, datetime, time})
+_OF_TEXTS: frozenset[type] = frozenset({Decimal, Fraction, UUID})
+_SAVED_AS: dict[type, type] = {frozenset: set, deque: list}  # what a container of another kind was saved as
 
 
 def is_dataclass_instance(value: object) -> bool:
@@ -57,7 +66,7 @@ def rebuild(cls: type[T], values: Mapping[str, Any]) -> T:
     """Makes a ``cls`` from the values of its fields.
 
     The types of the fields say what becomes of their values, in lists, tuples, sets and dicts too: dataclasses and
-    NamedTuples are rebuilt, and so are members of enums, paths, dates and numpy's scalars.
+    NamedTuples are rebuilt, and so is what :mod:`torchferry.checkpoint.plain` made plain.
 
     Raises:
         TypeError: ``cls`` is neither a dataclass nor a NamedTuple, or ``values`` lacks a field without a default or
@@ -101,15 +110,28 @@ def _convert(hint: Any, value: Any) -> Any:
         converted = _convert_first(arguments, value)
     elif isinstance(hint, type) and origin is None:
         converted = _convert_to(hint, value)
-    elif type(value) in {list, set} and arguments:
-        converted = type(value)(_convert(arguments[0], item) for item in value)
-    elif type(value) is tuple and arguments:
-        hints = arguments if len(arguments) == len(value) and Ellipsis not in arguments else arguments[:1] * len(value)
-        converted = tuple(_convert(item_hint, item) for item_hint, item in zip(hints, value, strict=True))
-    elif type(value) is dict and arguments:
-        key_hint, item_hint = arguments[0], arguments[-1]
-        converted = {_convert(key_hint, key): _convert(item_hint, item) for key, item in value.items()}
+    elif isinstance(origin, type) and is_dataclass(origin):  # a generic one, with its arguments
+        converted = _convert_to(origin, value)
+    elif isinstance(origin, type) and arguments:
+        converted = _convert_container(origin, arguments, value)
     return converted
+
+
+def _convert_container(kind: Any, arguments: tuple[Any, ...], value: Any) -> Any:
+    """The items as the arguments of a hint, such as ``list[Path]`` or ``Mapping[str, Path]``, say."""
+    given = type(value)
+    saved_as = _SAVED_AS.get(kind, kind)
+    if given not in {dict, list, set, tuple} or not issubclass(given, saved_as):
+        return value
+    if given is dict:
+        if len(arguments) != 2:  # noqa: PLR2004 - of the keys and of the items
+            return value
+        return {_convert(arguments[0], key): _convert(arguments[1], item) for key, item in value.items()}
+    if given is tuple:
+        hints = arguments if len(arguments) == len(value) and Ellipsis not in arguments else arguments[:1] * len(value)
+        return tuple(_convert(item_hint, item) for item_hint, item in zip(hints, value, strict=True))
+    items = [_convert(arguments[0], item) for item in value]
+    return kind(items) if kind in _SAVED_AS else given(items)
 
 
 def _convert_to(cls: Any, value: Any) -> Any:
@@ -118,12 +140,18 @@ def _convert_to(cls: Any, value: Any) -> Any:
         pass
     elif isinstance(value, Mapping) and (is_dataclass(cls) or hasattr(cls, "_fields")):
         converted = rebuild(cls, value)
+    elif isinstance(value, Mapping) and cls in {Namespace, SimpleNamespace}:
+        converted = cls(**value)
     elif issubclass(cls, Enum):
         converted = _member(cls, value)
     elif isinstance(value, str) and issubclass(cls, PurePath):
         converted = cls(value)
-    elif isinstance(value, str) and cls in {date, datetime, time}:
+    elif isinstance(value, str) and cls in _DATES | _OF_TEXTS:
         converted = _from_text(cls, value)
+    elif isinstance(value, int | float) and cls is timedelta:
+        converted = timedelta(seconds=value)
+    elif type(value) is _SAVED_AS.get(cls):
+        converted = cls(value)
     elif (numpy := sys.modules.get("numpy")) and issubclass(cls, numpy.generic):
         with suppress(TypeError):  # np.floating and other kinds of numbers have no values of their own
             converted = cls(value)
@@ -144,9 +172,10 @@ def _member(cls: type[Enum], value: Any) -> Enum:
 
 def _from_text(cls: Any, value: str) -> Any:
     try:
-        return cls.fromisoformat(value)
-    except ValueError as error:
-        raise TypeError(f"{value!r} is no {cls.__qualname__} in ISO format.") from error
+        return cls.fromisoformat(value) if cls in _DATES else cls(value)
+    except (ValueError, InvalidOperation, ZeroDivisionError) as error:
+        kind = f"{cls.__qualname__} in ISO format" if cls in _DATES else cls.__qualname__
+        raise TypeError(f"{value!r} is no {kind}.") from error
 
 
 def _convert_first(hints: tuple[Any, ...], value: Any) -> Any:

@@ -1,22 +1,29 @@
 """Plain values in place of small objects that ``torch.load(weights_only=True)`` refuses, where they say the same.
 
-numpy's scalars become Python's numbers and strings, members of enums their values, paths and dates their texts,
-NamedTuples and dataclasses dicts. ``LoadedCheckpoint.hyperparameters_as`` turns them back, by the types of the fields.
+numpy's scalars become Python's numbers and strings; members of enums their values; paths, dates, decimals, fractions,
+UUIDs and torch's version their texts; a timedelta its seconds; NamedTuples, dataclasses and namespaces dicts; a
+frozenset a set, a deque a list. ``LoadedCheckpoint.hyperparameters_as`` turns them back, by the types of the fields.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import Counter, OrderedDict
+from argparse import Namespace
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from copy import copy
 from dataclasses import fields
-from datetime import date, datetime, time, timezone
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
 from enum import Enum
+from fractions import Fraction
 from pathlib import PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
+from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import torch
+from torch.torch_version import TorchVersion
 
 from torchferry.checkpoint.hyperparameters import is_dataclass_instance, is_named_tuple
 
@@ -29,9 +36,45 @@ LEAVES = frozenset({
 })  # fmt: skip
 CONTAINERS = frozenset({Counter, OrderedDict, dict, list, set, tuple})
 
+
+def _as_text(value: Any) -> Any:
+    # The offset of a time zone is in the text; the name of a zone with summer time, and which 2:30 it was, are not.
+    zone = getattr(value, "tzinfo", None)
+    return value if getattr(value, "fold", 0) or not isinstance(zone, timezone | None) else value.isoformat()
+
+
+def _as_seconds(value: timedelta) -> Any:
+    seconds = value.total_seconds()  # exact to 2**53 microseconds, which are 285 years
+    return seconds if timedelta(seconds=seconds) == value else value
+
+
+def _as_list(value: deque[Any]) -> Any:
+    return list(value) if value.maxlen is None else value
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    return dict(vars(value))
+
+
 # By type, and not by isinstance: a subclass can know more than its text says.
-_PATHS = frozenset({PosixPath, PurePosixPath, PureWindowsPath, WindowsPath})
-_DATES = frozenset({date, datetime, time})
+_FORMS: dict[type, Callable[[Any], Any]] = {
+    Decimal: str,
+    Fraction: str,
+    Namespace: _as_dict,
+    PosixPath: str,
+    PurePosixPath: str,
+    PureWindowsPath: str,
+    SimpleNamespace: _as_dict,
+    TorchVersion: str,
+    UUID: str,
+    WindowsPath: str,
+    date: _as_text,
+    datetime: _as_text,
+    deque: _as_list,
+    frozenset: set,
+    time: _as_text,
+    timedelta: _as_seconds,
+}
 
 
 def plain_number(value: Any) -> Any:
@@ -51,10 +94,8 @@ def plain_form(value: Any) -> Any:
     form = value
     if isinstance(value, Enum):
         form = value.value
-    elif type(value) in _PATHS:
-        form = str(value)
-    elif type(value) in _DATES:
-        form = _as_text(value)
+    elif (make := _FORMS.get(type(value))) is not None:
+        form = make(value)
     elif is_named_tuple(value):
         form = value._asdict()
     elif is_dataclass_instance(value):
@@ -137,12 +178,6 @@ class _Converter:
     def _remember(self, value: Any, result: Any) -> Any:
         self._done[id(value)] = value, result
         return result
-
-
-def _as_text(value: Any) -> Any:
-    # The offset of a time zone is in the text; the name of a zone with summer time, and which 2:30 it was, are not.
-    zone = getattr(value, "tzinfo", None)
-    return value if getattr(value, "fold", 0) or not isinstance(zone, timezone | None) else value.isoformat()
 
 
 def _is_hashable(value: Any) -> bool:

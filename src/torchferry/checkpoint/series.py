@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from torchferry.checkpoint.content import content_of, loadable
+from torchferry.checkpoint.content import prepared
 from torchferry.checkpoint.values import LoadedCheckpoint, PyTorchCheckpoint, remember_place
 from torchferry.engine.cancellation import in_thread
 from torchferry.errors import CheckpointNotFoundError, CheckpointValueError
@@ -98,8 +98,8 @@ class TaskCheckpoints(CheckpointManager):
         return None
 
     def _content(self, step: int, checkpoint: PyTorchCheckpoint) -> tuple[Any, CheckpointValueError | None]:
-        prepared = loadable(content_of(checkpoint))
-        return prepared.content, prepared.error(self._place(step))
+        ready = prepared(checkpoint)
+        return ready.content, ready.error(self._place(step))
 
     def _saved(self, step: int, checkpoint: PyTorchCheckpoint, saved: bool, error: CheckpointValueError | None) -> bool:
         if saved:

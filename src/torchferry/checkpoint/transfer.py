@@ -5,20 +5,24 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from fsspec.utils import get_protocol
+
 from torchferry.checkpoint.devices import default_map_location
-from torchferry.errors import CheckpointCorruptError
+from torchferry.errors import CheckpointCorruptError, StoragePermissionError
 from torchferry.loading import load_async
 from torchferry.saving import save_async
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from fsspec import AbstractFileSystem
 
     from torchferry.engine.transfer import TransferReport
     from torchferry.options import LoadOptions, SaveOptions
 
-__all__ = ["load_content", "save_content"]
+__all__ = ["load_content", "or_anonymously", "save_content"]
+
+_ANONYMOUS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"})  # stores that have public data
 
 _logger = logging.getLogger("torchferry")
 
@@ -86,6 +90,29 @@ async def load_content(uri: str, options: LoadOptions, *, filesystem: AbstractFi
         # when they are read again; all other failures the engine has repeated already.
         _logger.warning("%s Reading it again.", error)
     return await load_async(uri, **arguments)
+
+
+async def or_anonymously(uri: str, options: LoadOptions, load: Callable[[bool], Awaitable[Any]]) -> Any:
+    """Loads public data where credentials are wrong or missing, as Flyte does.
+
+    Args:
+        uri: What to load.
+        options: How. With ``storage_options`` of their own nothing else is tried.
+        load: Called with whether to do it without credentials.
+
+    Raises:
+        StoragePermissionError: with the credentials that there are, and without any, it cannot be read.
+    """
+    try:
+        return await load(False)
+    except StoragePermissionError:
+        if get_protocol(uri) not in _ANONYMOUS or options.storage_options:
+            raise
+        try:
+            return await load(True)
+        except StoragePermissionError:
+            _logger.debug("%s cannot be read anonymously either.", uri)
+        raise
 
 
 def _store(options: SaveOptions | LoadOptions, filesystem: AbstractFileSystem | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torchferry.flyte import plugin as _plugin  # noqa: F401 - before any other module here can import flytekit
 
 if TYPE_CHECKING:
-    from torchferry.flyte.attempts import task_checkpoint, task_checkpoints
+    from torchferry.flyte.attempts import task_checkpoints
     from torchferry.flyte.checkpoint import LoadedCheckpoint, PyTorchCheckpoint, PyTorchCheckpointTransformer
     from torchferry.flyte.sharded import ShardedCheckpoint
 
@@ -22,11 +22,10 @@ __all__ = [
     "PyTorchCheckpoint",
     "PyTorchCheckpointTransformer",
     "ShardedCheckpoint",
-    "task_checkpoint",
     "task_checkpoints",
 ]
 
-_ELSEWHERE = {"ShardedCheckpoint": "sharded", "task_checkpoint": "attempts", "task_checkpoints": "attempts"}
+_ELSEWHERE = {"ShardedCheckpoint": "sharded", "task_checkpoints": "attempts"}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, get_args
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import msgpack  # type: ignore[import-untyped]  # no stubs exist
 from dataclasses_json import DataClassJsonMixin
@@ -20,10 +21,11 @@ from flytekit.models.literals import Blob, BlobMetadata, Literal, Scalar
 from flytekit.models.types import LiteralType
 from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]  # flytekit's, without stubs
 
-from torchferry.checkpoint.annotations import options_of
-from torchferry.checkpoint.content import Loadable, content_of, loadable
+from torchferry.checkpoint.adapters import message_of, type_name
+from torchferry.checkpoint.annotations import options_of, without_annotations
+from torchferry.checkpoint.content import prepared
 from torchferry.checkpoint.deck import deck_of
-from torchferry.checkpoint.fields import JSON_SCHEMA, register_fields
+from torchferry.checkpoint.fields import describes_checkpoint, path_in, register_fields
 from torchferry.checkpoint.summary import remember_summary
 from torchferry.checkpoint.values import remembered_place
 from torchferry.engine.cancellation import in_thread
@@ -87,13 +89,13 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         Raises:
             TypeTransformerFailedError: it may not.
         """
-        declared = _without_annotations(t)
+        declared = without_annotations(t)
         if isinstance(v, LoadedCheckpoint):
             return
         accepted = FlytekitCheckpoint if declared is PyTorchCheckpoint else declared
         if not (isinstance(accepted, type) and isinstance(v, accepted)):
             hint = "; make a torchferry.flyte.LoadedCheckpoint of it" if isinstance(v, dict) else ""
-            raise TypeTransformerFailedError(f"Expected a {_name(declared)}, given: a {_name(type(v))}{hint}.")
+            raise TypeTransformerFailedError(f"Expected a {type_name(declared)}, given: a {type_name(type(v))}{hint}.")
 
     def get_literal_type(self, t: type[Any]) -> LiteralType:
         """The Flyte type of a checkpoint.
@@ -117,7 +119,7 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
 
     def schema_match(self, schema: dict[str, Any]) -> bool:
         """Whether a part of a dataclass's JSON schema describes a checkpoint: flytekit guesses types by it."""
-        return isinstance(schema, dict) and all(schema.get(key) == JSON_SCHEMA[key] for key in ("title", "required"))
+        return describes_checkpoint(schema)
 
     async def async_to_literal(
         self,
@@ -139,11 +141,11 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         """
         # flytekit's unions call this with any value and hide the error: say no before doing anything.
         if not isinstance(python_val, FlytekitCheckpoint):
-            raise TypeTransformerFailedError(f"Expected a PyTorchCheckpoint, given: a {_name(type(python_val))}.")
+            raise TypeTransformerFailedError(f"Expected a PyTorchCheckpoint, given: a {type_name(type(python_val))}.")
         try:
             uri = await self._save(ctx, python_val, python_type)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - an exit would end flytekit's event loop, and hang its task
-            message = _message(error).removesuffix(".")  # flytekit adds a full stop
+            message = message_of(error).removesuffix(".")  # flytekit adds a full stop
             _logger.warning("%r is not returned: %s.", python_val, message)  # a union hides the error
             if isinstance(error, TypeTransformerFailedError):
                 error.args = (message,)
@@ -195,16 +197,15 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
         return cast("LoadedCheckpoint", loaded)
 
     async def _save(self, ctx: FlyteContext, checkpoint: Any, python_type: type[Any]) -> str:
-        content = await in_thread(content_of, checkpoint)
         trusted = not options_of(python_type, LoadOptions).weights_only
-        prepared = Loadable(content) if trusted else await in_thread(loadable, content)
+        ready = await in_thread(partial(prepared, checkpoint, trusted=trusted))
         stored_at = remembered_place(checkpoint)
         options = options_of(python_type, SaveOptions)
-        uri, saved = await upload(ctx, prepared.content, options, stored_at=stored_at)
-        if (error := prepared.error(uri)) is not None:
+        uri, saved = await upload(ctx, ready.content, options, stored_at=stored_at)
+        if (error := ready.error(uri)) is not None:
             raise error
         if _shows_decks(ctx):
-            await in_thread(remember_summary, checkpoint, prepared.content, uri, saved)
+            await in_thread(remember_summary, checkpoint, ready.content, uri, saved)
         return uri
 
     async def _load(self, ctx: FlyteContext, uri: str, expected_python_type: type[Any]) -> LoadedCheckpoint:
@@ -218,10 +219,10 @@ class PyTorchCheckpointTransformer(AsyncTypeTransformer[PyTorchCheckpoint]):  # 
             _logger.warning("%s is not loaded: %s", uri, error)
             raise TypeTransformerFailedError(str(error)) from _short(error)
         except SystemExit as error:  # of what weights_only=False lets run; as in async_to_literal
-            _logger.warning("%s is not loaded: %s", uri, _message(error))
-            raise TypeTransformerFailedError(f"{uri} could not be loaded: {_message(error)}") from error
+            _logger.warning("%s is not loaded: %s", uri, message_of(error))
+            raise TypeTransformerFailedError(f"{uri} could not be loaded: {message_of(error)}") from error
         if not isinstance(content, dict):
-            raise TypeTransformerFailedError(f"{uri} holds a {_name(type(content))}, not a checkpoint's dict.")
+            raise TypeTransformerFailedError(f"{uri} holds a {type_name(type(content))}, not a checkpoint's dict.")
         return LoadedCheckpoint(content, uri=uri)
 
 
@@ -238,17 +239,9 @@ def _uri_of(lv: Literal) -> str:
         reference = msgpack.unpackb(scalar.binary.value)
     elif scalar is not None and scalar.generic is not None:
         reference = MessageToDict(scalar.generic)
-    if isinstance(reference, dict) and isinstance(reference.get("path"), str):
-        return cast("str", reference["path"])
+    if (path := path_in(reference)) is not None:
+        return path
     raise TypeTransformerFailedError(f"A checkpoint is a blob, or an attribute with a path; this literal is not: {lv}.")
-
-
-def _without_annotations(t: Any) -> Any:
-    return get_args(t)[0] if hasattr(t, "__metadata__") else t
-
-
-def _name(t: Any) -> str:
-    return getattr(t, "__qualname__", None) or str(t)
 
 
 def _short(error: BaseException) -> BaseException:
@@ -264,10 +257,6 @@ def _short(error: BaseException) -> BaseException:
                 link.__traceback__ = None
                 seen += [other for other in (link.__cause__, link.__context__) if other not in seen]
     return error
-
-
-def _message(error: BaseException) -> str:
-    return repr(error) if isinstance(error, SystemExit) else str(error) or type(error).__name__
 
 
 def _register() -> None:

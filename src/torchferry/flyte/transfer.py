@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from fsspec.utils import get_protocol
 
-from torchferry.checkpoint.transfer import load_content, save_content
+from torchferry.checkpoint.transfer import load_content, or_anonymously, save_content
 from torchferry.checkpoint.unchanged import manifest_if_unchanged
 from torchferry.engine.cancellation import in_thread
-from torchferry.errors import StoragePermissionError
 from torchferry.flyte import hooks
 from torchferry.saving import save_async
 
@@ -28,9 +27,7 @@ __all__ = ["download", "filesystem_for", "upload"]
 _FILE_NAME = "checkpoint.pt"
 
 # flytekit configures the filesystem of one name of each cloud.
-_ALIASES = {"s3a": "s3"}
-
-_ANONYMOUS = frozenset({"s3", "gs", "abfs", "abfss"})
+_ALIASES = {"az": "abfs", "gcs": "gs", "s3a": "s3"}
 
 _logger = logging.getLogger("torchferry")
 
@@ -59,7 +56,7 @@ async def upload(
         return stored_at, None
     uri: str = ctx.file_access.get_random_remote_path(_FILE_NAME)
     if get_protocol(uri) == "flyte":
-        return await _upload_through_flyte(ctx, content, uri), None
+        return await _upload_through_flyte(ctx, content, uri, options), None
     filesystem = await _store(ctx, uri, options)
     metadata = hooks.execution_metadata(ctx)
     return uri, await save_content(content, uri, options, filesystem=filesystem, metadata=metadata)
@@ -71,19 +68,14 @@ async def download(ctx: FlyteContext, uri: str, options: LoadOptions) -> Any:
     Raises:
         TorchferryError: as :func:`torchferry.load_async` does.
     """
-    filesystem = await _store(ctx, uri, options)
-    try:
-        return await load_content(uri, options, filesystem=filesystem)
-    except StoragePermissionError:
-        # What flytekit does: public data can be read without the credentials that are wrong or missing here.
-        if get_protocol(uri) not in _ANONYMOUS or options.storage_options:
-            raise
-        get_filesystem = partial(ctx.file_access.get_filesystem, get_protocol(uri), anonymous=True)
-        try:
+
+    async def load(anonymous: bool) -> Any:
+        if anonymous:
+            get_filesystem = partial(ctx.file_access.get_filesystem, _configured_name(uri), anonymous=True)
             return await load_content(uri, options, filesystem=await in_thread(get_filesystem))
-        except StoragePermissionError:
-            _logger.debug("%s cannot be read anonymously either.", uri)
-        raise
+        return await load_content(uri, options, filesystem=await _store(ctx, uri, options))
+
+    return await or_anonymously(uri, options, load)
 
 
 async def _is_stored(ctx: FlyteContext, content: dict[str, Any], uri: str) -> bool:
@@ -109,16 +101,20 @@ def filesystem_for(ctx: FlyteContext, uri: str) -> AbstractFileSystem:
     It is bound to fsspec's own event loop, which lives as long as the process, so it works from every thread and loop.
     """
     access = ctx.file_access
-    protocol = get_protocol(uri)
-    if protocol == get_protocol(access.raw_output_prefix):
+    if get_protocol(uri) == get_protocol(access.raw_output_prefix):
         # One instance, and so one pool of connections, for the whole task. fsspec would make one a thread.
         return access.raw_output_fs
-    return access.get_filesystem(_ALIASES.get(protocol, protocol), path=uri)
+    return access.get_filesystem(_configured_name(uri), path=uri)
 
 
-async def _upload_through_flyte(ctx: FlyteContext, content: dict[str, Any], uri: str) -> str:
+def _configured_name(uri: str) -> str:
+    protocol: str = get_protocol(uri)
+    return _ALIASES.get(protocol, protocol)
+
+
+async def _upload_through_flyte(ctx: FlyteContext, content: dict[str, Any], uri: str, options: SaveOptions) -> str:
     """Saves through Flyte's data proxy, which takes one file in one signed request and says where it put it."""
     with TemporaryDirectory(dir=ctx.file_access.local_sandbox_dir) as directory:
         path = f"{directory}/{_FILE_NAME}"
-        await save_async(content, path)
+        await save_async(content, path, shards=options.shards)
         return str(await ctx.file_access.async_put_data(path, uri))

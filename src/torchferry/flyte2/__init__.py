@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchferry.flyte2.attempts import task_checkpoint, task_checkpoints
+    from torchferry.flyte2.attempts import task_checkpoints
     from torchferry.flyte2.settings import storage_options
     from torchferry.flyte2.transformers import PyTorchCheckpointTransformer
     from torchferry.flyte2.values import LoadedCheckpoint, PyTorchCheckpoint
@@ -22,7 +22,6 @@ __all__ = [
     "PyTorchCheckpoint",
     "PyTorchCheckpointTransformer",
     "storage_options",
-    "task_checkpoint",
     "task_checkpoints",
 ]
 
@@ -31,7 +30,6 @@ _MODULE_OF = {
     "PyTorchCheckpoint": "transformers",
     "PyTorchCheckpointTransformer": "transformers",
     "storage_options": "settings",
-    "task_checkpoint": "attempts",
     "task_checkpoints": "attempts",
 }
 

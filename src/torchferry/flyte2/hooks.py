@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHECKPOINT_FORMAT",
+    "MODULE_FORMAT",
+    "TENSOR_FORMAT",
     "blob_literal",
     "blob_type",
     "checkpoint_paths",
@@ -48,6 +50,10 @@ __all__ = [
 CHECKPOINT_FORMAT = "PyTorchCheckpoint"
 """The blob format of a checkpoint: that of flytekit, so that either Flyte reads what the other wrote."""
 
+MODULE_FORMAT = "PyTorchModule"
+TENSOR_FORMAT = "PyTorchTensor"
+
+_FORMATS = frozenset({CHECKPOINT_FORMAT, MODULE_FORMAT, TENSOR_FORMAT})
 _SINGLE = types_pb2.BlobType.BlobDimensionality.SINGLE
 _HAS_REPORT = "_torchferry_has_report"
 
@@ -203,14 +209,14 @@ def _torch_is_imported() -> bool:
 
 
 def open_unions() -> None:
-    """Makes unions, ``Optional`` among them, pass on what they hide of a checkpoint: its hash, and its error."""
+    """Makes unions, ``Optional`` among them, pass on what they hide of a value of ours: its hash, and its error."""
     to_literal, to_python_value = UnionTransformer.to_literal, UnionTransformer.to_python_value
 
     @wraps(to_literal)
     async def union_to_literal(self: Any, *args: Any, **kwargs: Any) -> Any:
         literal = await _telling(to_literal, self, *args, **kwargs)
         inner = literal.scalar.union
-        if inner.value.hash and inner.value.scalar.blob.metadata.type.format == CHECKPOINT_FORMAT:
+        if inner.value.hash and inner.value.scalar.blob.metadata.type.format in _FORMATS:
             literal.hash = inner.value.hash
         return literal
 

@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fsspec.utils import get_protocol
 from torch.utils.weak import WeakIdKeyDictionary
 
-from torchferry.checkpoint.transfer import load_content, save_content
+from torchferry.checkpoint.transfer import load_content, or_anonymously, save_content
 from torchferry.checkpoint.unchanged import fingerprint, manifest_if_unchanged
 from torchferry.checkpoint.values import PyTorchCheckpoint, remembered_place
 from torchferry.engine.cancellation import in_thread
-from torchferry.errors import CheckpointValueError, StoragePermissionError
+from torchferry.errors import CheckpointValueError, TorchferryError
 from torchferry.flyte2 import hooks
 from torchferry.flyte2.settings import storage_options
 from torchferry.loading import inspect_async
@@ -32,8 +31,6 @@ __all__ = ["Stored", "download", "once", "upload"]
 
 T = TypeVar("T")
 OptionsT = TypeVar("OptionsT", "LoadOptions", "SaveOptions")
-
-_ANONYMOUS = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "az"})
 
 _logger = logging.getLogger("torchferry")
 
@@ -87,8 +84,18 @@ async def upload(value: Any, content: Any, options: SaveOptions, *, name: str) -
     configured = await _configured(uri, options)
     saved = await save_content(content, uri, configured, filesystem=None)
     _places[value] = uri
-    manifest = await inspect_async(uri, storage_options=configured.storage_options)
-    return Stored(uri, fingerprint(manifest), saved)
+    return Stored(uri, await _fingerprint_of(uri, configured), saved)
+
+
+async def _fingerprint_of(uri: str, options: SaveOptions) -> str | None:
+    """A name for the content of what was just saved; None where it cannot be read, or torchferry cannot read it."""
+    try:
+        return fingerprint(
+            await inspect_async(uri, storage_options=options.storage_options, give_up_after=options.give_up_after)
+        )
+    except TorchferryError as error:  # it is stored: the task's work is not lost for this
+        _logger.warning("%s has no hash, so that tasks are not found in Flyte's cache by it: %s", uri, error)
+        return None
 
 
 async def download(uri: str, options: LoadOptions, value_of: Callable[[Any], T]) -> T:
@@ -102,25 +109,17 @@ async def download(uri: str, options: LoadOptions, value_of: Callable[[Any], T])
     Raises:
         TorchferryError: as :func:`torchferry.load_async` does.
     """
-    value = value_of(await _load(uri, options))
+
+    async def load(anonymous: bool) -> Any:
+        if anonymous:
+            configured = replace(options, storage_options=storage_options(uri, anonymous=True))
+        else:
+            configured = await _configured(uri, options)
+        return await load_content(uri, configured, filesystem=None)
+
+    value = value_of(await or_anonymously(uri, options, load))
     _places[value] = uri
     return value
-
-
-async def _load(uri: str, options: LoadOptions) -> Any:
-    configured = await _configured(uri, options)
-    try:
-        return await load_content(uri, configured, filesystem=None)
-    except StoragePermissionError:
-        # Public data can be read without the credentials that are wrong or missing here.
-        if get_protocol(uri) not in _ANONYMOUS or options.storage_options:
-            raise
-        anonymous = replace(options, storage_options=storage_options(uri, anonymous=True))
-        try:
-            return await load_content(uri, anonymous, filesystem=None)
-        except StoragePermissionError:
-            _logger.debug("%s cannot be read anonymously either.", uri)
-        raise
 
 
 async def once(key: Hashable, save: Callable[[], Awaitable[Stored]]) -> Stored:

@@ -7,7 +7,9 @@ Importing this module registers them.
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar, TypeVar, cast, get_args
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar, TypeVar, cast
 
 import flyte.report
 import msgpack  # type: ignore[import-untyped]  # no stubs exist
@@ -16,11 +18,11 @@ from flyte.types import TypeTransformer, TypeTransformerFailedError
 from flyteidl2.core import literals_pb2, types_pb2
 from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]  # no stubs exist
 
-from torchferry.checkpoint.adapters import Adapter, register_adapter
-from torchferry.checkpoint.annotations import options_of
-from torchferry.checkpoint.content import Loadable, content_of, loadable
+from torchferry.checkpoint.adapters import Adapter, register_adapter, type_name
+from torchferry.checkpoint.annotations import options_of, without_annotations
+from torchferry.checkpoint.content import content_of, prepared
 from torchferry.checkpoint.deck import deck_of
-from torchferry.checkpoint.fields import JSON_SCHEMA, register_fields
+from torchferry.checkpoint.fields import describes_checkpoint, path_in, register_fields
 from torchferry.checkpoint.summary import remember_summary
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import run
@@ -62,9 +64,9 @@ class _BlobTransformer(TypeTransformer[T]):
         Raises:
             TypeTransformerFailedError: it may not.
         """
-        declared = _without_annotations(t)
+        declared = without_annotations(t)
         if not isinstance(v, declared):
-            raise TypeTransformerFailedError(f"Expected a {_name(declared)}, given: a {_name(type(v))}.")
+            raise TypeTransformerFailedError(f"Expected a {type_name(declared)}, given: a {type_name(type(v))}.")
 
     def get_literal_type(self, t: type[Any]) -> types_pb2.LiteralType:
         """The Flyte type.
@@ -106,7 +108,7 @@ class _BlobTransformer(TypeTransformer[T]):
         # flyte's unions call this with any value and hide the error: say no before doing anything.
         if not isinstance(python_val, self.python_type):
             raise TypeTransformerFailedError(
-                f"Expected a {_name(self.python_type)}, given: a {_name(type(python_val))}."
+                f"Expected a {type_name(self.python_type)}, given: a {type_name(type(python_val))}."
             )
         try:
             options = options_of(python_type, SaveOptions), options_of(python_type, LoadOptions)
@@ -174,13 +176,15 @@ class PyTorchCheckpointTransformer(_BlobTransformer[PyTorchCheckpoint]):
         """
         if not isinstance(v, LoadedCheckpoint):
             hint = "; make a torchferry.flyte2.LoadedCheckpoint of it" if isinstance(v, dict) else ""
-            declared = _without_annotations(t)
+            declared = without_annotations(t)
             if not isinstance(v, declared):
-                raise TypeTransformerFailedError(f"Expected a {_name(declared)}, given: a {_name(type(v))}{hint}.")
+                raise TypeTransformerFailedError(
+                    f"Expected a {type_name(declared)}, given: a {type_name(type(v))}{hint}."
+                )
 
     def schema_match(self, schema: dict[str, Any]) -> bool:
         """Whether a part of a dataclass's JSON schema describes a checkpoint: flyte guesses types by it."""
-        return isinstance(schema, dict) and all(schema.get(key) == JSON_SCHEMA[key] for key in ("title", "required"))
+        return describes_checkpoint(schema)
 
     def to_html(self, python_val: Any, expected_python_type: type[Any]) -> str:  # noqa: ARG002 - flyte's signature
         """Summarizes a checkpoint for the report. Never raises."""
@@ -201,13 +205,12 @@ class PyTorchCheckpointTransformer(_BlobTransformer[PyTorchCheckpoint]):
         await in_thread(content_of, value)  # a state may be gathered from all ranks
 
     async def _save(self, value: Any, save_options: SaveOptions, load_options: LoadOptions) -> Stored:
-        content = await in_thread(content_of, value)
         # Values that need it to be loaded pass where the annotation says that they will be.
-        prepared = await in_thread(loadable, content) if load_options.weights_only else Loadable(content)
-        stored = await upload(value, prepared.content, save_options, name=self.FILE_NAME)
-        if (error := prepared.error(stored.uri)) is not None:
+        ready = await in_thread(partial(prepared, value, trusted=not load_options.weights_only))
+        stored = await upload(value, ready.content, save_options, name=self.FILE_NAME)
+        if (error := ready.error(stored.uri)) is not None:
             raise error
-        await _report(value, prepared.content, stored)
+        await _report(value, ready.content, stored)
         return stored
 
     async def _load(self, uri: str, options: LoadOptions) -> LoadedCheckpoint:
@@ -220,7 +223,7 @@ class PyTorchCheckpointTransformer(_BlobTransformer[PyTorchCheckpoint]):
 class TensorTransformer(_BlobTransformer[torch.Tensor]):
     """A ``torch.Tensor`` as a value of tasks; loaded with ``weights_only=True``, unless the annotation says no."""
 
-    FORMAT = "PyTorchTensor"
+    FORMAT = hooks.TENSOR_FORMAT
     FILE_NAME = "tensor.pt"
 
     def __init__(self) -> None:
@@ -240,7 +243,7 @@ class ModuleTransformer(_BlobTransformer[torch.nn.Module]):
     Flyte pickles, a task trusts what the tasks before it returned.
     """
 
-    FORMAT = "PyTorchModule"
+    FORMAT = hooks.MODULE_FORMAT
     FILE_NAME = "module.pt"
 
     def __init__(self) -> None:
@@ -250,13 +253,7 @@ class ModuleTransformer(_BlobTransformer[torch.nn.Module]):
         return await upload(value, value, save_options, name=self.FILE_NAME)
 
     async def _load(self, uri: str, options: LoadOptions) -> Any:
-        trusting = LoadOptions(
-            map_location=options.map_location,
-            weights_only=False,
-            verify=options.verify,
-            storage_options=options.storage_options,
-            give_up_after=options.give_up_after,
-        )
+        trusting = replace(options, weights_only=False, keys=None, exclude=None)
         return await download(uri, trusting, lambda value: _checked(value, torch.nn.Module, uri))
 
 
@@ -281,27 +278,19 @@ def _uri_of(lv: literals_pb2.Literal) -> str:
         reference = msgpack.unpackb(lv.scalar.binary.value)
     elif lv.scalar.HasField("generic"):
         reference = MessageToDict(lv.scalar.generic)
-    if isinstance(reference, dict) and isinstance(reference.get("path"), str):
-        return cast("str", reference["path"])
+    if (path := path_in(reference)) is not None:
+        return path
     raise TypeTransformerFailedError(f"Expected a blob, or an attribute with a path; this literal is neither: {lv}")
 
 
 def _checked(value: Any, kind: type[Any], uri: str) -> Any:
     if not isinstance(value, kind):
-        raise TypeTransformerFailedError(f"{uri} holds a {_name(type(value))}, not a {_name(kind)}.")
+        raise TypeTransformerFailedError(f"{uri} holds a {type_name(type(value))}, not a {type_name(kind)}.")
     return value
 
 
-def _without_annotations(t: Any) -> Any:
-    return get_args(t)[0] if hasattr(t, "__metadata__") else t
-
-
 def _short(value: Any) -> str:
-    return repr(value) if isinstance(value, PyTorchCheckpoint) else f"A {_name(type(value))}"
-
-
-def _name(t: Any) -> str:
-    return getattr(t, "__qualname__", None) or str(t)
+    return repr(value) if isinstance(value, PyTorchCheckpoint) else f"A {type_name(type(value))}"
 
 
 def _save_field(t: Any, checkpoint: Any) -> str:

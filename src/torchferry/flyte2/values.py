@@ -7,6 +7,7 @@ import pickle
 from flyte.errors import NonRecoverableError, RuntimeSystemError, RuntimeUserError
 from flyte.types import TypeTransformerFailedError
 
+from torchferry.checkpoint.adapters import message_of
 from torchferry.checkpoint.values import LoadedCheckpoint, PyTorchCheckpoint
 from torchferry.errors import (
     ChangedWhileSavingError,
@@ -43,14 +44,10 @@ def flyte_error(error: BaseException, what: str) -> Exception:
         training is not repeated for it. A ``RuntimeUserError`` for everything else: Flyte runs the task again as
         often as its ``retries`` say.
     """
-    message = f"{what}: {_message(error)}"
+    message = f"{what}: {message_of(error)}"
     code = type(error).__name__
     if isinstance(error, StorageUnavailableError):
         return RuntimeSystemError(code, message)
     if isinstance(error, _LASTING) and not isinstance(error, _PASSING):
         return NonRecoverableError(message, code)
     return RuntimeUserError(code, message)
-
-
-def _message(error: BaseException) -> str:
-    return repr(error) if isinstance(error, SystemExit) else str(error) or type(error).__name__

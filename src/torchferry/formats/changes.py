@@ -11,8 +11,10 @@ Three looks, from free to dear:
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections import deque
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from isal import isal_zlib
@@ -20,7 +22,7 @@ from isal import isal_zlib
 from torchferry.errors import ChangedWhileSavingError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     import torch
 
@@ -43,7 +45,7 @@ class Changes:
         self.recheck = False
         self._url = url
         self._over = False
-        self._versions: list[tuple[torch.Tensor, int]] = []
+        self._versions: list[tuple[Callable[[], torch.Tensor | None], int]] = []
         self._samples: list[tuple[memoryview, bytes]] = []
         self._sent: deque[tuple[memoryview, int]] = deque()
 
@@ -55,13 +57,20 @@ class Changes:
             storages: On the CPU.
         """
         for tensor in tensors:
-            with suppress(Exception):  # one that has none: made in inference mode, or of a class of somebody
-                self._versions.append((tensor, tensor._version))  # noqa: SLF001 - there is no public name
+            self._note(tensor, partial(_itself, tensor))
         for storage in storages:
             memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
             memory.owner = storage  # type: ignore[attr-defined]  # so that it stays
             sampled = memoryview(memory).cast("B")[::_SAMPLED]
             self._samples.append((sampled, sampled.tobytes()))
+
+    def watch_while_alive(self, tensor: torch.Tensor) -> None:
+        """Notes a tensor's version as of now, and keeps nothing: one that is gone by the end was nobody's any more."""
+        self._note(tensor, weakref.ref(tensor))
+
+    def _note(self, tensor: torch.Tensor, get: Callable[[], torch.Tensor | None]) -> None:
+        with suppress(Exception):  # one that has none: made in inference mode, or of a class of somebody
+            self._versions.append((get, tensor._version))  # noqa: SLF001 - there is no public name
 
     @property
     def takes_time(self) -> bool:
@@ -95,7 +104,10 @@ class Changes:
         Raises:
             ChangedWhileSavingError: a tensor has changed since it was noted.
         """
-        changed = any(tensor._version != version for tensor, version in self._versions)  # noqa: SLF001 - the same
+        changed = any(
+            (tensor := get()) is not None and tensor._version != version  # noqa: SLF001 - the same
+            for get, version in self._versions
+        )
         if changed or any(sampled.tobytes() != looked for sampled, looked in self._samples):
             raise ChangedWhileSavingError.at(self._url)
         self.check_sent()
@@ -106,3 +118,7 @@ class Changes:
         self._versions.clear()
         self._samples.clear()
         self._sent.clear()
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

@@ -14,7 +14,8 @@ from torchferry.formats.archive import (
     parse_directory,
     sniff,
 )
-from torchferry.formats.graph import check_legacy, read_graph
+from torchferry.formats.graph import read_graph
+from torchferry.formats.legacy import check_legacy
 from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
 from torchferry.formats.selection import check_allowed, check_graph
 from torchferry.formats.torch_hooks import torch_load

@@ -41,11 +41,18 @@ class Found(NamedTuple):
         dtype: Of its elements; None where only torch can tell.
         shape: Its sizes; None where only torch can tell.
         extent: First and last offset of its elements in the object, where they lie there as in a contiguous tensor.
+        file: The name of the object, of a checkpoint that is several.
     """
 
     dtype: torch.dtype | None
     shape: tuple[int, ...] | None
     extent: tuple[int, int] | None
+    file: str = ""
+
+    @property
+    def identity(self) -> tuple[object, ...] | None:
+        """The same for tensors that are one: the same bytes, seen in the same way. None where that cannot be told."""
+        return None if self.extent is None else (self.file, self.extent, self.dtype, self.shape)
 
 
 class Target:
@@ -127,7 +134,7 @@ class Target:
             raise CheckpointMismatchError(f"{url} does not fit into=: {'; '.join(reasons)}.{hint}")
 
     def direct(self, found: Mapping[str, Found]) -> dict[str, tuple[int, memoryview]]:
-        """The tensors whose bytes can be read straight into their memory: first offset in the object, and memory.
+        """The tensors of one object that can be read straight into their memory: first offset in it, and memory.
 
         Of those that are one tensor in the checkpoint, the first; :meth:`finish` copies it to the others.
         """
@@ -157,11 +164,11 @@ class Target:
 
     def same_as(self, filled: Iterable[str], found: Mapping[str, Found]) -> dict[str, str]:
         """The names of tensors that are, in the checkpoint, one with a filled one; with the name of that."""
-        firsts = {found[name].extent: name for name in filled}
+        firsts = {found[name].identity: name for name in filled}
         return {
-            name: firsts[here.extent]
+            name: firsts[here.identity]
             for name in self.tensors
-            if (here := found.get(name)) is not None and here.extent in firsts and name != firsts[here.extent]
+            if (here := found.get(name)) is not None and here.identity in firsts and name != firsts[here.identity]
         }
 
     def finish(
@@ -190,6 +197,20 @@ class Target:
         Raises:
             CheckpointMismatchError: what was loaded for a tensor does not fit into it.
         """
+        # Tensors that were made in inference mode may be changed in it only.
+        with torch.inference_mode(any(tensor.is_inference() for tensor in self.tensors.values())):
+            return self._finish(loaded, filled, found, metadata, url, strict=strict)
+
+    def _finish(
+        self,
+        loaded: Mapping[str, Any],
+        filled: Iterable[str],
+        found: Mapping[str, Found],
+        metadata: Mapping[str, Any],
+        url: str,
+        *,
+        strict: bool,
+    ) -> IncompatibleKeys:
         missing, unexpected = self._compare(found, loaded)
         done = set(filled)
         loaded = dict(loaded)
@@ -199,9 +220,9 @@ class Target:
         owned = {name for prefix, module in self._modules for name in self._names_of(prefix, module)}
         with torch.no_grad():
             for name, tensor in self.tensors.items():
-                if name in done:
+                if name in done and not tensor.is_inference():
                     torch.autograd.graph.increment_version(tensor)
-                elif name in loaded and not tensor.is_meta and not self.needs_all:
+                elif name in loaded and name not in done and not tensor.is_meta and not self.needs_all:
                     _copy(name, tensor, loaded[name], url)
                 elif name in loaded and name not in owned:
                     self._put(name, tensor, loaded[name], url)

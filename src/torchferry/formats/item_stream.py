@@ -1,9 +1,9 @@
 """Many items as one stream of chunks: each a ``torch.save`` archive of one tensor, or bytes as they are.
 
-That is what a shard of ``torch.distributed.checkpoint`` is. Contiguous CPU tensors of 1 MiB or more are lent, whatever
-storage they are a part of; everything else is copied into blocks of the memory ledger, at most 4 MiB at a time: small
-tensors, tensors on a device, tensors that are not contiguous. An archive stores its tensor contiguous, and nothing else
-of its storage.
+That is what a shard of ``torch.distributed.checkpoint`` is, and a safetensors file. Contiguous CPU tensors of 1 MiB or
+more are lent, whatever storage they are a part of; everything else is copied into blocks of the memory ledger, at most
+4 MiB at a time: small tensors, tensors on a device, tensors that are not contiguous. An archive stores its tensor
+contiguous, and nothing else of its storage.
 """
 
 from __future__ import annotations
@@ -53,10 +53,12 @@ class Item:
     Attributes:
         nbytes: About how many bytes it has.
         resolve: Called in the thread that writes, when its turn has come: a tensor, or bytes to be stored as they are.
+        is_bare: Whether of a tensor only the bytes of its elements are stored, and no archive.
     """
 
     nbytes: int
     resolve: Callable[[], torch.Tensor | memoryview]
+    is_bare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,8 @@ class Written:
         length: In bytes.
         data_offset: Where in the item the tensor's bytes begin, which are contiguous there; None where the item is no
             archive of a plain tensor, or the tensor is empty.
-        crc32: Of the tensor's bytes where there is a ``data_offset``; of the whole item where there is none.
+        crc32: Of the tensor's bytes where there is a ``data_offset``; of the whole item where there is none. 0 where
+            nobody needs it.
     """
 
     offset: int
@@ -84,6 +87,8 @@ class ItemStream(TorchStream):
         items: What to write, in order.
         plan_for: As in :class:`TorchStream`.
         part_size: The same.
+        url: The same.
+        needs_crc32s: Whether the chunks of bare items are to have CRC32s.
 
     Attributes:
         written: Where each item is; complete when all chunks were taken.
@@ -95,27 +100,47 @@ class ItemStream(TorchStream):
         *,
         plan_for: Callable[[int, int | None], UploadPlan] = UploadPlan.for_size,
         part_size: int | None = None,
+        url: str = "a shard",
+        needs_crc32s: bool = True,
     ) -> None:
-        super().__init__(None, plan_for=plan_for, part_size=part_size)
+        super().__init__(None, plan_for=plan_for, part_size=part_size, url=url)
         self.written: list[Written] = []
         self._items = items
+        self._needs_crc32s = needs_crc32s
 
     def _torch_save(self) -> None:
         first = self._items[0].resolve() if self._items else None
-        writer = _ItemWriter(self._chunks.put, fill=torch.serialization.get_crc32_options() and fills_crc32s())
-        writer.begin(self._begin_items(on_device=isinstance(first, torch.Tensor) and not first.is_cpu), self.plan)
+        has_archives = not all(item.is_bare for item in self._items)
+        writer = _ItemWriter(
+            self._chunks.put,
+            self._changes,
+            fill=has_archives and torch.serialization.get_crc32_options() and fills_crc32s(),
+            needs_crc32s=self._needs_crc32s,
+        )
+        writer.begin(self._begin_items(on_device=self._is_on_device(first)), self.plan)
         try:
             for index, item in enumerate(self._items):
-                self.written.append(writer.write_item(item.resolve() if index or first is None else first))
+                value = item.resolve() if index or first is None else first
                 first = None
+                if isinstance(value, torch.Tensor):
+                    self._changes.watch_while_alive(value)  # the rest of a save may take minutes
+                self.written.append(writer.write_item(value, is_bare=item.is_bare))
             writer.flush()
         finally:
             writer.close()
 
+    def _is_on_device(self, first: torch.Tensor | memoryview | None) -> bool:
+        """Whether tensors are taken to be on a device: where the first one is."""
+        return isinstance(first, torch.Tensor) and not first.is_cpu
+
+    def _most_copied(self) -> int:
+        """Bytes that are not sent from the tensors' own memory, at most: any tensor may turn out to be copied."""
+        return self.size_hint
+
     def _begin_items(self, *, on_device: bool) -> Claim:
         """Claims memory, and lets the consumer begin."""
         sizes = [item.nbytes for item in self._items]
-        self.size_hint = sum(sizes) + _ITEM_OVERHEAD * len(sizes)
+        self.size_hint = sum(sizes) + sum(_ITEM_OVERHEAD for item in self._items if not item.is_bare)
         lent = 0 if on_device else sum(size for size in sizes if size >= LENT_FROM)
         self._waits_for = ledger = EVERYTHING_ELSE if on_device else CPU_SAVES
         part_size = self._part_size
@@ -124,30 +149,42 @@ class ItemStream(TorchStream):
         elif part_size is None and lent < self.size_hint - lent:
             part_size = _SMALL_PART
         self.plan = self._plan_for(self.size_hint, part_size)
-        return self._begin_with(ledger, self.size_hint)  # any tensor may turn out to be one that is copied
+        return self._begin_with(ledger, self._most_copied())
 
 
 class _ItemWriter(_Writer):
     """Writes items; what it emits is cut into chunks as in :class:`TorchStream`."""
 
-    def __init__(self, emit: Callable[[Chunk], None], *, fill: bool) -> None:
-        super().__init__(_Storages(None, are_lent=True), emit, None, Changes())
+    def __init__(self, emit: Callable[[Chunk], None], changes: Changes, *, fill: bool, needs_crc32s: bool) -> None:
+        super().__init__(_Storages(None, are_lent=True), emit, None, changes)
         self._fill = fill
+        self._needs_crc32s = needs_crc32s
         self._position = 0
         # What torch writes for a tensor of a dtype and shape, in order, without CRC32s; None for the tensor's bytes.
         self._writes: dict[tuple[torch.dtype, torch.Size], list[bytes | None]] = {}
         if fill:
             torch.serialization.set_crc32_options(compute_crc32=False)  # in this context, which is the thread's own
 
-    def write_item(self, value: torch.Tensor | memoryview) -> Written:
-        if isinstance(value, torch.Tensor):
+    def write_item(self, value: torch.Tensor | memoryview, *, is_bare: bool) -> Written:
+        if isinstance(value, torch.Tensor) and not is_bare:
             return self._write_tensor(value.detach())
         offset = self._position
-        crc32 = _Crc32(None)
-        self.put(memoryview(value).cast("B"), crc32)
-        return Written(offset, self._position - offset, None, crc32.total)
+        crc32 = None if is_bare and not self._needs_crc32s else _Crc32(None)
+        if isinstance(value, torch.Tensor):
+            self.put_elements(value.detach().resolve_conj().resolve_neg(), crc32)
+        else:
+            self.put(memoryview(value).cast("B"), crc32)
+        return Written(offset, self._position - offset, None, 0 if crc32 is None else crc32.total)
 
-    def put(self, view: memoryview, crc32: _Crc32) -> None:
+    def put_elements(self, tensor: torch.Tensor, crc32: _Crc32 | None) -> None:
+        """Emits the bytes of a tensor's elements, one after the other."""
+        if tensor.is_cpu and tensor.is_contiguous():
+            self.put(memory_of(tensor), crc32)
+            return
+        for piece in pieces_of(tensor, BLOCK_SIZE):
+            self.copy(memory_of(piece.cpu().contiguous()), crc32)
+
+    def put(self, view: memoryview, crc32: _Crc32 | None) -> None:
         """Emits bytes that stay as they are until they are sent where they are many; copies them where they are few."""
         self._position += len(view)
         if len(view) >= LENT_FROM:
@@ -156,11 +193,13 @@ class _ItemWriter(_Writer):
         else:
             self.copy(view, crc32, counted=True)
 
-    def _emit_lent(self, view: memoryview, crc32: _Crc32) -> None:
+    def _emit_lent(self, view: memoryview, crc32: _Crc32 | None) -> None:
         while len(view):
             piece = view[: min(len(view), self._left, _PIECE)]
-            value = isal_zlib.crc32(piece)
-            crc32.add(piece, value)
+            value = None
+            if crc32 is not None:
+                value = isal_zlib.crc32(piece)
+                crc32.add(piece, value)
             self._send(Chunk(piece, value))
             view = view[len(piece) :]
             self._left -= len(piece)
@@ -258,11 +297,7 @@ class _Archive:
     def _write_data(self) -> None:
         self.data_offset = self._out._position  # noqa: SLF001  # its own writer
         crc32 = _Crc32(self._filler)
-        if self._data is None:
-            self._out.put(memory_of(self._stand_in), crc32)
-        else:
-            for piece in pieces_of(self._data, BLOCK_SIZE):
-                self._out.copy(memory_of(piece.cpu().contiguous()), crc32)
+        self._out.put_elements(self._stand_in if self._data is None else self._data, crc32)
         self.data_crc32 = crc32.total
 
     def flush(self) -> None:

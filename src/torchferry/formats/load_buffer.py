@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchferry.engine.memory import address_of, copy_bytes
-from torchferry.formats.graph import check_legacy
 from torchferry.formats.layout import Layout, whole
+from torchferry.formats.legacy import check_legacy
 from torchferry.formats.lending import lend
 from torchferry.formats.torch_hooks import LOADS_IN_PLACE, NO_MODES, TorchModes, load_in_place, torch_load
 
@@ -120,7 +120,7 @@ class LoadBuffer:
         return load_in_place(self._memory, map_location=map_location, weights_only=weights_only, modes=modes)
 
     def check_legacy(self, url: str, *, weights_only: bool) -> Graph | None:
-        """Checks a checkpoint in the legacy format before torch sees it (:func:`.graph.check_legacy`).
+        """Checks a checkpoint in the legacy format before torch sees it (:func:`.legacy.check_legacy`).
 
         Returns:
             What is in it, where there is to be ``weights_only``.

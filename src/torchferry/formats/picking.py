@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import reprlib
+from collections import OrderedDict
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, CheckpointKeyError
-from torchferry.formats.graph import OrderedStandIn, children, is_leaf, name_of
+from torchferry.formats.stand_ins import OrderedStandIn, children, is_leaf, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from torchferry.formats.graph import Graph
     from torchferry.formats.keys import Keys
 
-__all__ = ["leaves", "missing_keys", "pick"]
+__all__ = ["leaves", "missing_keys", "pick", "take", "values_of"]
 
 _VISITS = (1 << 16, 1)  # values that a choice may look at, and so many for each byte of the pickle
 _LONGEST_NAME = 1 << 18  # characters
@@ -27,6 +28,8 @@ _SHOWN_KEYS = 50  # in the message about one that is not there
 _SHORT = reprlib.Repr()  # of a key, which may be a tuple of many others
 _SHORT.maxlevel = 2
 _SHORT.maxstring = _SHORT.maxother = 200
+
+_TOO_MANY = "more names, or longer ones, than its length allows"
 
 _NOTHING: Any = object()
 
@@ -68,34 +71,99 @@ def missing_keys(url: str, missing: Sequence[str], names: Iterable[str]) -> Chec
 
 
 def leaves(graph: Graph, part: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The values in the dicts, lists and tuples of a part of the object by name, and the ``_metadata`` of state dicts.
+    """:func:`values_of` a part of the object that a graph has read from its pickle."""
+    return values_of(part, graph.nbytes, graph.url)
+
+
+def values_of(part: Any, nbytes: int, url: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values in the dicts, lists and tuples of an object by name, and the ``_metadata`` of state dicts.
+
+    Args:
+        part: The object, of stand-ins or as torch has loaded it.
+        nbytes: Bytes that it was read from. It may have names of 8 MiB and 8 bytes for each of them.
+        url: For messages.
 
     Raises:
-        CheckpointCorruptError: there are more than the pickle's length allows.
+        CheckpointCorruptError: it has more names, or longer ones: its containers hold each other very often, or
+            themselves.
     """
     found: dict[str, Any] = {}
     attributes: dict[str, Any] = {}
-    room = _VISITS[0] + _VISITS[1] * graph.nbytes
+    room = _VISITS[0] + _VISITS[1] * nbytes
     held = 0
     stack: list[tuple[str, Any]] = [("", part)]
     while stack:
         name, value = stack.pop()
         room -= 1 + len(name) // 64
         if room < 0 or len(name) > _LONGEST_NAME:
-            raise CheckpointCorruptError(
-                f"{graph.url}: data.pkl has more names, or longer ones, than its length allows."
-            )
+            raise CheckpointCorruptError(f"{url} is damaged: it has {_TOO_MANY}.")
         if not isinstance(value, dict | list | tuple):
             held += _nbytes(name)
-            if held > _HELD + graph.nbytes * _HELD_EACH:
-                raise CheckpointCorruptError(f"{graph.url}: the names in data.pkl are longer than its length allows.")
+            if held > _HELD + nbytes * _HELD_EACH:
+                raise CheckpointCorruptError(f"{url} is damaged: its names are longer than its length allows.")
             found[name] = value
             continue
-        if isinstance(value, OrderedStandIn) and (kept := value.attributes.get("_metadata")) is not None:
+        kept = value.attributes.get("_metadata") if isinstance(value, OrderedStandIn) else _metadata_of(value)
+        if kept is not None:
             attributes[name] = kept
         items = [(f"{name}.{key}" if name and key else name or key, item) for _, key, item in _items(value)]
         stack += reversed(items)
     return found, attributes
+
+
+def _metadata_of(loaded: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Any:
+    return getattr(loaded, "_metadata", None) if isinstance(loaded, OrderedDict) else None
+
+
+def take(loaded: dict[Any, Any], keys: Keys | None, exclude: Keys | None, nbytes: int, url: str) -> dict[Any, Any]:
+    """The part of a dict that torch has loaded, by the keys of the dicts in it.
+
+    Args:
+        loaded: The dict.
+        keys: What is taken; None for everything.
+        exclude: What is left out of that.
+        nbytes: Bytes that it was read from, which bound how many names it may have.
+        url: For messages.
+
+    Raises:
+        CheckpointKeyError: a key takes nothing.
+        CheckpointCorruptError: its dicts are nested too deep, or hold each other very often, or themselves.
+    """
+    taker = _Taker(exclude, _VISITS[0] + _VISITS[1] * nbytes)
+    try:
+        part = taker.take("", loaded, keys)
+    except (RecursionError, ValueError) as error:
+        raise CheckpointCorruptError(f"{url} is damaged: {error}.") from error
+    if keys is not None and keys.unmatched:
+        raise missing_keys(url, keys.unmatched, map(name_of, loaded))
+    return part
+
+
+class _Taker:
+    def __init__(self, exclude: Keys | None, room: int) -> None:
+        self._exclude = exclude
+        self._room = room
+
+    def take(self, name: str, value: dict[Any, Any], keys: Keys | None) -> dict[Any, Any]:
+        part = {}
+        for key, item in value.items():
+            path = f"{name}.{name_of(key)}" if name else name_of(key)
+            self._room -= 1 + len(path) // 64
+            if self._room < 0 or len(path) > _LONGEST_NAME:
+                raise ValueError(f"it has {_TOO_MANY}")
+            is_leaf = not isinstance(item, dict)
+            if self._exclude is not None and self._exclude.takes(path, is_leaf=is_leaf):
+                continue
+            taken = keys is None or keys.takes(path, is_leaf=is_leaf)
+            if taken and (is_leaf or self._exclude is None):
+                part[key] = item
+            elif (
+                not is_leaf
+                and (keys is None or taken or keys.reaches_into(path))
+                and (inner := self.take(path, item, None if taken else keys))
+            ):
+                part[key] = inner
+        return part
 
 
 class _Picker:
@@ -110,7 +178,7 @@ class _Picker:
         """The part of a value; ``_NOTHING`` if nothing of it is taken."""
         self._room -= 1 + len(name) // 64  # a long name takes as long as several short ones
         if self._room < 0 or len(name) > _LONGEST_NAME:
-            raise ValueError("it has more names, or longer ones, than its length allows")
+            raise ValueError(f"it has {_TOO_MANY}")
         leaf = is_leaf(value)
         if name and self._exclude is not None and self._exclude.takes(name, is_leaf=leaf):
             return _NOTHING

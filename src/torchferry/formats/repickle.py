@@ -1,8 +1,7 @@
 """Pickles a part of a checkpoint's object again: the least pickle from which torch makes that part, and no more.
 
-Written from the stand-ins of :mod:`torchferry.formats.graph`, without importing anything that the checkpoint names, in
-protocol 2, as ``torch.save`` writes it. So the rules of ``weights_only`` are applied by torch itself, and to this part
-only.
+Written from :mod:`torchferry.formats.stand_ins`, without importing anything that the checkpoint names, in protocol 2,
+as ``torch.save`` writes it. So the rules of ``weights_only`` are applied by torch itself, and to this part only.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from torchferry.formats.graph import OrderedStandIn, Pair, StandIn, StorageRef
+from torchferry.formats.stand_ins import OrderedStandIn, Pair, StandIn, StorageRef
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -102,7 +101,13 @@ class _Writer:
         self.out += data
 
     def _put(self, value: Any) -> None:
-        """Puts what is on top of the stack into the memo, as ``value``."""
+        """Puts what is on top of the stack into the memo, as ``value``.
+
+        Raises:
+            NotPlainError: it is there already, as it holds itself; what refers to it would get another value.
+        """
+        if id(value) in self._memo:
+            raise NotPlainError("a value in it that cannot change holds itself")
         self._memo[id(value)] = self._remember()
         self._keep.append(value)
 

@@ -18,10 +18,11 @@ from torchferry.errors import (
     CheckpointKeyError,
     UnsafeCheckpointError,
 )
-from torchferry.formats.graph import StandIn, is_transparent_global
+from torchferry.formats.calls import is_transparent_global
 from torchferry.formats.layout import Layout, whole
-from torchferry.formats.picking import missing_keys, pick
+from torchferry.formats.picking import pick, take
 from torchferry.formats.repickle import NotPlainError, repickle
+from torchferry.formats.stand_ins import StandIn
 from torchferry.formats.subset import subset
 from torchferry.printable import printable
 
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
     from torchferry.formats.archive import Archive, Record
-    from torchferry.formats.graph import Graph, StorageRef
+    from torchferry.formats.graph import Graph
     from torchferry.formats.keys import Keys
+    from torchferry.formats.stand_ins import StorageRef
 
 __all__ = [
     "BLOCKED_MODULES",
@@ -190,33 +192,23 @@ def check_root(loaded: Any, url: str) -> None:
         raise CheckpointFormatError(f"{url} holds no dict, so it has no keys to choose from: load it without keys=.")
 
 
-def take_from(loaded: Any, keys: Keys | None, exclude: Keys | None, url: str) -> Any:
+def take_from(loaded: Any, keys: Keys | None, exclude: Keys | None, nbytes: int, url: str) -> Any:
     """What is asked for of an object that was loaded as a whole: by the keys of its dicts.
+
+    Args:
+        loaded: The object.
+        keys: What is asked for; None for everything.
+        exclude: What is left out of that.
+        nbytes: Bytes that it was read from.
+        url: For messages.
 
     Raises:
         CheckpointFormatError: it is no dict.
         CheckpointKeyError: a key takes nothing.
+        CheckpointCorruptError: its dicts hold each other more often than its length allows.
     """
     check_root(loaded, url)
-    part = _take(loaded, "", keys, exclude)
-    if keys is not None and keys.unmatched:
-        raise missing_keys(url, keys.unmatched, map(str, loaded))
-    return part
-
-
-def _take(value: dict[Any, Any], name: str, keys: Keys | None, exclude: Keys | None) -> dict[Any, Any]:
-    part = {}
-    for key, item in value.items():
-        path = f"{name}.{key}" if name else str(key)
-        is_leaf = not isinstance(item, dict)
-        if exclude is not None and exclude.takes(path, is_leaf=is_leaf):
-            continue
-        taken = keys is None or keys.takes(path, is_leaf=is_leaf)
-        if taken and (is_leaf or exclude is None):
-            part[key] = item
-        elif not is_leaf and (inner := _take(item, path, None if taken else keys, exclude)):
-            part[key] = inner
-    return part
+    return take(loaded, keys, exclude, nbytes, url)
 
 
 def _control_records(archive: Archive) -> list[Record]:

@@ -39,6 +39,7 @@ __all__ = ["Folders", "delete_async"]
 MANIFEST = "torchferry.json"
 """The name of the object that makes a folder whole."""
 
+_LONGEST_MANIFEST = 64 << 20  # bytes
 _FILES_AT_ONCE = 4
 _DELETED_AT_ONCE = 16
 
@@ -142,8 +143,10 @@ class Folders:
         data = await self._run("read", partial(self._read, self._path_of(name, MANIFEST)))
         try:
             found: dict[str, int] = json.loads(data)["files"]
-            safe = all(_is_inside(path) and isinstance(size, int) for path, size in found.items())
-        except (ValueError, KeyError, TypeError, AttributeError):
+            folders = {parent for path in found for parent in Path(path).parents}
+            safe = all(_is_inside(path) and type(size) is int and size >= 0 for path, size in found.items())
+            safe &= not any(Path(path) in folders for path in found)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             safe = False
         if not safe:
             raise CheckpointCorruptError(f"{mask(os.fspath(self._url_of(name, MANIFEST)))} is not a list of files.")
@@ -171,6 +174,8 @@ class Folders:
 
     async def _read(self, path: str) -> bytes:
         stat = await self._backend.stat(path)
+        if stat.size > _LONGEST_MANIFEST:
+            return b""  # which is no list
         return bytes(await self._backend.read(path, 0, stat.size, stat))
 
     async def _write(self, path: str, data: bytes) -> None:
@@ -227,7 +232,7 @@ def _files_of(folder: Path) -> dict[str, int]:
 def _is_inside(path: str) -> bool:
     """Whether a path leads to a file in its folder: a list of files may come from anybody."""
     parts = path.split("/")
-    return bool(path) and not {"", ".", ".."} & set(parts) and "\\" not in path and ":" not in parts[0]
+    return not {"", ".", ".."} & set(parts) and not {"\\", "\0"} & set(path) and ":" not in parts[0]
 
 
 def _remove_empty(folder: Path) -> None:

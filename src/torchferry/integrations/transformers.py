@@ -220,10 +220,10 @@ def _work(send: Any, over: Future[None], name: str) -> None:
 
 
 def _link_all(folder: Path, target: Path) -> None:
-    """The same files once more; copies where the filesystem has no links."""
+    """The same files once more, those that symbolic links lead to among them; copies where there are no links."""
     shutil.rmtree(target, ignore_errors=True)
     try:
-        shutil.copytree(folder, target, copy_function=os.link)
+        shutil.copytree(folder, target, copy_function=lambda file, link: os.link(os.path.realpath(file), link))
     except (OSError, shutil.Error):
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(folder, target)

@@ -107,7 +107,7 @@ async def read_legacy_format(source: RangeReader) -> tuple[Graph, list[Record]] 
     size = source.stat.size
     if sniff(await source.read(0, min(size, SNIFF_SIZE))) != LEGACY_FORMAT:
         return None
-    from torchferry.formats.graph import read_legacy  # needs torch, and nothing else here does
+    from torchferry.formats.legacy import read_legacy  # needs torch, and nothing else here does
 
     length = min(size, _WHOLE)
     while True:

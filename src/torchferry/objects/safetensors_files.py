@@ -17,10 +17,10 @@ from torchferry.errors import (
 )
 from torchferry.formats.archive import Record
 from torchferry.formats.filling import Found, IncompatibleKeys, Target
-from torchferry.formats.graph import TensorInfo
 from torchferry.formats.layout import Layout, Run
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.picking import missing_keys
+from torchferry.formats.places import TensorInfo
 from torchferry.formats.safetensors import (
     Entry,
 )
@@ -84,8 +84,8 @@ async def fill_safetensors(files: Sequence[File], request: LoadRequest, url: str
     """Fills tensors that exist with those of the same name."""
     chosen = await in_thread(_choose, files, request, url)
     found = {
-        name: Found(torch_dtype(dtype, url), shape, (start, stop))
-        for _, entries in chosen
+        name: Found(torch_dtype(dtype, url), shape, (start, stop), file.name)
+        for file, entries in chosen
         for name, dtype, shape, start, stop in entries
     }
     target.check(found, (), url, strict=request.strict)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from torchferry.engine.cancellation import in_thread
-from torchferry.engine.memory import BLOCK_SIZE, CPU_SAVES, EVERYTHING_ELSE
 from torchferry.engine.transfer import current
 from torchferry.engine.types import ObjectStat
 from torchferry.formats.safetensors import (
@@ -15,7 +13,7 @@ from torchferry.formats.safetensors import (
     split,
 )
 from torchferry.formats.safetensors_dtypes import dtype_name
-from torchferry.formats.safetensors_stream import check_tensors, copied_bytes, file_chunks
+from torchferry.formats.safetensors_stream import SafetensorsStream, check_tensors
 from torchferry.objects.safetensors_opening import delete_all, prepare, publish_index, take_back
 
 if TYPE_CHECKING:
@@ -81,16 +79,16 @@ async def _write_file(
 ) -> ObjectStat:
     described = {name: (dtype_name(tensor.dtype, name), tuple(tensor.shape)) for name, tensor in tensors.items()}
     head, header = await in_thread(lay_out, described, {**_PYTORCH, **(metadata or {})})
-    size = len(head) + sum(tensor.nbytes for tensor in tensors.values())
-    plan = backend.upload_plan(size, part_size)
-    ledger = CPU_SAVES if all(tensor.device.type == "cpu" for tensor in tensors.values()) else EVERYTHING_ELSE
-    need = min(copied_bytes(tensors) + len(head), plan.part_size + BLOCK_SIZE)
-    claim = await ledger.claim_async(need, beside=plan.memory)
-    try:
-        async with aclosing(file_chunks(head, header.entries, tensors, claim, backend.url(path))) as chunks:
-            return await backend.write(path, chunks, plan=plan, metadata=metadata)
-    finally:
-        claim.close()
+    stream = SafetensorsStream(
+        head,
+        [tensors[entry.name] for entry in header.entries],
+        plan_for=backend.upload_plan,
+        part_size=part_size,
+        url=backend.url(path),
+        store_checks=backend.checks_chunks,
+    )
+    async with stream.running():
+        return await backend.write(path, stream, plan=stream.plan, metadata=metadata)
 
 
 def _base(path: str) -> str:

@@ -18,10 +18,11 @@ from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, Not
 from torchferry.formats.archive import LEGACY_FORMAT, SNIFF_SIZE, sniff
 from torchferry.formats.checksum import Checksums
 from torchferry.formats.filling import Found, IncompatibleKeys, Target
-from torchferry.formats.graph import is_tensor_leaf, place_of, read_graph
+from torchferry.formats.graph import read_graph
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
-from torchferry.formats.picking import leaves, pick
+from torchferry.formats.picking import leaves, pick, values_of
+from torchferry.formats.places import place_of
 from torchferry.formats.repickle import NotPlainError
 from torchferry.formats.selection import (
     Selection,
@@ -32,6 +33,7 @@ from torchferry.formats.selection import (
     select,
     take_from,
 )
+from torchferry.formats.stand_ins import is_tensor_leaf
 from torchferry.formats.torch_hooks import NO_MODES, torch_errors
 from torchferry.manifest import Manifest
 from torchferry.objects.opening import read_archive, read_legacy_format
@@ -89,7 +91,9 @@ async def load_torch(source: RangeReader, request: LoadRequest) -> Any:
     archive = await read_archive(source)
     selection = await (_select_legacy(source, request) if archive is None else _select(source, archive, request))
     loaded = await _load_into_buffer(source, archive, selection, request, {})
-    return loaded if selection.is_final else await in_thread(take_from, loaded, *request.choice(), source.url)
+    if selection.is_final:
+        return loaded
+    return await in_thread(take_from, loaded, *request.choice(), source.stat.size, source.url)
 
 
 async def fill_torch(source: RangeReader, request: LoadRequest, target: Target) -> IncompatibleKeys:
@@ -194,29 +198,19 @@ def _found(leaf: Any, archive: Archive, is_native: bool) -> Found:
 
 async def _fill_from_whole(source: RangeReader, request: LoadRequest, target: Target) -> IncompatibleKeys:
     loaded = await load_torch(source, request)
-    return await in_thread(fill_with, loaded, source.url, request, target)
+    return await in_thread(fill_with, loaded, source.url, request, target, source.stat.size)
 
 
-def fill_with(loaded: Any, url: str, request: LoadRequest, target: Target) -> IncompatibleKeys:
-    """Fills tensors that exist with those of the same name in what was loaded."""
-    values = dict(_flattened("", loaded))
+def fill_with(loaded: Any, url: str, request: LoadRequest, target: Target, nbytes: int = 1 << 24) -> IncompatibleKeys:
+    """Fills tensors that exist with those of the same name in what was loaded, from so many bytes."""
+    values, metadata = values_of(loaded, nbytes, url)
     found = {
         name: Found(value.dtype, tuple(value.shape), None)
         for name, value in values.items()
         if hasattr(value, "dtype") and hasattr(value, "shape")
     }
     target.check(found, values, url, strict=request.strict)
-    return target.finish(values, (), found, {}, url, strict=request.strict)
-
-
-def _flattened(name: str, value: Any) -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
-        items = list(value.items())
-    elif isinstance(value, list | tuple):
-        items = list(enumerate(value))
-    else:
-        return [(name, value)]
-    return [found for key, item in items for found in _flattened(f"{name}.{key}" if name else str(key), item)]
+    return target.finish(values, (), found, metadata, url, strict=request.strict)
 
 
 @collector_paused()
