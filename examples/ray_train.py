@@ -3,15 +3,15 @@
     python examples/ray_train.py /tmp/runs --epochs 4
 
 The model is spread over two workers (FSDP2). Kill it whenever you like, and start it again: it goes on where it was.
-Instead of a directory, an S3 URL: s3://bucket/runs. pyarrow, which Ray looks into the store with, and s3fs find the same
-credentials in the environment.
+Instead of a directory, an S3 URL: s3://bucket/runs. pyarrow, which Ray looks into the store with, and s3fs find the
+same credentials in the environment.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported: it sends nothing anywhere
@@ -56,7 +56,7 @@ def train(config: dict[str, Any]) -> None:
         ray.train.report(
             {"loss": loss.item(), "epoch": epoch}, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD
         )
-        if epoch == config["die_after"] and rank == 1 and not epoch == config["epochs"]:
+        if epoch == config["die_after"] and rank == 1 and epoch != config["epochs"]:
             os._exit(1)
 
 
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--keep", type=int, default=2, help="keep so many checkpoints (2)")
     parser.add_argument("--die-after", type=int, help="a worker dies after this epoch, to see the run resumed")
     options = parser.parse_args()
-    storage = options.storage if "://" in options.storage else os.path.abspath(options.storage)
+    storage = options.storage if "://" in options.storage else str(Path(options.storage).resolve())
     ray.init(
         num_cpus=2,
         include_dashboard=False,

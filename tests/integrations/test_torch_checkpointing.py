@@ -110,7 +110,7 @@ def test_files_are_those_that_their_own_storage_writes(root: Root, tmp_path: Pat
     manager = managed(root)
     manager.save("ours", content(3))
     storage = root.storage
-    names = sorted(os.listdir(tmp_path / "theirs"))
+    names = sorted(path.name for path in (tmp_path / "theirs").iterdir())
     assert storage.ls(Path("ours")) == names
     for name in names:
         stored = storage.read(Path("ours", name))
@@ -328,7 +328,9 @@ def test_rename_copies_in_the_store_and_metadata_last(faulty_s3: Callable[..., F
     puts = [each.target.partition("?")[0] for each in asked if each.method == "PUT"]
     assert len(puts) == 21
     assert puts[-1].endswith("step-1/metadata.pkl")
-    assert not [each for each in asked if each.method == "GET" and ".pt" in each.target.partition("?")[0]]  # no bytes came here
+    assert not [
+        each for each in asked if each.method == "GET" and ".pt" in each.target.partition("?")[0]
+    ]  # no bytes came here
 
 
 def test_a_rename_that_fails_leaves_the_source_and_nothing_at_the_target(

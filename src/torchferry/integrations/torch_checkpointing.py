@@ -9,37 +9,25 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
-import torch
-from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 from torch_checkpointing.metadata_serialization import METADATA_FILE_NAME
 from torch_checkpointing.storage.base_storage import ReadArgs, Storage, StorageConfig
 from torch_checkpointing.storage.filesystem import LocalFileSystemStorage, LocalFileSystemStorageConfig
 
 from torchferry.copying import copy_async
 from torchferry.distributed.place import Place, bytes_of
-from torchferry.engine.channel import Channel, ChannelClosedError
-from torchferry.engine.loops import Call, own_loop, run, run_on, wait_for
-from torchferry.engine.memory import BLOCK_SIZE, CPU_SAVES, EVERYTHING_ELSE
-from torchferry.engine.reader import RangeReader
+from torchferry.engine.loops import run, run_on
 from torchferry.engine.tasks import task_group
-from torchferry.engine.transfer import Transfer, current
-from torchferry.engine.types import MIB, Chunk
+from torchferry.engine.transfer import Transfer
 from torchferry.errors import CheckpointChangedError, CheckpointNotFoundError, StorageError
-from torchferry.formats.changes import Changes
-from torchferry.formats.torch_stream import _COPYING_PART, _QUEUE, _SMALL_PART, _Storages, _Writer
+from torchferry.objects.files import RangeFile, UploadFile
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from typing_extensions import Buffer
 
     from torchferry.engine.types import ObjectStat
@@ -48,8 +36,6 @@ __all__ = ["TorchferryStorage", "TorchferryStorageConfig"]
 
 T = TypeVar("T")
 
-_WINDOW = 64 << 10  # bytes: a shorter read reads so many, which are kept for the next ones
-_KEPT = 8 * MIB  # bytes of them at most
 _COPIES = 16  # under way at once
 
 
@@ -104,7 +90,7 @@ class TorchferryStorage(Storage):  # type: ignore[misc]  # the same
         stat = self._run(self._place.backend.stat, self._place.at(name))
         if args.known_size_bytes not in {None, stat.size}:
             raise CheckpointChangedError(f"{stat.url} has {stat.size} bytes, and not {args.known_size_bytes}.")
-        file = _RangeFile(self._place, name, stat)
+        file = RangeFile(self._place.backend, self._place.at(name), stat)
         return file.rest() if args.pre_read_full_file else file
 
     def stream_write(self, path: Path) -> io.RawIOBase:
@@ -116,7 +102,7 @@ class TorchferryStorage(Storage):  # type: ignore[misc]  # the same
 
         The object appears when the stream is closed, or not at all: not where a ``with`` of it ends by an exception.
         """
-        return _UploadStream(_Upload(self._place, self._object(path), data))
+        return UploadFile(self._place.backend, self._place.at(self._object(path)), data)
 
     def write(self, path: Path, data: Buffer) -> None:
         """Writes an object, all or nothing."""
@@ -134,15 +120,15 @@ class TorchferryStorage(Storage):  # type: ignore[misc]  # the same
         self._name(path)
 
     def rmdir(self, path: Path) -> None:
-        """Deletes all objects of a directory, its metadata first. Raises a ``FileNotFoundError`` where there are none."""
+        """Deletes a directory's objects, its metadata first. Raises a ``FileNotFoundError`` where there are none."""
         self._run(self._rmdir, self._object(path))
 
     def rename(
         self, src_path: Path, dst_path: Path, is_directory: bool = False, background_cleanup: bool = False
     ) -> None:
-        """Copies objects, a directory's metadata last, and then deletes the old ones: as the table of ``Storage`` says.
+        """Copies objects, a directory's metadata last, and deletes the old ones: as the table of ``Storage`` says.
 
-        The store copies by itself where it can (S3 objects of up to 5 GiB, Google Cloud Storage); what is elsewhere goes
+        The store copies by itself where it can (S3: objects of up to 1 GiB; Google Cloud Storage); else they go
         through this machine. What was copied is deleted again where a copy fails.
 
         Raises:
@@ -188,7 +174,9 @@ class TorchferryStorage(Storage):  # type: ignore[misc]  # the same
         name = PurePosixPath(path).as_posix().strip("/")
         parts = name.split("/")
         if ".." in parts or parts[0].endswith(":"):
-            raise ValueError(f"{os.fspath(path)!r} is not a path below {self._place.url}: give it without '..' or a URL.")
+            raise ValueError(
+                f"{os.fspath(path)!r} is not a path below {self._place.url}: give it without '..' or a URL."
+            )
         return "" if name == "." else name
 
     def _object(self, path: str | os.PathLike[str]) -> str:
@@ -310,225 +298,5 @@ class _LocalStorage(TorchferryStorage):
         return Path(self._place.path, self._name(path))
 
 
-class _RangeFile(io.RawIOBase):
-    """One version of an object, read by ranges, many at once for a long read."""
-
-    def __init__(self, place: Place, name: str, stat: ObjectStat) -> None:
-        super().__init__()
-        self._open = partial(RangeReader, place.backend, place.at(name), stat)
-        self._reader = self._open()
-        self._size = stat.size
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        if at < 0:
-            raise ValueError(f"There is no position {at} in {self._reader.url}.")
-        self._at = at
-        return at
-
-    def readinto(self, buffer: Buffer, /) -> int:
-        view = memoryview(buffer)
-        size = min(view.nbytes, max(0, self._size - self._at))
-        if size:
-            self._fill(view.cast("B")[:size])
-        self._at += size
-        return size
-
-    def readall(self) -> bytes:
-        return self.rest().getvalue()
-
-    def rest(self) -> io.BytesIO:
-        """All from here, in memory, read at once."""
-        file = io.BytesIO(bytes(max(0, self._size - self._at)))
-        memory = file.getbuffer()
-        if memory.nbytes:
-            self._fill(memory)
-        self._at += memory.nbytes
-        return file
-
-    def _fill(self, view: memoryview) -> None:
-        start, stop = self._at, self._at + len(view)
-        if len(view) < _WINDOW:  # torch reads an archive's directory in many short reads
-            first, last = start - start % _WINDOW, min(self._size, stop + -stop % _WINDOW)
-            if sum(len(kept) for _, kept in self._reader.kept) > _KEPT:
-                self._reader = self._open()
-            view[:] = run(self._reader.read, first, last)[start - first : stop - first]
-            return
-        reader = self._open()
-        ranges = reader.plan_into_memory([(start, stop)])
-        run(reader.stream, ranges, _ignore, memory=lambda first, last: view[first - start : last - start])
-
-
-class _Upload:
-    """An upload that goes on while its bytes are written.
-
-    Args:
-        place: Where to.
-        name: The object's.
-        data: What ``torch.save`` will write; None where that is not known.
-    """
-
-    def __init__(self, place: Place, name: str, data: object) -> None:
-        self._path, self._url, self._backend = place.at(name), place.url_of(name), place.backend
-        self._storages = storages = _storages_of(data)
-        self._changes = Changes(self._url)
-        self._changes.recheck = not self._backend.checks_chunks
-        self._writer = _Writer(storages, lambda chunk: self._channel.put(chunk), None, self._changes)
-        lent = storages.lent_bytes > storages.copied_bytes
-        self._plan = self._backend.upload_plan(
-            storages.lent_bytes + storages.copied_bytes, _COPYING_PART if lent else _SMALL_PART
-        )
-        self._ledger = CPU_SAVES if lent else EVERYTHING_ELSE
-        self._complete = False
-        self._begun: Future[None] = Future()
-        self._ended: Future[None] = Future()
-        self._call = Call(self._send, self._end, loop=own_loop(self._backend.loop))
-        self._call.start()
-        try:
-            wait_for(self._begun)
-        except BaseException:
-            self.abort()
-            raise
-
-    def write(self, view: memoryview) -> int:
-        """Sends bytes, or copies them. Raises what the upload has failed with."""
-        try:
-            return self._writer.write(view)
-        except (ChannelClosedError, InterruptedError):
-            wait_for(self._ended)
-            self._call.result()
-            raise
-
-    def finish(self) -> None:
-        """Publishes the object."""
-        try:
-            self._writer.flush()
-            self._complete = True
-            self._channel.end()
-        except (ChannelClosedError, InterruptedError):
-            self._complete = False
-        try:
-            wait_for(self._ended)
-        except BaseException:
-            self.abort()
-            raise
-        self._call.result()
-
-    def abort(self) -> None:
-        """Gives up what was sent, and waits until nothing of it is left."""
-        self.cancel()
-        wait_for(self._ended)
-
-    def cancel(self) -> None:
-        """Gives up what was sent, and does not wait."""
-        if not self._ended.done():
-            self._call.cancel()
-
-    async def _send(self) -> None:
-        with Transfer("save", self._url).running(None):
-            # A store holds up to a part back before it sends any of it: with one block more there is always room.
-            claim = await self._ledger.claim_async(self._plan.part_size + BLOCK_SIZE + self._plan.memory)
-            self._channel: Channel[Chunk] = Channel(_QUEUE)
-            try:
-                self._writer.begin(claim, self._plan)
-                self._begun.set_result(None)
-                stat = await self._backend.write(self._path, self._chunks(), plan=self._plan)
-                current().moved_at_least(stat.size)
-            finally:
-                self._writer.close()
-                self._channel.close()
-                self._changes.forget()
-                self._storages.clear()
-                claim.close()
-
-    async def _chunks(self) -> AsyncIterator[Chunk]:
-        while True:
-            try:
-                yield await self._channel.take()
-            except ChannelClosedError:
-                break
-        if not self._complete:
-            raise InterruptedError("The upload was given up.")
-        self._changes.check()
-
-    def _end(self) -> None:
-        for future in (self._begun, self._ended):
-            if not future.done():
-                future.set_result(None)
-
-
-class _UploadStream(io.RawIOBase):
-    """An upload as a file. Closing it publishes the object; leaving a ``with`` by an exception, or letting go of it, not."""
-
-    def __init__(self, upload: _Upload) -> None:
-        super().__init__()
-        self._upload = upload
-        self._failure: Exception | None = None
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Buffer, /) -> int:
-        view = memoryview(data)
-        if self.closed:
-            raise ValueError("The stream is closed.")
-        if not view.nbytes:
-            return 0
-        try:
-            return self._upload.write(view.cast("B"))
-        except Exception as error:
-            self._failure = error
-            raise
-
-    def close(self) -> None:
-        if self.closed:
-            return
-        try:
-            self._upload.finish()
-        finally:
-            super().close()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.close()
-            return
-        self._upload.abort()
-        super().close()
-        failure, self._failure = self._failure, None
-        if failure is not None and error is not failure:  # torch makes a RuntimeError of it
-            raise failure
-
-    def __del__(self) -> None:
-        if not self.closed:
-            self._upload.cancel()
-
-
-def _storages_of(data: object) -> _Storages:
-    """The storages of the tensors in what is to be saved."""
-    found = _Storages(None)
-    for leaf in tree_leaves(data):
-        tensor = leaf.to_local() if isinstance(leaf, DTensor) else leaf
-        if type(tensor) in {torch.Tensor, torch.nn.Parameter} and tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()
-            found.add(f"{storage.device} {storage.data_ptr()}", storage)
-    return found
-
-
 def _not_there(url: str) -> StorageError:
     return CheckpointNotFoundError(errno.ENOENT, f"{url}: there is no such directory.")
-
-
-def _ignore(start: int, buffer: object) -> None:
-    """What came is where it belongs."""
