@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import weakref
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from functools import partial
@@ -13,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from torchferry.engine.channel import Channel, ChannelClosedError
-from torchferry.engine.loops import Call, own_loop, run, wait_for
+from torchferry.engine.loops import Call, own_loop, refuse_own_loop, run, wait_for
 from torchferry.engine.memory import BLOCK_SIZE, CPU_SAVES, EVERYTHING_ELSE
 from torchferry.engine.reader import RangeReader, Readable
 from torchferry.engine.transfer import Transfer, current
@@ -109,6 +110,7 @@ class _Upload:
     """An upload that goes on while its bytes are written."""
 
     def __init__(self, backend: Backend, path: str, data: object) -> None:
+        refuse_own_loop()
         self._path, self._url, self._backend = path, mask(backend.url(path)), backend
         self._storages = storages = _storages_of(data)
         self._changes = Changes(self._url)
@@ -129,6 +131,8 @@ class _Upload:
         except BaseException:
             self.abort()
             raise
+        if self._ended.done():
+            self._call.result()
 
     def write(self, view: memoryview) -> int:
         """Sends bytes, or copies them. Raises what the upload has failed with."""
@@ -152,6 +156,7 @@ class _Upload:
         except BaseException:
             self.abort()
             raise
+        self._release()
         self._call.result()
 
     def abort(self) -> None:
@@ -163,6 +168,13 @@ class _Upload:
         """Gives up what was sent, and does not wait."""
         if not self._ended.done():
             self._call.cancel()
+        self._release()
+
+    def _release(self) -> None:
+        """Lets go of the tensors. Called where nobody writes any more."""
+        self._writer.close()
+        self._changes.forget()
+        self._storages.clear()
 
     async def _send(self) -> None:
         with Transfer("save", self._url).running(None):
@@ -175,10 +187,7 @@ class _Upload:
                 stat = await self._backend.write(self._path, self._chunks(), plan=self._plan)
                 current().moved_at_least(stat.size)
             finally:
-                self._writer.close()
                 self._channel.close()
-                self._changes.forget()
-                self._storages.clear()
                 claim.close()
 
     async def _chunks(self) -> AsyncIterator[Chunk]:
@@ -195,7 +204,7 @@ class _Upload:
         self._channel.put(chunk)
 
     def _end(self) -> None:
-        for future in (self._begun, self._ended):
+        for future in (self._ended, self._begun):
             if not future.done():
                 future.set_result(None)
 
@@ -215,6 +224,7 @@ class UploadFile(io.RawIOBase):
     def __init__(self, backend: Backend, path: str, data: object = None) -> None:
         super().__init__()
         self._upload = _Upload(backend, path, data)
+        weakref.finalize(self, self._upload.cancel).atexit = False
         self._failure: Exception | None = None
 
     def writable(self) -> bool:
@@ -260,8 +270,7 @@ class UploadFile(io.RawIOBase):
             raise failure
 
     def __del__(self) -> None:
-        if not self.closed:
-            self._upload.cancel()
+        """Does nothing, where a file's own would close it and so publish the object."""
 
 
 def _storages_of(data: object) -> _Storages:
