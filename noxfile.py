@@ -75,7 +75,7 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The whole test suite, against real object stores on 127.0.0.1 that it starts and stops."""
     need(session, "chromium", "chromium")  # to look at the Deck
-    install(session, "all", "test")
+    install(session, "all", "test", "test-frameworks")
     install_stores(session)
     session.run("pytest", *SIDE_BY_SIDE, *session.posargs)
 

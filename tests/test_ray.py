@@ -11,9 +11,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import pytest
 import torch
+
+pytest.importorskip("ray", reason="the extra test-frameworks brings it")
+
+import psutil
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 import torchferry

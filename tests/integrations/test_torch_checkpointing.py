@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+pytest.importorskip("torch_checkpointing", reason="it needs torch 2.11")
+
 from torch_checkpointing import CheckpointManager, ItemSpec
 from torch_checkpointing.checkpoint_layout import JsonSerialization, LayoutInfo
 from torch_checkpointing.checkpoint_writer import CheckpointWriterConfig

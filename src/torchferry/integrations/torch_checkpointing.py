@@ -91,7 +91,7 @@ class TorchferryStorage(Storage):  # type: ignore[misc]  # the same
         if args.known_size_bytes not in {None, stat.size}:
             raise CheckpointChangedError(f"{stat.url} has {stat.size} bytes, and not {args.known_size_bytes}.")
         file = RangeFile(self._place.backend, self._place.at(name), stat)
-        return file.rest() if args.pre_read_full_file else file
+        return io.BytesIO(file.readall()) if args.pre_read_full_file else file
 
     def stream_write(self, path: Path) -> io.RawIOBase:
         """A stream whose bytes go out in parts. The object appears when it is closed; see :meth:`get_write_stream`."""

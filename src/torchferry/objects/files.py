@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import weakref
 from collections.abc import AsyncIterator
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchferry.engine.channel import Channel, ChannelClosedError
 from torchferry.engine.loops import Call, own_loop, refuse_own_loop, run, wait_for
-from torchferry.engine.memory import BLOCK_SIZE, CPU_SAVES, EVERYTHING_ELSE
+from torchferry.engine.memory import BLOCK_SIZE, CPU_SAVES, EVERYTHING_ELSE, address_of
 from torchferry.engine.reader import RangeReader, Readable
 from torchferry.engine.transfer import Transfer, current
 from torchferry.engine.types import MIB, Chunk, ObjectStat
@@ -81,20 +82,24 @@ class RangeFile(io.RawIOBase):
         return size
 
     def readall(self) -> bytes:
-        """All from here."""
-        return self.rest().getvalue()
-
-    def rest(self) -> io.BytesIO:
-        """All from here, in memory, read at once."""
-        file = io.BytesIO(bytes(max(0, self._size - self._at)))
-        memory = file.getbuffer()
-        if memory.nbytes:
-            self._fill(memory)
-        self._at += memory.nbytes
-        return file
+        """All from here, read at once into the memory that is returned."""
+        size = max(0, self._size - self._at)
+        data = bytes(size)
+        if size < _WINDOW:
+            writable = bytearray(size)
+            self._fill(memoryview(writable))
+            data = bytes(writable)
+        else:  # nobody else has this object yet
+            memory = (ctypes.c_char * size).from_address(address_of(data))
+            memory.owner = data  # type: ignore[attr-defined]  # its views may outlive this call for a moment
+            self._fill(memoryview(memory).cast("B"))
+        self._at += size
+        return data
 
     def _fill(self, view: memoryview) -> None:
         start, stop = self._at, self._at + len(view)
+        if not len(view):
+            return
         if len(view) < _WINDOW:  # torch reads an archive's directory in many short reads
             first, last = start - start % _WINDOW, min(self._size, stop + -stop % _WINDOW)
             if sum(len(kept) for _, kept in self._reader.kept) > _KEPT:
