@@ -57,7 +57,8 @@ def train(config: dict[str, Any]) -> None:
         ray.train.report(
             {"loss": loss.item(), "epoch": epoch}, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD
         )
-        if epoch == config["die_after"] and rank == 1 and epoch != config["epochs"]:
+        if rank == 1 and epoch == config["die_after"]:
+            ray.train.get_all_reported_checkpoints()  # waits until Ray has noted the last one
             os._exit(1)
 
 

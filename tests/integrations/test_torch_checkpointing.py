@@ -131,8 +131,9 @@ def test_a_tensor_is_loaded_by_slices_where_it_is_resharded(root: Root) -> None:
     assert torch.equal(loaded["model"]["large"], content(1)["model"]["large"])
 
 
-def test_manager_saves_asynchronously(root: Root) -> None:
+def test_manager_saves_asynchronously(s3_url: str, s3_storage_options: dict[str, Any]) -> None:
     """As their documentation configures a machine without an accelerator; the writer is another process."""
+    root = Root(TorchferryStorageConfig(s3_url, s3_storage_options), is_local=False)
     staging = CheckpointStagerConfig(use_pinned_memory=False, use_non_blocking_copy=False)
     manager = managed(root, save=AsyncCheckpointSaverConfig(staging_config=staging))
     saving = manager.save("step-1", content(1))
@@ -191,7 +192,7 @@ def test_a_failing_store_fails_the_save_with_its_own_error(faulty_s3: Callable[.
 
 
 def test_an_upload_takes_bounded_memory_and_large_tensors_go_out_from_their_own(root: Root) -> None:
-    storage, tensor = root.storage, torch.randn(24 * MIB)
+    storage, tensor = root.storage, torch.randn(12 * MIB)
     reports: list[int] = []
     with storage.get_write_stream(Path("x.pt"), {"w": [tensor]}) as stream:
         torch.save({"w": [tensor]}, stream)
@@ -225,6 +226,19 @@ def test_reads_are_of_ranges_and_of_one_version(root: Root) -> None:
     for verb in (storage.stream_read, storage.getsize, storage.delete, storage.ls, storage.rmdir):
         with pytest.raises(FileNotFoundError):
             verb(Path("none"))
+
+
+def test_an_archive_is_opened_with_few_requests(faulty_s3: Callable[..., FaultyS3], s3_url: str) -> None:
+    """As their resharder does, which then reads the slices that it needs."""
+    through = faulty_s3()
+    storage = TorchferryStorageConfig(s3_url, through.storage_options).create_storage()
+    with storage.get_write_stream(Path("x.pt"), None) as stream:
+        torch.save({f"w{number}": torch.full((9000,), float(number)) for number in range(100)}, stream)
+    before = len(through.proxy.log)
+    with storage.stream_read(Path("x.pt"), ReadArgs(pre_read_full_file=False)) as file:
+        loaded = torch.load(file, map_location="meta")
+    assert loaded["w99"].shape == (9000,)
+    assert len(through.proxy.log) - before <= 6
 
 
 # --- paths
