@@ -1,6 +1,6 @@
 """Ray Train with sharded checkpoints: each worker saves its part to the store, and Ray is told where the whole one is.
 
-    python examples/ray_train.py /tmp/runs --epochs 4
+    python examples/ray_train/ray_train.py /tmp/runs --epochs 4
 
 The model is spread over two workers (FSDP2). Kill it whenever you like, and start it again: it goes on where it was.
 Instead of a directory, an S3 URL: s3://bucket/runs. pyarrow, which Ray looks into the store with, and s3fs find the
