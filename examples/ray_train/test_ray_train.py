@@ -41,7 +41,7 @@ def session() -> Iterator[Path]:
 
 def is_of(process: psutil.Process, place: Path) -> bool:
     try:
-        return any(str(place) in argument for argument in process.cmdline())
+        return process.environ().get("RAY_TMPDIR") == str(place)
     except psutil.Error:
         return False
 
