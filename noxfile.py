@@ -186,7 +186,7 @@ def chaos(session: nox.Session) -> None:
 
 @nox.session
 def ray(session: nox.Session) -> None:
-    """The example of Ray Train: eight processes, each with torch and pandas, which would slow the other tests."""
+    """The example of Ray Train, apart from the tests: Ray takes 2.5 GB in a dozen processes, and brings pandas."""
     install(session, "test-ray")
     session.run("pytest", "examples/ray_train", *session.posargs)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torchferry.testing.servers import S3Server
 
 EXAMPLE = Path(__file__).with_name("ray_train.py")
-MOST_SECONDS = 240
+MOST_SECONDS = 280
 
 
 @pytest.fixture
