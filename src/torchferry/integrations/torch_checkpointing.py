@@ -185,7 +185,8 @@ class TorchferryStorage(Storage):  # type: ignore[misc]  # the same
         raise IsADirectoryError(errno.EISDIR, f"{self._place.url} is the directory that all paths are relative to.")
 
     def _run(self, func: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
-        return run(run_on, self._place.backend.loop, func, *args)
+        result: T = run(run_on, self._place.backend.loop, func, *args)
+        return result
 
     async def _write(self, name: str, view: memoryview) -> None:
         backend = self._place.backend
