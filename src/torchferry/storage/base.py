@@ -208,7 +208,8 @@ class Backend(ABC):
         """Copies an object of ``size`` bytes within the store, which moves the bytes itself.
 
         Returns False, and has done nothing, where the store cannot (the default): then read and write it. What was at
-        ``target`` is replaced at the end, as :meth:`write` does.
+        ``target`` is replaced at the end, as :meth:`write` does. A cancel waits for the store's answer, for 10 seconds
+        at most: who deletes what was copied must not be overtaken by it.
         """
         del source, target, size
         return False
