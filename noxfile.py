@@ -75,7 +75,7 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The whole test suite, against real object stores on 127.0.0.1 that it starts and stops."""
     need(session, "chromium", "chromium")  # to look at the Deck
-    install(session, "all", "test")
+    install(session, "all", "test", "torch-checkpointing")  # which needs torch 2.11
     install_stores(session)
     session.run("pytest", *SIDE_BY_SIDE, *session.posargs)
 
@@ -182,6 +182,13 @@ def chaos(session: nox.Session) -> None:
         ),
     ):
         session.run("ckpt-chaos", "run", *judged, *further, *session.posargs, "--", *loop, *arguments)
+
+
+@nox.session
+def ray(session: nox.Session) -> None:
+    """The example of Ray Train, apart from the tests: Ray takes 2.5 GB in a dozen processes, and brings pandas."""
+    install(session, "test-ray")
+    session.run("pytest", "examples/ray_train", *session.posargs)
 
 
 @nox.session

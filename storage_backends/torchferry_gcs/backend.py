@@ -10,6 +10,7 @@ from xml.etree.ElementTree import Element
 
 from gcsfs.core import GCSFileSystem
 
+from torchferry.engine.cancellation import run_shielded
 from torchferry.engine.retry import Transient
 from torchferry.engine.transport import Answer, SignedRequest, Transport
 from torchferry.engine.types import Chunk, ObjectStat
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["GcsBackend", "GcsEngine"]
 
 _LIMITS = Limits()  # those of S3: https://cloud.google.com/storage/quotas#requests
+_COPY_PATIENCE = 10.0  # seconds that a cancel waits for the answer to a copy
 
 
 class GcsEngine(Engine):
@@ -160,6 +162,18 @@ class GcsBackend(HttpBackend):
         except CheckpointNotFoundError:
             return
         self.forget(path)
+
+    async def copy(self, source: str, target: str, size: int) -> bool:
+        """With a rewrite, which GCS may want to be asked for several times."""
+        token: str | None = None
+        while True:
+            url = self.client.rewrite_url(self.address(source), self.address(target), rewriteToken=token)
+            request = partial(self.client.call, "POST", url)
+            answer = (await run_shielded(self.call, "copy", target, request, patience=_COPY_PATIENCE)).json()
+            if answer["done"]:
+                self.forget(target)
+                return True
+            token = answer["rewriteToken"]
 
     async def list(self, prefix: str) -> AsyncIterator[ListedObject]:
         bucket, _, key = prefix.partition("/")

@@ -91,6 +91,14 @@ class GcsClient:
         """An object of the JSON API."""
         return self._json_url(f"/storage/v1/b/{_quoted(bucket)}/o/{_quoted(key)}", parameters)
 
+    def rewrite_url(
+        self, source: tuple[str, str, str | None], target: tuple[str, str, str | None], **parameters: str | None
+    ) -> str:
+        """A copy of an object, each given by bucket, key and generation, in the JSON API."""
+        (bucket, key, generation), (to_bucket, to_key, _) = source, target
+        path = f"/storage/v1/b/{_quoted(bucket)}/o/{_quoted(key)}/rewriteTo/b/{_quoted(to_bucket)}/o/{_quoted(to_key)}"
+        return self._json_url(path, {"sourceGeneration": generation, **parameters})
+
     def objects_url(self, bucket: str, **parameters: str | None) -> str:
         """The objects of a bucket, in the JSON API."""
         return self._json_url(f"/storage/v1/b/{_quoted(bucket)}/o", parameters)

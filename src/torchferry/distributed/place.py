@@ -19,7 +19,7 @@ from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import run_on
 from torchferry.engine.reader import RangeReader
 from torchferry.engine.tasks import task_group
-from torchferry.engine.types import MIB, Chunk, ObjectStat
+from torchferry.engine.types import MIB, Buffer, Chunk, ObjectStat
 from torchferry.errors import UnsupportedURLError, mask
 from torchferry.storage.base import Backend
 from torchferry.storage.local import LocalBackend
@@ -123,7 +123,7 @@ def inside(url: str | os.PathLike[str], relative_path: str) -> str | os.PathLike
     return joined if isinstance(url, str) else Path(joined)
 
 
-async def bytes_of(data: bytes) -> AsyncIterator[Chunk]:
+async def bytes_of(data: Buffer) -> AsyncIterator[Chunk]:
     """The chunks of some bytes."""
     view = memoryview(data)
     for start in range(0, len(view), 8 * MIB):

@@ -204,6 +204,16 @@ class Backend(ABC):
     async def delete(self, path: str) -> None:
         """Deletes an object. One that is not there is no error."""
 
+    async def copy(self, source: str, target: str, size: int) -> bool:
+        """Copies an object of ``size`` bytes within the store, which moves the bytes itself.
+
+        Returns False, and has done nothing, where the store cannot (the default): then read and write it. What was at
+        ``target`` is replaced at the end, as :meth:`write` does. A cancel waits for the store's answer, for 10 seconds
+        at most: who deletes what was copied must not be overtaken by it.
+        """
+        del source, target, size
+        return False
+
     @abstractmethod
     def list(self, prefix: str) -> AsyncIterator[ListedObject]:
         """Lists the objects whose path begins with ``prefix``, a page at a time, in no particular order.

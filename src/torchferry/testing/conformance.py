@@ -515,6 +515,16 @@ class BackendConformance(ABC):
     async def test_deleting_what_is_not_there_is_no_error(self, store: StoreUnderTest) -> None:
         await store.delete(store.path("missing.pt"))
 
+    @pytest.mark.parametrize("size", [10, 3 * PART + 1], ids=["small", "parts"])
+    async def test_copy_within_the_store_replaces_all_or_does_nothing(self, store: StoreUnderTest, size: int) -> None:
+        source, target, data = store.path("from/a b.pt"), store.path("to/a b.pt"), _random_bytes(size)
+        store.raw_write(source, data)
+        store.raw_write(target, b"old")
+        copied = await run_on(store.backend.loop, store.backend.copy, source, target, size)
+        assert store.raw_read(target) == (data if copied else b"old")
+        assert store.raw_read(source) == data
+        assert store.leftovers() == []
+
     # --- what is there
 
     async def test_list_finds_all_objects_below_a_prefix(self, store: StoreUnderTest) -> None:

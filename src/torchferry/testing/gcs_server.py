@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -41,6 +41,7 @@ __all__: list[str] = []
 SMALLEST_PART = 5 << 20
 MOST_PARTS = 10_000
 _PIECE = 1 << 20
+_REWRITTEN = 1 << 20  # bytes that a rewrite copies at the first request
 _NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 _META = "x-goog-meta-"
 
@@ -376,6 +377,8 @@ class Handler(BaseHTTPRequestHandler):
             case _, ["b", bucket, "o"]:
                 self.store.bucket(bucket)
                 self._json_upload(bucket)
+            case "POST", ["b", bucket, "o", name, "rewriteTo", "b", target, "o", new_name]:
+                self._rewrite(self.store.object(bucket, name, self.query.get("sourceGeneration")), target, new_name)
             case _, ["b", bucket, "o", name]:
                 self._json_object(bucket, name)
             case _:
@@ -398,6 +401,21 @@ class Handler(BaseHTTPRequestHandler):
             self._send(self.store.object(bucket, name, generation))
         else:
             self._answer_json(_resource(self.store.object(bucket, name, generation)))
+
+    def _rewrite(self, found: Object, bucket: str, name: str) -> None:
+        """Copies an object; a large one when it is asked for the second time."""
+        size = str(found.size)
+        if found.size > _REWRITTEN and "rewriteToken" not in self.query:
+            token = {"done": False, "rewriteToken": self.store.new_id(), "totalBytesRewritten": "0"}
+            self._answer_json({"kind": "storage#rewriteResponse", "objectSize": size, **token})
+            return
+        bodies = tuple(replace(body, path=self.store.new_file()) for body in found.bodies)
+        for body, old in zip(bodies, found.bodies, strict=True):
+            body.path.hardlink_to(old.path)
+        upload = Upload("", bucket, name, found.metadata, found.content_type)
+        new = _resource(self.store.publish(upload, bodies, self.query.get("ifGenerationMatch")))
+        done = {"done": True, "totalBytesRewritten": size, "resource": new}
+        self._answer_json({"kind": "storage#rewriteResponse", "objectSize": size, **done})
 
     def _json_upload(self, bucket: str) -> None:
         match self.command, self.query.get("uploadType"):
