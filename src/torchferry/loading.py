@@ -22,7 +22,7 @@ from torchferry.objects.opening import memory_errors
 from torchferry.objects.requests import LoadRequest
 from torchferry.objects.safetensors_files import fill_safetensors, inspect_safetensors, load_safetensors
 from torchferry.objects.safetensors_opening import File, open_file, open_files
-from torchferry.objects.torch_files import fill_torch, fill_with, inspect_torch, load_torch, verify_torch
+from torchferry.objects.torch_files import fill_torch, inspect_torch, load_torch, verify_torch
 from torchferry.storage.registry import open_backend_async
 
 if TYPE_CHECKING:
@@ -232,12 +232,9 @@ async def _load(backend: Backend, path: str, request: LoadRequest, target: Targe
 
 
 async def _load_sharded(found: Contents, request: LoadRequest, target: Target | None) -> Any:
-    from torchferry.distributed.whole import load_whole
+    from torchferry.distributed.whole import fill_whole, load_whole
 
-    loaded = await load_whole(found, request)
-    if target is None:
-        return loaded
-    return await in_thread(fill_with, loaded, found.place.url, request, target)
+    return await (load_whole(found, request) if target is None else fill_whole(found, request, target))
 
 
 async def _safetensors(backend: Backend, path: str, source: RangeReader) -> list[File] | None:

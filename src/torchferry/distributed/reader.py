@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader as DcpStorageReader
@@ -21,6 +22,7 @@ from torchferry.distributed.errors import with_portable_errors
 from torchferry.distributed.fetch import Files, fetch
 from torchferry.distributed.metadata import chunk_of, extras_of, read_metadata
 from torchferry.distributed.place import METADATA, Place
+from torchferry.distributed.sharing import Broadcast, Shared, cpu_group, said_by_all, share
 from torchferry.distributed.slices import Direct, Piece, cut
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import run, run_on
@@ -84,6 +86,9 @@ class StorageReader(DcpStorageReader):
         give_up_after: Seconds without progress after which failed requests are not repeated any more; 120 by default.
         callback: Told the number of bytes that this rank needs, and of those that have arrived.
         report: Called with the :class:`~torchferry.TransferReport` of what this rank read.
+        broadcast: Items that all ranks ask for alike, as under DDP, are read by one of them, which sends them to the
+            others through the process group. The coordinator's says for all ranks.
+        process_group: The one that ``dcp.load`` is given, for ``broadcast``.
     """
 
     def __init__(
@@ -97,6 +102,8 @@ class StorageReader(DcpStorageReader):
         give_up_after: float | None = None,
         callback: Callback | None = None,
         report: Callable[[TransferReport], object] | None = None,
+        broadcast: bool = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self._url = url
@@ -106,6 +113,8 @@ class StorageReader(DcpStorageReader):
         self._give_up_after = give_up_after
         self._callback = callback
         self._report = report
+        self._broadcast = broadcast
+        self._group = process_group
         self._opened: Place | None = None
         self._metadata: Metadata | None = None
         self.read_parts: list[ReadPart] = []
@@ -158,27 +167,88 @@ class StorageReader(DcpStorageReader):
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Leaves the plans as they are."""
-        return plans
+        """Leaves the plans as they are, but for who reads what all ranks have."""
+        if not self._broadcast or len(plans) == 1 or not dist.is_initialized():
+            return plans
+        if len(plans) != dist.get_world_size(self._group):
+            return plans
+        assert self._metadata is not None  # noqa: S101 - DCP has set up the reader
+        return share(plans, {index: info.length for index, info in self._metadata.storage_data.items()})
 
     @with_portable_errors
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Reads this rank's items into the tensors that ``planner`` names."""
-        assert self._metadata is not None  # noqa: S101 - DCP has set up the reader
-        targets = [
-            None if item.type == LoadItemType.BYTE_IO else planner.resolve_tensor(item).detach() for item in plan.items
-        ]
+        done: Future[None] = Future()
+        done.set_result(None)
+        shared = plan.storage_data
         contents: dict[int, bytearray] = {}
-        if plan.items:
-            run(self.read_items, self._metadata, plan.items, targets, contents)
+        if isinstance(shared, Shared) and shared.items:
+            targets = self._read_shared(plan, planner, shared, contents)
+            if targets is None:
+                return done
+        else:
+            targets = _targets(plan, planner)
+            self._read(plan.items, targets, range(len(targets)), contents)
         for index, (item, target) in enumerate(zip(plan.items, targets, strict=True)):
             if target is None:
                 planner.load_bytes(item, io.BytesIO(contents.pop(index)))
             else:
                 planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
         return done
+
+    def _read(
+        self,
+        items: Sequence[ReadItem],
+        targets: Sequence[torch.Tensor | None],
+        numbers: Sequence[int],
+        contents: dict[int, bytearray],
+    ) -> None:
+        """Reads the items of these numbers."""
+        if not numbers:
+            return
+        assert self._metadata is not None  # noqa: S101 - DCP has set up the reader
+        found: dict[int, bytearray] = {}
+        requests = [items[number] for number in numbers]
+        run(self.read_items, self._metadata, requests, [targets[number] for number in numbers], found)
+        contents.update((numbers[index], content) for index, content in found.items())
+
+    def _read_shared(
+        self, plan: LoadPlan, planner: LoadPlanner, shared: Shared, contents: dict[int, bytearray]
+    ) -> list[torch.Tensor | None] | None:
+        """Reads what is this rank's to read, and exchanges it; None where another rank has failed.
+
+        The ranks tell each other how they are before each step: none waits for one that has failed.
+        """
+        assert self._metadata is not None  # noqa: S101 - DCP has set up the reader
+        storage_data = self._metadata.storage_data
+        group = cpu_group(self._group)
+        everything: Sequence[int] = range(len(plan.items))
+        try:
+            targets = _targets(plan, planner)
+            lengths = {
+                number: storage_data[plan.items[number].storage_index].length
+                for number in shared.items
+                if targets[number] is None
+            }
+            broadcast = Broadcast(group, shared, plan.items, targets, lengths)
+        except BaseException:
+            said_by_all(group, None)
+            raise
+        said = said_by_all(group, broadcast.looks)
+        if None in said:
+            return None
+        is_shared = len(said) == 1  # else their tensors differ: each reads for itself
+        try:
+            mine = [number for number in everything if number not in broadcast.others] if is_shared else everything
+            self._read(plan.items, targets, mine, contents)
+        except BaseException:
+            said_by_all(group, None)
+            raise
+        if None in said_by_all(group, "read"):
+            return None
+        if is_shared:
+            broadcast.exchange(contents)
+        return targets
 
     # --- for torchferry.distributed
 
@@ -331,6 +401,11 @@ class StorageReader(DcpStorageReader):
         if parts:
             await fetch(files, parts, [None] * len(stats), "")
         return await in_thread(_find_tensors, ends, stats)
+
+
+def _targets(plan: LoadPlan, planner: LoadPlanner) -> list[torch.Tensor | None]:
+    """The tensor that each item goes to; None for bytes."""
+    return [None if item.type == LoadItemType.BYTE_IO else planner.resolve_tensor(item).detach() for item in plan.items]
 
 
 @dataclass(frozen=True, slots=True)

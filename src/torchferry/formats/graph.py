@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = [
+    "MOST_PLAIN",
     "Graph",
     "OrderedStandIn",
     "Pair",
@@ -59,7 +60,7 @@ _LONGEST_KEY = 1 << 18  # characters of the key of a tensor
 _WIDE = 1000  # values in a container whose children are not listed at once
 _LISTED = (8 << 20, 6)  # bytes of memory that the list of tensors may take, and so many for each byte of the pickle
 _PLAIN_VISITS = 1 << 16  # values that are looked at for plain ones
-_MOST_PLAIN = 1000
+MOST_PLAIN = 1000
 _SHORT = 16  # values in a list of plain ones that is worth listing
 _LONGEST_PLAIN = 200  # characters
 _WIDEST_INTEGER = 64  # bits
@@ -405,7 +406,7 @@ class Graph:
         found: dict[str, bool | int | float | str | None] = {}
         stack: list[tuple[str, Any]] = [("", self.root)]
         room = _PLAIN_VISITS
-        while stack and room > 0 and len(found) < _MOST_PLAIN:
+        while stack and room > 0 and len(found) < MOST_PLAIN:
             name, value = stack.pop()
             room -= 1 + len(name) // 64
             if _is_plain(value):
