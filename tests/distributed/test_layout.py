@@ -40,6 +40,7 @@ TENSORS = {
     "int": torch.arange(9),
     "parameter": torch.nn.Parameter(torch.randn(3)),
 }
+NEIGHBOURS = 16 << 10  # small tensors are read together with what lies between them
 STATE = {"model": TENSORS, "step": 7, "nested": {"list": [1, torch.ones(2), {"x": 2.5}]}}
 
 
@@ -351,7 +352,7 @@ def test_into_is_filled_from_the_shards_and_only_what_it_wants_is_read(tmp_path:
     assert torch.equal(both, TENSORS["small.again"])
     assert "model.float8" in result.unexpected_keys
     needed = sum(TENSORS[name].nbytes for name in into)
-    assert reports[0].nbytes == needed
+    assert needed <= reports[0].nbytes < needed + NEIGHBOURS
 
 
 def test_a_module_is_filled_in_its_own_memory(tmp_path: Path) -> None:
@@ -379,7 +380,8 @@ def test_keys_read_only_the_items_that_they_take(tmp_path: Path) -> None:
     reports: list[torchferry.TransferReport] = []
     loaded = torchferry.load(tmp_path, keys=["model.large.t", "model.small"], report=reports.append)
     assert sorted(loaded["model"]) == ["large.t", "small"]
-    assert reports[0].nbytes == TENSORS["large.t"].nbytes + TENSORS["small"].nbytes
+    needed = TENSORS["large.t"].nbytes + TENSORS["small"].nbytes
+    assert needed <= reports[0].nbytes < needed + NEIGHBOURS
 
 
 class Sizes(Callback):
@@ -407,7 +409,8 @@ def test_diff_takes_sharded_checkpoints_on_either_side(tmp_path: Path) -> None:
     for other in ("stock", "ours"):
         callback = Sizes()
         assert not torchferry.diff(tmp_path / "ours", tmp_path / other, callback=callback)
-        assert max(callback.sizes) < 16 << 10  # the values
+        turned = sum(TENSORS[name].nbytes for name in ("large.t", "small.t")) if other == "stock" else 0
+        assert turned <= max(callback.sizes) < turned + NEIGHBOURS  # the values
         for first, second in (("changed", other), (other, "changed")):
             found = torchferry.diff(tmp_path / first, tmp_path / second)
             assert found.changed == ("model.large",)

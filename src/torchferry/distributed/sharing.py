@@ -259,7 +259,7 @@ def _pieces(value: torch.Tensor | bytearray) -> Iterator[torch.Tensor]:
     """Parts of at most a block."""
     if isinstance(value, bytearray):
         if value:
-            yield from torch.frombuffer(value, dtype=torch.uint8).split(BLOCK_SIZE)
+            yield from torch.split(torch.frombuffer(value, dtype=torch.uint8), BLOCK_SIZE)
         return
     if not value.numel():
         return
@@ -267,5 +267,5 @@ def _pieces(value: torch.Tensor | bytearray) -> Iterator[torch.Tensor]:
         yield value
         return
     row = value.nbytes // value.shape[0]
-    for rows in value.split(max(1, BLOCK_SIZE // row)):
+    for rows in torch.split(value, max(1, BLOCK_SIZE // row)):
         yield from (_pieces(rows[0]) if rows.nbytes > BLOCK_SIZE else (rows,))
