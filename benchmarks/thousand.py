@@ -179,12 +179,9 @@ def slowed(job: Job, most: int) -> None:
         found, seconds = counted(store, lambda: save(job, f"s3://{store.bucket}/run", store.storage_options, reports))
         done = len(list(store.path("run").rglob("*.distcp")))
     retries = [report.retries for report in reports]
-    print(
-        f"\n{job.ranks} ranks, the store takes {most} requests a second: {seconds:.1f} s, {found['slowed']:,} answers of"
-    )
-    print(
-        f"  503, {done:,} shards there; retries of a rank: {max(retries)} at most, {sum(retries) / len(retries):.1f} on average"
-    )
+    mean = sum(retries) / len(retries)
+    print(f"\n{job.ranks} ranks, the store takes {most} requests a second: {seconds:.1f} s, {done:,} shards are there")
+    print(f"  {found['slowed']:,} answers of 503; a rank repeated {mean:.1f} requests, {max(retries)} at most")
 
 
 # --- the coordinator
@@ -254,24 +251,13 @@ def coordinators(counts: list[int]) -> None:
     print("\n.metadata: seconds of rank 0, but for MB and peak MiB")
     with nginx(shaped=True) as store:
         for items in counts:
-            what = {
-                "url": f"s3://{store.bucket}/m",
-                "options": store.storage_options,
-                "path": str(store.path("m/.metadata")),
-            }
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.thousand",
-                "--coordinator",
-                json.dumps({"items": items, **what}),
-            ]
+            url, path = f"s3://{store.bucket}/m", str(store.path("m/.metadata"))
+            what = {"items": items, "url": url, "options": store.storage_options, "path": path}
+            command = [sys.executable, "-m", "benchmarks.thousand", "--coordinator", json.dumps(what)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             figures = json.loads(done.stdout.splitlines()[-1])
-            print(
-                f"  {items:9,} items: " + ", ".join(f"{name} {value:.2f}" for name, value in figures.items()),
-                flush=True,
-            )
+            texts = [f"{name} {value:.2f}" for name, value in figures.items()]
+            print(f"  {items:9,} items: {', '.join(texts)}", flush=True)
 
 
 def main() -> None:
