@@ -283,7 +283,9 @@ class Bench:
         return self._store.counters()["received" if verb == "save" else "sent"]
 
 
-def run(size: int, rounds: int, parts: set[str]) -> dict[str, Any]:  # noqa: C901, PLR0915 - one case after the other
+def run(  # noqa: C901, PLR0912, PLR0915 - one case after the other
+    size: int, rounds: int, parts: set[str]
+) -> dict[str, Any]:
     """Measures the parts of the suite that are asked for."""
     with nginx() as store, tempfile.TemporaryDirectory() as directory, environment(store):
         ranks = Ranks(4, directory)

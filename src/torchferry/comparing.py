@@ -17,13 +17,12 @@ from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import Transfer, current
 from torchferry.errors import CheckpointCorruptError, mask
 from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, Record, sniff
-from torchferry.locating import open_object
+from torchferry.locating import locate, open_object
 from torchferry.objects.safetensors_files import inspect_safetensors
 from torchferry.objects.safetensors_opening import open_file, open_files
 from torchferry.objects.streaming import Extent, ExtentStream
 from torchferry.objects.torch_files import inspect_torch
 from torchferry.printable import printable
-from torchferry.storage.registry import open_backend_async
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -95,7 +94,7 @@ async def diff_async(
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
     opened = [
-        await open_backend_async(url, storage_options=options, filesystem=filesystem)
+        await locate(url, storage_options=options, filesystem=filesystem)
         for url, options, filesystem in (
             (first, first_storage_options, first_filesystem),
             (second, second_storage_options, second_filesystem),

@@ -28,7 +28,7 @@ from torchferry.formats.safetensors import INDEX_SUFFIX, SUFFIX, item_size, lay_
 from torchferry.formats.safetensors_dtypes import dtype_name, torch_dtype
 from torchferry.formats.safetensors_stream import view_bytes
 from torchferry.formats.torch_stream import TorchStream, fills_crc32s
-from torchferry.locating import open_object
+from torchferry.locating import locate, open_object
 from torchferry.objects.requests import LoadRequest
 from torchferry.objects.safetensors_files import load_safetensors
 from torchferry.objects.safetensors_opening import File, open_file, open_files, publish_files
@@ -114,9 +114,7 @@ async def convert_async(
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
     require_storable(os.fspath(target), metadata or {})
-    reader, source_path = await open_backend_async(
-        source, storage_options=source_storage_options, filesystem=source_filesystem
-    )
+    reader, source_path = await locate(source, storage_options=source_storage_options, filesystem=source_filesystem)
     transfer = Transfer("convert", mask(os.fspath(target)), callback=callback, give_up_after=give_up_after)
     if format == "sharded" or (format is None and os.fspath(target).endswith("/")):
         _refuse_options(

@@ -14,8 +14,16 @@ from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.reader import RangeReader
 from torchferry.engine.tasks import task_group
-from torchferry.errors import CheckpointFormatError, StorageError, StorageUnavailableError, TorchferryError, mask
+from torchferry.errors import (
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    StorageError,
+    StorageUnavailableError,
+    TorchferryError,
+    mask,
+)
 from torchferry.formats.safetensors import INDEX_SUFFIX, LONGEST_INDEX, parse_index
+from torchferry.locating import locate
 from torchferry.storage.base import ListedObject
 from torchferry.storage.local import LocalBackend
 from torchferry.storage.registry import open_backend_async
@@ -64,17 +72,21 @@ async def _objects_of(
     """
     if recursive:
         return [item for _, item in await _list_objects(url, storage_options=storage_options)]
-    backend, path = await open_backend_async(url, storage_options=storage_options)
+    backend, path = await locate(url, storage_options=storage_options)
     return await run_on(own_loop(backend.loop), _parts, backend, path)
 
 
 async def _parts(backend: Backend, path: str) -> list[ListedObject]:
+    if path.endswith("/"):
+        if (parts := await _sharded_parts(backend, path.rstrip("/"))) is None:
+            raise CheckpointNotFoundError(f"There is no sharded checkpoint at {mask(backend.url(path))}.")
+        return parts
     try:
         stat = await run_on(backend.loop, backend.stat, path)
     except StorageUnavailableError:
         raise
     except StorageError:
-        if (parts := await _sharded_parts(backend, path.rstrip("/"))) is None:
+        if (parts := await _sharded_parts(backend, path)) is None:
             raise
         return parts
     objects = [ListedObject(path, stat.url, stat.size, stat.etag)]
