@@ -13,7 +13,8 @@ from torchferry.distributed.archives import StoredTensor
 from torchferry.distributed.assemble import Assembly, Data, Script
 from torchferry.distributed.fetch import Files
 from torchferry.distributed.metadata import items_by_shard
-from torchferry.distributed.reader import StorageReader, Where, contiguous_strides, where_stored
+from torchferry.distributed.placing import Where, contiguous_strides, where_stored
+from torchferry.distributed.reader import StorageReader
 from torchferry.distributed.slices import Direct, Piece, cut
 from torchferry.distributed.whole import Contents, checksums_of
 from torchferry.engine.memory import BLOCK_SIZE, EVERYTHING_ELSE
