@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from torchferry.engine.loops import run_on
 from torchferry.errors import StorageError, StorageUnavailableError, UnsupportedURLError, mask
 from torchferry.objects.opening import open_reader
 from torchferry.storage.registry import open_backend_async
@@ -51,7 +52,8 @@ async def open_object(backend: Backend, path: str, *, weights_only: bool = True)
         from torchferry.distributed.place import METADATA
 
         with suppress(StorageError):
-            await backend.stat(f"{path.rstrip('/')}/{METADATA}")  # most often there is none: no torch, no second's wait
+            # Most often there is none: no torch, no second's wait.
+            await run_on(backend.loop, backend.stat, f"{path.rstrip('/')}/{METADATA}")
             from torchferry.distributed.whole import find
 
             found = await find(backend, path, mask(backend.url(path)), weights_only=weights_only)
