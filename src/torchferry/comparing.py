@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,20 +17,23 @@ from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import Transfer, current
 from torchferry.errors import CheckpointCorruptError, mask
 from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, Record, sniff
+from torchferry.formats.safetensors_stream import view_bytes
 from torchferry.locating import locate, open_object
+from torchferry.objects.requests import LoadRequest
 from torchferry.objects.safetensors_files import inspect_safetensors
 from torchferry.objects.safetensors_opening import open_file, open_files
 from torchferry.objects.streaming import Extent, ExtentStream
-from torchferry.objects.torch_files import inspect_torch
+from torchferry.objects.torch_files import flattened, inspect_torch, load_torch, places_in_torch
 from torchferry.printable import printable
 
 if TYPE_CHECKING:
+    import torch
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
     from torchferry.distributed.shards import Shards
     from torchferry.distributed.whole import Contents
-    from torchferry.formats.graph import TensorInfo
+    from torchferry.formats.graph import TensorInfo, TensorPlace
     from torchferry.manifest import Manifest, PlainValue
     from torchferry.storage.base import Backend
 
@@ -114,41 +117,84 @@ class _Side(Protocol):
     def manifest(self) -> Manifest:
         """What is in it."""
 
+    def stored(self, tensor: TensorInfo) -> tuple[Hashable, int] | None:
+        """How a tensor lies in what is stored with it, and the CRC32 of that; None where it is not known."""
+
     def crc32(self, tensor: TensorInfo) -> int | None:
-        """The CRC32 of exactly a tensor's bytes, if it carries that."""
+        """The CRC32 of exactly a tensor's elements, in their order, if it carries that."""
 
     def read_size(self, tensor: TensorInfo) -> int:
         """How many bytes are read of a tensor whose CRC32 is not known."""
 
     async def read_crc32s(self, tensors: Sequence[TensorInfo]) -> Mapping[str, int]:
-        """Reads tensors; returns their CRC32s, by name."""
+        """Reads tensors; returns the CRC32s of their elements, by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Object:
-    """A file of ``torch.save``, or safetensors."""
+    """A file of ``torch.save``, or safetensors.
+
+    Attributes:
+        manifest: What is in it.
+        sources: The files, by the names of the records that are in them.
+        records: By name.
+        places: How tensors lie in their storages, by name; of what torch saves, where that can be told.
+    """
 
     manifest: Manifest
-    sources: Mapping[str, RangeReader]  # by record's name
+    sources: Mapping[str, RangeReader]
     records: Mapping[str, Record]
+    places: Mapping[str, TensorPlace]
+
+    def stored(self, tensor: TensorInfo) -> tuple[Hashable, int] | None:
+        record = self.records.get(tensor.record or "")
+        if record is None or record.crc32 is None or record.size != tensor.nbytes:
+            return None  # what else lies there does not matter
+        place = self.places.get(tensor.key)
+        return None if place is None else (place.offset, place.stride), record.crc32
 
     def crc32(self, tensor: TensorInfo) -> int | None:
         record = self.records.get(tensor.record or "")
-        return record.crc32 if record is not None and record.size == tensor.nbytes else None
+        if record is None or record.size != tensor.nbytes or not self._is_contiguous(tensor):
+            return None
+        return record.crc32
 
     def read_size(self, tensor: TensorInfo) -> int:
-        return self.records[tensor.record or ""].size
+        return tensor.nbytes if tensor.key in self.places else self.records[tensor.record or ""].size
 
     async def read_crc32s(self, tensors: Sequence[TensorInfo]) -> Mapping[str, int]:
+        in_order = [tensor for tensor in tensors if self._is_contiguous(tensor)]
+        read = await self._read_in_order(in_order) if in_order else {}
+        if others := {tensor.key for tensor in tensors} - {*read}:
+            # Elements in another order than they are stored in: loaded whole.
+            request = LoadRequest(lambda name: name in others, None, None, weights_only=True, verify=True)
+            loaded = await load_torch(next(iter(self.sources.values())), request)
+            read |= await in_thread(
+                _crc32s_of, {name: value for name, value in flattened("", loaded) if name in others}
+            )
+        return read
+
+    def _is_contiguous(self, tensor: TensorInfo) -> bool:
+        place = self.places.get(tensor.key)
+        return place is None or place.is_contiguous
+
+    def _extent(self, tensor: TensorInfo) -> Extent:
+        record, place = self.records[tensor.record or ""], self.places.get(tensor.key)
+        if place is None:
+            return Extent(self.sources[record.name], record.offset, record.end)
+        start = record.offset + place.offset * place.dtype.itemsize
+        return Extent(self.sources[record.name], start, start + tensor.nbytes)
+
+    async def _read_in_order(self, tensors: Sequence[TensorInfo]) -> dict[str, int]:
         read: dict[str, int] = {}
-        records = [self.records[tensor.record or ""] for tensor in tensors]
-        extents = [Extent(self.sources[record.name], record.offset, record.end) for record in records]
-        claim = await EVERYTHING_ELSE.claim_async(min(sum(record.size for record in records), 2 * BLOCK_SIZE))
+        extents = [self._extent(tensor) for tensor in tensors]
+        sizes = [extent.stop - extent.start for extent in extents]
+        claim = await EVERYTHING_ELSE.claim_async(min(sum(sizes), 2 * BLOCK_SIZE))
         try:
             stream = ExtentStream(extents, claim)
             async with stream.running():
-                for tensor, record in zip(tensors, records, strict=True):
-                    crc32, left = 0, record.size
+                for tensor, size in zip(tensors, sizes, strict=True):
+                    crc32, left = 0, size
                     while left:
                         chunk = await anext(stream)
                         crc32 = await in_thread(isal_zlib.crc32, chunk.data, crc32)
@@ -161,12 +207,19 @@ class _Object:
         return read
 
 
+def _crc32s_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    return {name: isal_zlib.crc32(view_bytes(tensor.detach().contiguous())) for name, tensor in tensors.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class _Sharded:
     """A sharded checkpoint."""
 
     manifest: Manifest
     shards: Shards
+
+    def stored(self, tensor: TensorInfo) -> tuple[Hashable, int] | None:
+        del tensor
 
     def crc32(self, tensor: TensorInfo) -> int | None:
         return self.shards.crc32(tensor.key)
@@ -225,13 +278,13 @@ async def _open(backend: Backend, path: str) -> _Side:
         for tensor in manifest.tensors:
             if tensor.record is not None and tensor.record not in records:
                 raise CheckpointCorruptError(f"{source.url} is damaged: record {printable(tensor.record)} is missing.")
-        return _Object(manifest, dict.fromkeys(records, source), records)
+        return _Object(manifest, dict.fromkeys(records, source), records, await places_in_torch(source))
     files = [await open_file(source, path)] if looks == SAFETENSORS_FORMAT else await open_files(backend, path, source)
     manifest = await in_thread(inspect_safetensors, files, source)
     by_file = {
         (f"{file.name}/" if file.name else "") + entry.name: file.source for file in files for entry in file.entries
     }
-    return _Object(manifest, by_file, {record.name: record for record in manifest.records})
+    return _Object(manifest, by_file, {record.name: record for record in manifest.records}, {})
 
 
 async def _open_sharded(found: Contents) -> _Side:
@@ -243,12 +296,24 @@ async def _open_sharded(found: Contents) -> _Side:
     return _Sharded(replace(manifest, values=await plain_values(found)), shards)
 
 
+def _known(
+    first: _Side, second: _Side, pairs: Sequence[tuple[TensorInfo, TensorInfo]]
+) -> list[tuple[int | None, int | None]]:
+    """The CRC32s of each pair: of what they lie in, where both lie there alike; else of their elements."""
+    found: list[tuple[int | None, int | None]] = []
+    for ours, theirs in pairs:
+        a, b = first.stored(ours), second.stored(theirs)
+        if a is not None and b is not None and a[0] == b[0]:
+            found.append((a[1], b[1]))
+        else:
+            found.append((first.crc32(ours), second.crc32(theirs)))
+    return found
+
+
 async def _changed(first: _Side, second: _Side, pairs: Sequence[tuple[TensorInfo, TensorInfo]]) -> list[str]:
     """The names of tensors of other content."""
     pairs = [pair for pair in pairs if pair[0].nbytes and all(tensor.record is not None for tensor in pair)]
-    known = await in_thread(
-        lambda: [(first.crc32(ours), second.crc32(theirs)) for ours, theirs in pairs]
-    )  # may be very many
+    known = await in_thread(_known, first, second, pairs)  # may be very many
     unknown = [pair for pair, crc32s in zip(pairs, known, strict=True) if None in crc32s]
     changed = {ours.key for (ours, _), (a, b) in zip(pairs, known, strict=True) if None not in (a, b) and a != b}
     if unknown:

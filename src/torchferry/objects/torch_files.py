@@ -42,15 +42,17 @@ if TYPE_CHECKING:
 
     from torchferry.engine.reader import RangeReader
     from torchferry.formats.archive import Archive, Record
-    from torchferry.formats.graph import Graph
+    from torchferry.formats.graph import Graph, TensorPlace
     from torchferry.objects.requests import LoadRequest
 
 __all__ = [
     "fill_torch",
     "fill_with",
+    "flattened",
     "format_error",
     "inspect_torch",
     "load_torch",
+    "places_in_torch",
     "read_pickle",
     "require_archive",
     "verify_torch",
@@ -199,7 +201,7 @@ async def _fill_from_whole(source: RangeReader, request: LoadRequest, target: Ta
 
 def fill_with(loaded: Any, url: str, request: LoadRequest, target: Target) -> IncompatibleKeys:
     """Fills tensors that exist with those of the same name in what was loaded."""
-    values = dict(_flattened("", loaded))
+    values = dict(flattened("", loaded))
     found = {
         name: Found(value.dtype, tuple(value.shape), None)
         for name, value in values.items()
@@ -209,14 +211,35 @@ def fill_with(loaded: Any, url: str, request: LoadRequest, target: Target) -> In
     return target.finish(values, (), found, {}, url, strict=request.strict)
 
 
-def _flattened(name: str, value: Any) -> list[tuple[str, Any]]:
+def flattened(name: str, value: Any) -> list[tuple[str, Any]]:
+    """The values in dicts, lists and tuples, with their names."""
     if isinstance(value, dict):
         items = list(value.items())
     elif isinstance(value, list | tuple):
         items = list(enumerate(value))
     else:
         return [(name, value)]
-    return [found for key, item in items for found in _flattened(f"{name}.{key}" if name else str(key), item)]
+    return [found for key, item in items for found in flattened(f"{name}.{key}" if name else str(key), item)]
+
+
+async def places_in_torch(source: RangeReader) -> dict[str, TensorPlace]:
+    """How the plain tensors of an archive lie in their storages, by name; of the others, and of other files, nothing."""
+    archive = await read_archive(source)
+    if archive is None or archive.is_torchscript:
+        return {}
+    try:
+        return await in_thread(_places, await read_pickle(source, archive, verify=False), source.url)
+    except UnusualPickleError:
+        return {}
+
+
+@collector_paused()
+def _places(pickled: bytes, url: str) -> dict[str, TensorPlace]:
+    graph = read_graph(pickled, url)
+    found, _ = leaves(graph, graph.root)
+    with graph.damage_told():
+        places = {name: place_of(leaf) for name, leaf in found.items() if is_tensor_leaf(leaf)}
+    return {name: place for name, place in places.items() if place is not None and place.is_plain}
 
 
 @collector_paused()
