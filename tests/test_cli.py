@@ -143,6 +143,23 @@ def test_diff_reads_what_carries_no_checksums(tmp_path: Path, capsys: pytest.Cap
     assert "~ b" in capsys.readouterr().out
 
 
+def test_diff_compares_elements_and_not_how_they_are_stored(tmp_path: Path) -> None:
+    """Transposed, and a view of a larger storage, whose other bytes do not matter."""
+    whole = torch.rand(4, 300)
+    tensors = {"turned": torch.rand(30, 20).t(), "view": whole[1], "plain": torch.rand(7)}
+    torch.save(tensors, tmp_path / "a.pt")
+    torchferry.save({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "b.safetensors")
+    whole[2] = 0
+    torch.save(tensors, tmp_path / "c.pt")
+    for second in ("b.safetensors", "c.pt"):
+        assert not torchferry.diff(tmp_path / "a.pt", tmp_path / second)
+    tensors["turned"][1, 2] = 9
+    whole[1, 3] = 9
+    torch.save(tensors, tmp_path / "d.pt")
+    for first in ("a.pt", "b.safetensors"):
+        assert sorted(torchferry.diff(tmp_path / first, tmp_path / "d.pt").changed) == ["turned", "view"]
+
+
 def test_ls_lists_checkpoints_with_step_size_and_age(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (100, 20):
         torchferry.save({"w": torch.ones(step)}, tmp_path / f"step-{step}.pt")

@@ -151,7 +151,8 @@ class _Object:
         if record is None or record.crc32 is None or record.size != tensor.nbytes:
             return None  # what else lies there does not matter
         place = self.places.get(tensor.key)
-        return None if place is None else (place.offset, place.stride), record.crc32
+        lies = None if place is None else (place.offset, place.stride)
+        return lies, record.crc32
 
     def crc32(self, tensor: TensorInfo) -> int | None:
         record = self.records.get(tensor.record or "")

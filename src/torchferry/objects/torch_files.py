@@ -223,7 +223,7 @@ def flattened(name: str, value: Any) -> list[tuple[str, Any]]:
 
 
 async def places_in_torch(source: RangeReader) -> dict[str, TensorPlace]:
-    """How the plain tensors of an archive lie in their storages, by name; of the others, and of other files, nothing."""
+    """How the plain tensors of an archive lie in their storages, by name; nothing of other tensors and other files."""
     archive = await read_archive(source)
     if archive is None or archive.is_torchscript:
         return {}
