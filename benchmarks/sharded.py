@@ -40,6 +40,7 @@ from benchmarks.endpoint import Store, nginx
 from benchmarks.meter import measuring
 from benchmarks.works import MIB
 
+BROADCAST = "torchferry, broadcast"
 FERRY, STOCK, CONNECTOR, DISK = "torchferry", "stock, fsspec", "s3torchconnector", "stock, local files"
 SHARED = (FERRY, STOCK, CONNECTOR)
 TIMEOUT = 300
@@ -50,6 +51,11 @@ TIMEOUT = 300
 
 def value_of(name: str) -> float:
     return float(zlib.crc32(name.encode()) % 1000)
+
+
+def make_alike(names: list[str], rows: int, *, fill: bool) -> dict[str, Any]:
+    """Tensors that every rank has all of, as under DDP."""
+    return {name: torch.full((rows, 1024), value_of(name) if fill else -1.0) for name in names}
 
 
 def make(names: list[str], rows: int, world: int, *, fill: bool) -> dict[str, Any]:
@@ -89,6 +95,8 @@ def saver(contender: str, store: Store, url: str) -> Callable[[dict[str, Any]], 
 def loader(contender: str, store: Store, url: str) -> Callable[[dict[str, Any]], object]:
     if contender == FERRY:
         return lambda state: ferry.load(state, url, storage_options=store.storage_options)
+    if contender == BROADCAST:
+        return lambda state: ferry.load(state, url, storage_options=store.storage_options, broadcast=True)
     if contender == STOCK:
         return lambda state: dcp.load(state, storage_reader=FsspecReader(url, **store.storage_options))
     if contender == DISK:
@@ -118,6 +126,18 @@ def job_load(
     store: Store, world: int, contender: str, url: str, names: list[str], rows: int, warm: str
 ) -> tuple[float, int]:
     state = make(names, rows, world, fill=False)
+    loader(contender, store, warm)(make(["w0", "w1"], 64, world, fill=False))
+    load = loader(contender, store, url)
+    result = measured(store, "load", lambda: load(state))
+    check(state)
+    return result
+
+
+def job_load_alike(
+    store: Store, world: int, contender: str, url: str, names: list[str], rows: int, warm: str
+) -> tuple[float, int]:
+    """Every rank loads all of it."""
+    state = make_alike(names, rows, fill=False)
     loader(contender, store, warm)(make(["w0", "w1"], 64, world, fill=False))
     load = loader(contender, store, url)
     result = measured(store, "load", lambda: load(state))
@@ -263,7 +283,9 @@ class Bench:
         return self._store.counters()["received" if verb == "save" else "sent"]
 
 
-def run(size: int, rounds: int, parts: set[str]) -> dict[str, Any]:  # noqa: C901, PLR0915 - one case after the other
+def run(  # noqa: C901, PLR0912, PLR0915 - one case after the other
+    size: int, rounds: int, parts: set[str]
+) -> dict[str, Any]:
     """Measures the parts of the suite that are asked for."""
     with nginx() as store, tempfile.TemporaryDirectory() as directory, environment(store):
         ranks = Ranks(4, directory)
@@ -315,6 +337,15 @@ def run(size: int, rounds: int, parts: set[str]) -> dict[str, Any]:  # noqa: C90
                             "job_load", w, contender=FERRY, **what, **shared
                         )
                 bench.measure(f"load, {world} ranks", jobs, size, "load")
+        if "alike" in parts:
+            jobs = {}
+            for contender in (FERRY, BROADCAST, STOCK):
+                how = layout(FERRY if contender == BROADCAST else contender)
+                what = {"url": url(keep(2, how)), "warm": warm(2, how), "names": names, "rows": rows}
+                jobs[contender] = lambda _, c=contender, what=what: ranks.run(
+                    "job_load_alike", 2, contender=c, **what, **shared
+                )
+            bench.measure("load, 2 ranks, all of it on each", jobs, size, "load")
         if "reshard" in parts:
             jobs = {}
             for contender in SHARED:
@@ -374,7 +405,19 @@ def environment(store: Store) -> Iterator[None]:
 
 
 def main() -> None:
-    everything = ["save1", "save2", "save4", "load1", "load2", "load4", "reshard", "scattered", "whole", "async"]
+    everything = [
+        "save1",
+        "save2",
+        "save4",
+        "load1",
+        "load2",
+        "load4",
+        "alike",
+        "reshard",
+        "scattered",
+        "whole",
+        "async",
+    ]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sharded", description=__doc__)
     parser.add_argument("--size", type=int, default=1024, help="MiB of all tensors")
     parser.add_argument("--rounds", type=int, default=5)

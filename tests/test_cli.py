@@ -21,6 +21,13 @@ import torch
 
 import torchferry
 from torchferry.cli import main
+from torchferry.testing.faultproxy import Fault
+
+
+def save_sharded(state: dict[str, Any], url: str | Path, **options: Any) -> None:
+    from torchferry.distributed import save
+
+    save(state, url, no_dist=True, **options)
 
 
 @pytest.fixture
@@ -136,6 +143,23 @@ def test_diff_reads_what_carries_no_checksums(tmp_path: Path, capsys: pytest.Cap
     assert "~ b" in capsys.readouterr().out
 
 
+def test_diff_compares_elements_and_not_how_they_are_stored(tmp_path: Path) -> None:
+    """Transposed, and a view of a larger storage, whose other bytes do not matter."""
+    whole = torch.rand(4, 300)
+    tensors = {"turned": torch.rand(30, 20).t(), "view": whole[1], "plain": torch.rand(7)}
+    torch.save(tensors, tmp_path / "a.pt")
+    torchferry.save({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "b.safetensors")
+    whole[2] = 0
+    torch.save(tensors, tmp_path / "c.pt")
+    for second in ("b.safetensors", "c.pt"):
+        assert not torchferry.diff(tmp_path / "a.pt", tmp_path / second)
+    tensors["turned"][1, 2] = 9
+    whole[1, 3] = 9
+    torch.save(tensors, tmp_path / "d.pt")
+    for first in ("a.pt", "b.safetensors"):
+        assert sorted(torchferry.diff(tmp_path / first, tmp_path / "d.pt").changed) == ["turned", "view"]
+
+
 def test_ls_lists_checkpoints_with_step_size_and_age(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (100, 20):
         torchferry.save({"w": torch.ones(step)}, tmp_path / f"step-{step}.pt")
@@ -172,7 +196,61 @@ def test_ls_lists_checkpoints_with_step_size_and_age(tmp_path: Path, capsys: pyt
         or rows["step-100.pt"]["tensors"] == 1
     )
     assert (rows["m.safetensors.index.json"]["objects"], rows["m.safetensors.index.json"]["tensors"]) == (3, 3)
-    assert rows["dcp/"]["format"] == "dcp"
+    assert rows["dcp/"]["format"] == "damaged"
+
+
+def test_ls_shows_a_sharded_checkpoint_as_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (100, 20):
+        save_sharded({"w": torch.ones(step), "b": torch.ones(3), "lr": 0.1}, tmp_path / f"run/step-{step}")
+    assert main(["ls", str(tmp_path), "--long", "--sort", "step"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [(line[0], *line[-3:]) for line in lines[1:-1]] == [
+        ("20", "sharded", "2", "run/step-20/"),
+        ("100", "sharded", "2", "run/step-100/"),
+    ]
+    assert main(["ls", str(tmp_path), "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)[0]
+    whole = sum(path.stat().st_size for path in (tmp_path / "run/step-100").rglob("*") if path.is_file())
+    assert (row["name"], row["format"], row["objects"], row["size"]) == ("run/step-100/", "sharded", 2, whole)
+    for url in (row["url"], row["url"].rstrip("/")):
+        assert main(["inspect", url]) == 0
+        assert main(["verify", url]) == 0
+
+
+def test_rm_removes_a_sharded_checkpoint_its_metadata_first(
+    s3_url: str, s3_storage_options: dict[str, Any], s3_client: Any, faulty_s3: Any, tmp_path: Path
+) -> None:
+    """Nothing else: what other checkpoints and users have there stays. Dead before the shards, clean finds them."""
+    save_sharded({"w": torch.ones(3)}, tmp_path / "c")
+    (tmp_path / "c/notes.txt").write_text("mine")
+    save_sharded({"w": torch.ones(3)}, tmp_path / "c/d")
+    assert main(["rm", "--yes", f"{tmp_path}/c/"]) == 0
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["d", "notes.txt"]
+    assert main(["rm", "--yes", f"{tmp_path}/c/d"]) == 0
+    assert not (tmp_path / "c/d").exists()
+    save_sharded({"w": torch.ones(3)}, s3_url, storage_options=s3_storage_options)
+    fault = Fault(method="DELETE", target=".distcp", status=403, code="AccessDenied", times=None)
+    options = json.dumps(faulty_s3(fault).storage_options)
+    assert main(["rm", "--yes", s3_url, "--storage-options", options]) == 1
+    bucket, _, prefix = s3_url.removeprefix("s3://").partition("/")
+    (left,) = s3_client.list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]
+    assert left["Key"].endswith(".distcp")
+    assert torchferry.clean(s3_url, older_than=0, storage_options=s3_storage_options).removed
+
+
+def test_diff_and_convert_take_sharded_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = {"w": torch.ones(3), "b": torch.ones(2)}
+    save_sharded(tensors, tmp_path / "a")
+    assert main(["convert", f"{tmp_path}/a", f"{tmp_path}/a.safetensors"]) == 0
+    assert main(["convert", f"{tmp_path}/a/", f"{tmp_path}/a.pt"]) == 0
+    assert main(["convert", f"{tmp_path}/a.pt", f"{tmp_path}/b/"]) == 0
+    assert main(["convert", f"{tmp_path}/a.pt", f"{tmp_path}/d", "--format", "sharded"]) == 0
+    for other in ("a.safetensors", "a.pt", "b", "d/"):
+        assert main(["diff", f"{tmp_path}/a", f"{tmp_path}/{other}"]) == 0
+    save_sharded({**tensors, "w": torch.zeros(3)}, tmp_path / "b")
+    capsys.readouterr()
+    assert main(["diff", f"{tmp_path}/a.pt", f"{tmp_path}/b"]) == 1
+    assert capsys.readouterr().out.splitlines()[0] == "~ w: other content"
 
 
 def test_rm_removes_a_checkpoint_with_its_shards_and_asks_before_it_removes_many(

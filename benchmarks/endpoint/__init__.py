@@ -100,9 +100,16 @@ class Store:
 
     def counters(self) -> dict[str, int]:
         """How many bytes of request bodies the endpoint ``received`` and of answers it ``sent`` so far."""
+        return self._ask("/-/counters")
+
+    def requests(self) -> dict[str, int]:
+        """How many requests of each kind the endpoint (nginx) took so far; "slowed" are those it answered 503."""
+        return self._ask("/-/requests")
+
+    def _ask(self, path: str) -> dict[str, int]:
         connection = self.connect()
         try:
-            connection.request("GET", "/-/counters")
+            connection.request("GET", path)
             counters: dict[str, int] = json.load(connection.getresponse())
             return counters
         finally:
@@ -171,12 +178,13 @@ class Store:
 
 
 @contextmanager
-def nginx(*, scheme: str = "http", shaped: bool = False) -> Iterator[Store]:
+def nginx(*, scheme: str = "http", shaped: bool = False, most: int = 0) -> Iterator[Store]:
     """Runs nginx as a near-free S3 until the block ends; see ``s3.lua`` for what it does and does not.
 
     Args:
         scheme: "http", or "https" with a certificate of its own making.
         shaped: Adds latency to each request and limits each connection, as S3 does.
+        most: Requests a second that it takes; it answers the others 503 SlowDown. 0 for all.
 
     Raises:
         servers.ServerStartError: nginx or its Lua module is not installed, or did not start.
@@ -195,6 +203,7 @@ def nginx(*, scheme: str = "http", shaped: bool = False) -> Iterator[Store]:
             "PORT": port,
             "LATENCY": SHAPED_LATENCY if shaped else 0,
             "RATE": f"{SHAPED_RATE:.0f}" if shaped else 0,
+            "MOST": most,
             "SSL": "ssl" if certificate else "",
             "CERTIFICATE": f"ssl_certificate {certificate}; ssl_certificate_key {certificate};" if certificate else "",
         }

@@ -5,7 +5,8 @@
 --   content, so that asking for its size or listing it works.
 -- * A download is served from a file that the benchmark has put into data/<bucket>/<key>.
 --
--- Plain, or shaped: a latency before every answer, and a rate that no connection exceeds, up or down.
+-- Plain, or shaped: a latency before every answer, and a rate that no connection exceeds, up or down. Where it takes only
+-- so many requests a second, the others are answered 503 SlowDown at once, as S3 does.
 
 local ffi = require "ffi"
 ffi.cdef "int truncate(const char *path, long length);"
@@ -14,10 +15,41 @@ local M = {}
 local DATA = ngx.config.prefix() .. "data/"
 local PIECE = 32768  -- bytes; small enough to stay in the processor's cache
 local XML = '<?xml version="1.0" encoding="UTF-8"?>\n'
-local latency, rate = 0, 0
+local KINDS = { "create", "part", "complete", "abort", "put", "get", "head", "list", "delete", "slowed" }
+local latency, rate, most = 0, 0, 0
 
 function M.configure(options)
-    latency, rate = options.latency, options.rate
+    latency, rate, most = options.latency, options.rate, options.most
+end
+
+-- What a request does: one of KINDS.
+local function kind_of(method, query, key)
+    if method == "PUT" then return query.partNumber and "part" or "put" end
+    if method == "POST" then return query.uploads and "create" or query.uploadId and "complete" or "delete" end
+    if method == "DELETE" then return query.uploadId and "abort" or "delete" end
+    if method == "HEAD" then return "head" end
+    return key == "" and "list" or "get"
+end
+
+-- Requests by kind, since the endpoint started; "slowed" are those that were answered 503.
+function M.requests()
+    local found = {}
+    for _, kind in ipairs(KINDS) do
+        found[#found + 1] = string.format('"%s": %d', kind, ngx.shared.counters:get("requests " .. kind) or 0)
+    end
+    ngx.header.content_type = "application/json"
+    ngx.print("{" .. table.concat(found, ", ") .. "}")
+end
+
+-- Counts a request; whether it is one too many in this second.
+local function is_too_many(kind)
+    local counters = ngx.shared.counters
+    if most > 0 and counters:incr("second " .. math.floor(ngx.now()), 1, 0, 10) > most then
+        counters:incr("requests slowed", 1, 0)
+        return true
+    end
+    counters:incr("requests " .. kind, 1, 0)
+    return false
 end
 
 -- Bytes of bodies, since the endpoint started.
@@ -212,9 +244,12 @@ local function get_shaped(name)
 end
 
 function M.handle()
-    if latency > 0 then ngx.sleep(latency) end
     local method, query = ngx.req.get_method(), ngx.req.get_uri_args()
     local bucket, key = ngx.var.uri:match("^/([^/]+)/?(.*)$")
+    if is_too_many(kind_of(method, query, key)) then
+        return answer("<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>", 503)
+    end
+    if latency > 0 then ngx.sleep(latency) end
     local name = bucket .. "/" .. key
     if method == "PUT" then
         if key == "" then return answer_empty(200) end  -- buckets need not be made

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from isal import isal_zlib
 
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.memory import BLOCK_SIZE, EVERYTHING_ELSE
+from torchferry.engine.reader import RangeReader
 from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import Transfer, current
 from torchferry.errors import CheckpointCorruptError, mask
 from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, Record, sniff
-from torchferry.objects.opening import open_reader
+from torchferry.formats.picking import values_of
+from torchferry.formats.safetensors_stream import view_bytes
+from torchferry.locating import locate, open_object
+from torchferry.objects.requests import LoadRequest
 from torchferry.objects.safetensors_files import inspect_safetensors
 from torchferry.objects.safetensors_opening import open_file, open_files
 from torchferry.objects.streaming import Extent, ExtentStream
-from torchferry.objects.torch_files import inspect_torch
+from torchferry.objects.torch_files import inspect_torch, load_torch, places_in_torch
 from torchferry.printable import printable
-from torchferry.storage.registry import open_backend_async
 
 if TYPE_CHECKING:
+    import torch
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
-    from torchferry.engine.reader import RangeReader
-    from torchferry.formats.graph import TensorInfo
+    from torchferry.distributed.shards import Shards
+    from torchferry.distributed.whole import Contents
+    from torchferry.formats.places import TensorInfo, TensorPlace
     from torchferry.manifest import Manifest, PlainValue
     from torchferry.storage.base import Backend
 
@@ -74,11 +79,12 @@ async def diff_async(
 ) -> Diff:
     """Compares two checkpoints by their tensors and plain values.
 
-    Of files of ``torch.save``, the CRC32s are compared: no tensor is read. Of others, what has the same name, dtype and
-    shape in both is read, in bounded memory.
+    Where both carry CRC32s of a tensor, those are compared, and it is not read: in files of ``torch.save``, and in
+    sharded checkpoints, where the tensor is one item, or was split by rows. Else it is read, in bounded memory, from
+    what carries none. Tensors of sharded checkpoints have the names that they have in one object.
 
     Args:
-        first: The URL or local path of one.
+        first: The URL or local path of one; of a sharded checkpoint, that of its directory.
         second: That of the other.
         first_storage_options: Arguments for the fsspec filesystem of ``first``.
         second_storage_options: Arguments for that of ``second``.
@@ -92,7 +98,7 @@ async def diff_async(
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
     opened = [
-        await open_backend_async(url, storage_options=options, filesystem=filesystem)
+        await locate(url, storage_options=options, filesystem=filesystem)
         for url, options, filesystem in (
             (first, first_storage_options, first_filesystem),
             (second, second_storage_options, second_filesystem),
@@ -105,18 +111,125 @@ async def diff_async(
 diff = synchronous(diff_async)
 
 
-@dataclass(frozen=True, slots=True)
-class _Side:
+class _Side(Protocol):
     """One of the two."""
 
-    manifest: Manifest
-    sources: Mapping[str, RangeReader]  # by record's name
-    records: Mapping[str, Record]
+    @property
+    def manifest(self) -> Manifest:
+        """What is in it."""
+
+    def stored(self, tensor: TensorInfo) -> tuple[Hashable, int] | None:
+        """How a tensor lies in what is stored with it, and the CRC32 of that; None where it is not known."""
 
     def crc32(self, tensor: TensorInfo) -> int | None:
-        """The CRC32 of exactly a tensor's bytes, if the file has it."""
+        """The CRC32 of exactly a tensor's elements, in their order, if it carries that."""
+
+    def read_size(self, tensor: TensorInfo) -> int:
+        """How many bytes are read of a tensor whose CRC32 is not known."""
+
+    async def read_crc32s(self, tensors: Sequence[TensorInfo]) -> Mapping[str, int]:
+        """Reads tensors; returns the CRC32s of their elements, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Object:
+    """A file of ``torch.save``, or safetensors.
+
+    Attributes:
+        manifest: What is in it.
+        sources: The files, by the names of the records that are in them.
+        records: By name.
+        places: How tensors lie in their storages, by name; of what torch saves, where that can be told.
+    """
+
+    manifest: Manifest
+    sources: Mapping[str, RangeReader]
+    records: Mapping[str, Record]
+    places: Mapping[str, TensorPlace]
+
+    def stored(self, tensor: TensorInfo) -> tuple[Hashable, int] | None:
         record = self.records.get(tensor.record or "")
-        return record.crc32 if record is not None and record.size == tensor.nbytes else None
+        if record is None or record.crc32 is None or record.size != tensor.nbytes:
+            return None  # what else lies there does not matter
+        place = self.places.get(tensor.key)
+        lies = None if place is None else (place.offset, place.stride)
+        return lies, record.crc32
+
+    def crc32(self, tensor: TensorInfo) -> int | None:
+        record = self.records.get(tensor.record or "")
+        if record is None or record.size != tensor.nbytes or not self._is_contiguous(tensor):
+            return None
+        return record.crc32
+
+    def read_size(self, tensor: TensorInfo) -> int:
+        return tensor.nbytes if tensor.key in self.places else self.records[tensor.record or ""].size
+
+    async def read_crc32s(self, tensors: Sequence[TensorInfo]) -> Mapping[str, int]:
+        in_order = [tensor for tensor in tensors if self._is_contiguous(tensor)]
+        read = await self._read_in_order(in_order) if in_order else {}
+        if others := {tensor.key for tensor in tensors} - {*read}:
+            # Elements in another order than they are stored in: loaded whole.
+            request = LoadRequest(lambda name: name in others, None, None, weights_only=True, verify=True)
+            source = next(iter(self.sources.values()))
+            values, _ = values_of(await load_torch(source, request), source.stat.size, source.url)
+            read |= await in_thread(_crc32s_of, {name: value for name, value in values.items() if name in others})
+        return read
+
+    def _is_contiguous(self, tensor: TensorInfo) -> bool:
+        place = self.places.get(tensor.key)
+        return place is None or place.is_contiguous
+
+    def _extent(self, tensor: TensorInfo) -> Extent:
+        record, place = self.records[tensor.record or ""], self.places.get(tensor.key)
+        if place is None:
+            return Extent(self.sources[record.name], record.offset, record.end)
+        start = record.offset + place.offset * place.dtype.itemsize
+        return Extent(self.sources[record.name], start, start + tensor.nbytes)
+
+    async def _read_in_order(self, tensors: Sequence[TensorInfo]) -> dict[str, int]:
+        read: dict[str, int] = {}
+        extents = [self._extent(tensor) for tensor in tensors]
+        sizes = [extent.stop - extent.start for extent in extents]
+        claim = await EVERYTHING_ELSE.claim_async(min(sum(sizes), 2 * BLOCK_SIZE))
+        try:
+            stream = ExtentStream(extents, claim)
+            async with stream.running():
+                for tensor, size in zip(tensors, sizes, strict=True):
+                    crc32, left = 0, size
+                    while left:
+                        chunk = await anext(stream)
+                        crc32 = await in_thread(isal_zlib.crc32, chunk.data, crc32)
+                        left -= len(chunk)
+                        current().moved(len(chunk))
+                        del chunk
+                    read[tensor.key] = crc32
+        finally:
+            claim.close()
+        return read
+
+
+def _crc32s_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    return {name: isal_zlib.crc32(view_bytes(tensor.detach().contiguous())) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Sharded:
+    """A sharded checkpoint."""
+
+    manifest: Manifest
+    shards: Shards
+
+    def stored(self, tensor: TensorInfo) -> tuple[Hashable, int] | None:
+        del tensor
+
+    def crc32(self, tensor: TensorInfo) -> int | None:
+        return self.shards.crc32(tensor.key)
+
+    def read_size(self, tensor: TensorInfo) -> int:
+        return tensor.nbytes
+
+    async def read_crc32s(self, tensors: Sequence[TensorInfo]) -> Mapping[str, int]:
+        return await self.shards.read_crc32s([tensor.key for tensor in tensors])
 
 
 async def _diff(opened: Sequence[tuple[Backend, str]]) -> Diff:
@@ -156,7 +269,9 @@ async def _diff(opened: Sequence[tuple[Backend, str]]) -> Diff:
 
 
 async def _open(backend: Backend, path: str) -> _Side:
-    source = await open_reader(backend, path)
+    source = await open_object(backend, path)
+    if not isinstance(source, RangeReader):
+        return await _open_sharded(source)
     looks = sniff(await source.read(0, min(source.stat.size, SNIFF_SIZE)))
     if looks not in {SAFETENSORS_FORMAT, INDEX_FORMAT}:
         manifest = await inspect_torch(source)
@@ -164,66 +279,58 @@ async def _open(backend: Backend, path: str) -> _Side:
         for tensor in manifest.tensors:
             if tensor.record is not None and tensor.record not in records:
                 raise CheckpointCorruptError(f"{source.url} is damaged: record {printable(tensor.record)} is missing.")
-        return _Side(manifest, dict.fromkeys(records, source), records)
+        return _Object(manifest, dict.fromkeys(records, source), records, await places_in_torch(source))
     files = [await open_file(source, path)] if looks == SAFETENSORS_FORMAT else await open_files(backend, path, source)
     manifest = await in_thread(inspect_safetensors, files, source)
     by_file = {
         (f"{file.name}/" if file.name else "") + entry.name: file.source for file in files for entry in file.entries
     }
-    return _Side(manifest, by_file, {record.name: record for record in manifest.records})
+    return _Object(manifest, by_file, {record.name: record for record in manifest.records}, {})
+
+
+async def _open_sharded(found: Contents) -> _Side:
+    from torchferry.distributed.shards import Shards
+    from torchferry.distributed.whole import inspect_contents, plain_values
+
+    manifest = await in_thread(inspect_contents, found)
+    shards = await Shards.open(found, [tensor.key for tensor in manifest.tensors])
+    return _Sharded(replace(manifest, values=await plain_values(found)), shards)
+
+
+def _known(
+    first: _Side, second: _Side, pairs: Sequence[tuple[TensorInfo, TensorInfo]]
+) -> list[tuple[int | None, int | None]]:
+    """The CRC32s of each pair: of what they lie in, where both lie there alike; else of their elements."""
+    found: list[tuple[int | None, int | None]] = []
+    for ours, theirs in pairs:
+        a, b = first.stored(ours), second.stored(theirs)
+        if a is not None and b is not None and a[0] == b[0]:
+            found.append((a[1], b[1]))
+        else:
+            found.append((first.crc32(ours), second.crc32(theirs)))
+    return found
 
 
 async def _changed(first: _Side, second: _Side, pairs: Sequence[tuple[TensorInfo, TensorInfo]]) -> list[str]:
-    changed: list[str] = []
-    unknown: list[tuple[TensorInfo, TensorInfo]] = []
-    for ours, theirs in pairs:
-        crc32s = first.crc32(ours), second.crc32(theirs)
-        if not ours.nbytes or ours.record is None or theirs.record is None:
-            continue
-        if None not in crc32s:
-            if crc32s[0] != crc32s[1]:
-                changed.append(ours.key)
-        else:
-            unknown.append((ours, theirs))
+    """The names of tensors of other content."""
+    pairs = [pair for pair in pairs if pair[0].nbytes and all(tensor.record is not None for tensor in pair)]
+    known = await in_thread(_known, first, second, pairs)  # may be very many
+    unknown = [pair for pair, crc32s in zip(pairs, known, strict=True) if None in crc32s]
+    changed = {ours.key for (ours, _), (a, b) in zip(pairs, known, strict=True) if None not in (a, b) and a != b}
     if unknown:
-        sizes = [
-            _read_size(side, tensor) for pair in unknown for side, tensor in zip((first, second), pair, strict=True)
-        ]
-        current().set_size(sum(sizes))
+        crc32s: list[dict[str, int]] = []
+        wanted: list[list[TensorInfo]] = []
+        for number, side in enumerate((first, second)):
+            here = {pair[number].key: side.crc32(pair[number]) for pair in unknown}
+            crc32s.append({key: crc32 for key, crc32 in here.items() if crc32 is not None})
+            wanted.append([pair[number] for pair in unknown if here[pair[number].key] is None])
+        size = sum(
+            side.read_size(tensor) for side, some in zip((first, second), wanted, strict=True) for tensor in some
+        )
+        current().set_size(size)
         async with current().telling():
-            read = [
-                await _crc32s(side, [pair[number] for pair in unknown]) for number, side in enumerate((first, second))
-            ]
-            current().moved_at_least(sum(sizes))
-        changed += [ours.key for (ours, _), a, b in zip(unknown, *read, strict=True) if a != b]
-    order = {ours.key: number for number, (ours, _) in enumerate(pairs)}
-    return sorted(changed, key=order.__getitem__)
-
-
-def _read_size(side: _Side, tensor: TensorInfo) -> int:
-    return 0 if side.crc32(tensor) is not None else side.records[tensor.record or ""].size
-
-
-async def _crc32s(side: _Side, tensors: Sequence[TensorInfo]) -> list[int]:
-    """The CRC32 of each tensor's record, as the file has it, or read."""
-    known = {tensor.key: crc32 for tensor in tensors if (crc32 := side.crc32(tensor)) is not None}
-    wanted = [tensor for tensor in tensors if tensor.key not in known]
-    records = [side.records[tensor.record or ""] for tensor in wanted]
-    extents = [Extent(side.sources[record.name], record.offset, record.end) for record in records]
-    size = sum(record.size for record in records)
-    claim = await EVERYTHING_ELSE.claim_async(min(size, 2 * BLOCK_SIZE))
-    try:
-        stream = ExtentStream(extents, claim)
-        async with stream.running():
-            for tensor, record in zip(wanted, records, strict=True):
-                crc32, left = 0, record.size
-                while left:
-                    chunk = await anext(stream)
-                    crc32 = await in_thread(isal_zlib.crc32, chunk.data, crc32)
-                    left -= len(chunk)
-                    current().moved(len(chunk))
-                    del chunk
-                known[tensor.key] = crc32
-    finally:
-        claim.close()
-    return [known[tensor.key] for tensor in tensors]
+            for side, there, some in zip((first, second), crc32s, wanted, strict=True):
+                there.update(await side.read_crc32s(some) if some else {})
+            current().moved_at_least(size)
+        changed |= {ours.key for ours, _ in unknown if crc32s[0][ours.key] != crc32s[1][ours.key]}
+    return [ours.key for ours, _ in pairs if ours.key in changed]

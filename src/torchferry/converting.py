@@ -1,4 +1,4 @@
-"""Converts checkpoints between ``torch.save`` and safetensors, from any store to any other, in bounded memory."""
+"""Converts checkpoints: ``torch.save``, safetensors, sharded; from any store to any other, in bounded memory."""
 
 from __future__ import annotations
 
@@ -8,41 +8,35 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.collector import collector_paused
 from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.memory import BLOCK_SIZE, EVERYTHING_ELSE
+from torchferry.engine.reader import RangeReader
 from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import Chunk, ObjectStat
 from torchferry.errors import CheckpointFormatError, CheckpointValueError, UnsupportedOptionError, mask
 from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, Record, sniff
 from torchferry.formats.checksum import Checksums
-from torchferry.formats.graph import TensorPlace, is_tensor_leaf, place_of, read_graph
+from torchferry.formats.graph import read_graph
 from torchferry.formats.keys import Keys, KeysArgument, as_keys
 from torchferry.formats.lazy import LazyTensors
 from torchferry.formats.picking import leaves, pick
-from torchferry.formats.safetensors import INDEX_SUFFIX, item_size, lay_out, split
+from torchferry.formats.places import TensorPlace, place_of
+from torchferry.formats.safetensors import INDEX_SUFFIX, SUFFIX, item_size, lay_out, split
 from torchferry.formats.safetensors_dtypes import dtype_name, torch_dtype
 from torchferry.formats.safetensors_stream import view_bytes
+from torchferry.formats.stand_ins import is_tensor_leaf
 from torchferry.formats.torch_stream import TorchStream, fills_crc32s
-from torchferry.objects.opening import open_reader
+from torchferry.locating import locate, open_object
 from torchferry.objects.requests import LoadRequest
 from torchferry.objects.safetensors_files import load_safetensors
-from torchferry.objects.safetensors_opening import (
-    File,
-    delete_all,
-    open_file,
-    open_files,
-    prepare,
-    publish_index,
-    take_back,
-)
+from torchferry.objects.safetensors_opening import File, open_file, open_files, publish_files
 from torchferry.objects.streaming import Extent, ExtentStream
 from torchferry.objects.torch_files import load_torch, read_pickle, require_archive
 from torchferry.printable import printable
-from torchferry.saving import SaveFormat
 from torchferry.storage.metadata import require_storable
 from torchferry.storage.registry import open_backend_async
 
@@ -51,11 +45,15 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
-    from torchferry.engine.reader import RangeReader
+    from torchferry.distributed.place import Place
+    from torchferry.distributed.whole import Contents
     from torchferry.formats.archive import Archive
     from torchferry.storage.base import Backend
 
-__all__ = ["convert", "convert_async"]
+__all__ = ["ConvertFormat", "convert", "convert_async"]
+
+ConvertFormat: TypeAlias = Literal["torch", "safetensors", "sharded"]
+"""What ``format=`` takes."""
 
 _PYTORCH = {"format": "pt"}
 _SHOWN = 5  # names in a message
@@ -65,7 +63,7 @@ async def convert_async(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
-    format: SaveFormat | None = None,  # noqa: A002 - what it is
+    format: ConvertFormat | None = None,  # noqa: A002 - what it is
     keys: KeysArgument | None = None,
     exclude: KeysArgument | None = None,
     strip_prefix: str = "",
@@ -80,15 +78,18 @@ async def convert_async(
     callback: Callback | None = None,
     report: Callable[[TransferReport], object] | None = None,
 ) -> ObjectStat:
-    """Converts a checkpoint of ``torch.save`` to safetensors, or the other way round.
+    """Converts a checkpoint: of ``torch.save`` to safetensors or back, a sharded one to either, or one to sharded.
 
     Tensors go from the source's ranges to the target's parts: at most 208 MiB of memory, however large they are. Those
-    that are not contiguous in a checkpoint of ``torch.save`` are loaded whole.
+    that are not contiguous in a checkpoint of ``torch.save`` are loaded whole. What converts sharded checkpoints is
+    :func:`torchferry.distributed.consolidate` and :func:`torchferry.distributed.shard`.
 
     Args:
-        source: The URL or local path of the checkpoint; of safetensors in several files, that of their index.
-        target: Where to.
-        format: Of the target: "torch" or "safetensors"; by default the one that the source does not have.
+        source: The URL or local path of the checkpoint; of safetensors in several files, that of their index; of a
+            sharded one, that of its directory.
+        target: Where to. What ends in "/" is the directory of a sharded checkpoint.
+        format: Of the target: "torch", "safetensors" or "sharded"; by default the one of the first two that the source
+            does not have. Of a sharded source: "safetensors" where the target is named so, else "torch".
         keys: Which tensors, as in :func:`load`; by default all.
         exclude: What to leave out.
         strip_prefix: What to take from the front of names: "model." makes "weight" of "model.weight".
@@ -104,30 +105,50 @@ async def convert_async(
         report: Called with the :class:`~torchferry.TransferReport` of what succeeded.
 
     Returns:
-        What is now at ``target``; of several files, their index.
+        What is now at ``target``; of several files, their index; of a sharded checkpoint, its ``.metadata``.
 
     Raises:
         CheckpointValueError: safetensors cannot hold what is asked for; the message says what to do.
         CheckpointFormatError: the source is not a checkpoint, or has the target's format already.
         CheckpointCorruptError: it is damaged. Nothing is at ``target`` that was not there before.
         CheckpointKeyError: a key takes nothing.
+        UnsupportedOptionError: an option is not one of this conversion; the message names it.
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
     require_storable(os.fspath(target), metadata or {})
-    reader, source_path = await open_backend_async(
-        source, storage_options=source_storage_options, filesystem=source_filesystem
-    )
+    reader, source_path = await locate(source, storage_options=source_storage_options, filesystem=source_filesystem)
+    transfer = Transfer("convert", mask(os.fspath(target)), callback=callback, give_up_after=give_up_after)
+    if format == "sharded" or (format is None and os.fspath(target).endswith("/")):
+        _refuse_options(
+            target,
+            keys=keys,
+            exclude=exclude,
+            strip_prefix=strip_prefix,
+            max_shard_size=max_shard_size,
+            metadata=metadata,
+        )
+        from torchferry.distributed.place import Place
+
+        place = await Place.open_async(target, storage_options=target_storage_options, filesystem=target_filesystem)
+        with transfer.running(report):
+            return await run_on(own_loop(place.backend.loop), _to_sharded, reader, source_path, place, part_size)
     writer, target_path = await open_backend_async(
         target, storage_options=target_storage_options, filesystem=target_filesystem
     )
     request = LoadRequest(as_keys(keys), as_keys(exclude), None, weights_only=True, verify=True)
     order = _Order(writer, target_path, request, strip_prefix, max_shard_size, part_size, metadata)
-    transfer = Transfer("convert", mask(os.fspath(target)), callback=callback, give_up_after=give_up_after)
     with transfer.running(report):
         return await run_on(own_loop(writer.loop), _convert, reader, source_path, format, order)
 
 
 convert = synchronous(convert_async)
+
+
+def _refuse_options(target: str | os.PathLike[str], **given: object) -> None:
+    if named := [f"{name}=" for name, value in given.items() if value]:
+        raise UnsupportedOptionError(
+            f"{mask(os.fspath(target))}: {', '.join(named)} is not for a sharded target, which takes all of the source."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +189,11 @@ class _Tensor:
     loaded: torch.Tensor | None = None
 
 
-async def _convert(reader: Backend, path: str, wanted: SaveFormat | None, order: _Order) -> ObjectStat:
+async def _convert(reader: Backend, path: str, wanted: ConvertFormat | None, order: _Order) -> ObjectStat:
     with current().reading_side():
-        source = await open_reader(reader, path)
+        source = await open_object(reader, path)
+        if not isinstance(source, RangeReader):
+            return await _of_sharded(source, wanted, order)
         looks = sniff(await source.read(0, min(source.stat.size, SNIFF_SIZE)))
         is_safetensors = looks in {SAFETENSORS_FORMAT, INDEX_FORMAT}
         made = wanted or ("torch" if is_safetensors else "safetensors")
@@ -190,6 +213,40 @@ async def _convert(reader: Backend, path: str, wanted: SaveFormat | None, order:
             return await _to_torch(files, source.url, order)
         checksums = await in_thread(Checksums, records, source.url)
         return await _to_safetensors(tensors, checksums, order)
+
+
+# --- sharded
+
+
+async def _of_sharded(found: Contents, wanted: ConvertFormat | None, order: _Order) -> ObjectStat:
+    from torchferry.distributed.convert import Order, make_object
+
+    as_safetensors = order.path.endswith((SUFFIX, INDEX_SUFFIX)) if wanted is None else wanted == "safetensors"
+    if order.max_shard_size is not None and not as_safetensors:
+        raise _no_shards(order)
+    return await make_object(
+        found,
+        Order(
+            order.writer,
+            order.path,
+            order.request,
+            as_safetensors,
+            order.strip_prefix,
+            order.max_shard_size,
+            order.part_size,
+            order.metadata,
+        ),
+    )
+
+
+async def _to_sharded(reader: Backend, path: str, place: Place, part_size: int | None) -> ObjectStat:
+    from torchferry.distributed.convert import shard_file
+
+    with current().reading_side():
+        source = await open_object(reader, path)
+    if not isinstance(source, RangeReader):
+        raise CheckpointFormatError(f"{source.place.url} is sharded already: copy() copies it.")
+    return (await shard_file(reader, path, source, place, part_size, weights_only=True))[1]
 
 
 # --- to safetensors
@@ -305,24 +362,12 @@ async def _to_safetensors(tensors: Sequence[_Tensor], checksums: Checksums, orde
         return stat
     by_name = {tensor.name: tensor for tensor in tensors}
     shards = split({tensor.name: tensor.nbytes for tensor in tensors}, most)
-    names, index, replaced = await prepare(order.writer, order.path, len(shards))
-    written: list[str] = []
-    try:
-        for path, members in zip(names, shards, strict=True):
-            written.append(path)
-            part = [by_name[member] for member in members]
-            await _write_file(part, path, checksums, order, is_last=path == names[-1])
-        pairs = [
-            (member, path[path.rfind("/") + 1 :])
-            for path, members in zip(names, shards, strict=True)
-            for member in members
-        ]
-        stat = await publish_index(order.writer, index, pairs, total)
-    except BaseException:
-        await take_back(order.writer, written)
-        raise
-    await delete_all(order.writer, replaced - {*names})
-    return stat
+
+    async def write(file: str, members: Sequence[str]) -> ObjectStat:
+        part = [by_name[member] for member in members]
+        return await _write_file(part, file, checksums, order, is_last=members is shards[-1])
+
+    return await publish_files(order.writer, order.path, shards, total, write)
 
 
 async def _write_file(
@@ -374,7 +419,7 @@ async def _file(head: bytes, tensors: Sequence[_Tensor], stream: ExtentStream) -
 
 async def _to_torch(files: Sequence[File], url: str, order: _Order) -> ObjectStat:
     if order.max_shard_size is not None:
-        raise UnsupportedOptionError(f"{mask(order.path)}: max_shard_size= is for safetensors.")
+        raise _no_shards(order)
     if not await in_thread(fills_crc32s):
         # This torch computes CRC32s from the tensors' memory: they must be in it.
         loaded = await load_safetensors(files, order.request, url)
@@ -387,6 +432,10 @@ async def _to_torch(files: Sequence[File], url: str, order: _Order) -> ObjectSta
     lazy = await in_thread(LazyTensors, described)
     extents = [Extent(file.source, entry.start, entry.stop) for file, entry in chosen if entry.stop > entry.start]
     return await _write_torch(lazy.tensors, (lazy, extents), order)
+
+
+def _no_shards(order: _Order) -> UnsupportedOptionError:
+    return UnsupportedOptionError(f"{mask(order.path)}: max_shard_size= is for safetensors.")
 
 
 def _is_asked(name: str, keys: Keys | None, exclude: Keys | None) -> bool:

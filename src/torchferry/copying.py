@@ -13,11 +13,11 @@ from torchferry.engine.memory import BLOCK_SIZE, EVERYTHING_ELSE
 from torchferry.engine.reader import RangeReader
 from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import ObjectStat
-from torchferry.errors import CheckpointFormatError, mask
+from torchferry.errors import CheckpointFormatError, UnsupportedURLError, mask
 from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, sniff
 from torchferry.formats.checksum import Checksums
 from torchferry.formats.opcodes import UnusualPickleError
-from torchferry.locating import open_object
+from torchferry.locating import locate, open_object
 from torchferry.objects.opening import memory_errors, read_archive, read_legacy_format
 from torchferry.objects.safetensors_opening import (
     File,
@@ -31,7 +31,6 @@ from torchferry.objects.safetensors_opening import (
 from torchferry.objects.streaming import Extent, ExtentStream
 from torchferry.storage.base import Backend
 from torchferry.storage.metadata import require_storable
-from torchferry.storage.registry import open_backend_async
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -89,12 +88,8 @@ async def copy_async(
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
     require_storable(os.fspath(target), metadata or {})
-    reader, source_path = await open_backend_async(
-        source, storage_options=source_storage_options, filesystem=source_filesystem
-    )
-    writer, target_path = await open_backend_async(
-        target, storage_options=target_storage_options, filesystem=target_filesystem
-    )
+    reader, source_path = await locate(source, storage_options=source_storage_options, filesystem=source_filesystem)
+    writer, target_path = await locate(target, storage_options=target_storage_options, filesystem=target_filesystem)
     transfer = Transfer("copy", mask(os.fspath(target)), callback=callback, give_up_after=give_up_after)
     with transfer.running(report), memory_errors(source):
         return await run_on(
@@ -119,6 +114,9 @@ async def _copy(reader: Backend, source_path: str, verify: bool, order: _Order) 
     transfer = current()
     with transfer.reading_side():
         source = await open_object(reader, source_path)
+        if isinstance(source, RangeReader) and order.path.endswith("/"):
+            target = mask(order.writer.url(order.path))
+            raise UnsupportedURLError(f"{target} names a directory: add the name of a file.")
         if isinstance(source, RangeReader):
             looks = sniff(await source.read(0, min(source.stat.size, SNIFF_SIZE)))
             if verify and looks == INDEX_FORMAT:

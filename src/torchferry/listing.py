@@ -7,12 +7,25 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import anyio
+
+from torchferry.distributed.place import METADATA
+from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.reader import RangeReader
 from torchferry.engine.tasks import task_group
-from torchferry.errors import CheckpointFormatError
+from torchferry.errors import (
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    StorageError,
+    StorageUnavailableError,
+    TorchferryError,
+    mask,
+)
 from torchferry.formats.safetensors import INDEX_SUFFIX, LONGEST_INDEX, parse_index
+from torchferry.locating import locate
 from torchferry.storage.base import ListedObject
+from torchferry.storage.local import LocalBackend
 from torchferry.storage.registry import open_backend_async
 
 if TYPE_CHECKING:
@@ -20,6 +33,8 @@ if TYPE_CHECKING:
     from torchferry.storage.base import Backend
 
 __all__ = ["delete", "list_objects", "objects_of", "stat"]
+
+_DELETES = 16  # under way at once
 
 
 async def _list_objects(
@@ -49,19 +64,31 @@ async def _stat(url: str | os.PathLike[str], *, storage_options: Mapping[str, An
 async def _objects_of(
     url: str | os.PathLike[str], *, recursive: bool = False, storage_options: Mapping[str, Any] | None = None
 ) -> list[ListedObject]:
-    """The objects that a checkpoint is made of, or all below a prefix; an index comes first.
+    """The objects that a checkpoint is made of, or all below a prefix; what makes others a checkpoint comes first.
 
     Raises:
         CheckpointNotFoundError: there is none.
+        CheckpointFormatError: the metadata of a sharded checkpoint is damaged, so that nothing names its shards.
     """
     if recursive:
         return [item for _, item in await _list_objects(url, storage_options=storage_options)]
-    backend, path = await open_backend_async(url, storage_options=storage_options)
+    backend, path = await locate(url, storage_options=storage_options)
     return await run_on(own_loop(backend.loop), _parts, backend, path)
 
 
 async def _parts(backend: Backend, path: str) -> list[ListedObject]:
-    stat = await run_on(backend.loop, backend.stat, path)
+    if path.endswith("/"):
+        if (parts := await _sharded_parts(backend, path.rstrip("/"))) is None:
+            raise CheckpointNotFoundError(f"There is no sharded checkpoint at {mask(backend.url(path))}.")
+        return parts
+    try:
+        stat = await run_on(backend.loop, backend.stat, path)
+    except StorageUnavailableError:
+        raise
+    except StorageError:
+        if (parts := await _sharded_parts(backend, path)) is None:
+            raise
+        return parts
     objects = [ListedObject(path, stat.url, stat.size, stat.etag)]
     if path.endswith(INDEX_SUFFIX) and stat.size <= LONGEST_INDEX:
         data = await RangeReader(backend, path, stat).read(0, stat.size)
@@ -73,16 +100,55 @@ async def _parts(backend: Backend, path: str) -> list[ListedObject]:
     return objects
 
 
+async def _sharded_parts(backend: Backend, path: str) -> list[ListedObject] | None:
+    """The objects of the sharded checkpoint in a directory: its metadata, and the shards that it names."""
+    try:
+        await run_on(backend.loop, backend.stat, f"{path}/{METADATA}")  # most often there is none: no torch
+    except StorageUnavailableError:
+        raise
+    except StorageError:
+        return None
+    from torchferry.distributed.metadata import shards_of
+    from torchferry.distributed.whole import find
+
+    try:
+        found = await find(backend, path, mask(backend.url(path)))
+    except TorchferryError as error:
+        error.add_note("Nothing else says which its shards are. rm -r removes all that is in a directory.")
+        raise
+    if found is None:
+        return None
+    there = {item.path: item async for item in backend.list(f"{path}/")}
+    names = (METADATA, *shards_of(found.metadata))
+    return [there[at] for name in names if (at := f"{path}/{name}") in there]
+
+
 async def _delete(
     url: str | os.PathLike[str], objects: Sequence[ListedObject], *, storage_options: Mapping[str, Any] | None = None
 ) -> None:
-    """Deletes objects of the store of ``url``: the first one first, the others together."""
+    """Deletes objects of the store of ``url``: first what makes others a checkpoint, then the others, several at once.
+
+    Of a sharded checkpoint, local directories that are empty then go, too.
+    """
     backend, _ = await open_backend_async(url, storage_options=storage_options, directory=True)
-    for item in objects[:1]:
-        await run_on(backend.loop, backend.delete, item.path)
-    async with task_group() as group:
-        for item in objects[1:]:
-            group.start_soon(run_on, backend.loop, backend.delete, item.path)
+    limiter = anyio.CapacityLimiter(_DELETES)
+
+    async def delete(item: ListedObject) -> None:
+        async with limiter:
+            await run_on(backend.loop, backend.delete, item.path)
+
+    heads = [item for item in objects if item.path.endswith((f"/{METADATA}", INDEX_SUFFIX))]
+    for some in (heads, [item for item in objects if item not in heads]):
+        async with task_group() as group:
+            for item in some:
+                group.start_soon(delete, item)
+    if isinstance(backend, LocalBackend):
+        folders = [item.path.removesuffix(f"/{METADATA}") for item in heads if item.path.endswith(f"/{METADATA}")]
+        within = {path.rpartition("/")[0] for path in (item.path for item in objects)}
+        for folder in folders:
+            for path in sorted((at for at in within if f"{at}/".startswith(f"{folder}/")), key=len, reverse=True):
+                with suppress(OSError):  # somebody's file is in there
+                    await in_thread(os.rmdir, path)
 
 
 list_objects = synchronous(_list_objects)

@@ -17,13 +17,12 @@ from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_S
 from torchferry.formats.filling import Target
 from torchferry.formats.keys import KeysArgument, as_keys
 from torchferry.formats.torch_hooks import TorchModes
-from torchferry.locating import open_object
+from torchferry.locating import locate, open_object
 from torchferry.objects.opening import memory_errors
 from torchferry.objects.requests import LoadRequest
 from torchferry.objects.safetensors_files import fill_safetensors, inspect_safetensors, load_safetensors
 from torchferry.objects.safetensors_opening import File, open_file, open_files
-from torchferry.objects.torch_files import fill_torch, fill_with, inspect_torch, load_torch, verify_torch
-from torchferry.storage.registry import open_backend_async
+from torchferry.objects.torch_files import fill_torch, inspect_torch, load_torch, verify_torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -187,7 +186,7 @@ verify = loops.synchronous(verify_async)
 async def _open(
     url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None, filesystem: AbstractFileSystem | None
 ) -> tuple[Backend, str]:
-    return await open_backend_async(url, storage_options=storage_options, filesystem=filesystem)
+    return await locate(url, storage_options=storage_options, filesystem=filesystem)
 
 
 async def _inspect(backend: Backend, path: str) -> Manifest:
@@ -232,12 +231,9 @@ async def _load(backend: Backend, path: str, request: LoadRequest, target: Targe
 
 
 async def _load_sharded(found: Contents, request: LoadRequest, target: Target | None) -> Any:
-    from torchferry.distributed.whole import load_whole
+    from torchferry.distributed.whole import fill_whole, load_whole
 
-    loaded = await load_whole(found, request)
-    if target is None:
-        return loaded
-    return await in_thread(fill_with, loaded, found.place.url, request, target)
+    return await (load_whole(found, request) if target is None else fill_whole(found, request, target))
 
 
 async def _safetensors(backend: Backend, path: str, source: RangeReader) -> list[File] | None:

@@ -108,6 +108,22 @@ def test_a_flipped_bit_is_found_though_each_rank_reads_a_part(ranks: Any, tmp_pa
     assert "rows at" in answers[0].text
 
 
+def test_an_error_of_the_rank_that_reads_for_all_reaches_all(ranks: Any, tmp_path: Path) -> None:
+    """And a rank that dies before it sends leaves none waiting."""
+    place: dict[str, Any] = {"url": str(tmp_path / "c"), "options": {}}
+    ranks.run("save_model", 2, kind="ddp", how=("ours",), **place)
+    place["url"] = str(tmp_path / "c/ours")
+    answers = ranks.try_to("load_alike_and_die", 2, timeout=TIMEOUT, **place)
+    assert answers[1].kind == "killed"
+    assert answers[0].kind != "killed"
+    for shard in (tmp_path / "c").rglob("*.distcp"):
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+    answers = ranks.try_to("load_alike", 2, timeout=TIMEOUT, **place)
+    assert [answer.kind for answer in answers] == ["CheckpointCorruptError"] * 2
+
+
 def test_two_saves_at_once_to_one_url_leave_one_of_them(
     ranks: Any, s3_url: str, s3_storage_options: dict[str, Any]
 ) -> None:

@@ -40,6 +40,7 @@ TENSORS = {
     "int": torch.arange(9),
     "parameter": torch.nn.Parameter(torch.randn(3)),
 }
+NEIGHBOURS = 16 << 10  # small tensors are read together with what lies between them
 STATE = {"model": TENSORS, "step": 7, "nested": {"list": [1, torch.ones(2), {"x": 2.5}]}}
 
 
@@ -346,3 +347,149 @@ def test_clean_finds_shards_that_no_metadata_names(tmp_path: Path) -> None:
     assert found.kind == "shards of an unfinished save"
     assert not list((tmp_path / "died").rglob("*.distcp"))
     assert torchferry.load(tmp_path / "c")["a"].tolist() == [1, 1, 1]
+
+
+def test_into_is_filled_from_the_shards_and_only_what_it_wants_is_read(tmp_path: Path) -> None:
+    """Whatever dtype and strides it has; tied tensors one after the other; meta tensors are replaced."""
+    ferry.save(STATE, tmp_path)
+    large, turned = torch.zeros(700, 1000), torch.zeros(700, 1000).t()
+    wide, meta = torch.zeros(400, 1000, dtype=torch.float64), torch.empty(1000, 600, device="meta")
+    both = torch.zeros(7, 3)
+    into = {"large": large, "large.t": turned, "view": wide, "columns": meta, "small": both, "small.again": both}
+    reports: list[torchferry.TransferReport] = []
+    addresses = large.data_ptr(), turned.data_ptr(), wide.data_ptr()
+    result = torchferry.load(tmp_path, into={"model": into}, strict=False, report=reports.append)
+    assert (large.data_ptr(), turned.data_ptr(), wide.data_ptr()) == addresses
+    assert torch.equal(large, TENSORS["large"])
+    assert torch.equal(turned, TENSORS["large.t"])
+    assert torch.equal(wide.float(), TENSORS["view"])
+    assert torch.equal(into["columns"], TENSORS["columns"])
+    assert torch.equal(both, TENSORS["small.again"])
+    assert "model.float8" in result.unexpected_keys
+    needed = sum(TENSORS[name].nbytes for name in into)
+    assert needed <= reports[0].nbytes < needed + NEIGHBOURS
+
+
+def test_a_module_is_filled_in_its_own_memory(tmp_path: Path) -> None:
+    saved, module = (torch.nn.Sequential(torch.nn.Linear(600, 700), torch.nn.BatchNorm1d(700)) for _ in range(2))
+    ferry.save({"model": saved.state_dict(), "epoch": 3}, tmp_path)
+    address = module[0].weight.data_ptr()
+    with pytest.raises(torchferry.CheckpointMismatchError, match="below 'model'"):
+        torchferry.load(tmp_path, into=module)
+    assert torchferry.load(tmp_path, into={"model": module}) == ([], [])
+    assert module[0].weight.data_ptr() == address
+    for name, value in saved.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), name
+
+
+def test_into_that_does_not_fit_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    ferry.save({"a": torch.ones(3), "b": torch.ones(4)}, tmp_path)
+    into = {"a": torch.zeros(3), "b": torch.zeros(5)}
+    with pytest.raises(torchferry.CheckpointMismatchError, match="b is 4 there and 5 here"):
+        torchferry.load(tmp_path, into=into)
+    assert not into["a"].any()
+
+
+def test_keys_read_only_the_items_that_they_take(tmp_path: Path) -> None:
+    ferry.save(STATE, tmp_path)
+    reports: list[torchferry.TransferReport] = []
+    loaded = torchferry.load(tmp_path, keys=["model.large.t", "model.small"], report=reports.append)
+    assert sorted(loaded["model"]) == ["large.t", "small"]
+    needed = TENSORS["large.t"].nbytes + TENSORS["small"].nbytes
+    assert needed <= reports[0].nbytes < needed + NEIGHBOURS
+
+
+class Sizes(Callback):
+    """What a call said that it would read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def set_size(self, size: int) -> None:
+        self.sizes.append(size)
+
+
+def test_diff_takes_sharded_checkpoints_on_either_side(tmp_path: Path) -> None:
+    """By CRC32s, ours and those of the stock writer's archives; by reading only where a side carries none."""
+    changed = {**STATE, "step": 8, "model": {**TENSORS, "large": TENSORS["large"] + 1, "small.t": torch.ones(4)}}
+    torch.save(STATE, tmp_path / "one.pt")
+    torchferry.save(
+        {name: value.detach().resolve_conj() for name, value in TENSORS.items()}, tmp_path / "t.safetensors"
+    )
+    ferry.save(STATE, tmp_path / "ours")
+    ferry.save(changed, tmp_path / "changed")
+    ferry.save(STATE["model"], tmp_path / "tensors")
+    dcp.save(STATE, checkpoint_id=tmp_path / "stock")
+    for other in ("stock", "ours"):
+        callback = Sizes()
+        assert not torchferry.diff(tmp_path / "ours", tmp_path / other, callback=callback)
+        turned = sum(TENSORS[name].nbytes for name in ("large.t", "small.t")) if other == "stock" else 0
+        assert turned <= max(callback.sizes) < turned + NEIGHBOURS  # the values
+        for first, second in (("changed", other), (other, "changed")):
+            found = torchferry.diff(tmp_path / first, tmp_path / second)
+            assert found.changed == ("model.large",)
+            assert list(found.reshaped) == ["model.small.t"]
+            assert list(found.values) == ["step"]
+            assert sorted(found.values["step"]) == [7, 8]
+    assert not torchferry.diff(tmp_path / "ours", tmp_path / "one.pt")
+    assert torchferry.diff(tmp_path / "one.pt", tmp_path / "changed").changed == ("model.large",)
+    assert not torchferry.diff(tmp_path / "t.safetensors", tmp_path / "tensors")
+    assert torchferry.diff(tmp_path / "tensors", tmp_path / "one.pt").added[0] == "model.large"
+
+
+def test_a_sharded_checkpoint_is_converted_whole_or_in_part(tmp_path: Path) -> None:
+    """To torch.save as it is nested, to safetensors by its names, in one file or several."""
+    ferry.save(STATE, tmp_path / "c")
+    torchferry.convert(tmp_path / "c", tmp_path / "one.pt")
+    check(torch.load(tmp_path / "one.pt"))
+    torchferry.convert(tmp_path / "c", tmp_path / "some.pt", keys="model.small", strip_prefix="model.")
+    assert torch.equal(torch.load(tmp_path / "some.pt")["small"], TENSORS["small"])
+    with pytest.raises(torchferry.CheckpointValueError, match=r"'step'.*exclude="):
+        torchferry.convert(tmp_path / "c", tmp_path / "m.safetensors")
+    options = {"keys": "model", "strip_prefix": "model.", "metadata": {"run": "7"}}
+    torchferry.convert(tmp_path / "c", tmp_path / "m.safetensors", **options)
+    torchferry.convert(tmp_path / "c", tmp_path / "s", format="safetensors", max_shard_size=4 * MIB, **options)
+    assert torchferry.inspect(tmp_path / "m.safetensors").metadata["run"] == "7"
+    for name in ("m.safetensors", "s.safetensors.index.json"):
+        loaded = torchferry.load(tmp_path / name)
+        assert {**loaded}.keys() == TENSORS.keys()
+        for key, value in TENSORS.items():
+            assert torch.equal(bits(loaded[key]), bits(value.detach().resolve_conj())), key
+    assert len(list(tmp_path.glob("s-*.safetensors"))) == 3
+    with pytest.raises(torchferry.CheckpointKeyError, match="nothing"):
+        torchferry.convert(tmp_path / "c", tmp_path / "x.pt", keys="nothing")
+    with pytest.raises(torchferry.CheckpointValueError, match="would be called"):
+        ferry.save({"a": torch.ones(1), "x.a": torch.ones(1)}, tmp_path / "d")
+        torchferry.convert(tmp_path / "d", tmp_path / "x.pt", strip_prefix="x.")
+
+
+def test_what_is_left_out_of_a_conversion_is_not_read(tmp_path: Path) -> None:
+    ferry.save(STATE, tmp_path / "c")
+    (shard,) = (tmp_path / "c").rglob("*.distcp")
+    metadata = pickle.loads((tmp_path / "c/.metadata").read_bytes())
+    (info,) = (info for index, info in metadata.storage_data.items() if index.fqn == "model.view")
+    data = bytearray(shard.read_bytes())
+    data[info.offset + info.length // 2] ^= 4
+    shard.write_bytes(data)
+    torchferry.convert(tmp_path / "c", tmp_path / "x.pt", exclude="model.view")
+    with pytest.raises(torchferry.CheckpointCorruptError, match="view"):
+        torchferry.convert(tmp_path / "c", tmp_path / "y.pt")
+    assert not (tmp_path / "y.pt").exists()
+
+
+def test_a_target_that_ends_in_a_slash_becomes_a_sharded_checkpoint(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "one.pt")
+    stat = torchferry.convert(tmp_path / "one.pt", f"{tmp_path}/c/")
+    assert stat.url.endswith("c/.metadata")
+    check(torchferry.load(tmp_path / "c"))
+    torchferry.convert(tmp_path / "one.pt", tmp_path / "d", format="sharded")
+    check(torchferry.load(tmp_path / "d"))
+    with pytest.raises(torchferry.CheckpointFormatError, match=r"sharded already: copy\(\)"):
+        torchferry.convert(tmp_path / "c", f"{tmp_path}/e/")
+    with pytest.raises(torchferry.UnsupportedOptionError, match="keys="):
+        torchferry.convert(tmp_path / "one.pt", f"{tmp_path}/e/", keys="step")
+    torchferry.save({"a": torch.ones(3)}, tmp_path / "x.safetensors")
+    with pytest.raises(torchferry.CheckpointFormatError, match=r"torch\.save"):
+        torchferry.convert(tmp_path / "x.safetensors", f"{tmp_path}/e/")
+    assert not (tmp_path / "e").exists()

@@ -46,6 +46,30 @@ def test_stock_functions_take_our_writer_and_reader(
     ranks.run("load_model", 3, kind="fsdp2", how=(("stock with ours", "stock with ours"),), **place)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_what_all_ranks_ask_for_is_read_once_and_broadcast(
+    ranks: Any, s3_url: str, s3_storage_options: dict[str, Any], kind: str
+) -> None:
+    """Each rank reads about as much of it; under FSDP2, parts and what is replicated beside them."""
+    place = {"url": s3_url, "options": s3_storage_options}
+    ranks.run("save_model", 2, kind="ddp", how=("ours",), **place)
+    place["url"] = f"{s3_url}/ours"
+    (whole,) = ranks.run("load_alike", 1, **place)
+    moved = ranks.run("load_alike", 3, kind=kind, **place)
+    assert sum(moved) < whole * 1.02
+    assert max(moved) < whole * 0.5
+
+
+def test_ranks_that_want_other_dtypes_read_for_themselves(
+    ranks: Any, s3_url: str, s3_storage_options: dict[str, Any]
+) -> None:
+    place = {"url": s3_url, "options": s3_storage_options}
+    ranks.run("save_model", 2, kind="ddp", how=("ours",), **place)
+    place["url"] = f"{s3_url}/ours"
+    first, second = ranks.run("load_alike", 2, other=True, **place)
+    assert first == second > 6 << 20
+
+
 @pytest.mark.parametrize("background", [True, False])
 def test_a_manager_keeps_a_series_of_sharded_checkpoints(
     ranks: Any, s3_url: str, s3_storage_options: dict[str, Any], background: bool

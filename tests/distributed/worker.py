@@ -187,6 +187,37 @@ def load_tensors(url: str, options: dict[str, Any], world: int, nbytes: int = 3 
     return values.pop()
 
 
+def load_alike(url: str, options: dict[str, Any], world: int, kind: str = "ddp", other: bool = False) -> int:
+    """Loads what all ranks ask for alike, read once; returns the bytes that this rank has read.
+
+    With ``other``, one rank wants a tensor in another dtype.
+    """
+    model, optimizer = make(kind, world)
+    state = state_of(model, optimizer)
+    with torch.no_grad():
+        for local, _ in parts(state):
+            local.zero_()
+    state["model"]["first.weight"] = torch.zeros(37, 53).t()  # of other strides
+    if other and dist.get_rank():
+        state["model"]["first.weight"] = torch.zeros(53, 37, dtype=torch.float64)
+    state["step"], state["note"] = 0, ["", (0, 0.0)]
+    reports: list[torchferry.TransferReport] = []
+    ferry.load(state, url, storage_options=options, broadcast=True, report=reports.append)
+    for local, values in parts(state):
+        assert torch.equal(local, values.to(local.dtype)), local.shape
+    assert (state["step"], state["note"]) == (7, ["as it is", (1, 2.5)])
+    return sum(report.nbytes for report in reports)
+
+
+def load_alike_and_die(url: str, options: dict[str, Any], world: int) -> None:
+    """One rank dies when it has read, before it sends anything."""
+    if dist.get_rank() == 1:
+        from torchferry.distributed import sharing
+
+        sharing.Broadcast.exchange = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    load_alike(url, options, world)
+
+
 def load_rows(url: str, options: dict[str, Any], world: int, nbytes: int = 3 << 20) -> None:
     """Loads one tensor that is split by rows."""
     state = {"rows": _sharded(world, nbytes, 0.0)["rows"]}

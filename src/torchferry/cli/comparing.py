@@ -11,7 +11,7 @@ from torchferry.cli.store import storage_options_for, store_options
 
 if TYPE_CHECKING:
     from torchferry.comparing import Diff
-    from torchferry.formats.graph import TensorInfo
+    from torchferry.formats.places import TensorInfo
 
 __all__ = ["diff"]
 

@@ -13,7 +13,7 @@ from torchferry.cli.printing import Table, escaped, is_terminal, print_json, say
 from torchferry.cli.store import storage_options_for, store_options
 
 if TYPE_CHECKING:
-    from torchferry.formats.graph import TensorInfo
+    from torchferry.formats.places import TensorInfo
     from torchferry.manifest import Manifest
 
 __all__ = ["inspect"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,8 @@ __all__ = ["clean", "ls", "rm"]
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".index.json", ".torch", ".tar")
 _SHARD = re.compile(r"(.*?)(?:-[0-9a-f]{8})?-\d{5}-of-\d{5}\.safetensors")
 _INDEX = ".safetensors.index.json"
-_DCP = ".metadata"
+_METADATA = ".metadata"
+_SHARDED = "sharded"
 _STEP = re.compile(r"(?:step|epoch|iter|checkpoint|ckpt|global_step)s?[-_=]?(\d+)", re.IGNORECASE)
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -49,7 +51,7 @@ class _Row:
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @store_options()
 def ls(url: str, is_long: bool, is_all: bool, sort: str, as_json: bool, **given: Any) -> None:
-    """List the checkpoints below a prefix, a bucket or a directory."""
+    """List the checkpoints below a prefix, a bucket or a directory; a sharded one is one row."""
     from torchferry.listing import list_objects
 
     options = storage_options_for(url, given)
@@ -81,16 +83,19 @@ def ls(url: str, is_long: bool, is_all: bool, sort: str, as_json: bool, **given:
 
 
 def _checkpoints(found: list[tuple[str, ListedObject]]) -> list[_Row]:
-    """What looks like a checkpoint by its name: files, shards with their index, folders with a .metadata of DCP."""
+    """What looks like a checkpoint by its name: files, shards with their index, folders with a .metadata of DCP.
+
+    A sharded checkpoint is all that is in its folder.
+    """
     names = {name for name, _ in found}
     stems = {name.removesuffix(_INDEX): name for name in names if name.endswith(_INDEX)}
-    folders = {name[: -len(_DCP)]: name for name in names if name == _DCP or name.endswith(f"/{_DCP}")}
+    folders = {name[: -len(_METADATA)] for name in names if name == _METADATA or name.endswith(f"/{_METADATA}")}
     rows: dict[str, _Row] = {}
     for name, item in found:
-        folder = max((folder for folder in folders if name.startswith(folder)), key=len, default=None)
+        folder = next((above for above in _folders_above(name) if above in folders), None)
         shard = _SHARD.fullmatch(name)
         if folder is not None:
-            key, shown, url = folders[folder], folder or "./", item.url[: len(item.url) - len(name) + len(folder)]
+            key, shown, url = folder + _METADATA, folder or "./", item.url[: len(item.url) - len(name) + len(folder)]
         elif shard is not None and shard[1] in stems:
             key = shown = stems[shard[1]]
             url = item.url[: len(item.url) - len(name)] + key
@@ -104,18 +109,27 @@ def _checkpoints(found: list[tuple[str, ListedObject]]) -> list[_Row]:
             row.objects += 1
             row.modified = max(filter(None, (row.modified, item.modified)), default=None)
         else:
-            rows[key] = _Row(shown, url, item.size, item.modified, format="dcp" if folder is not None else "")
+            rows[key] = _Row(shown, url, item.size, item.modified, format=_SHARDED if folder is not None else "")
     return list(rows.values())
+
+
+def _folders_above(name: str) -> Iterator[str]:
+    """The folders that an object is in, from the innermost, with a slash at their end; at last ""."""
+    at = name.rfind("/")
+    while at >= 0:
+        yield name[: at + 1]
+        at = name.rfind("/", 0, at)
+    yield ""
 
 
 def _look_into(rows: list[_Row], options: dict[str, Any] | None) -> None:
     import torchferry
 
     for row in rows:
-        if row.format == "dcp":
-            continue
         try:
-            manifest = torchferry.inspect(row.url, storage_options=options)
+            manifest = torchferry.inspect(row.url.rstrip("/"), storage_options=options)
+        except torchferry.UnsafeCheckpointError:
+            continue  # of a sharded one: nothing of it is run
         except torchferry.CheckpointFormatError as error:
             row.format = "damaged" if isinstance(error, torchferry.CheckpointCorruptError) else "other"
             continue
@@ -142,7 +156,10 @@ def _as_json(row: _Row) -> dict[str, Any]:
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @store_options()
 def rm(urls: tuple[str, ...], recursive: bool, yes: bool, dry_run: bool, **given: Any) -> None:
-    """Remove checkpoints; of an index of safetensors, its files, too."""
+    """Remove checkpoints; of an index of safetensors its files, too, and of a sharded one its shards.
+
+    What makes the others a checkpoint, an index or .metadata, is removed first.
+    """
     from torchferry.listing import delete, objects_of
 
     for url in urls:

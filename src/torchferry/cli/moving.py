@@ -152,7 +152,10 @@ def _is_last(name: str) -> bool:
 @click.argument("source")
 @click.argument("target")
 @click.option(
-    "--format", "format_", type=click.Choice(["torch", "safetensors"]), help="Of the target; by default the other one."
+    "--format",
+    "format_",
+    type=click.Choice(["torch", "safetensors", "sharded"]),
+    help="Of the target; by default the other one. Of a sharded source: by the target's name.",
 )
 @click.option("-k", "--keys", multiple=True, metavar="NAME", help="Only these tensors: names, prefixes, globs.")
 @click.option("-x", "--exclude", multiple=True, metavar="NAME", help="Not these.")
@@ -169,7 +172,9 @@ def convert(
     max_shard_size: int | None,
     **given: Any,
 ) -> None:
-    """Convert between torch.save and safetensors, in bounded memory.
+    """Convert between torch.save, safetensors and sharded checkpoints, in bounded memory.
+
+    A TARGET that ends in "/" becomes the directory of a sharded checkpoint, of a file of torch.save.
 
     The options of the store are for both sides; those that begin with --target- for the target alone, as in copy.
     """

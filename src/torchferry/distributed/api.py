@@ -236,6 +236,7 @@ def load(
     give_up_after: float | None = None,
     callback: Callback | None = None,
     report: Callable[[TransferReport], object] | None = None,
+    broadcast: bool = False,
     planner: LoadPlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
@@ -256,6 +257,8 @@ def load(
         give_up_after: Seconds without progress after which failed requests are not repeated any more; 120 by default.
         callback: Told the number of bytes that this rank needs, and of those that have arrived.
         report: Called with the :class:`~torchferry.TransferReport` of what this rank read.
+        broadcast: Items that all ranks ask for alike, as under DDP, are read by one of them, which sends them to the
+            others through the process group (gloo: from host memory). For stores that are slower than the network.
         planner: Passed on to DCP.
         process_group: The same.
         no_dist: The same: load in this process, without the others.
@@ -277,6 +280,8 @@ def load(
         give_up_after=give_up_after,
         callback=callback,
         report=report,
+        broadcast=broadcast,
+        process_group=process_group,
     )
     alone = _is_alone(no_dist)
     with ranks_as_errors(f"load {mask(os.fspath(url))}", _world_size(process_group, alone)):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItemType
 
-from torchferry.distributed.assemble import Archive, Assembly, Data, Script, StandIns
+from torchferry.distributed.assemble import Archive, Assembly, Data, Parts, Script, StandIns
 from torchferry.distributed.fetch import Files
-from torchferry.distributed.metadata import shards_of, storage_info, write_metadata
+from torchferry.distributed.metadata import storage_info, write_metadata
 from torchferry.distributed.place import METADATA, Place, new_save_name
-from torchferry.distributed.reader import StorageReader, where_stored
+from torchferry.distributed.shards import Shards
 from torchferry.distributed.slices import Direct, Piece, cut
-from torchferry.distributed.whole import Contents, checksums_of, find, load_whole
+from torchferry.distributed.whole import Contents, choose, find, load_whole
 from torchferry.distributed.writer import remove_before, shards_before
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import own_loop, run_on, synchronous
@@ -40,10 +40,14 @@ from torchferry.formats.checksum import Checksums
 from torchferry.formats.graph import read_graph
 from torchferry.formats.item_stream import Written, is_plain
 from torchferry.formats.load_buffer import LoadBuffer
+from torchferry.formats.safetensors import INDEX_SUFFIX, SUFFIX, lay_out, split
+from torchferry.formats.safetensors_dtypes import dtype_name
 from torchferry.formats.selection import check_graph
 from torchferry.formats.torch_hooks import torch_errors
 from torchferry.objects.opening import open_reader, read_archive
 from torchferry.objects.requests import LoadRequest
+from torchferry.objects.safetensors_opening import publish_files
+from torchferry.printable import printable
 from torchferry.storage.base import Backend
 from torchferry.storage.registry import open_backend_async
 
@@ -51,14 +55,15 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
-__all__ = ["consolidate", "consolidate_async", "shard", "shard_async"]
-
-_SAFETENSORS = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.uint16: "U16",
-    torch.int32: "I32", torch.uint32: "U32", torch.int64: "I64", torch.uint64: "U64", torch.float16: "F16",
-    torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
+__all__ = [
+    "Order",
+    "consolidate",
+    "consolidate_async",
+    "make_object",
+    "shard",
+    "shard_async",
+    "shard_file",
+]
 
 
 async def consolidate_async(
@@ -106,11 +111,10 @@ async def consolidate_async(
         target, storage_options=target_storage_options, filesystem=target_filesystem
     )
     transfer = Transfer("consolidate", mask(os.fspath(target)), callback=callback, give_up_after=give_up_after)
-    as_safetensors = os.fspath(target).endswith(".safetensors")
+    request = LoadRequest(None, None, None, weights_only, verify=True)
+    order = Order(writer, path, request, os.fspath(target).endswith(SUFFIX), part_size=part_size)
     with transfer.running(report):
-        return await run_on(
-            own_loop(writer.loop), _consolidate, place, writer, path, part_size, weights_only, as_safetensors
-        )
+        return await run_on(own_loop(writer.loop), _consolidate, place, order)
 
 
 async def shard_async(
@@ -165,87 +169,97 @@ consolidate = synchronous(consolidate_async)
 shard = synchronous(shard_async)
 
 
-async def _consolidate(
-    place: Place, writer: Backend, target: str, part_size: int | None, weights_only: bool, as_safetensors: bool
-) -> ObjectStat:
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to make of a sharded checkpoint, and where; see :func:`torchferry.convert`."""
+
+    writer: Backend
+    path: str
+    request: LoadRequest
+    as_safetensors: bool
+    strip_prefix: str = ""
+    max_shard_size: int | None = None
+    part_size: int | None = None
+    metadata: Mapping[str, str] | None = None
+
+
+async def _consolidate(place: Place, order: Order) -> ObjectStat:
     with current().reading_side():
-        found = await find(place.backend, place.path, place.url, weights_only=weights_only)
+        found = await find(place.backend, place.path, place.url, weights_only=order.request.weights_only)
         if found is None:
             raise CheckpointNotFoundError(f"There is no sharded checkpoint at {place.url}: no {METADATA}.")
-        metadata = found.metadata
-        paths = shards_of(metadata)
-        reader = StorageReader.at(place)
-        stats = await reader.versions(place, metadata, paths)
-        files = Files(place.backend, [(place.at(path), stat) for path, stat in zip(paths, stats, strict=True)])
-        stored = await reader.look_into_archives(files, stats, metadata, _tensor_items(metadata, paths))
-        checksums = []
-        for path, stat in zip(paths, stats, strict=True):
-            file = RangeReader(place.backend, place.at(path), stat)
-            checksums.append(await checksums_of(found, path, file, only_tensors=True))
-        script = await _script_of(found, weights_only=weights_only, as_safetensors=as_safetensors)
-    numbers = {path: number for number, path in enumerate(paths)}
-    parts = partial(_parts_of_shards, metadata, numbers, stored)
-    return await _write(script, partial(_listed, parts), files, checksums, writer, target, part_size)
+    return await make_object(found, order)
 
 
-def _tensor_items(metadata: Metadata, paths: Sequence[str]) -> list[tuple[int, Any, MetadataIndex]]:
-    """File and place of each item that is a tensor."""
-    numbers = {path: number for number, path in enumerate(paths)}
-    return [
-        (numbers[info.relative_path], info, index)
-        for index, info in metadata.storage_data.items()
-        if isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata)
-    ]
+async def make_object(found: Contents, order: Order) -> ObjectStat:
+    """Writes a sharded checkpoint as one object; or as several files of safetensors with an index.
+
+    Returns:
+        What is now at the path; of several files, their index.
+
+    Raises:
+        CheckpointValueError: safetensors cannot hold it, or two tensors would have one name.
+    """
+    with current().reading_side():
+        names = choose(found.metadata, order.request, found.place.url)
+        shards = await Shards.open(found, names)
+    async with current().telling():
+        if order.as_safetensors:
+            return await _make_safetensors(shards, names, order)
+        with current().reading_side():
+            script = await _torch_script(found, names, order)
+        current().set_size(script.size)
+        stat = await _write_part(shards, names, script, order.path, order)
+        current().moved_at_least(script.size)
+        return stat
+
+
+async def _write_part(shards: Shards, names: Collection[str], script: Script, path: str, order: Order) -> ObjectStat:
+    with current().reading_side():
+        checksums = await shards.checksums(names)
+    return await _write(
+        script, shards.parts, shards.files, checksums, order.writer, path, order.part_size, order.metadata
+    )
 
 
 async def _write(
     script: Script,
-    parts: Any,
+    parts: Parts,
     files: Files,
     checksums: Sequence[Checksums | None],
     writer: Backend,
     path: str,
     part_size: int | None,
+    metadata: Mapping[str, str] | None = None,
 ) -> ObjectStat:
     plan = writer.upload_plan(script.size, part_size)
     # A store holds up to a part back before it sends any of it: with two blocks more there is always room to go on.
     claim = await EVERYTHING_ELSE.claim_async(plan.part_size + 2 * BLOCK_SIZE, piece=BLOCK_SIZE, beside=plan.memory)
-    transfer = current()
     try:
         assembly = Assembly(script, parts, files, checksums, claim)
-        async with assembly.running(), transfer.telling():
-            transfer.set_size(script.size)
-            stat = await writer.write(path, assembly, plan=plan)
-            transfer.moved_at_least(script.size)
-            return stat
+        async with assembly.running():
+            return await writer.write(path, assembly, plan=plan, metadata=metadata)
     finally:
         claim.close()
 
 
-async def _script_of(found: Contents, *, weights_only: bool, as_safetensors: bool) -> Script:
+async def _torch_script(found: Contents, names: Sequence[str], order: Order) -> Script:
     metadata = found.metadata
-    tensors = {
-        name: (entry.properties.dtype, entry.size)
-        for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    others = [name for name in metadata.state_dict_metadata if name not in tensors]
-    if as_safetensors:
-        if others:
-            raise CheckpointValueError(
-                f"{found.place.url} has values that are no tensors, which a safetensors file cannot hold: "
-                f"{', '.join(others[:10])}."
-            )
-        return await in_thread(_safetensors, tensors, found.place.url)
+    tensors = _tensors(metadata, names)
+    others = [name for name in names if name not in tensors]
     paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
-    request = LoadRequest(None, None, None, weights_only, verify=True)
-    plain = await load_whole(found, request, names=others, nested=False)
+    plain = await load_whole(found, order.request, names=others, nested=False)
 
     def make() -> Script:
         stand_ins = StandIns(tensors)
         state: dict[str, Any] = {}
-        for name in metadata.state_dict_metadata:
-            set_element(state, paths.get(name, (name,)), stand_ins.tensors.get(name, plain.get(name)))
+        taken: set[tuple[Any, ...]] = set()
+        for name in names:
+            path = _stripped(paths.get(name, (name,)), order.strip_prefix)
+            if path in taken:
+                raise _doubled(found, ".".join(map(str, path)))
+            taken.add(path)
+            set_element(state, path, stand_ins.tensors.get(name, plain.get(name)))
         script = Script()
         script.add_archive(state, stand_ins)
         return script
@@ -253,66 +267,74 @@ async def _script_of(found: Contents, *, weights_only: bool, as_safetensors: boo
     return await in_thread(make)
 
 
-def _safetensors(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], url: str) -> Script:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    # Larger elements first, as safetensors itself writes them: each tensor is aligned.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0]))
-    for name, (dtype, shape) in ordered:
-        if dtype not in _SAFETENSORS:
-            raise CheckpointValueError(f"{url}: {name} is of {dtype}, which a safetensors file cannot hold.")
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [at, at + nbytes]}
-        at += nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+def _tensors(metadata: Metadata, names: Sequence[str]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {
+        name: (entry.properties.dtype, entry.size)
+        for name in names
+        if isinstance(entry := metadata.state_dict_metadata[name], TensorStorageMetadata)
+    }
+
+
+def _stripped(path: Sequence[Any], prefix: str) -> tuple[Any, ...]:
+    """A path in a state dict without what its name begins with."""
+    rest, left = list(path), prefix
+    while left:
+        first = str(rest[0])
+        if first.startswith(left) and first != left:
+            return (first.removeprefix(left), *rest[1:])
+        if len(rest) == 1 or not left.startswith(f"{first}."):
+            return tuple(path)
+        left = left.removeprefix(f"{first}.")
+        del rest[0]
+    return tuple(rest)
+
+
+async def _make_safetensors(shards: Shards, names: Sequence[str], order: Order) -> ObjectStat:
+    found = shards.found
+    tensors = _tensors(found.metadata, names)
+    if others := [repr(printable(name)) for name in names if name not in tensors]:
+        raise CheckpointValueError(
+            f"{found.place.url} has values that are no tensors, which a safetensors file cannot hold: "
+            f"{', '.join(others[:10])}. convert() leaves out what exclude= names."
+        )
+    stored: dict[str, str] = {}
+    for name in tensors:
+        if (called := name.removeprefix(order.strip_prefix)) in stored:
+            raise _doubled(found, called)
+        stored[called] = name
+    sizes = {called: tensors[name][1].numel() * tensors[name][0].itemsize for called, name in stored.items()}
+    total, most = sum(sizes.values()), order.max_shard_size
+    current().set_size(total)
+
+    async def write(path: str, members: Sequence[str]) -> ObjectStat:
+        described = {called: tensors[stored[called]] for called in members}
+        script = await in_thread(_safetensors_script, described, stored, order.metadata)
+        return await _write_part(shards, [stored[called] for called in members], script, path, order)
+
+    if most is None or (total <= most and not order.path.endswith(INDEX_SUFFIX)):
+        stat = await write(order.path, list(stored))
+        current().moved_at_least(total)
+        return stat
+    return await publish_files(order.writer, order.path, split(sizes, most), total, write)
+
+
+def _safetensors_script(
+    described: Mapping[str, tuple[torch.dtype, torch.Size]],
+    stored: Mapping[str, str],
+    metadata: Mapping[str, str] | None,
+) -> Script:
+    named = {called: (dtype_name(dtype, called), tuple(shape)) for called, (dtype, shape) in described.items()}
+    head, header = lay_out(named, {"format": "pt", **(metadata or {})})
     script = Script()
-    script.add(len(text).to_bytes(8, "little") + text)
-    for name, (dtype, shape) in ordered:
-        data = Data(name, dtype, tuple(shape), script.size)
-        script.entries.append(data)
-        script.size += data.nbytes
+    script.add(head)
+    for entry in header.entries:
+        script.entries.append(Data(stored[entry.name], described[entry.name][0], entry.shape, script.size))
+        script.size += entry.stop - entry.start
     return script
 
 
-def _parts_of_shards(
-    metadata: Metadata,
-    numbers: Mapping[str, int],
-    stored: Mapping[tuple[int, int], Any],
-    key: str,
-    offsets: Sequence[int],
-    target: torch.Tensor,
-) -> Iterator[tuple[int, Direct | Piece]]:
-    """Where a part of a tensor is: each chunk that was saved has some of it."""
-    entry = metadata.state_dict_metadata[key]
-    assert isinstance(entry, TensorStorageMetadata)  # noqa: S101 - only tensors are asked for
-    for index, chunk in enumerate(entry.chunks):
-        firsts = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
-        lasts = [
-            min(a + n, b + m) for a, n, b, m in zip(offsets, target.shape, chunk.offsets, chunk.sizes, strict=True)
-        ]
-        if any(first >= last for first, last in zip(firsts, lasts, strict=True)):
-            continue
-        part = target
-        for dim, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
-            part = part.narrow(dim, first - offsets[dim], last - first)
-        info = metadata.storage_data[MetadataIndex(key, chunk.offsets, index)]
-        number = numbers[info.relative_path]
-        where = where_stored(info, entry.properties.dtype, chunk, stored.get((number, info.offset)))
-        if where is None:
-            raise CheckpointFormatError(
-                f"{key} in {info.relative_path} is not stored as plain bytes: load and save it."
-            )
-        start = (
-            where.start
-            + sum((first - at) * stride for first, at, stride in zip(firsts, chunk.offsets, where.strides, strict=True))
-            * where.dtype.itemsize
-        )
-        yield from ((number, piece) for piece in cut(part, start, where.strides, where.dtype))
-
-
-def _listed(parts: Any, key: str, offsets: Sequence[int], target: torch.Tensor) -> list[tuple[int, Direct | Piece]]:
-    return list(parts(key, offsets, target))
+def _doubled(found: Contents, name: str) -> CheckpointValueError:
+    return CheckpointValueError(f"{found.place.url}: two tensors would be called {printable(name)!r}.")
 
 
 # --- the other way
@@ -321,6 +343,26 @@ def _listed(parts: Any, key: str, offsets: Sequence[int], target: torch.Tensor) 
 async def _shard(reader: Backend, source: str, place: Place, part_size: int | None, weights_only: bool) -> Metadata:
     with current().reading_side():
         file = await open_reader(reader, source)
+    return (await shard_file(reader, source, file, place, part_size, weights_only=weights_only))[0]
+
+
+async def shard_file(
+    reader: Backend, source: str, file: RangeReader, place: Place, part_size: int | None, *, weights_only: bool
+) -> tuple[Metadata, ObjectStat]:
+    """Makes a sharded checkpoint of an object that ``torch.save`` wrote.
+
+    Args:
+        reader: The object's store.
+        source: Its path there.
+        file: The object, opened.
+        place: Where to.
+        part_size: Of a multipart upload.
+        weights_only: As in ``torch.load``.
+
+    Returns:
+        The metadata, and what is now at ``.metadata``.
+    """
+    with current().reading_side():
         archive = await read_archive(file)
         pickled = None if archive is None else archive.get("data.pkl")
         if archive is None or pickled is None or archive.is_torchscript:
@@ -353,14 +395,19 @@ async def _shard(reader: Backend, source: str, place: Place, part_size: int | No
             again = RangeReader(reader, source, file.stat)  # which keeps nothing
             await again.stream(again.plan([(0, archive.start)]), checksums.add)
             checksums.finish()
-    stat = await _write(made.script, made.parts, files, [checked], place.backend, place.at(relative_path), part_size)
+    async with current().telling():
+        current().set_size(made.script.size)
+        stat = await _write(
+            made.script, made.parts, files, [checked], place.backend, place.at(relative_path), part_size
+        )
+        current().moved_at_least(made.script.size)
     metadata = made.metadata
     infos = {index: storage_info(relative_path, made.written(index)) for index in made.items}
     before = await shards_before(place, METADATA)
     content = write_metadata(metadata, infos, place.url, save, {relative_path: (stat.size, stat.etag)})
     committed = await place.put(METADATA, content)
     await remove_before(place, METADATA, committed, before)
-    return metadata
+    return metadata, committed
 
 
 class _Sharding:

@@ -32,6 +32,7 @@ class Files:
         files: Path and version of each.
 
     Attributes:
+        files: Path and version of each.
         starts: Where each begins.
         size: Of all.
     """
@@ -43,7 +44,7 @@ class Files:
             self.starts.append(self.size)
             self.size += stat.size + _BETWEEN
         self._backend = backend
-        self._files = files
+        self.files = files
 
     @property
     def range_size(self) -> int:
@@ -68,7 +69,7 @@ class Files:
         """Reads a range of one object."""
         del path, stat
         number = self.find(start)
-        file, version = self._files[number]
+        file, version = self.files[number]
         base = self.starts[number]
         return await self._backend.read(file, start - base, stop - base, version)
 
@@ -76,7 +77,7 @@ class Files:
         """Reads a range of one object into memory."""
         del path, stat
         number = self.find(start)
-        file, version = self._files[number]
+        file, version = self.files[number]
         await self._backend.read_into(file, start - self.starts[number], buffer, version)
 
 

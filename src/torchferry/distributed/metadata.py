@@ -37,6 +37,7 @@ __all__ = [
     "Extras",
     "chunk_of",
     "extras_of",
+    "items_by_shard",
     "read_metadata",
     "shards_of",
     "storage_info",
@@ -169,6 +170,14 @@ def extras_of(metadata: Metadata) -> Extras:
 def shards_of(metadata: Metadata) -> list[str]:
     """The relative paths of all shards, each once."""
     return list(dict.fromkeys(info.relative_path for info in metadata.storage_data.values()))
+
+
+def items_by_shard(metadata: Metadata) -> dict[str, list[tuple[MetadataIndex, Any]]]:
+    """The items of each shard, by its relative path: index, and where it is."""
+    found: dict[str, list[tuple[MetadataIndex, Any]]] = {}
+    for index, info in metadata.storage_data.items():
+        found.setdefault(info.relative_path, []).append((index, info))
+    return found
 
 
 def chunk_of(metadata: Metadata, index: MetadataIndex) -> tuple[torch.dtype, ChunkStorageMetadata]:

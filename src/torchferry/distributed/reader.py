@@ -5,26 +5,27 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader as DcpStorageReader
 from torch.futures import Future
 
 from torchferry.distributed.archives import StoredTensor, find_tensor
-from torchferry.distributed.checks import PartChecksums, ReadPart, WantedPart
+from torchferry.distributed.checks import ReadPart
 from torchferry.distributed.errors import with_portable_errors
 from torchferry.distributed.fetch import Files, fetch
 from torchferry.distributed.metadata import chunk_of, extras_of, read_metadata
 from torchferry.distributed.place import METADATA, Place
-from torchferry.distributed.slices import Direct, Piece, cut
+from torchferry.distributed.placing import Plan, Wanted
+from torchferry.distributed.sharing import Broadcast, Shared, cpu_group, said_by_all, share
+from torchferry.distributed.slices import Piece
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import run, run_on
-from torchferry.engine.memory import BLOCK_SIZE, copy_bytes
 from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import Buffer, ObjectStat
@@ -32,39 +33,19 @@ from torchferry.errors import (
     CheckpointChangedError,
     CheckpointCorruptError,
     CheckpointFormatError,
-    TorchferryError,
     mask,
 )
-from torchferry.formats.archive import Record
-from torchferry.formats.checked import load_bytes
 from torchferry.printable import printable
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
-__all__ = ["StorageReader", "Where", "where_stored"]
+__all__ = ["StorageReader"]
 
 _SMALL = 256 << 10  # an item of somebody else's writer that is shorter is read whole
 _LONGEST_OVERHEAD = 16 << 10  # bytes of an archive beside its tensor: with more, torch has to load it
 _LOOKS = 16  # files that are looked up at once
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """One item to read.
-
-    Attributes:
-        request: DCP's.
-        number: Of the file.
-        info: Where it is in the file.
-        target: The tensor to fill; None for bytes.
-    """
-
-    request: ReadItem
-    number: int
-    info: Any
-    target: torch.Tensor | None
 
 
 class StorageReader(DcpStorageReader):
@@ -84,6 +65,9 @@ class StorageReader(DcpStorageReader):
         give_up_after: Seconds without progress after which failed requests are not repeated any more; 120 by default.
         callback: Told the number of bytes that this rank needs, and of those that have arrived.
         report: Called with the :class:`~torchferry.TransferReport` of what this rank read.
+        broadcast: Items that all ranks ask for alike, as under DDP, are read by one of them, which sends them to the
+            others through the process group. The coordinator's says for all ranks.
+        process_group: The one that ``dcp.load`` is given, for ``broadcast``.
     """
 
     def __init__(
@@ -97,6 +81,8 @@ class StorageReader(DcpStorageReader):
         give_up_after: float | None = None,
         callback: Callback | None = None,
         report: Callable[[TransferReport], object] | None = None,
+        broadcast: bool = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self._url = url
@@ -106,6 +92,8 @@ class StorageReader(DcpStorageReader):
         self._give_up_after = give_up_after
         self._callback = callback
         self._report = report
+        self._broadcast = broadcast
+        self._group = process_group
         self._opened: Place | None = None
         self._metadata: Metadata | None = None
         self.read_parts: list[ReadPart] = []
@@ -158,27 +146,88 @@ class StorageReader(DcpStorageReader):
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Leaves the plans as they are."""
-        return plans
+        """Leaves the plans as they are, but for who reads what all ranks have."""
+        if not self._broadcast or len(plans) == 1 or not dist.is_initialized():
+            return plans
+        if len(plans) != dist.get_world_size(self._group):
+            return plans
+        assert self._metadata is not None  # noqa: S101 - DCP has set up the reader
+        return share(plans, {index: info.length for index, info in self._metadata.storage_data.items()})
 
     @with_portable_errors
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Reads this rank's items into the tensors that ``planner`` names."""
-        assert self._metadata is not None  # noqa: S101 - DCP has set up the reader
-        targets = [
-            None if item.type == LoadItemType.BYTE_IO else planner.resolve_tensor(item).detach() for item in plan.items
-        ]
+        done: Future[None] = Future()
+        done.set_result(None)
+        shared = plan.storage_data
         contents: dict[int, bytearray] = {}
-        if plan.items:
-            run(self.read_items, self._metadata, plan.items, targets, contents)
+        if isinstance(shared, Shared) and shared.items:
+            targets = self._read_shared(plan, planner, shared, contents)
+            if targets is None:
+                return done
+        else:
+            targets = _targets(plan, planner)
+            self._read(plan.items, targets, range(len(targets)), contents)
         for index, (item, target) in enumerate(zip(plan.items, targets, strict=True)):
             if target is None:
                 planner.load_bytes(item, io.BytesIO(contents.pop(index)))
             else:
                 planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
         return done
+
+    def _read(
+        self,
+        items: Sequence[ReadItem],
+        targets: Sequence[torch.Tensor | None],
+        numbers: Sequence[int],
+        contents: dict[int, bytearray],
+    ) -> None:
+        """Reads the items of these numbers."""
+        if not numbers:
+            return
+        assert self._metadata is not None  # noqa: S101 - DCP has set up the reader
+        found: dict[int, bytearray] = {}
+        requests = [items[number] for number in numbers]
+        run(self.read_items, self._metadata, requests, [targets[number] for number in numbers], found)
+        contents.update((numbers[index], content) for index, content in found.items())
+
+    def _read_shared(
+        self, plan: LoadPlan, planner: LoadPlanner, shared: Shared, contents: dict[int, bytearray]
+    ) -> list[torch.Tensor | None] | None:
+        """Reads what is this rank's to read, and exchanges it; None where another rank has failed.
+
+        The ranks tell each other how they are before each step: none waits for one that has failed.
+        """
+        assert self._metadata is not None  # noqa: S101 - DCP has set up the reader
+        storage_data = self._metadata.storage_data
+        group = cpu_group(self._group)
+        everything: Sequence[int] = range(len(plan.items))
+        try:
+            targets = _targets(plan, planner)
+            lengths = {
+                number: storage_data[plan.items[number].storage_index].length
+                for number in shared.items
+                if targets[number] is None
+            }
+            broadcast = Broadcast(group, shared, plan.items, targets, lengths)
+        except BaseException:
+            said_by_all(group, None)
+            raise
+        said = said_by_all(group, broadcast.looks)
+        if None in said:
+            return None
+        is_shared = len(said) == 1  # else their tensors differ: each reads for itself
+        try:
+            mine = [number for number in everything if number not in broadcast.others] if is_shared else everything
+            self._read(plan.items, targets, mine, contents)
+        except BaseException:
+            said_by_all(group, None)
+            raise
+        if None in said_by_all(group, "read"):
+            return None
+        if is_shared:
+            broadcast.exchange(contents)
+        return targets
 
     # --- for torchferry.distributed
 
@@ -250,7 +299,7 @@ class StorageReader(DcpStorageReader):
         numbers = {path: number for number, path in enumerate(paths)}
         files = Files(place.backend, [(place.at(path), stat) for path, stat in zip(paths, stats, strict=True)])
         wanted = [
-            _Wanted(request, numbers[info.relative_path], info, target)
+            Wanted(request, numbers[info.relative_path], info, target)
             for request, info, target in zip(requests, infos, targets, strict=True)
         ]
         _check_lengths(wanted, stats)
@@ -261,7 +310,7 @@ class StorageReader(DcpStorageReader):
                 if want.target is not None and want.info.length > _SMALL
             ]
             stored = await self.look_into_archives(files, stats, metadata, large)
-        plan = await in_thread(_Plan, metadata, wanted, stored, contents, stats, self._verify)
+        plan = await in_thread(Plan, metadata, wanted, stored, contents, stats, self._verify)
         transfer = current()
         transfer.set_size(plan.nbytes)
         with transfer.stage("reading"):
@@ -333,186 +382,9 @@ class StorageReader(DcpStorageReader):
         return await in_thread(_find_tensors, ends, stats)
 
 
-@dataclass(frozen=True, slots=True)
-class Where:
-    """Where a piece of a tensor is in a file.
-
-    Attributes:
-        dtype: Of its elements.
-        start: Of its first element, in bytes.
-        strides: Of its elements.
-        record: Offset, size and CRC32 of what was stored together; None for a CRC32 that is not known.
-    """
-
-    dtype: torch.dtype
-    start: int
-    strides: Sequence[int]
-    record: tuple[int, int, int | None]
-
-
-def where_stored(
-    info: Any, dtype: torch.dtype, chunk: ChunkStorageMetadata, stored: StoredTensor | None
-) -> Where | None:
-    """Where an item's tensor is; None where torch has to load it.
-
-    Raises:
-        CheckpointCorruptError: the metadata contradicts itself.
-    """
-    if getattr(info, "data_offset", None) is not None:
-        nbytes = chunk.sizes.numel() * dtype.itemsize
-        if not 0 <= info.data_offset <= info.data_offset + nbytes <= info.length:
-            raise CheckpointCorruptError(f"The metadata of {info.relative_path} contradicts itself.")
-        start = info.offset + info.data_offset
-        return Where(dtype, start, contiguous_strides(chunk.sizes), (start, nbytes, info.crc32))
-    if stored is None or stored.shape != tuple(chunk.sizes):
-        return None
-    record = (info.offset + stored.record_offset, stored.record_size, stored.crc32)
-    return Where(stored.dtype, info.offset + stored.first, stored.strides, record)
-
-
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides of a contiguous tensor."""
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.append(strides[-1] * max(size, 1))
-    return tuple(reversed(strides[: len(shape)]))
-
-
-class _Plan:
-    """What is read, and what becomes of it.
-
-    Attributes:
-        parts: What to read of which file.
-        checksums: Of each file.
-        nbytes: Of the parts.
-    """
-
-    def __init__(
-        self,
-        metadata: Metadata,
-        wanted: Sequence[_Wanted],
-        stored: Mapping[tuple[int, int], StoredTensor],
-        contents: dict[int, bytearray],
-        stats: Sequence[ObjectStat],
-        verify: bool,
-    ) -> None:
-        self._metadata = metadata
-        self._stored = stored
-        self._contents = contents
-        self._stats = stats
-        self._records: list[list[Record]] = [[] for _ in stats]
-        self._runs: list[dict[tuple[int, int], WantedPart]] = [{} for _ in stats]
-        self._whole: dict[tuple[int, int], bytearray] = {}  # items in memory, by file and offset
-        self._filled: dict[tuple[int, int], torch.Tensor] = {}  # targets of whole items
-        self._later: list[Callable[[], object]] = []
-        self.parts: list[tuple[int, Direct | Piece]] = []
-        for index, want in enumerate(wanted):
-            self._add(index, want)
-        self.nbytes = sum(
-            part.stop - part.start if isinstance(part, Piece) else len(part.memory) for _, part in self.parts
-        )
-        self.checksums: list[PartChecksums | None] = [
-            PartChecksums(records, runs, stat.url) if (records or runs) and verify else None
-            for records, runs, stat in zip(self._records, self._runs, stats, strict=True)
-        ]
-
-    def finish(self) -> None:
-        """Does what can be done only when everything is there."""
-        for call in self._later:
-            call()
-
-    def _add(self, index: int, want: _Wanted) -> None:
-        info = want.info
-        if want.target is None:
-            self._later.append(partial(self._hand_over, index, self._read_whole(want)))
-            return
-        request, target = want.request, want.target
-        if target.shape != request.lengths:
-            raise CheckpointFormatError(
-                f"{printable(request.storage_index.fqn)} has the shape {tuple(request.lengths)} in the checkpoint, and "
-                f"{tuple(target.shape)} where it is to be loaded."
-            )
-        if not target.numel():
-            return
-        dtype, chunk = chunk_of(self._metadata, request.storage_index)
-        where = where_stored(info, dtype, chunk, self._stored.get((want.number, info.offset)))
-        if where is None:
-            self._later.append(partial(self._load, want, self._read_whole(want)))
-            return
-        if request.lengths == chunk.sizes:
-            before = self._filled.setdefault((want.number, info.offset), target)
-            if before is not target:
-                self._later.append(partial(target.copy_, before))
-                return
-            start, size, crc32 = where.record
-            if crc32 is not None and size == target.numel() * where.dtype.itemsize:
-                name = f"{request.storage_index.fqn} at {tuple(chunk.offsets)}"
-                self._records[want.number].append(Record(name, start, size, crc32))
-        offsets = zip(request.storage_offsets, where.strides, strict=True)
-        start = where.start + sum(at * stride for at, stride in offsets) * where.dtype.itemsize
-        parts = list(cut(target, start, where.strides, where.dtype))
-        self.parts += [(want.number, part) for part in parts]
-        _, size, crc32 = where.record
-        nbytes = target.numel() * where.dtype.itemsize
-        is_run = (
-            sum(part.stop - part.start if isinstance(part, Piece) else len(part.memory) for part in parts) == nbytes
-        )
-        if (
-            request.lengths != chunk.sizes
-            and is_run
-            and len(parts) == _spanned(parts, start, nbytes)
-            and crc32 is not None
-        ):
-            name = f"{request.storage_index.fqn} at {tuple(chunk.offsets)}"
-            self._runs[want.number][start, nbytes] = WantedPart(name, (where.record[0], size, crc32))
-
-    def _read_whole(self, want: _Wanted) -> bytearray:
-        """Plans to read an item into memory; torch takes it from there."""
-        info = want.info
-        place = (want.number, info.offset)
-        if place not in self._whole:
-            content = self._whole[place] = bytearray(info.length)
-            memory = memoryview(content)
-            if info.length <= BLOCK_SIZE:
-                part: Direct | Piece = Piece(info.offset, info.offset + info.length, partial(copy_bytes, memory))
-            else:
-                part = Direct(info.offset, memory)
-            self.parts.append((want.number, part))
-            crc32 = getattr(info, "crc32", None) if getattr(info, "data_offset", None) is None else None
-            if crc32 is not None:
-                self._records[want.number].append(
-                    Record(want.request.storage_index.fqn, info.offset, info.length, crc32)
-                )
-        return self._whole[place]
-
-    def _hand_over(self, index: int, content: bytearray) -> None:
-        self._contents[index] = content
-
-    def _load(self, want: _Wanted, content: bytearray) -> None:
-        """As the stock reader does."""
-        assert want.target is not None  # noqa: S101 - it is a tensor's
-        url = self._stats[want.number].url
-        try:
-            tensor = load_bytes(content, url, map_location="cpu")
-        except TorchferryError:
-            raise
-        except Exception as error:
-            raise CheckpointCorruptError(
-                f"{url}: {printable(want.request.storage_index.fqn)} cannot be loaded: {error}"
-            ) from error
-        for dim, (offset, length) in enumerate(zip(want.request.storage_offsets, want.request.lengths, strict=True)):
-            tensor = tensor.narrow(dim, offset, length)
-        want.target.copy_(tensor)
-
-
-def _spanned(parts: Sequence[Direct | Piece], start: int, nbytes: int) -> int:
-    """How many of the parts lie, one after the other, in a run of bytes."""
-    at = start
-    for number, part in enumerate(parts):
-        if part.start != at:
-            return number
-        at = part.stop if isinstance(part, Piece) else at + len(part.memory)
-    return len(parts) if at == start + nbytes else 0
+def _targets(plan: LoadPlan, planner: LoadPlanner) -> list[torch.Tensor | None]:
+    """The tensor that each item goes to; None for bytes."""
+    return [None if item.type == LoadItemType.BYTE_IO else planner.resolve_tensor(item).detach() for item in plan.items]
 
 
 def _info(metadata: Metadata, index: MetadataIndex, url: str) -> Any:
@@ -528,7 +400,7 @@ def _info(metadata: Metadata, index: MetadataIndex, url: str) -> Any:
     return info
 
 
-def _check_lengths(wanted: Sequence[_Wanted], stats: Sequence[ObjectStat]) -> None:
+def _check_lengths(wanted: Sequence[Wanted], stats: Sequence[ObjectStat]) -> None:
     for want in wanted:
         stat, info = stats[want.number], want.info
         if not 0 <= info.offset <= info.offset + info.length <= stat.size:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint._traverse import set_element
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from torchferry.distributed.archives import find_tensor
@@ -18,6 +24,7 @@ from torchferry.distributed.fetch import Files, fetch
 from torchferry.distributed.metadata import (
     chunk_of,
     extras_of,
+    items_by_shard,
     read_metadata,
     shards_of,
     write_metadata,
@@ -39,19 +46,33 @@ from torchferry.errors import (
     UnsupportedOptionError,
     mask,
 )
-from torchferry.formats.archive import Record
+from torchferry.formats.archive import LOCAL_HEADER_SIZE, Record, find_directory, parse_directory
 from torchferry.formats.checked import load_bytes
 from torchferry.formats.checksum import Checksums
-from torchferry.formats.graph import TensorInfo
+from torchferry.formats.filling import Found, IncompatibleKeys, Target
+from torchferry.formats.graph import MOST_PLAIN, read_graph
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.picking import missing_keys
+from torchferry.formats.places import TensorInfo
 from torchferry.formats.torch_hooks import torch_errors
-from torchferry.manifest import Manifest
+from torchferry.manifest import Manifest, PlainValue
 from torchferry.objects.requests import LoadRequest
+from torchferry.objects.torch_files import fill_with
 from torchferry.printable import printable
 from torchferry.storage.base import Backend
 
-__all__ = ["Contents", "ShardedCopy", "find", "inspect_contents", "load_whole", "verify_contents"]
+__all__ = [
+    "Contents",
+    "ShardedCopy",
+    "checksums_of",
+    "choose",
+    "fill_whole",
+    "find",
+    "inspect_contents",
+    "load_whole",
+    "plain_values",
+    "verify_contents",
+]
 
 _ALIGNMENT = 64  # of tensors in the load buffer
 _SMALL = 256 << 10  # a stock item up to this size is looked into when it is there
@@ -94,7 +115,12 @@ async def find(backend: Backend, path: str, url: str, *, weights_only: bool = Tr
 
 
 async def load_whole(
-    found: Contents, request: LoadRequest, *, names: Sequence[str] | None = None, nested: bool = True
+    found: Contents,
+    request: LoadRequest,
+    *,
+    names: Sequence[str] | None = None,
+    nested: bool = True,
+    into: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
     """The state dict, nested as it was saved.
 
@@ -103,13 +129,15 @@ async def load_whole(
         request: What to load of it. ``map_location`` is a device; the tensors are loaded to the CPU first.
         names: Only these items of it; None for all that are asked for.
         nested: Whether to nest them; else they are by their names.
+        into: Tensors that are filled, by name, instead of new ones.
     """
     metadata, url, map_location = found.metadata, found.place.url, request.map_location
     paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
-    names = _choose(metadata, request, url) if names is None else names
+    names = choose(metadata, request, url) if names is None else names
+    filled = into or {}
     device = _device(map_location, url)
-    tensors = await in_thread(_allocate, metadata, names, device, url)
-    requests, targets = _requests(metadata, names, tensors)
+    tensors = await in_thread(_allocate, metadata, [name for name in names if name not in filled], device, url)
+    requests, targets = _requests(metadata, names, {**tensors, **filled})
     contents: dict[int, bytearray] = {}
     if device.type == "meta":
         chosen = [index for index, target in enumerate(targets) if target is None]
@@ -121,6 +149,7 @@ async def load_whole(
         values: dict[str, Any] = {
             name: tensor if device.type in {"cpu", "meta"} else tensor.to(device) for name, tensor in tensors.items()
         }
+        values.update(filled)
         for index, content in contents.items():
             weights_only = request.weights_only
             with torch_errors(url, map_location=map_location, weights_only=weights_only, checked=request.verify):
@@ -134,7 +163,65 @@ async def load_whole(
     return state
 
 
-def _choose(metadata: Metadata, request: LoadRequest, url: str) -> list[str]:
+async def fill_whole(found: Contents, request: LoadRequest, target: Target) -> IncompatibleKeys:
+    """Fills tensors that exist with those of the same name: read straight into them, where they are plain tensors.
+
+    Only what the target wants is read, in one go.
+
+    Raises:
+        CheckpointMismatchError: it does not fit; before anything is read.
+    """
+    url, stored = found.place.url, found.metadata.state_dict_metadata
+    names = choose(found.metadata, request, url)
+    if target.needs_all:
+        return await in_thread(fill_with, await load_whole(found, request), url, request, target)
+    there = {
+        # Nothing of it is one with another: each has an extent of its own.
+        name: Found(entry.properties.dtype, tuple(entry.size), (number, number))
+        for number, name in enumerate(names)
+        if isinstance(entry := stored[name], TensorStorageMetadata)
+    }
+    others = [name for name in names if name not in there]
+    target.check(there, others, url, strict=request.strict)
+    into = {} if request.leaves_values_out else target.separate(there)
+    rest = [name for name in names if name not in into and target.wants(name)]
+    values = await load_whole(found, request, names=[*into, *rest], nested=False, into=into)
+    loaded = {name: values[name] for name in rest}
+    return await in_thread(lambda: target.finish(loaded, into, there, {}, url, strict=request.strict))
+
+
+async def plain_values(found: Contents) -> dict[str, PlainValue]:
+    """The plain values beside the tensors, by name, as of a file of ``torch.save``: its small items are read."""
+    metadata = found.metadata
+    names = [name for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)]
+    requests, targets = _requests(metadata, names, {})
+    contents: dict[int, bytearray] = {}
+    if requests:
+        await StorageReader.at(found.place).read_items_within(found.place, metadata, requests, targets, contents)
+    return await in_thread(
+        _plain_values_in, {names[number]: data for number, data in contents.items()}, found.place.url
+    )
+
+
+def _plain_values_in(contents: Mapping[str, bytearray], url: str) -> dict[str, PlainValue]:
+    values: dict[str, PlainValue] = {}
+    for name, content in contents.items():
+        directory = find_directory(content, len(content), url)
+        if directory is None:
+            continue  # in the legacy format
+        archive = parse_directory(content[directory.start : directory.start + directory.size], directory, url)
+        if archive.unproven:
+            archive = archive.settle(
+                {at: bytes(content[at : at + LOCAL_HEADER_SIZE]) for at in archive.unproven_headers}
+            )
+        pickled = archive.get("data.pkl")
+        if pickled is not None:
+            found = read_graph(bytes(content[pickled.offset : pickled.end]), url).plain_values()
+            values.update((f"{name}.{key}" if key else name, value) for key, value in found.items())
+    return dict(islice(values.items(), MOST_PLAIN))
+
+
+def choose(metadata: Metadata, request: LoadRequest, url: str) -> list[str]:
     """The items that are asked for: by the names that :func:`inspect_contents` gives them."""
     keys, exclude = request.choice()
 
@@ -258,30 +345,29 @@ async def verify_contents(found: Contents) -> None:
         RangeReader(found.place.backend, found.place.at(path), stat) for path, stat in zip(paths, stats, strict=True)
     ]
     transfer.set_size(sum(stat.size for stat in stats))
+    items = items_by_shard(found.metadata)
     async with transfer.telling():
         for path, file in zip(paths, files, strict=True):
-            checksums = await checksums_of(found, path, file)
+            checksums = await checksums_of(found, items[path], file)
             await file.stream(file.plan([(0, file.stat.size)]), checksums.add)
             checksums.finish()
 
 
 async def checksums_of(
-    found: Contents, relative_path: str, file: RangeReader, *, only_tensors: bool = False
+    found: Contents, items: Sequence[tuple[MetadataIndex, Any]], file: RangeReader, *, only_tensors: bool = False
 ) -> Checksums:
     """The CRC32s of the items of a shard: from the metadata, or else from the items themselves.
 
     Args:
         found: The checkpoint.
-        relative_path: Of the shard.
+        items: Those of the shard: index, and where it is.
         file: The shard.
         only_tensors: Leave out items that are no tensor, or an empty one.
     """
     metadata = found.metadata
     records: list[Record] = []
     unknown: list[tuple[MetadataIndex, Any]] = []
-    for index, info in metadata.storage_data.items():
-        if info.relative_path != relative_path:
-            continue
+    for index, info in items:
         if only_tensors and not _has_bytes(metadata, index):
             continue
         if info.offset < 0 or info.offset + info.length > file.stat.size:
@@ -376,10 +462,11 @@ class ShardedCopy:
         save = new_save_name()
         paths = shards_of(found.metadata)
         stats = await StorageReader.at(found.place, verify=verify).versions(found.place, found.metadata, paths)
+        items = items_by_shard(found.metadata)
         shards = []
         for number, (path, stat) in enumerate(zip(paths, stats, strict=True)):
             file = RangeReader(found.place.backend, found.place.at(path), stat)
-            checksums = await checksums_of(found, path, file) if verify else Checksums((), file.url)
+            checksums = await checksums_of(found, items[path], file) if verify else Checksums((), file.url)
             shards.append((path, place.at(f"{save}/__{number}_0.distcp"), file, checksums))
         return cls(found, place, save, shards)
 

@@ -162,6 +162,29 @@ class Target:
                 end, last = stop, name
         return chosen
 
+    def separate(self, found: Mapping[str, Found]) -> dict[str, torch.Tensor]:
+        """The tensors that can be filled where they are, in any order: plain ones that share no memory with others.
+
+        What fills them does so part by part, and converts; whatever their device, dtype and strides.
+        """
+        if self.needs_all:
+            return {}
+        spans: list[tuple[str, int, int, str]] = []
+        for name, tensor in self.tensors.items():
+            if name in found and _is_fillable(tensor):
+                steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+                length = (1 + steps) * tensor.itemsize if tensor.numel() else 0
+                spans.append((str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + length, name))
+        chosen = {name: self.tensors[name].detach() for *_, name in spans}
+        before, end, last = "", 0, ""
+        for device, start, stop, name in sorted(spans):
+            if device == before and start < min(end, stop):
+                chosen.pop(name, None)
+                chosen.pop(last, None)
+            if device != before or stop > end:
+                before, end, last = device, stop, name
+        return chosen
+
     def same_as(self, filled: Iterable[str], found: Mapping[str, Found]) -> dict[str, str]:
         """The names of tensors that are, in the checkpoint, one with a filled one; with the name of that."""
         firsts = {found[name].identity: name for name in filled}
@@ -337,6 +360,16 @@ def _is_plain(named: tuple[str, nn.Module]) -> bool:
         if is_custom or has_hooks or kind.load_state_dict is not nn.Module.load_state_dict:
             return False
     return True
+
+
+def _is_fillable(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) in _PLAIN
+        and not tensor.is_meta
+        and tensor.layout == torch.strided
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
+        and all(stride or size == 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    )
 
 
 def _is_direct(tensor: torch.Tensor) -> bool:

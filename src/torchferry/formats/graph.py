@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from torchferry.errors import CheckpointCorruptError
 from torchferry.formats.calls import NUMPY_DTYPE, Hashed, check_call, is_checked, is_transparent_global
 from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
-from torchferry.formats.places import TensorInfo, TensorPlace, place_of, tensor_info
+from torchferry.formats.places import TensorInfo, tensor_info
 from torchferry.formats.stand_ins import (
     CONTAINERS,
     ORDERED_DICT,
@@ -32,7 +32,6 @@ from torchferry.formats.stand_ins import (
     StorageRef,
     children,
     is_tensor,
-    is_tensor_leaf,
     name_of,
 )
 from torchferry.printable import printable
@@ -40,7 +39,7 @@ from torchferry.printable import printable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Graph", "TensorInfo", "TensorPlace", "is_tensor_leaf", "place_of", "read_graph"]
+__all__ = ["MOST_PLAIN", "Graph", "read_graph"]
 
 _INT64_MAX = (1 << 63) - 1
 _MOST_GLOBALS = 10_000  # distinct ones in a pickle: the class that stands for one takes 1.2 kB
@@ -48,7 +47,7 @@ _LONGEST_KEY = 1 << 18  # characters of the key of a tensor
 _WIDE = 1000  # values in a container whose children are not listed at once
 _LISTED = (8 << 20, 6)  # bytes of memory that the list of tensors may take, and so many for each byte of the pickle
 _PLAIN_VISITS = 1 << 16  # values that are looked at for plain ones
-_MOST_PLAIN = 1000
+MOST_PLAIN = 1000
 _SHORT = 16  # values in a list of plain ones that is worth listing
 _LONGEST_PLAIN = 200  # characters
 _WIDEST_INTEGER = 64  # bits
@@ -201,7 +200,7 @@ class Graph:
         found: dict[str, bool | int | float | str | None] = {}
         stack: list[tuple[str, Any]] = [("", self.root)]
         room = _PLAIN_VISITS
-        while stack and room > 0 and len(found) < _MOST_PLAIN:
+        while stack and room > 0 and len(found) < MOST_PLAIN:
             name, value = stack.pop()
             room -= 1 + len(name) // 64
             if _is_plain(value):

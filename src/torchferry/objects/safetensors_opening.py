@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -36,7 +36,7 @@ from torchferry.printable import printable
 if TYPE_CHECKING:
     from torchferry.storage.base import Backend
 
-__all__ = ["File", "delete_all", "open_file", "open_files", "prepare", "publish_index", "take_back"]
+__all__ = ["File", "delete_all", "open_file", "open_files", "prepare", "publish_files", "publish_index", "take_back"]
 
 _ABORT_PATIENCE = 0.7  # seconds that a cancel waits for files to be deleted
 
@@ -135,6 +135,44 @@ async def prepare(backend: Backend, path: str, count: int) -> tuple[list[str], s
         folder = index[: index.rfind("/") + 1]
         return names, index, {folder + file for file in parse_index(data, stat.url).files.values()}
     return names, index, set()
+
+
+async def publish_files(
+    backend: Backend,
+    path: str,
+    shards: Sequence[Sequence[str]],
+    total: int,
+    write: Callable[[str, Sequence[str]], Awaitable[object]],
+) -> ObjectStat:
+    """Writes files, and then their index; what is there already stays whole until then, and is removed afterwards.
+
+    Args:
+        backend: Of the store.
+        path: Of the index, or of the file that is made into several.
+        shards: The names of the tensors of each file.
+        total: Bytes of all tensors.
+        write: Writes a file: its path, and the names.
+
+    Returns:
+        The index.
+    """
+    names, index, replaced = await prepare(backend, path, len(shards))
+    written: list[str] = []
+    try:
+        for name, members in zip(names, shards, strict=True):
+            written.append(name)
+            await write(name, members)
+        pairs = [
+            (member, name[name.rfind("/") + 1 :])
+            for name, members in zip(names, shards, strict=True)
+            for member in members
+        ]
+        stat = await publish_index(backend, index, pairs, total)
+    except BaseException:
+        await take_back(backend, written)
+        raise
+    await delete_all(backend, replaced - {*names})
+    return stat
 
 
 async def publish_index(backend: Backend, path: str, files: Sequence[tuple[str, str]], total: int) -> ObjectStat:

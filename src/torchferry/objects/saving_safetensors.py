@@ -14,10 +14,10 @@ from torchferry.formats.safetensors import (
 )
 from torchferry.formats.safetensors_dtypes import dtype_name
 from torchferry.formats.safetensors_stream import SafetensorsStream, check_tensors
-from torchferry.objects.safetensors_opening import delete_all, prepare, publish_index, take_back
+from torchferry.objects.safetensors_opening import publish_files
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
 
@@ -54,20 +54,12 @@ async def save_safetensors(
         if max_shard_size is None or (total <= max_shard_size and not path.endswith(INDEX_SUFFIX)):
             return await _write_file(tensors, backend, path, part_size, metadata)
         shards = split({name: tensor.nbytes for name, tensor in tensors.items()}, max_shard_size)
-        names, index, replaced = await prepare(backend, path, len(shards))
-        written: list[str] = []
-        try:
-            for name, members in zip(names, shards, strict=True):
-                written.append(name)
-                part = {member: tensors[member] for member in members}
-                await _write_file(part, backend, name, part_size, metadata)
-            files = [(member, _base(name)) for name, members in zip(names, shards, strict=True) for member in members]
-            stat = await publish_index(backend, index, files, total)
-        except BaseException:
-            await take_back(backend, written)
-            raise
-        await delete_all(backend, replaced - {*names})
-        return stat
+
+        async def write(file: str, members: Sequence[str]) -> ObjectStat:
+            part = {member: tensors[member] for member in members}
+            return await _write_file(part, backend, file, part_size, metadata)
+
+        return await publish_files(backend, path, shards, total, write)
 
 
 async def _write_file(
@@ -89,7 +81,3 @@ async def _write_file(
     )
     async with stream.running():
         return await backend.write(path, stream, plan=stream.plan, metadata=metadata)
-
-
-def _base(path: str) -> str:
-    return path[path.rfind("/") + 1 :]

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from torchferry.engine.reader import RangeReader
     from torchferry.formats.archive import Archive, Record
     from torchferry.formats.graph import Graph
+    from torchferry.formats.places import TensorPlace
     from torchferry.objects.requests import LoadRequest
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "format_error",
     "inspect_torch",
     "load_torch",
+    "places_in_torch",
     "read_pickle",
     "require_archive",
     "verify_torch",
@@ -211,6 +213,26 @@ def fill_with(loaded: Any, url: str, request: LoadRequest, target: Target, nbyte
     }
     target.check(found, values, url, strict=request.strict)
     return target.finish(values, (), found, metadata, url, strict=request.strict)
+
+
+async def places_in_torch(source: RangeReader) -> dict[str, TensorPlace]:
+    """How the plain tensors of an archive lie in their storages, by name; nothing of other tensors and other files."""
+    archive = await read_archive(source)
+    if archive is None or archive.is_torchscript:
+        return {}
+    try:
+        return await in_thread(_places, await read_pickle(source, archive, verify=False), source.url)
+    except UnusualPickleError:
+        return {}
+
+
+@collector_paused()
+def _places(pickled: bytes, url: str) -> dict[str, TensorPlace]:
+    graph = read_graph(pickled, url)
+    found, _ = leaves(graph, graph.root)
+    with graph.damage_told():
+        places = {name: place_of(leaf) for name, leaf in found.items() if is_tensor_leaf(leaf)}
+    return {name: place for name, place in places.items() if place is not None and place.is_plain}
 
 
 @collector_paused()

@@ -1,0 +1,224 @@
+"""What becomes of the items that a rank reads: which ranges, into which memory, checked by what. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
+from torch.distributed.checkpoint.planner import ReadItem
+
+from torchferry.distributed.archives import StoredTensor
+from torchferry.distributed.checks import PartChecksums, WantedPart
+from torchferry.distributed.metadata import chunk_of
+from torchferry.distributed.slices import Direct, Piece, cut
+from torchferry.engine.memory import BLOCK_SIZE, copy_bytes
+from torchferry.engine.types import ObjectStat
+from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, TorchferryError
+from torchferry.formats.archive import Record
+from torchferry.formats.checked import load_bytes
+from torchferry.printable import printable
+
+__all__ = ["Plan", "Wanted", "Where", "contiguous_strides", "where_stored"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One item to read.
+
+    Attributes:
+        request: DCP's.
+        number: Of the file.
+        info: Where it is in the file.
+        target: The tensor to fill; None for bytes.
+    """
+
+    request: ReadItem
+    number: int
+    info: Any
+    target: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where a piece of a tensor is in a file.
+
+    Attributes:
+        dtype: Of its elements.
+        start: Of its first element, in bytes.
+        strides: Of its elements.
+        record: Offset, size and CRC32 of what was stored together; None for a CRC32 that is not known.
+    """
+
+    dtype: torch.dtype
+    start: int
+    strides: Sequence[int]
+    record: tuple[int, int, int | None]
+
+
+def where_stored(
+    info: Any, dtype: torch.dtype, chunk: ChunkStorageMetadata, stored: StoredTensor | None
+) -> Where | None:
+    """Where an item's tensor is; None where torch has to load it.
+
+    Raises:
+        CheckpointCorruptError: the metadata contradicts itself.
+    """
+    if getattr(info, "data_offset", None) is not None:
+        nbytes = chunk.sizes.numel() * dtype.itemsize
+        if not 0 <= info.data_offset <= info.data_offset + nbytes <= info.length:
+            raise CheckpointCorruptError(f"The metadata of {info.relative_path} contradicts itself.")
+        start = info.offset + info.data_offset
+        return Where(dtype, start, contiguous_strides(chunk.sizes), (start, nbytes, info.crc32))
+    if stored is None or stored.shape != tuple(chunk.sizes):
+        return None
+    record = (info.offset + stored.record_offset, stored.record_size, stored.crc32)
+    return Where(stored.dtype, info.offset + stored.first, stored.strides, record)
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides[: len(shape)]))
+
+
+class Plan:
+    """What is read, and what becomes of it.
+
+    Attributes:
+        parts: What to read of which file.
+        checksums: Of each file.
+        nbytes: Of the parts.
+    """
+
+    def __init__(
+        self,
+        metadata: Metadata,
+        wanted: Sequence[Wanted],
+        stored: Mapping[tuple[int, int], StoredTensor],
+        contents: dict[int, bytearray],
+        stats: Sequence[ObjectStat],
+        verify: bool,
+    ) -> None:
+        self._metadata = metadata
+        self._stored = stored
+        self._contents = contents
+        self._stats = stats
+        self._records: list[list[Record]] = [[] for _ in stats]
+        self._runs: list[dict[tuple[int, int], WantedPart]] = [{} for _ in stats]
+        self._whole: dict[tuple[int, int], bytearray] = {}  # items in memory, by file and offset
+        self._filled: dict[tuple[int, int], torch.Tensor] = {}  # targets of whole items
+        self._later: list[Callable[[], object]] = []
+        self.parts: list[tuple[int, Direct | Piece]] = []
+        for index, want in enumerate(wanted):
+            self._add(index, want)
+        self.nbytes = sum(
+            part.stop - part.start if isinstance(part, Piece) else len(part.memory) for _, part in self.parts
+        )
+        self.checksums: list[PartChecksums | None] = [
+            PartChecksums(records, runs, stat.url) if (records or runs) and verify else None
+            for records, runs, stat in zip(self._records, self._runs, stats, strict=True)
+        ]
+
+    def finish(self) -> None:
+        """Does what can be done only when everything is there."""
+        for call in self._later:
+            call()
+
+    def _add(self, index: int, want: Wanted) -> None:
+        info = want.info
+        if want.target is None:
+            self._later.append(partial(self._hand_over, index, self._read_whole(want)))
+            return
+        request, target = want.request, want.target
+        if target.shape != request.lengths:
+            raise CheckpointFormatError(
+                f"{printable(request.storage_index.fqn)} has the shape {tuple(request.lengths)} in the checkpoint, and "
+                f"{tuple(target.shape)} where it is to be loaded."
+            )
+        if not target.numel():
+            return
+        dtype, chunk = chunk_of(self._metadata, request.storage_index)
+        where = where_stored(info, dtype, chunk, self._stored.get((want.number, info.offset)))
+        if where is None:
+            self._later.append(partial(self._load, want, self._read_whole(want)))
+            return
+        if request.lengths == chunk.sizes:
+            before = self._filled.setdefault((want.number, info.offset), target)
+            if before is not target:
+                self._later.append(partial(target.copy_, before))
+                return
+            start, size, crc32 = where.record
+            if crc32 is not None and size == target.numel() * where.dtype.itemsize:
+                name = f"{request.storage_index.fqn} at {tuple(chunk.offsets)}"
+                self._records[want.number].append(Record(name, start, size, crc32))
+        offsets = zip(request.storage_offsets, where.strides, strict=True)
+        start = where.start + sum(at * stride for at, stride in offsets) * where.dtype.itemsize
+        parts = list(cut(target, start, where.strides, where.dtype))
+        self.parts += [(want.number, part) for part in parts]
+        _, size, crc32 = where.record
+        nbytes = target.numel() * where.dtype.itemsize
+        is_run = (
+            sum(part.stop - part.start if isinstance(part, Piece) else len(part.memory) for part in parts) == nbytes
+        )
+        if (
+            request.lengths != chunk.sizes
+            and is_run
+            and len(parts) == _spanned(parts, start, nbytes)
+            and crc32 is not None
+        ):
+            name = f"{request.storage_index.fqn} at {tuple(chunk.offsets)}"
+            self._runs[want.number][start, nbytes] = WantedPart(name, (where.record[0], size, crc32))
+
+    def _read_whole(self, want: Wanted) -> bytearray:
+        """Plans to read an item into memory; torch takes it from there."""
+        info = want.info
+        place = (want.number, info.offset)
+        if place not in self._whole:
+            content = self._whole[place] = bytearray(info.length)
+            memory = memoryview(content)
+            if info.length <= BLOCK_SIZE:
+                part: Direct | Piece = Piece(info.offset, info.offset + info.length, partial(copy_bytes, memory))
+            else:
+                part = Direct(info.offset, memory)
+            self.parts.append((want.number, part))
+            crc32 = getattr(info, "crc32", None) if getattr(info, "data_offset", None) is None else None
+            if crc32 is not None:
+                self._records[want.number].append(
+                    Record(want.request.storage_index.fqn, info.offset, info.length, crc32)
+                )
+        return self._whole[place]
+
+    def _hand_over(self, index: int, content: bytearray) -> None:
+        self._contents[index] = content
+
+    def _load(self, want: Wanted, content: bytearray) -> None:
+        """As the stock reader does."""
+        assert want.target is not None  # noqa: S101 - it is a tensor's
+        url = self._stats[want.number].url
+        try:
+            tensor = load_bytes(content, url, map_location="cpu")
+        except TorchferryError:
+            raise
+        except Exception as error:
+            raise CheckpointCorruptError(
+                f"{url}: {printable(want.request.storage_index.fqn)} cannot be loaded: {error}"
+            ) from error
+        for dim, (offset, length) in enumerate(zip(want.request.storage_offsets, want.request.lengths, strict=True)):
+            tensor = tensor.narrow(dim, offset, length)
+        want.target.copy_(tensor)
+
+
+def _spanned(parts: Sequence[Direct | Piece], start: int, nbytes: int) -> int:
+    """How many of the parts lie, one after the other, in a run of bytes."""
+    at = start
+    for number, part in enumerate(parts):
+        if part.start != at:
+            return number
+        at = part.stop if isinstance(part, Piece) else at + len(part.memory)
+    return len(parts) if at == start + nbytes else 0
