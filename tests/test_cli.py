@@ -124,7 +124,7 @@ def test_diff_tells_what_was_added_removed_reshaped_and_changed(
         "+ new",
         "! shape: float32 2 -> float32 3",
         "~ changed: other content",
-        "= lr: 0.1 -> 0.2",
+        "~ lr: 0.1 -> 0.2",
         "1 removed; 1 added; 1 of another shape or dtype; 1 of other content; 1 other value; 1 tensor the same",
     ]
     assert main(["diff", "--json", a, b]) == 1
@@ -347,6 +347,7 @@ def test_a_failure_is_one_line_on_standard_error_and_debug_shows_where(
         ["inspect", "memory://x", "--storage-options", "[1]"],
         ["inspect", "memory://x", "-o", "novalue"],
         ["verify", "gs://x/y", "--profile", "me"],
+        ["verify", "s3://x/y", "--endpoint-url", "127.0.0.1:9000"],
         ["clean", "memory://x", "--older-than", "soon"],
         ["nothing"],
     ],
@@ -505,3 +506,39 @@ def test_copy_of_a_legacy_checkpoint_goes_on_and_says_what_it_did_not_check(
     assert main(["copy", str(source), str(target)]) == 0
     assert "not checked" in capsys.readouterr().out
     assert target.read_bytes() == source.read_bytes()
+
+
+def test_inspect_shows_the_values_of_the_chosen_names_alone_and_refuses_a_name_that_takes_nothing(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", checkpoint, "*.bias"]) == 0
+    assert "epoch" not in capsys.readouterr().out
+    assert main(["inspect", checkpoint, "epoch"]) == 0
+    output = capsys.readouterr().out
+    assert "epoch = 3" in output
+    assert "shape" not in output
+    assert main(["inspect", checkpoint, "module_state_dict.wieght"]) == 1
+    assert "Did you mean 'module_state_dict.weight'?" in capsys.readouterr().err
+
+
+def test_a_prefix_in_place_of_a_checkpoint_is_told_with_what_to_do(
+    checkpoint: str, s3_url: str, s3_storage_options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    torchferry.save({}, f"{s3_url}/x.pt", storage_options=s3_storage_options)
+    folder, options = str(Path(checkpoint).parent), ["--storage-options", json.dumps(s3_storage_options)]
+    for where, further in ((folder, []), (s3_url, options)):
+        for verb, advice in (
+            (["inspect", where], "torchferry ls "),
+            (["verify", where], "torchferry ls "),
+            (["copy", where, f"{folder}/copy"], "-r copies"),
+            (["rm", where], "-r removes"),
+        ):
+            assert main([*verb, *further]) == 1
+            assert advice in capsys.readouterr().err
+    assert main(["inspect", f"{s3_url}-none", *options]) == 1
+    assert "torchferry ls" not in capsys.readouterr().err
+
+
+def test_one_object_is_called_one_object(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rm", "--dry-run", checkpoint]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("1 object,")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torchferry.engine.types import ObjectStat
     from torchferry.storage.base import Backend
 
-__all__ = ["delete", "list_objects", "objects_of", "stat"]
+__all__ = ["delete", "has_below", "list_objects", "objects_of", "stat"]
 
 _DELETES = 16  # under way at once
 
@@ -49,6 +49,24 @@ async def _below(backend: Backend, path: str) -> list[tuple[str, ListedObject]]:
     folder = f"{path}/"
     found = [item async for item in backend.list(folder)]
     return sorted(((item.path[len(folder) :], item) for item in found if item.path.startswith(folder)), key=_name)
+
+
+async def _has_below(url: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> bool:
+    """Whether there is an object below a prefix, a bucket or a directory: looks no further than the first one."""
+    backend, path = await open_backend_async(url, storage_options=storage_options, directory=True)
+    return await run_on(own_loop(backend.loop), _any_below, backend, f"{path}/")
+
+
+async def _any_below(backend: Backend, folder: str) -> bool:
+    listed = backend.list(folder)
+    try:
+        async for item in listed:
+            if item.path.startswith(folder):
+                return True
+        return False
+    finally:
+        if isinstance(listed, AsyncGenerator):
+            await listed.aclose()
 
 
 def _name(pair: tuple[str, ListedObject]) -> str:
@@ -151,6 +169,7 @@ async def _delete(
                     await in_thread(os.rmdir, path)
 
 
+has_below = synchronous(_has_below)
 list_objects = synchronous(_list_objects)
 stat = synchronous(_stat)
 objects_of = synchronous(_objects_of)

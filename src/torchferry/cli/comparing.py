@@ -55,7 +55,7 @@ def _print(found: Diff) -> None:
     for name in found.changed:
         say(f"~ {escaped(name)}: other content")
     for name, (old, new) in found.values.items():
-        say(f"= {escaped(name)}: {escaped(repr(old))} -> {escaped(repr(new))}")
+        say(f"~ {escaped(name)}: {escaped(repr(old))} -> {escaped(repr(new))}")
     notes = [
         f"{len(names):,} {what}"
         for what, names in (

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 from torchferry.cli.printing import Table, escaped, is_terminal, print_json, say, size
-from torchferry.cli.store import storage_options_for, store_options
+from torchferry.cli.store import pointing_below, storage_options_for, store_options
 
 if TYPE_CHECKING:
     from torchferry.formats.places import TensorInfo
@@ -56,31 +56,51 @@ def inspect(
     """
     import torchferry
 
-    manifest = torchferry.inspect(url, storage_options=storage_options_for(url, given))
-    chosen = _chosen(manifest.tensors, names)
+    options = storage_options_for(url, given)
+    with pointing_below(url, options, "torchferry ls {url} lists them."):
+        manifest = torchferry.inspect(url, storage_options=options)
+    chosen, values = _chosen(manifest, names)
     if sort == "name":
         chosen.sort(key=lambda tensor: tensor.key)
     elif sort == "size":
         chosen.sort(key=lambda tensor: -tensor.nbytes)
     if as_json:
-        print_json(_as_json(manifest, chosen))
+        print_json(_as_json(manifest, chosen, values))
         return
-    if sort == "file" and not is_all and (is_terminal() or depth is not None):
+    if chosen and sort == "file" and not is_all and (is_terminal() or depth is not None):
         _print_tree(chosen, depth)
-    else:
+    elif chosen or not values:
         _print_table(chosen)
-    _print_values(manifest)
+    _print_values(values, {} if names else manifest.metadata)
     _print_totals(manifest, chosen)
 
 
-def _chosen(tensors: Sequence[TensorInfo], names: Sequence[str]) -> list[TensorInfo]:
+def _chosen(manifest: Manifest, names: Sequence[str]) -> tuple[list[TensorInfo], dict[str, Any]]:
+    """The tensors and the values that are asked for.
+
+    Raises:
+        CheckpointKeyError: a name takes nothing.
+    """
     if not names:
-        return list(tensors)
+        return list(manifest.tensors), dict(manifest.values)
+    unmatched = dict.fromkeys(names)
 
     def matches(key: str) -> bool:
-        return any(key == name or key.startswith(f"{name}.") or fnmatch.fnmatchcase(key, name) for name in names)
+        taking = [name for name in names if key == name or key.startswith(f"{name}.") or fnmatch.fnmatchcase(key, name)]
+        for name in taking:
+            unmatched.pop(name, None)
+        return bool(taking)
 
-    return [tensor for tensor in tensors if matches(tensor.key)]
+    tensors = [tensor for tensor in manifest.tensors if matches(tensor.key)]
+    values = {name: value for name, value in manifest.values.items() if matches(name)}
+    if unmatched:
+        from torchferry.formats.picking import missing_keys
+
+        every = [*(tensor.key for tensor in manifest.tensors), *manifest.values]
+        deepest = max(name.count(".") for name in unmatched)
+        parts = dict.fromkeys(".".join(key.split(".")[: deepest + 1]) for key in every)
+        raise missing_keys(manifest.url, list(unmatched), parts)
+    return tensors, values
 
 
 def _described(tensor: TensorInfo) -> tuple[str, str]:
@@ -141,9 +161,9 @@ def _add_lines(listing: Any, node: _Node, depth: int, indent: str) -> None:
             listing.add_row(f"{indent}{escaped(name)}", *_described(shown.tensors[0]), size(shown.nbytes))
 
 
-def _print_values(manifest: Manifest) -> None:
-    nearest = sorted(manifest.values.items(), key=lambda pair: pair[0].count("."))
-    facts = {**dict(nearest), **{f"metadata {name}": text for name, text in manifest.metadata.items()}}
+def _print_values(values: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    nearest = sorted(values.items(), key=lambda pair: pair[0].count("."))
+    facts = {**dict(nearest), **{f"metadata {name}": text for name, text in metadata.items()}}
     if not facts:
         return
     say()
@@ -178,14 +198,14 @@ def _print_totals(manifest: Manifest, tensors: Sequence[TensorInfo]) -> None:
     say(f"{escaped(manifest.url)}: {manifest.format}, {size(manifest.size)}, {shown} tensors{where}")
 
 
-def _as_json(manifest: Manifest, tensors: Sequence[TensorInfo]) -> dict[str, Any]:
+def _as_json(manifest: Manifest, tensors: Sequence[TensorInfo], values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "url": manifest.url,
         "format": manifest.format,
         "size": manifest.size,
         "etag": manifest.etag,
         "metadata": dict(manifest.metadata),
-        "values": dict(manifest.values),
+        "values": dict(values),
         "records": [
             {"name": record.name, "offset": record.offset, "size": record.size, "crc32": record.crc32}
             for record in manifest.records

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from torchferry.cli.printing import Table, age, escaped, print_json, say, size
-from torchferry.cli.store import storage_options_for, store_options
+from torchferry.cli.store import pointing_below, storage_options_for, store_options
 
 if TYPE_CHECKING:
     from torchferry.storage.base import ListedObject
@@ -164,17 +164,22 @@ def rm(urls: tuple[str, ...], recursive: bool, yes: bool, dry_run: bool, **given
 
     for url in urls:
         options = storage_options_for(url, given)
-        found = objects_of(url, recursive=recursive, storage_options=options)
+        with pointing_below(url, options, "-r removes all of them."):
+            found = objects_of(url, recursive=recursive, storage_options=options)
         for item in found if dry_run else ():
             say(f"would remove {escaped(item.url)}  {size(item.size)}")
         total = size(sum(item.size for item in found))
         if dry_run or not found:
-            say(f"{len(found):,} objects, {total}")
+            say(f"{_objects(len(found))}, {total}")
             continue
         if len(found) > 1 and not yes:
-            click.confirm(f"Remove {len(found):,} objects, {total}, at {escaped(url)}?", abort=True)
+            click.confirm(f"Remove {_objects(len(found))}, {total}, at {escaped(url)}?", abort=True)
         delete(url, found, storage_options=options)
-        say(f"removed {len(found):,} {'object' if len(found) == 1 else 'objects'}, {total}: {escaped(url)}")
+        say(f"removed {_objects(len(found))}, {total}: {escaped(url)}")
+
+
+def _objects(count: int) -> str:
+    return f"{count:,} {'object' if count == 1 else 'objects'}"
 
 
 class _Time(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from torchferry.cli.printing import escaped, progress, say, size
-from torchferry.cli.store import storage_options_for, store_options
+from torchferry.cli.store import pointing_below, storage_options_for, store_options
 from torchferry.errors import mask
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ def verify(url: str, **given: Any) -> None:
     """Read a whole checkpoint and check every CRC32; of safetensors, check the structure."""
     import torchferry
 
-    with progress("verifying") as callback:
-        manifest = torchferry.verify(url, storage_options=storage_options_for(url, given), callback=callback)
+    options = storage_options_for(url, given)
+    with pointing_below(url, options, "torchferry ls {url} lists them."), progress("verifying") as callback:
+        manifest = torchferry.verify(url, storage_options=options, callback=callback)
     has_crc32s = manifest.format != "safetensors"
     what = "Every record matches its CRC32" if has_crc32s else "Its structure is whole; it has no CRC32s"
     say(f"{escaped(manifest.url)}: {size(manifest.size)}, {len(manifest.tensors):,} tensors. {what}.")
@@ -68,7 +69,8 @@ def copy(source: str, target: str, recursive: bool, missing: bool, no_verify: bo
     elif missing and (there := _size(target, stores.target)) is not None and there == _size(source, stores.source):
         say(f"{escaped(target)}: there already, {size(there)}.")
     else:
-        done = stores.copy(source, target, "copying")
+        with pointing_below(source, stores.source, "-r copies all of them."):
+            done = stores.copy(source, target, "copying")
         say(f"{escaped(mask(done.url))}: {size(done.size)}, {stores.outcome(done.url)}.")
 
 

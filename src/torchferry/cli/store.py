@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import rich_click as click
 
-__all__ = ["storage_options_for", "store_options"]
+__all__ = ["pointing_below", "storage_options_for", "store_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -87,9 +89,38 @@ def storage_options_for(url: str, given: dict[str, Any], *, is_target: bool = Fa
         _set(options, key, _value(value))
     prefix = "--target-" if has_own else "--"
     for name in ("endpoint_url", "profile", "anon", "region"):
-        if chosen[name]:
-            _translate(options, protocol, name, chosen[name], prefix + name.replace("_", "-"))
+        if value := chosen[name]:
+            if name == "endpoint_url" and protocol not in _AZURE and "://" not in value:
+                raise click.UsageError(f"{prefix}endpoint-url wants a URL, such as http://{value}.")
+            _translate(options, protocol, name, value, prefix + name.replace("_", "-"))
     return options or None
+
+
+@contextmanager
+def pointing_below(url: str, options: dict[str, Any] | None, advice: str) -> Generator[None]:
+    """Where there is no object at a URL, but some below it, says so, and what to do about it.
+
+    Args:
+        url: What was named.
+        options: The arguments for its filesystem.
+        advice: What to do; ``{url}`` stands for the URL.
+    """
+    from torchferry.errors import CheckpointNotFoundError, StorageError, mask
+
+    try:
+        yield
+    except StorageError as error:
+        if isinstance(error, CheckpointNotFoundError) or error.errno == errno.EISDIR:
+            from torchferry.listing import has_below
+
+            is_prefix = False
+            with suppress(StorageError):
+                is_prefix = has_below(url, storage_options=options)
+            if is_prefix:
+                shown = mask(url)
+                message = f"There is no checkpoint {shown}, but there are objects below it: {advice.format(url=shown)}"
+                raise CheckpointNotFoundError(errno.ENOENT, message) from error
+        raise
 
 
 def _translate(options: dict[str, Any], protocol: str, name: str, value: Any, argument: str) -> None:

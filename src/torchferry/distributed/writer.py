@@ -222,7 +222,12 @@ class StorageWriter(Stager, DcpStorageWriter):
     ) -> list[WriteResult]:
         ordered = sorted(plan.items, key=lambda item: item.type != WriteItemType.BYTE_IO)  # small ones side by side
         items = [Item(_nbytes(item), partial(_resolve, planner, item)) for item in ordered]
-        stream = ItemStream(items, plan_for=place.backend.upload_plan, part_size=self._part_size)
+        stream = ItemStream(
+            items,
+            plan_for=place.backend.upload_plan,
+            part_size=self._part_size,
+            url=place.url_of(relative_path),
+        )
         transfer = current()
         self._written.append(relative_path)
         async with stream.running(), transfer.telling():

@@ -100,7 +100,7 @@ class ItemStream(TorchStream):
         *,
         plan_for: Callable[[int, int | None], UploadPlan] = UploadPlan.for_size,
         part_size: int | None = None,
-        url: str = "a shard",
+        url: str,
         needs_crc32s: bool = True,
     ) -> None:
         super().__init__(None, plan_for=plan_for, part_size=part_size, url=url)
