@@ -221,6 +221,7 @@ class _Sharded:
 
     def stored(self, tensor: TensorInfo) -> tuple[Hashable, int] | None:
         del tensor
+        return None
 
     def crc32(self, tensor: TensorInfo) -> int | None:
         return self.shards.crc32(tensor.key)
