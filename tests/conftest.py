@@ -101,7 +101,11 @@ class CountingStore(Backend):
 def counting_store(monkeypatch: pytest.MonkeyPatch) -> CountingStore:
     """A store that every URL leads to; ``put(obj)`` gives the URL."""
     store = CountingStore()
-    monkeypatch.setattr(loading, "open_backend", lambda _url, **_: (store, "x"))
+
+    async def opened(*_: Any) -> tuple[CountingStore, str]:
+        return store, "x"
+
+    monkeypatch.setattr(loading, "_open", opened)
     return store
 
 
