@@ -181,7 +181,7 @@ def slowed(job: Job, most: int) -> None:
     retries = [report.retries for report in reports]
     mean = sum(retries) / len(retries)
     print(f"\n{job.ranks} ranks, the store takes {most} requests a second: {seconds:.1f} s, {done:,} shards are there")
-    print(f"  {found['slowed']:,} answers of 503; a rank repeated {mean:.1f} requests, {max(retries)} at most")
+    print(f"  {found.get('slowed', 0):,} answers of 503; a rank repeated {mean:.1f} requests, {max(retries)} at most")
 
 
 # --- the coordinator
@@ -263,7 +263,7 @@ def coordinators(counts: list[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.thousand", description=__doc__)
     parser.add_argument("--ranks", type=int, default=1000)
-    parser.add_argument("--most", type=int, default=200, help="requests a second, of the store that slows ranks down")
+    parser.add_argument("--most", type=int, default=40, help="requests a second, of the store that slows ranks down")
     parser.add_argument("--items", type=int, nargs="*", default=[100_000, 500_000], help="of .metadata")
     parser.add_argument("--coordinator", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -149,10 +149,10 @@ local function put(name, query)
     if not size then return ngx.exit(499) end
     if query.partNumber then
         ngx.shared.uploads:set(query.uploadId .. ":" .. query.partNumber, size)
-    else
-        leave(name, size)
+        return answer_empty(200, '"' .. ngx.md5(name .. query.partNumber) .. '"')
     end
-    return answer_empty(200, '"' .. ngx.md5(name .. (query.partNumber or "")) .. '"')
+    leave(name, size)
+    return answer_empty(200, '"' .. ngx.md5(name .. size) .. '"')  -- as get_shaped says
 end
 
 local function start_upload(bucket, key)
