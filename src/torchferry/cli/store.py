@@ -89,10 +89,10 @@ def storage_options_for(url: str, given: dict[str, Any], *, is_target: bool = Fa
         _set(options, key, _value(value))
     prefix = "--target-" if has_own else "--"
     for name in ("endpoint_url", "profile", "anon", "region"):
-        if chosen[name]:
-            if name == "endpoint_url" and protocol not in _AZURE and "://" not in chosen[name]:
-                raise click.UsageError(f"{prefix}endpoint-url wants a URL, such as http://{chosen[name]}.")
-            _translate(options, protocol, name, chosen[name], prefix + name.replace("_", "-"))
+        if value := chosen[name]:
+            if name == "endpoint_url" and protocol not in _AZURE and "://" not in value:
+                raise click.UsageError(f"{prefix}endpoint-url wants a URL, such as http://{value}.")
+            _translate(options, protocol, name, value, prefix + name.replace("_", "-"))
     return options or None
 
 
