@@ -102,10 +102,10 @@ def counting_store(monkeypatch: pytest.MonkeyPatch) -> CountingStore:
     """A store that every URL leads to; ``put(obj)`` gives the URL."""
     store = CountingStore()
 
-    async def opened(_url: str, **_: Any) -> tuple[CountingStore, str]:
+    async def opened(*_: Any) -> tuple[CountingStore, str]:
         return store, "x"
 
-    monkeypatch.setattr(loading, "open_backend_async", opened)
+    monkeypatch.setattr(loading, "_open", opened)
     return store
 
 
