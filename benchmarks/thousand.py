@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import pickle
@@ -268,6 +269,7 @@ def main() -> None:
     parser.add_argument("--coordinator", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    logging.getLogger("torchferry").setLevel(logging.ERROR)  # a line for each 503
     torch.set_num_threads(1)
     if arguments.coordinator:
         coordinator(**json.loads(arguments.coordinator))

@@ -285,7 +285,7 @@ def load(
     )
     alone = _is_alone(no_dist)
     with ranks_as_errors(f"load {mask(os.fspath(url))}", _world_size(process_group, alone)):
-        reader.use(_read_and_tell(reader, process_group, alone))
+        _read_and_tell(reader, process_group, alone)
         with _quiet(alone):
             dcp_load(
                 state_dict,
@@ -298,12 +298,14 @@ def load(
             _check_together(reader, process_group, alone)
 
 
-def _read_and_tell(reader: StorageReader, group: dist.ProcessGroup | None, alone: bool) -> bytes:
-    """What is stored as ``.metadata``, or the error with which rank 0 could not read it; on every rank."""
+def _read_and_tell(reader: StorageReader, group: dist.ProcessGroup | None, alone: bool) -> None:
+    """Gives every rank's reader the ``.metadata`` that rank 0 reads and checks; or raises its error on every rank."""
     told: list[Any] = [None]
-    if alone or dist.get_rank(group) == 0:
+    is_reader = alone or dist.get_rank(group) == 0
+    if is_reader:
         try:
             told[0] = run(reader.read_metadata_bytes)
+            reader.use(told[0])
         except BaseException as error:
             if alone:
                 raise
@@ -312,8 +314,8 @@ def _read_and_tell(reader: StorageReader, group: dist.ProcessGroup | None, alone
         dist.broadcast_object_list(told, src=dist.get_global_rank(group, 0) if group else 0, group=group)
     if isinstance(told[0], BaseException):
         raise told[0]
-    data: bytes = told[0]
-    return data
+    if not is_reader:
+        reader.use(told[0], is_checked=True)
 
 
 def _check_together(reader: StorageReader, group: dist.ProcessGroup | None, alone: bool) -> None:

@@ -120,22 +120,24 @@ def write_metadata(
 
 
 @collector_paused()
-def read_metadata(data: bytes, url: str, *, weights_only: bool) -> Metadata:
+def read_metadata(data: bytes, url: str, *, weights_only: bool, is_checked: bool = False) -> Metadata:
     """Unpickles a ``.metadata``.
 
     Args:
         data: What is stored.
         url: For messages.
         weights_only: Allow only the classes that DCP itself writes there. Without, it can run any code.
+        is_checked: Whether another rank has unpickled it already, and found that it takes no more than others do.
 
     Raises:
         UnsafeCheckpointError: it needs others.
         CheckpointCorruptError: it is damaged.
         CheckpointFormatError: it is something else.
     """
-    scan_pickle(data, url)
-    if weights_only:
-        read_graph(data, url)  # for what its calls would take
+    if not is_checked:
+        scan_pickle(data, url)
+        if weights_only:
+            read_graph(data, url)  # for what its calls would take
     try:
         loaded = _Unpickler(io.BytesIO(data), url).load() if weights_only else pickle.loads(data)
     except UnsafeCheckpointError:

@@ -231,9 +231,15 @@ class StorageReader(DcpStorageReader):
 
     # --- for torchferry.distributed
 
-    def use(self, data: bytes) -> None:
-        """Takes the ``.metadata`` that another rank has read; raises as :meth:`read_metadata`."""
-        self._told = read_metadata(data, f"{self.checkpoint_id}/{METADATA}", weights_only=self._weights_only)
+    def use(self, data: bytes, *, is_checked: bool = False) -> None:
+        """Takes a ``.metadata`` that was read; raises as :meth:`read_metadata`.
+
+        Args:
+            data: What is stored.
+            is_checked: Whether another rank has taken it, too: what it would cost is not looked into again.
+        """
+        url = f"{self.checkpoint_id}/{METADATA}"
+        self._told = read_metadata(data, url, weights_only=self._weights_only, is_checked=is_checked)
 
     async def read_metadata_bytes(self, name: str = METADATA) -> bytes:
         """What is stored as ``.metadata``."""

@@ -205,12 +205,12 @@ class StorageWriter(Stager, DcpStorageWriter):
     async def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         place = await self._place()
         shard: _Shard = plan.storage_data
-        if not isinstance(shard, _Shard) or shard.save in _used:
+        if not isinstance(shard, _Shard) or shard.relative_path in _used:
             # A planner that caches plans gives that of a save before: its name is taken.
             shard = _Shard(new_save_name(), getattr(shard, "rank", None) or self._rank or 0)
         if len(_used) > _KEPT:
             _used.clear()
-        _used.add(shard.save)
+        _used.add(shard.relative_path)
         transfer = Transfer(
             "save", mask(place.url_of(shard.relative_path)), callback=self._callback, give_up_after=self._give_up_after
         )
@@ -261,7 +261,7 @@ class StorageWriter(Stager, DcpStorageWriter):
         await remove_before(place, name, stat, [path for path in before if path not in shards])
 
 
-_used: set[str] = set()  # names of saves that this process has written to
+_used: set[str] = set()  # shards that this process has written
 _KEPT = 10_000
 
 
