@@ -178,7 +178,7 @@ def test_ls_lists_checkpoints_with_step_size_and_age(tmp_path: Path, capsys: pyt
         "dcp/",
         "m.safetensors.index.json",
     ]
-    assert lines[-1].startswith("4 checkpoints, 3.2 MB (1 other objects")
+    assert lines[-1].startswith("4 checkpoints, 3.2 MB (1 other object:")
     assert main(["ls", str(tmp_path), "--json", "--long"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert (

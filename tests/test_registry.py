@@ -570,3 +570,11 @@ open_backend("memory://x")
 print(sorted({"s3fs", "botocore", "gcsfs", "adlfs", "flytekit"} & set(sys.modules)))
 """)
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize("url", ["s3://", "gs://", "abfs://"])
+def test_a_prefix_without_a_bucket_says_so(url: str) -> None:
+    options = {"account_name": "unused", "account_key": "dW51c2Vk"} if url == "abfs://" else {}
+    options |= {"token": "anon"} if url == "gs://" else {}
+    with pytest.raises(UnsupportedURLError, match="names no bucket"):
+        open_backend(url, storage_options=options, directory=True)

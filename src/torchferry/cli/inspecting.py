@@ -190,12 +190,11 @@ def _print_totals(manifest: Manifest, tensors: Sequence[TensorInfo]) -> None:
         say("by part: " + ", ".join(parts))
     storages = sum(record.name.startswith("data/") for record in manifest.records)
     where = f" in {storages:,} storages" if manifest.format == "torch" else ""
-    shown = (
-        f"{len(tensors):,} of {len(manifest.tensors):,}"
-        if len(tensors) < len(manifest.tensors)
-        else f"{len(tensors):,}"
-    )
-    say(f"{escaped(manifest.url)}: {manifest.format}, {size(manifest.size)}, {shown} tensors{where}")
+    noun = "tensor" if len(manifest.tensors) == 1 else "tensors"
+    shown = f"{len(tensors):,}"
+    if len(tensors) < len(manifest.tensors):
+        shown += f" of {len(manifest.tensors):,}"
+    say(f"{escaped(manifest.url)}: {manifest.format}, {size(manifest.size)}, {shown} {noun}{where}")
 
 
 def _as_json(manifest: Manifest, tensors: Sequence[TensorInfo], values: Mapping[str, Any]) -> dict[str, Any]:

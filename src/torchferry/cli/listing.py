@@ -78,8 +78,10 @@ def ls(url: str, is_long: bool, is_all: bool, sort: str, as_json: bool, **given:
     if rows:
         listing.show()
     hidden = len(found) - sum(row.objects for row in rows)
-    note = f" ({hidden:,} other objects: --all lists them)" if hidden and not is_all else ""
-    say(f"{len(rows):,} {'objects' if is_all else 'checkpoints'}, {size(sum(row.size for row in rows))}{note}")
+    others = "1 other object: --all lists it" if hidden == 1 else f"{hidden:,} other objects: --all lists them"
+    note = f" ({others})" if hidden and not is_all else ""
+    noun = ("object" if is_all else "checkpoint") + ("" if len(rows) == 1 else "s")
+    say(f"{len(rows):,} {noun}, {size(sum(row.size for row in rows))}{note}")
 
 
 def _checkpoints(found: list[tuple[str, ListedObject]]) -> list[_Row]:

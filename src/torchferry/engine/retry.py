@@ -117,5 +117,5 @@ async def retrying(
             reason = mask(f"{type(error).__name__}: {error}")
         failures += 1
         transfer.count("retries")
-        logger.warning("%s: %s Trying again in %.1f s.", mask(what), reason, delay)
+        logger.warning("%s: %s. Trying again in %.1f s.", mask(what), reason.rstrip(" ."), delay)
         await anyio.sleep(delay)

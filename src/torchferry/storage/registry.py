@@ -85,7 +85,11 @@ def open_backend(
         path = _path_in(filesystem, text)
     while isinstance(filesystem, DirFileSystem):  # a directory of a store is reached as the store is
         filesystem, path = filesystem.fs, filesystem._join(path)
-    return _backend_for(_of_this_process(filesystem)), path.rstrip("/") if directory else path
+    if directory:
+        path = path.rstrip("/")
+        if not path and _is_object_store(filesystem):
+            raise UnsupportedURLError(f"{text} names no bucket: a prefix begins with one, as in s3://bucket/runs.")
+    return _backend_for(_of_this_process(filesystem)), path
 
 
 async def open_backend_async(
