@@ -135,9 +135,10 @@ def read_metadata(data: bytes, url: str, *, weights_only: bool, is_checked: bool
         CheckpointFormatError: it is something else.
     """
     if not is_checked:
-        scan_pickle(data, url)
         if weights_only:
-            read_graph(data, url)  # for what its calls would take
+            read_graph(data, url)  # scans it, and looks at what its calls would take
+        else:
+            scan_pickle(data, url)
     try:
         loaded = _Unpickler(io.BytesIO(data), url).load() if weights_only else pickle.loads(data)
     except UnsafeCheckpointError:
