@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from fsspec.callbacks import Callback
+from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import torchferry
 import torchferry.distributed as ferry
@@ -250,6 +253,30 @@ def test_a_tensor_that_changes_while_it_is_saved_is_noticed(tmp_path: Path) -> N
 
     with pytest.raises(torchferry.ChangedWhileSavingError, match="Nothing was stored"):
         ferry.save({"a": tensors}, tmp_path, callback=Changing())
+    check(torchferry.load(tmp_path))
+
+
+@pytest.mark.parametrize("changed", ["whole", "parameter", "local"])
+def test_a_dtensor_that_changes_while_it_is_saved_is_noticed(tmp_path: Path, changed: str) -> None:
+    ferry.save(STATE, tmp_path)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        tensors: list[Any] = [distribute_tensor(torch.zeros(size), mesh, [Shard(0)]) for size in (4 << 20, 3)]
+        if changed == "parameter":
+            tensors = [torch.nn.Parameter(tensor) for tensor in tensors]
+
+        class Changing(Callback):
+            def relative_update(self, inc: int = 1) -> None:
+                del inc
+                with torch.no_grad():
+                    for tensor in tensors:
+                        (tensor.to_local() if changed == "local" else tensor).add_(1)
+
+        with pytest.raises(torchferry.ChangedWhileSavingError, match="Nothing was stored"):
+            ferry.save({"a": tensors}, tmp_path, callback=Changing())
+    finally:
+        dist.destroy_process_group()
     check(torchferry.load(tmp_path))
 
 
