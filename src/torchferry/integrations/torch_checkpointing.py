@@ -213,9 +213,13 @@ class TorchferryStorage(Storage):  # type: ignore[misc]  # the same
         found = await self._below(name)
         if not found:
             raise _not_there(self._place.url_of(name))
+        await self._delete_directory(name, found)
+
+    async def _delete_directory(self, name: str, found: Iterable[str]) -> None:
+        """Deletes the objects of a directory, its metadata first: what is left of it is no checkpoint."""
         metadata = f"{name}/{METADATA_FILE_NAME}"
         await self._place.delete([metadata] if metadata in found else [])
-        await self._place.delete(found.keys() - {metadata})
+        await self._place.delete({*found} - {metadata})
 
     async def _rename(self, source: str, target: str, is_directory: bool) -> None:
         found = await self._below(source)
@@ -243,9 +247,9 @@ class TorchferryStorage(Storage):  # type: ignore[misc]  # the same
         except BaseException:
             if found:  # a file may have replaced another one, which is not to be had back
                 with anyio.CancelScope(shield=True):
-                    await self._place.delete(each for each, _ in pairs.values())
+                    await self._delete_directory(target, [each for each, _ in pairs.values()])
             raise
-        await self._place.delete(pairs)
+        await self._delete_directory(source, pairs)
 
     async def _copy_all(self, pairs: Iterable[tuple[str, str, int]]) -> None:
         place, slots = self._place, anyio.CapacityLimiter(_COPIES)
