@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import io
+import threading
 import weakref
+from collections import Counter
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from functools import partial
@@ -34,6 +36,9 @@ __all__ = ["RangeFile", "UploadFile"]
 
 _WINDOW = 64 << 10  # bytes: a shorter read reads so many, which are kept for the next ones
 _KEPT = 8 * MIB  # bytes of them at most
+
+_open_in: Counter[int] = Counter()  # uploads that have not ended, by the thread that began them
+_lock = threading.Lock()
 
 
 class RangeFile(io.RawIOBase):
@@ -127,6 +132,10 @@ class _Upload:
         )
         self._ledger = CPU_SAVES if lent else EVERYTHING_ELSE
         self._complete = False
+        self._thread = threading.get_ident()
+        with _lock:  # who waits for memory that its own files hold waits for ever
+            self._waits = not _open_in[self._thread]
+            _open_in[self._thread] += 1
         self._begun: Future[None] = Future()
         self._ended: Future[None] = Future()
         self._call = Call(self._send, self._end, loop=own_loop(self._backend.loop))
@@ -184,7 +193,9 @@ class _Upload:
     async def _send(self) -> None:
         with Transfer("save", self._url).running(None):
             # A store holds up to a part back before it sends any of it: with one block more there is always room.
-            claim = await self._ledger.claim_async(self._plan.part_size + BLOCK_SIZE + self._plan.memory)
+            claim = await self._ledger.claim_async(
+                self._plan.part_size + BLOCK_SIZE, beside=self._plan.memory, waits=self._waits
+            )
             self._channel: Channel[Chunk] = Channel(_QUEUE)
             try:
                 self._writer.begin(claim, self._plan)
@@ -209,6 +220,10 @@ class _Upload:
         self._channel.put(chunk)
 
     def _end(self) -> None:
+        with _lock:
+            _open_in[self._thread] -= 1
+            if not _open_in[self._thread]:
+                del _open_in[self._thread]
         for future in (self._ended, self._begun):
             if not future.done():
                 future.set_result(None)
@@ -230,7 +245,7 @@ class UploadFile(io.RawIOBase):
         super().__init__()
         self._upload = _Upload(backend, path, data)
         weakref.finalize(self, self._upload.cancel).atexit = False
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
 
     def writable(self) -> bool:
         """It is."""
@@ -247,16 +262,22 @@ class UploadFile(io.RawIOBase):
             raise ValueError("The stream is closed.")
         if not view.nbytes:
             return 0
+        view = view.cast("B")
         try:
-            return self._upload.write(view.cast("B"))
-        except Exception as error:
+            return self._upload.write(view)
+        except BaseException as error:
             self._failure = error
             raise
 
     def close(self) -> None:
-        """Publishes the object, once all of it is there; raises what kept it from that."""
+        """Publishes the object, once all of it is there; raises what kept it from that, a write that failed too."""
         if self.closed:
             return
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            self._upload.abort()
+            super().close()
+            raise failure
         try:
             self._upload.finish()
         finally:
