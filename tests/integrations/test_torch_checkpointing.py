@@ -9,6 +9,7 @@ import pickle
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,12 @@ from torch_checkpointing.storage.base_storage import ReadArgs
 from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 
 import torchferry
+from torchferry.distributed.place import bytes_of
+from torchferry.engine.loops import run, run_on
 from torchferry.engine.memory import CPU_SAVES, EVERYTHING_ELSE
 from torchferry.errors import StorageError
 from torchferry.integrations.torch_checkpointing import TorchferryStorageConfig
+from torchferry.storage import open_backend
 from torchferry.testing.faultproxy import Fault
 
 if TYPE_CHECKING:
@@ -356,6 +360,19 @@ def test_rename_puts_a_file_at_its_target(checkpoint: Any, target: str) -> None:
     checkpoint.rename(Path("file"), Path(target))
     assert checkpoint.read(Path(target)) == b"new"
     assert checkpoint.exists(Path("file")) == (target == "file")
+
+
+def test_what_stands_for_a_directory_in_a_bucket_is_no_name_in_it(
+    s3_url: str, s3_storage_options: dict[str, Any]
+) -> None:
+    storage = TorchferryStorageConfig(s3_url, s3_storage_options).create_storage()
+    storage.write(Path("tmp/file"), b"x")
+    backend, path = open_backend(f"{s3_url}/tmp", storage_options=s3_storage_options)
+    run(run_on, backend.loop, partial(backend.write, f"{path}/", bytes_of(b""), plan=backend.upload_plan(0)))
+    assert storage.ls(Path("tmp")) == ["file"]
+    storage.rename(Path("tmp"), Path("step-1"), is_directory=True)
+    assert storage.ls(Path()) == ["step-1"]
+    assert storage.read(Path("step-1/file")) == b"x"
 
 
 def test_rename_of_nothing_is_an_error(checkpoint: Any) -> None:
