@@ -15,11 +15,14 @@ from fsspec.callbacks import Callback
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import torchferry
 import torchferry.distributed as ferry
+from torchferry.distributed.sharing import Broadcast, Shared, cpu_group
 from torchferry.engine.types import MIB
 from torchferry.formats.item_stream import memory_of
 
@@ -254,6 +257,20 @@ def test_a_tensor_that_changes_while_it_is_saved_is_noticed(tmp_path: Path) -> N
     with pytest.raises(torchferry.ChangedWhileSavingError, match="Nothing was stored"):
         ferry.save({"a": tensors}, tmp_path, callback=Changing())
     check(torchferry.load(tmp_path))
+
+
+def test_a_tensor_of_one_element_is_broadcast_whatever_its_stride() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        index = MetadataIndex("a")
+        size = torch.Size([1])
+        item = ReadItem(LoadItemType.TENSOR, index, torch.Size([0]), index, torch.Size([0]), size)
+        tensor = torch.arange(4.0)[3::4]
+        assert tensor.stride() == (4,)
+        Broadcast(cpu_group(None), Shared((0,), (0,)), [item], [tensor], {}).exchange({})
+        assert tensor.tolist() == [3.0]
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("changed", ["whole", "parameter", "local"])
