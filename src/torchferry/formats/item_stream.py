@@ -54,8 +54,7 @@ class Item:
         nbytes: About how many bytes it has.
         resolve: Called in the thread that writes, when its turn has come: a tensor, or bytes to be stored as they are.
         is_bare: Whether of a tensor only the bytes of its elements are stored, and no archive.
-        held_by: Called just before: tensors that somebody keeps, whose changes change this one although it has a version of
-            its own.
+        held_by: Called just before: tensors that somebody keeps; where one of them changes, this one has changed.
     """
 
     nbytes: int
