@@ -6,7 +6,6 @@ import ctypes
 import io
 import threading
 import weakref
-from collections import Counter
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from functools import partial
@@ -37,7 +36,7 @@ __all__ = ["RangeFile", "UploadFile"]
 _WINDOW = 64 << 10  # bytes: a shorter read reads so many, which are kept for the next ones
 _KEPT = 8 * MIB  # bytes of them at most
 
-_open_in: Counter[int] = Counter()  # uploads that have not ended, by the thread that began them
+_uploads: weakref.WeakSet[_Upload] = weakref.WeakSet()  # that have not ended
 _lock = threading.Lock()
 
 
@@ -117,7 +116,11 @@ class RangeFile(io.RawIOBase):
 
 
 class _Upload:
-    """An upload that goes on while its bytes are written."""
+    """An upload that goes on while its bytes are written.
+
+    Attributes:
+        thread: That began it.
+    """
 
     def __init__(self, backend: Backend, path: str, data: object) -> None:
         refuse_own_loop()
@@ -132,12 +135,12 @@ class _Upload:
         )
         self._ledger = CPU_SAVES if lent else EVERYTHING_ELSE
         self._complete = False
-        self._thread = threading.get_ident()
-        with _lock:  # who waits for memory that its own files hold waits for ever
-            self._waits = not _open_in[self._thread]
-            _open_in[self._thread] += 1
         self._begun: Future[None] = Future()
         self._ended: Future[None] = Future()
+        self.thread = threading.get_ident()
+        with _lock:  # who waits for memory that its own files hold waits for ever
+            self._waits = all(other.thread != self.thread for other in _uploads)
+            _uploads.add(self)
         self._call = Call(self._send, self._end, loop=own_loop(self._backend.loop))
         self._call.start()
         try:
@@ -221,9 +224,7 @@ class _Upload:
 
     def _end(self) -> None:
         with _lock:
-            _open_in[self._thread] -= 1
-            if not _open_in[self._thread]:
-                del _open_in[self._thread]
+            _uploads.discard(self)
         for future in (self._ended, self._begun):
             if not future.done():
                 future.set_result(None)
