@@ -142,8 +142,8 @@ class _Upload:
             self._waits = all(other.thread != self.thread for other in _uploads)
             _uploads.add(self)
         self._call = Call(self._send, self._end, loop=own_loop(self._backend.loop))
-        self._call.start()
         try:
+            self._call.start()
             wait_for(self._begun)
         except BaseException:
             self.abort()
@@ -245,7 +245,11 @@ class UploadFile(io.RawIOBase):
     def __init__(self, backend: Backend, path: str, data: object = None) -> None:
         super().__init__()
         self._upload = _Upload(backend, path, data)
-        weakref.finalize(self, self._upload.cancel).atexit = False
+        try:
+            weakref.finalize(self, self._upload.cancel).atexit = False
+        except BaseException:  # a signal's: nobody else ends it
+            self._upload.abort()
+            raise
         self._failure: BaseException | None = None
 
     def writable(self) -> bool:
