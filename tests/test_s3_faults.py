@@ -432,6 +432,18 @@ async def test_a_completion_that_fails_is_the_reason_also_where_the_store_cannot
     assert len(proxy.requests("HEAD")) == 1
 
 
+async def test_a_completion_that_is_refused_after_one_that_was_not_answered_is_a_success(through: Through) -> None:
+    store, _ = through(
+        Fault(method="POST", target=COMPLETION, lose_reply=True),
+        Fault(method="POST", target=COMPLETION, status=403, code="AccessDenied", times=None),
+    )
+    path = store.path("checkpoint.pt")
+    stat = await store.write(path, stream(DATA, MIB))
+    assert stat.size == len(DATA)
+    assert store.raw_read(path) == DATA
+    assert store.leftovers() == []
+
+
 async def test_cancel_while_the_completion_is_answered_publishes_the_whole_object(through: Through) -> None:
     completing, answer = threading.Event(), threading.Event()
 

@@ -12,11 +12,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from fsspec.callbacks import Callback
+from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import torchferry
 import torchferry.distributed as ferry
+from torchferry.distributed.sharing import Broadcast, Shared, cpu_group
 from torchferry.engine.types import MIB
 from torchferry.formats.item_stream import memory_of
 
@@ -250,6 +256,44 @@ def test_a_tensor_that_changes_while_it_is_saved_is_noticed(tmp_path: Path) -> N
 
     with pytest.raises(torchferry.ChangedWhileSavingError, match="Nothing was stored"):
         ferry.save({"a": tensors}, tmp_path, callback=Changing())
+    check(torchferry.load(tmp_path))
+
+
+def test_a_tensor_of_one_element_is_broadcast_whatever_its_stride() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        index = MetadataIndex("a")
+        size = torch.Size([1])
+        item = ReadItem(LoadItemType.TENSOR, index, torch.Size([0]), index, torch.Size([0]), size)
+        tensor = torch.arange(4.0)[3::4]
+        assert tensor.stride() == (4,)
+        Broadcast(cpu_group(None), Shared((0,), (0,)), [item], [tensor], {}).exchange({})
+        assert tensor.tolist() == [3.0]
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("changed", ["whole", "parameter", "local"])
+def test_a_dtensor_that_changes_while_it_is_saved_is_noticed(tmp_path: Path, changed: str) -> None:
+    ferry.save(STATE, tmp_path)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        tensors: list[Any] = [distribute_tensor(torch.zeros(size), mesh, [Shard(0)]) for size in (4 << 20, 3)]
+        if changed == "parameter":
+            tensors = [torch.nn.Parameter(tensor) for tensor in tensors]
+
+        class Changing(Callback):
+            def relative_update(self, inc: int = 1) -> None:
+                del inc
+                with torch.no_grad():
+                    for tensor in tensors:
+                        (tensor.to_local() if changed == "local" else tensor).add_(1)
+
+        with pytest.raises(torchferry.ChangedWhileSavingError, match="Nothing was stored"):
+            ferry.save({"a": tensors}, tmp_path, callback=Changing())
+    finally:
+        dist.destroy_process_group()
     check(torchferry.load(tmp_path))
 
 

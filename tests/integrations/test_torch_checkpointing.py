@@ -7,7 +7,9 @@ import io
 import os
 import pickle
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +28,12 @@ from torch_checkpointing.storage.base_storage import ReadArgs
 from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 
 import torchferry
+from torchferry.distributed.place import bytes_of
+from torchferry.engine.loops import run, run_on
 from torchferry.engine.memory import CPU_SAVES, EVERYTHING_ELSE
 from torchferry.errors import StorageError
 from torchferry.integrations.torch_checkpointing import TorchferryStorageConfig
+from torchferry.storage import open_backend
 from torchferry.testing.faultproxy import Fault
 
 if TYPE_CHECKING:
@@ -183,6 +188,36 @@ def test_a_stream_that_nobody_closes_publishes_nothing_and_holds_no_memory(root:
     require_no_memory_held()
 
 
+def test_a_stream_publishes_nothing_after_a_write_that_failed(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(size: int) -> Any:
+        raise OSError(f"no {size} bytes")
+
+    storage = root.storage
+    stream = storage.stream_write(Path("file"))
+    with monkeypatch.context() as patched:
+        patched.setattr(EVERYTHING_ELSE, "open_block", refuse)
+        with pytest.raises(OSError, match="bytes"):
+            stream.write(b"x")
+    with pytest.raises(OSError, match="bytes"):
+        stream.close()
+    assert not storage.exists(Path("file"))
+    require_no_memory_held()
+
+
+@pytest.mark.parametrize("lent", [True, False])
+def test_one_thread_has_many_streams_open(lent: bool) -> None:
+    storage = TorchferryStorageConfig(f"memory://{uuid.uuid4().hex}").create_storage()
+    data = torch.ones(MIB // 2) if lent else None
+    with ThreadPoolExecutor(1) as pool:
+        streams = pool.submit(lambda: [storage.get_write_stream(Path(f"{n}"), data) for n in range(10)]).result(60)
+        for stream in streams:
+            stream.write(b"x")
+        for stream in streams:
+            stream.close()
+    assert [storage.getsize(Path(f"{number}")) for number in range(10)] == [1] * 10
+    require_no_memory_held()
+
+
 def test_a_failing_store_fails_the_save_with_its_own_error(faulty_s3: Callable[..., FaultyS3], s3_url: str) -> None:
     broken = faulty_s3(Fault(method="PUT", status=403, code="AccessDenied", times=None))
     manager = managed(Root(TorchferryStorageConfig(s3_url, broken.storage_options), is_local=False), staged=False)
@@ -327,6 +362,19 @@ def test_rename_puts_a_file_at_its_target(checkpoint: Any, target: str) -> None:
     assert checkpoint.exists(Path("file")) == (target == "file")
 
 
+def test_what_stands_for_a_directory_in_a_bucket_is_no_name_in_it(
+    s3_url: str, s3_storage_options: dict[str, Any]
+) -> None:
+    storage = TorchferryStorageConfig(s3_url, s3_storage_options).create_storage()
+    storage.write(Path("tmp/file"), b"x")
+    backend, path = open_backend(f"{s3_url}/tmp", storage_options=s3_storage_options)
+    run(run_on, backend.loop, partial(backend.write, f"{path}/", bytes_of(b""), plan=backend.upload_plan(0)))
+    assert storage.ls(Path("tmp")) == ["file"]
+    storage.rename(Path("tmp"), Path("step-1"), is_directory=True)
+    assert storage.ls(Path()) == ["step-1"]
+    assert storage.read(Path("step-1/file")) == b"x"
+
+
 def test_rename_of_nothing_is_an_error(checkpoint: Any) -> None:
     for is_directory in (True, False):
         with pytest.raises(FileNotFoundError):
@@ -341,6 +389,8 @@ def test_rename_copies_in_the_store_and_metadata_last(faulty_s3: Callable[..., F
     storage.write(Path("tmp/metadata.pkl"), b"all")
     before = len(through.proxy.log)
     storage.rename(Path("tmp"), Path("step-1"), is_directory=True)
+    deleted = [each.target for each in through.proxy.log[before:] if each.method == "DELETE"]
+    assert deleted[0].partition("?")[0].endswith("tmp/metadata.pkl")  # what is left meanwhile is no checkpoint
     asked = [each for each in through.proxy.log[before:] if each.method in {"PUT", "GET"}]
     puts = [each.target.partition("?")[0] for each in asked if each.method == "PUT"]
     assert len(puts) == 21

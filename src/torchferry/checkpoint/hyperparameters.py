@@ -58,7 +58,7 @@ def _plain(value: Any) -> Any:
     if type(value) in {list, tuple}:
         return type(value)(map(_plain, value))
     if type(value) is dict:
-        return {_plain(key): _plain(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}  # a dict is no key
     return value
 
 
@@ -181,11 +181,18 @@ def _from_text(cls: Any, value: str) -> Any:
 def _convert_first(hints: tuple[Any, ...], value: Any) -> Any:
     if type(value) in hints:  # str | Path: what was saved as a text may have been one
         return value
+    inexact = value
     for hint in hints:
         try:
             converted = _convert(hint, value)
         except TypeError:
             continue  # a dataclass with other fields: the next one may fit
-        if converted is not value:
+        # A datetime can be made of a date's text, and a Fraction of a Decimal's: they would be saved as other texts.
+        if converted is not value and (type(converted) not in _DATES | _OF_TEXTS or _text_of(converted) == value):
             return converted
-    return value
+        inexact = converted if inexact is value else inexact
+    return inexact
+
+
+def _text_of(value: Any) -> str:
+    return value.isoformat() if type(value) in _DATES else str(value)

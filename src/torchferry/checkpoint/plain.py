@@ -11,6 +11,7 @@ import sys
 from argparse import Namespace
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
+from contextlib import suppress
 from copy import copy
 from dataclasses import fields
 from datetime import date, datetime, time, timedelta, timezone
@@ -45,7 +46,10 @@ def _as_text(value: Any) -> Any:
 
 def _as_seconds(value: timedelta) -> Any:
     seconds = value.total_seconds()  # exact to 2**53 microseconds, which are 285 years
-    return seconds if timedelta(seconds=seconds) == value else value
+    with suppress(OverflowError):  # timedelta.max, rounded up
+        if timedelta(seconds=seconds) == value:
+            return seconds
+    return value
 
 
 def _as_list(value: deque[Any]) -> Any:

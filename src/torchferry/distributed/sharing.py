@@ -228,7 +228,9 @@ class _Sending:
                 there = self._memory[at : at + part.nbytes]
                 at += part.nbytes
                 if self._is_sender:
-                    there.copy_(part.contiguous().view(-1).view(torch.uint8))
+                    whole = part.resolve_conj().resolve_neg().contiguous()
+                    flat = whole.as_strided((part.numel(),), (1,))  # view(-1) keeps the stride of a single element
+                    there.copy_(flat.view(torch.uint8))
                 else:
                     part.copy_(_aligned(there, part.dtype).view(part.shape))
         except Exception as error:  # noqa: BLE001 - raised when all is exchanged

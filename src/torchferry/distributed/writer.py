@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter as DcpStorageWriter
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from torchferry.distributed.errors import with_portable_errors
@@ -221,7 +222,10 @@ class StorageWriter(Stager, DcpStorageWriter):
         self, place: Place, relative_path: str, plan: SavePlan, planner: SavePlanner
     ) -> list[WriteResult]:
         ordered = sorted(plan.items, key=lambda item: item.type != WriteItemType.BYTE_IO)  # small ones side by side
-        items = [Item(_nbytes(item), partial(_resolve, planner, item)) for item in ordered]
+        items = [
+            Item(_nbytes(item), partial(_resolve, planner, item), held_by=partial(_held_by, planner, item))
+            for item in ordered
+        ]
         stream = ItemStream(
             items,
             plan_for=place.backend.upload_plan,
@@ -275,6 +279,19 @@ def _nbytes(item: WriteItem) -> int:
 def _resolve(planner: SavePlanner, item: WriteItem) -> torch.Tensor | memoryview:
     data = planner.resolve_data(item)
     return data.getbuffer() if isinstance(data, io.BytesIO) else data
+
+
+def _held_by(planner: SavePlanner, item: WriteItem) -> Iterable[torch.Tensor]:
+    """The DTensor that an item is of, and its memory.
+
+    An operation in place counts up the version of the DTensor alone, or of its memory alone; ``to_local()`` makes a new
+    tensor each time, which nobody keeps.
+    """
+    whole = (getattr(planner, "state_dict", None) or {}).get(item.index.fqn)
+    if not isinstance(whole, DTensor):
+        return ()
+    with torch.no_grad():  # else its version is one of its own
+        return whole, whole.to_local()
 
 
 def _results(relative_path: str, stat: ObjectStat, items: list[WriteItem], stream: ItemStream) -> list[WriteResult]:

@@ -69,7 +69,13 @@ class Ledger:
         self._claims = 0
 
     def claim(
-        self, need: int, *, piece: int = 0, beside: int = 0, abandoned: Callable[[], bool] = lambda: False
+        self,
+        need: int,
+        *,
+        piece: int = 0,
+        beside: int = 0,
+        waits: bool = True,
+        abandoned: Callable[[], bool] = lambda: False,
     ) -> Claim:
         """Waits until ``need + beside`` bytes are free, and reserves them, all at once. Blocks the thread.
 
@@ -79,6 +85,7 @@ class Ledger:
             need: What is enough to make progress, and no more than the object can need.
             piece: The most bytes that are needed in one block, 4 MiB at most; 0 where any blocks will do.
             beside: Bytes that are needed otherwise than in blocks, as a client's own buffers are.
+            waits: False where who asks holds a claim that it gives back later: then the limit is exceeded.
             abandoned: Asked before each wait; after a change, call :meth:`wake`.
 
         Raises:
@@ -87,7 +94,7 @@ class Ledger:
         block = BLOCK_SIZE if need > BLOCK_SIZE // 2 or piece > _SMALL_BLOCK else _SMALL_BLOCK
         need = max(1, -(-need // block)) * block + beside
         with self.changed:
-            while self.held and self.held + need > self.limit:
+            while waits and self.held and self.held + need > self.limit:
                 if abandoned():
                     raise InterruptedError
                 self.changed.wait()
@@ -95,13 +102,13 @@ class Ledger:
             self._claims += 1
         return Claim(self, need, block, beside)
 
-    async def claim_async(self, need: int, *, piece: int = 0, beside: int = 0) -> Claim:
+    async def claim_async(self, need: int, *, piece: int = 0, beside: int = 0, waits: bool = True) -> Claim:
         """:meth:`claim` on an event loop, which goes on meanwhile. A cancel ends the wait."""
         abandoned = False
         granted: list[Claim] = []
 
         def wait() -> None:
-            granted.append(self.claim(need, piece=piece, beside=beside, abandoned=lambda: abandoned))
+            granted.append(self.claim(need, piece=piece, beside=beside, waits=waits, abandoned=lambda: abandoned))
 
         def abandon() -> None:
             nonlocal abandoned

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,11 +54,13 @@ class Item:
         nbytes: About how many bytes it has.
         resolve: Called in the thread that writes, when its turn has come: a tensor, or bytes to be stored as they are.
         is_bare: Whether of a tensor only the bytes of its elements are stored, and no archive.
+        held_by: Called just before: tensors that somebody keeps; where one of them changes, this one has changed.
     """
 
     nbytes: int
     resolve: Callable[[], torch.Tensor | memoryview]
     is_bare: bool = False
+    held_by: Callable[[], Iterable[torch.Tensor]] = tuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ class ItemStream(TorchStream):
         writer.begin(self._begin_items(on_device=self._is_on_device(first)), self.plan)
         try:
             for index, item in enumerate(self._items):
+                self._changes.watch(item.held_by(), ())
                 value = item.resolve() if index or first is None else first
                 first = None
                 if isinstance(value, torch.Tensor):

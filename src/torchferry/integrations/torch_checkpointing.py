@@ -145,7 +145,7 @@ class TorchferryStorage(Storage):  # type: ignore[misc]  # the same
         if not found and name:
             raise _not_there(self._place.url_of(name))
         prefix = f"{name}/" if name else ""
-        return sorted({each.removeprefix(prefix).partition("/")[0] for each in found})
+        return sorted({each.removeprefix(prefix).partition("/")[0] for each in found} - {""})
 
     def exists(self, path: Path) -> bool:
         """Whether there is an object, or a directory."""
@@ -213,22 +213,27 @@ class TorchferryStorage(Storage):  # type: ignore[misc]  # the same
         found = await self._below(name)
         if not found:
             raise _not_there(self._place.url_of(name))
+        await self._delete_directory(name, found)
+
+    async def _delete_directory(self, name: str, found: Iterable[str]) -> None:
+        """Deletes the objects of a directory, its metadata first: what is left of it is no checkpoint."""
         metadata = f"{name}/{METADATA_FILE_NAME}"
         await self._place.delete([metadata] if metadata in found else [])
-        await self._place.delete(found.keys() - {metadata})
+        await self._place.delete({*found} - {metadata})
 
     async def _rename(self, source: str, target: str, is_directory: bool) -> None:
         found = await self._below(source)
         if found or is_directory:
-            if not found:
+            if not any(map(_is_object, found)):
                 raise _not_there(self._place.url_of(source))
             if target.startswith(f"{source}/"):
                 raise OSError(errno.EINVAL, f"{self._place.url_of(target)} lies in what would be renamed to it.")
             if await self._stat(target) is not None:
                 raise self._occupied(target, errno.ENOTDIR)
-            if await self._below(target):
+            if any(map(_is_object, await self._below(target))):
                 raise self._occupied(target, errno.ENOTEMPTY)
-            pairs = {name: (target + name.removeprefix(source), size) for name, size in found.items()}
+            copied = {name: size for name, size in found.items() if _is_object(name)}
+            pairs = {name: (target + name.removeprefix(source), size) for name, size in copied.items()}
         else:
             stat = await self._place.backend.stat(self._place.at(source))
             if await self._below(target):
@@ -243,9 +248,9 @@ class TorchferryStorage(Storage):  # type: ignore[misc]  # the same
         except BaseException:
             if found:  # a file may have replaced another one, which is not to be had back
                 with anyio.CancelScope(shield=True):
-                    await self._place.delete(each for each, _ in pairs.values())
+                    await self._delete_directory(target, [each for each, _ in pairs.values()])
             raise
-        await self._place.delete(pairs)
+        await self._delete_directory(source, found or pairs)
 
     async def _copy_all(self, pairs: Iterable[tuple[str, str, int]]) -> None:
         place, slots = self._place, anyio.CapacityLimiter(_COPIES)
@@ -297,6 +302,11 @@ class _LocalStorage(TorchferryStorage):
 
     def _file(self, path: Path) -> Path:
         return Path(self._place.path, self._name(path))
+
+
+def _is_object(name: str) -> bool:
+    """Whether it is more than what stands for a directory, as consoles of S3 put it there."""
+    return not name.endswith("/")
 
 
 def _not_there(url: str) -> StorageError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import threading
 import weakref
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
@@ -34,6 +35,9 @@ __all__ = ["RangeFile", "UploadFile"]
 
 _WINDOW = 64 << 10  # bytes: a shorter read reads so many, which are kept for the next ones
 _KEPT = 8 * MIB  # bytes of them at most
+
+_uploads: weakref.WeakSet[_Upload] = weakref.WeakSet()  # that have not ended
+_lock = threading.Lock()
 
 
 class RangeFile(io.RawIOBase):
@@ -112,7 +116,11 @@ class RangeFile(io.RawIOBase):
 
 
 class _Upload:
-    """An upload that goes on while its bytes are written."""
+    """An upload that goes on while its bytes are written.
+
+    Attributes:
+        thread: That began it.
+    """
 
     def __init__(self, backend: Backend, path: str, data: object) -> None:
         refuse_own_loop()
@@ -129,9 +137,13 @@ class _Upload:
         self._complete = False
         self._begun: Future[None] = Future()
         self._ended: Future[None] = Future()
+        self.thread = threading.get_ident()
+        with _lock:  # who waits for memory that its own files hold waits for ever
+            self._waits = all(other.thread != self.thread for other in _uploads)
+            _uploads.add(self)
         self._call = Call(self._send, self._end, loop=own_loop(self._backend.loop))
-        self._call.start()
         try:
+            self._call.start()
             wait_for(self._begun)
         except BaseException:
             self.abort()
@@ -184,7 +196,9 @@ class _Upload:
     async def _send(self) -> None:
         with Transfer("save", self._url).running(None):
             # A store holds up to a part back before it sends any of it: with one block more there is always room.
-            claim = await self._ledger.claim_async(self._plan.part_size + BLOCK_SIZE + self._plan.memory)
+            claim = await self._ledger.claim_async(
+                self._plan.part_size + BLOCK_SIZE, beside=self._plan.memory, waits=self._waits
+            )
             self._channel: Channel[Chunk] = Channel(_QUEUE)
             try:
                 self._writer.begin(claim, self._plan)
@@ -209,6 +223,8 @@ class _Upload:
         self._channel.put(chunk)
 
     def _end(self) -> None:
+        with _lock:
+            _uploads.discard(self)
         for future in (self._ended, self._begun):
             if not future.done():
                 future.set_result(None)
@@ -229,8 +245,12 @@ class UploadFile(io.RawIOBase):
     def __init__(self, backend: Backend, path: str, data: object = None) -> None:
         super().__init__()
         self._upload = _Upload(backend, path, data)
-        weakref.finalize(self, self._upload.cancel).atexit = False
-        self._failure: Exception | None = None
+        try:
+            weakref.finalize(self, self._upload.cancel).atexit = False
+        except BaseException:  # a signal's: nobody else ends it
+            self._upload.abort()
+            raise
+        self._failure: BaseException | None = None
 
     def writable(self) -> bool:
         """It is."""
@@ -247,16 +267,22 @@ class UploadFile(io.RawIOBase):
             raise ValueError("The stream is closed.")
         if not view.nbytes:
             return 0
+        view = view.cast("B")
         try:
-            return self._upload.write(view.cast("B"))
-        except Exception as error:
+            return self._upload.write(view)
+        except BaseException as error:
             self._failure = error
             raise
 
     def close(self) -> None:
-        """Publishes the object, once all of it is there; raises what kept it from that."""
+        """Publishes the object, once all of it is there; raises what kept it from that, a write that failed too."""
         if self.closed:
             return
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            self._upload.abort()
+            super().close()
+            raise failure
         try:
             self._upload.finish()
         finally:

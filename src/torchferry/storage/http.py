@@ -236,14 +236,21 @@ class HttpBackend(Backend):
             path: The object.
             request: One attempt.
             find: Makes the result from what is there, with one attempt, where that is what was to be published; returns
-                None where it is not. Asked where no attempt was answered: the store may have published it all the same.
+                None where it is not. Asked where no attempt was answered, or another one was refused after that: the
+                store may have published it all the same.
             seconds: The longest that one attempt may take.
         """
-        attempt = partial(run_shielded, _limited, seconds, request, patience=_PUBLISH_PATIENCE)
+        attempts = 0
+
+        async def attempt() -> T:
+            nonlocal attempts
+            attempts += 1
+            return await run_shielded(_limited, seconds, request, patience=_PUBLISH_PATIENCE)
+
         try:
             return await self.call("write", path, attempt, seconds=seconds + _PUBLISH_PATIENCE)
-        except StorageUnavailableError:
-            if find is not None:
+        except StorageError as error:
+            if find is not None and (attempts > 1 or isinstance(error, StorageUnavailableError)):
                 with suppress(Exception):  # that the store cannot be asked either is no news
                     if (found := await _limited(_CALL_SECONDS, find)) is not None:
                         return found
