@@ -588,9 +588,11 @@ def test_misspelt_choices_are_refused() -> None:
             torchferry.save_in_background([1], "memory://x/x.pt", **choice)  # type: ignore[arg-type]
 
 
-def test_what_cannot_announce_changes_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"register_step_pre_hook.*copy_rest\(\)"):
-        torchferry.save_in_background([1], "memory://x/x.pt", until=[object()])
+@pytest.mark.parametrize("until", [object(), torch.optim.SGD, torch.optim.swa_utils.AveragedModel], ids=repr)
+def test_what_cannot_announce_changes_is_refused(until: Any) -> None:
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"register_step_pre_hook.*copy_rest\(\)"):
+            torchferry.save_in_background([1], "memory://x/x.pt", until=[until])
 
 
 @lends
