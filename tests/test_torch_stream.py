@@ -20,8 +20,8 @@ import torch
 from isal import isal_zlib
 from torch.utils.serialization import config
 
-from torchferry.engine.collector import collector_paused
 from torchferry.engine import memory
+from torchferry.engine.collector import collector_paused
 from torchferry.engine.memory import CPU_SAVES, EVERYTHING_ELSE, Claim, Ledger, address_of
 from torchferry.engine.types import MIB, Chunk
 from torchferry.engine.writer import Limits, UploadPlan
