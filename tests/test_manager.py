@@ -480,6 +480,35 @@ def test_metrics_that_are_none_or_of_no_version_count_as_none(tmp_path: Path, ch
     assert CheckpointManager(tmp_path).metrics(1) == {}
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_metrics_that_cannot_be_stored_are_an_error_that_says_that_the_checkpoint_is_there(
+    background: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class NoMetrics(MemoryFileSystem):
+        cachable = False
+        fails = True
+
+        def cp_file(self, path1: str, path2: str, **options: Any) -> None:
+            if self.fails and path2.endswith(".json"):
+                raise OSError("no metrics today")
+            super().cp_file(path1, path2, **options)
+
+    store = NoMetrics()
+    url = f"memory://{uuid.uuid4().hex}"
+    with CheckpointManager(url, filesystem=store, background=background) as manager:
+        with pytest.raises(torchferry.TorchferryError, match="no metrics today") as caught:
+            manager.save(1, state(1), {"loss": 1})
+            manager.wait_until_finished()
+        said = "The checkpoint of step 1 is there, without its metrics: save it with force=True to have both."
+        assert caught.value.__notes__ == [said]
+        assert "Step 1 " not in caplog.text
+        assert manager.all_steps() == [1]
+        store.fails = False
+        assert manager.save(1, state(1), {"loss": 1}, force=True)
+        manager.wait_until_finished()
+        assert manager.metrics(1) == {"loss": 1}
+
+
 def test_metrics_larger_than_any_float_are_compared(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path, max_to_keep=1, best=("count", "max")) as manager:
         for step, count in enumerate([1, 10**400, float("inf"), 2]):

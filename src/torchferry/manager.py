@@ -564,7 +564,8 @@ class CheckpointManager:
     async def _finish_sharded(self, step: int, metrics: str | None) -> None:
         if metrics is not None:
             series = await self._series()
-            await series.write_metrics(step, await series.stat_sharded(step), metrics)
+            with _only_metrics_are_missing(step):
+                await series.write_metrics(step, await series.stat_sharded(step), metrics)
         if self._retention.max_to_keep is not None:
             self._retain_soon(step)
 
@@ -589,11 +590,14 @@ class CheckpointManager:
         self._under_way.append(over)
 
         def finish(saved: BackgroundSave) -> None:
+            what = "Step"
             try:
-                run(self._finish, step, saved.result(), metrics)
+                stat = saved.result()
+                what = "The metrics of step"
+                run(self._finish, step, stat, metrics)
             except BaseException as error:  # noqa: BLE001 - goes on from the future
                 self._forget_latest()
-                logger.error("Step %d of %s was not saved: %s", step, self._said(), error)  # noqa: TRY400
+                logger.error("%s %d of %s: not saved: %s", what, step, self._said(), error)  # noqa: TRY400
                 over.set_exception(error)
             else:
                 over.set_result(None)
@@ -604,7 +608,8 @@ class CheckpointManager:
         """Stores what goes beside a checkpoint that is there, and begins to delete what goes."""
         series = await self._series()
         if metrics is not None and series.metadata_for(metrics) is None:
-            await series.write_metrics(step, stat, metrics)
+            with _only_metrics_are_missing(step):
+                await series.write_metrics(step, stat, metrics)
         if self._retention.max_to_keep is not None:
             self._retain_soon(step)
 
@@ -757,6 +762,18 @@ def _anchored(url: str | os.PathLike[str]) -> str | os.PathLike[str]:
     if isinstance(url, os.PathLike):
         return Path(url).absolute() if "://" not in os.fspath(url) else url
     return os.path.abspath(url) if not any(mark in url for mark in ":~") else url  # noqa: PTH100 - a str stays one
+
+
+@contextmanager
+def _only_metrics_are_missing(step: int) -> Iterator[None]:
+    """Says with an error that is raised in here what is there all the same."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            f"The checkpoint of step {step} is there, without its metrics: save it with force=True to have both."
+        )
+        raise
 
 
 @contextmanager
