@@ -97,6 +97,7 @@ OBJECTS = {
     "subclass": lambda: torch.randn(600, 600).as_subclass(Tagged),
     "parameter": lambda: torch.nn.Parameter(torch.randn(600, 600)),
     "untyped storage": lambda: torch.randn(600, 600).untyped_storage(),
+    "lazy module": lambda: torch.nn.LazyLinear(3),
     "custom class": Settings,
     "no tensors": lambda: {"lr": 0.1, "name": "x"},
     "none": lambda: None,
