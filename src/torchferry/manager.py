@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex
 from weakref import WeakSet
 
 from fsspec.asyn import get_loop
@@ -112,7 +112,7 @@ class CheckpointManager:
         for name, number in numbers.items():
             if number is None and name != "save_interval_steps":
                 continue
-            if isinstance(number, bool) or not hasattr(number, "__index__") or operator.index(number) < 1:
+            if isinstance(number, bool) or not isinstance(number, SupportsIndex) or operator.index(number) < 1:
                 raise ValueError(f"{name} is a whole number, at least 1; given: {number!r}.")
         if best is not None and not _says_what_is_best(best):
             raise ValueError(f'best is a metric and "min" or "max", such as ("loss", "min"); given: {best!r}.')

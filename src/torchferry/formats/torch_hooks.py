@@ -118,7 +118,8 @@ class _Storages:
 
     def __getitem__(self, part: slice) -> torch.UntypedStorage:
         if part.start >= part.stop:
-            return torch.UntypedStorage(0)[0:0]  # type: ignore[no-untyped-call]
+            empty: torch.UntypedStorage = torch.UntypedStorage(0)[0:0]  # type: ignore[no-untyped-call]
+            return empty
         if part.stop - part.start >= LENT_FROM:
             assert self._memory is not None  # noqa: S101 - not closed
             lent = lend(self._memory, part.start, part.stop - part.start)
