@@ -29,6 +29,7 @@ from torchferry import background
 from torchferry.engine.lending import Loans, lend, reading
 from torchferry.engine.memory import SNAPSHOTS
 from torchferry.engine.types import MIB
+from torchferry.formats.changes import Changes
 from torchferry.formats.snapshot import Snapshots
 from torchferry.formats.torch_stream import fills_crc32s
 from torchferry.storage import local
@@ -588,9 +589,11 @@ def test_misspelt_choices_are_refused() -> None:
             torchferry.save_in_background([1], "memory://x/x.pt", **choice)  # type: ignore[arg-type]
 
 
-def test_what_cannot_announce_changes_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"register_step_pre_hook.*copy_rest\(\)"):
-        torchferry.save_in_background([1], "memory://x/x.pt", until=[object()])
+@pytest.mark.parametrize("until", [object(), torch.optim.SGD, torch.optim.swa_utils.AveragedModel], ids=repr)
+def test_what_cannot_announce_changes_is_refused(until: Any) -> None:
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"register_step_pre_hook.*copy_rest\(\)"):
+            torchferry.save_in_background([1], "memory://x/x.pt", until=[until])
 
 
 @lends
@@ -618,6 +621,18 @@ def test_a_change_that_nobody_announced_before_the_step_is_an_error(tmp_path: Pa
     with pytest.raises(torchferry.ChangedWhileSavingError):
         save.result()
     assert not (tmp_path / "x.pt").exists()
+
+
+@pytest.mark.parametrize("size", [0, 64 * MIB])
+def test_a_storage_that_was_freed_is_a_change_and_never_read(size: int) -> None:
+    """As FSDP frees parameters between two layers."""
+    storage = torch.ones(16 * MIB).untyped_storage()  # so large that the system takes it back
+    changes = Changes("memory://x")
+    changes.watch([], [storage])
+    changes.check()
+    storage.resize_(size)
+    with pytest.raises(torchferry.ChangedWhileSavingError, match="memory://x"):
+        changes.check()
 
 
 def test_a_change_can_be_announced_by_hand(tmp_path: Path) -> None:

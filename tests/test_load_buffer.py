@@ -169,6 +169,20 @@ def test_empty_tensors_of_two_dtypes_that_share_a_storage_keep_them(tmp_path: Pa
     assert [tensor.dtype for tensor in loaded.values()] == [torch.float32, torch.int64]
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"weights_only": False}, {"keys": ["a"]}, {"into": {"a": torch.ones(300_000)}}]
+)
+def test_a_tensor_that_was_saved_without_its_data_is_damaged_and_never_what_memory_held(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """As FSDP leaves parameters between two layers."""
+    freed = torch.ones(300_000)
+    freed.untyped_storage().resize_(0)
+    torch.save({"a": freed}, tmp_path / "x.pt")
+    with pytest.raises(torchferry.CheckpointCorruptError):
+        torchferry.load(tmp_path / "x.pt", **options)
+
+
 @pytest.mark.parametrize("keys", [None, ["a"]])
 def test_with_map_location_meta_no_storage_is_read(counting_store: CountingStore, keys: list[str] | None) -> None:
     url = counting_store.put({"a": torch.ones(1 << 20), "b": [torch.ones(1 << 20)]})

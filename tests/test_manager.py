@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import uuid
 import warnings
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
@@ -228,11 +230,122 @@ def test_error_of_the_block_is_not_hidden_by_that_of_the_last_save(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"max_to_keep": 0}, {"save_interval_steps": 0}, {"keep_period": -1}, {"best": ("loss", "least")}]
+    "arguments",
+    [
+        {"max_to_keep": 0},
+        {"max_to_keep": 1.5},
+        {"max_to_keep": "3"},
+        {"save_interval_steps": 0},
+        {"save_interval_steps": float("nan")},
+        {"save_interval_steps": None},
+        {"keep_period": -1},
+        {"keep_period": True},
+        {"best": ("loss", "least")},
+        {"best": ("loss",)},
+        {"best": "loss"},
+        {"best": (3, "min")},
+    ],
+    ids=str,
 )
 def test_nonsense_is_refused_at_once(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         CheckpointManager("memory://x", **arguments)
+
+
+def test_an_empty_url_is_refused_and_never_means_the_root() -> None:
+    with pytest.raises(ValueError, match="The URL of a series is empty"):
+        CheckpointManager("")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_relative_url_means_one_directory_wherever_the_process_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable[[str], str | Path]
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    with CheckpointManager(kind("run"), max_to_keep=1) as manager:
+        manager.save(1, state(1))
+        monkeypatch.chdir(elsewhere)
+        manager.save(2, state(2))
+        manager.wait_until_finished()
+        assert manager.all_steps() == [2]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-0000000002.pt"]
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("step", [np.int64(5), np.uint8(5), torch.tensor(5)], ids=repr)
+def test_whole_numbers_of_numpy_and_torch_are_steps(tmp_path: Path, step: Any) -> None:
+    with CheckpointManager(tmp_path, max_to_keep=np.int64(1)) as manager:
+        assert manager.should_save(step)
+        assert manager.save(step, state(5), {"loss": 1})
+        manager.wait_until_finished()
+        assert manager.metrics(step) == {"loss": 1}
+        assert manager.restore(step)["step"] == 5
+        assert (manager.restored_step, type(manager.restored_step)) == (5, int)
+        manager.delete(step)
+        assert manager.all_steps() == []
+
+
+@pytest.mark.parametrize("step", [5.0, "5", True, None, -1, 10**10, torch.ones(2), torch.tensor(5.0)], ids=repr)
+def test_what_is_no_step_is_refused_by_every_method(tmp_path: Path, step: Any) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        for method in (manager.should_save, partial(manager.save, obj=state(1)), manager.metrics, manager.delete):
+            with pytest.raises(ValueError, match="A step is a whole number from 0 to"):
+                method(step)
+        assert manager.all_steps() == []
+
+
+@pytest.mark.parametrize("metrics", [0.5, "loss", [1, 2], {("a", 1): 2}, {1: 2}], ids=str)
+def test_metrics_that_are_no_dict_of_names_are_refused_and_the_step_can_be_saved_again(
+    tmp_path: Path, metrics: Any
+) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        with pytest.raises(ValueError, match="Metrics are a dict of names and numbers"):
+            manager.save(1, state(1), metrics)
+        assert manager.save(1, state(1), {"loss": 1})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_forked_child_never_waits_for_what_its_parent_saves() -> None:
+    program = """
+        import os, threading, torch
+        from fsspec.implementations.memory import MemoryFileSystem
+        from torchferry import CheckpointManager, TorchferryError
+
+        class Held(MemoryFileSystem):
+            cachable = False
+            held = True
+
+            def cp_file(self, *args, **options):
+                begun.set()
+                if self.held:
+                    may_end.wait()
+                super().cp_file(*args, **options)
+
+        begun, may_end, store = threading.Event(), threading.Event(), Held()
+        torch.set_num_threads(1)
+        manager = CheckpointManager("memory://x", filesystem=store, max_to_keep=1)
+        manager.save(1, [1])
+        begun.wait()
+        if not os.fork():
+            store.held = False
+            try:
+                manager.wait_until_finished()
+            except TorchferryError as error:
+                print(error)
+            print("child", manager.save(2, [2]), manager.close(), manager.all_steps(), flush=True)
+            os._exit(0)
+        os.wait()
+        may_end.set()
+        manager.close()
+        print("parent", manager.all_steps())
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False, timeout=60
+    )
+    forked = "The save to memory://x goes on in the process that this one was forked from."
+    assert (ended.stdout, ended.stderr) == (f"{forked}\nchild True None [2]\nparent [1]\n", "")
 
 
 # --- what is kept
@@ -329,6 +442,80 @@ def test_metrics_travel_with_the_object_or_beside_it(
     assert CheckpointManager(s3_url, storage_options=s3_storage_options).metrics(1) == metrics
     with pytest.raises(ValueError, match="A metric is a number or text"):
         manager.save(2, state(2), {"loss": torch.ones(3)})
+
+
+DAMAGED_METRICS = {
+    "no JSON": b"{",
+    "no UTF-8": b"\xff\xfe\x00",
+    "deep": b"[" * 200_000,
+    "null": b"null",
+    "a list": b"[]",
+}
+
+
+@pytest.mark.parametrize("data", DAMAGED_METRICS.values(), ids=DAMAGED_METRICS)
+def test_damaged_metrics_count_as_none_and_never_stop_retention(
+    tmp_path: Path, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with CheckpointManager(tmp_path, max_to_keep=2, best=("loss", "min")) as manager:
+        for step in (1, 2):
+            manager.save(step, state(step), {"loss": step})
+    (tmp_path / "step-0000000001.metrics.json").write_bytes(data)
+    with CheckpointManager(tmp_path, max_to_keep=2, best=("loss", "min")) as manager:
+        assert manager.metrics(1) == {}
+        assert f"The metrics of step 1 in {tmp_path} are damaged" in caplog.text
+        assert manager.best_step() == 2
+        manager.save(3, state(3), {"loss": 3})
+        manager.wait_until_finished()
+        assert manager.all_steps() == [2, 3]
+    assert not (tmp_path / "step-0000000001.metrics.json").exists()
+
+
+@pytest.mark.parametrize("change", [{"metrics": 5}, {"metrics": None}, {"metrics": [1]}, {"etag": 1}], ids=str)
+def test_metrics_that_are_none_or_of_no_version_count_as_none(tmp_path: Path, change: dict[str, Any]) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, state(1), {"loss": 1})
+    path = tmp_path / "step-0000000001.metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert CheckpointManager(tmp_path).metrics(1) == {}
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_metrics_that_cannot_be_stored_are_an_error_that_says_that_the_checkpoint_is_there(
+    background: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class NoMetrics(MemoryFileSystem):
+        cachable = False
+        fails = True
+
+        def cp_file(self, path1: str, path2: str, **options: Any) -> None:
+            if self.fails and path2.endswith(".json"):
+                raise OSError("no metrics today")
+            super().cp_file(path1, path2, **options)
+
+    store = NoMetrics()
+    url = f"memory://{uuid.uuid4().hex}"
+    with CheckpointManager(url, filesystem=store, background=background) as manager:
+        with pytest.raises(torchferry.TorchferryError, match="no metrics today") as caught:
+            manager.save(1, state(1), {"loss": 1})
+            manager.wait_until_finished()
+        said = "The checkpoint of step 1 is there, without its metrics: save it with force=True to have both."
+        assert caught.value.__notes__ == [said]
+        assert "Step 1 " not in caplog.text
+        assert manager.all_steps() == [1]
+        store.fails = False
+        assert manager.save(1, state(1), {"loss": 1}, force=True)
+        manager.wait_until_finished()
+        assert manager.metrics(1) == {"loss": 1}
+
+
+def test_metrics_larger_than_any_float_are_compared(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, max_to_keep=1, best=("count", "max")) as manager:
+        for step, count in enumerate([1, 10**400, float("inf"), 2]):
+            manager.save(step, state(step), {"count": count})
+            manager.wait_until_finished()
+        assert manager.best_step() == 2
+        assert manager.all_steps() == [2, 3]
 
 
 def test_metrics_of_another_version_of_a_checkpoint_are_not_taken_for_its_own(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 from isal import isal_zlib
 from torch.utils.serialization import config
 
+from torchferry.engine import memory
 from torchferry.engine.collector import collector_paused
 from torchferry.engine.memory import CPU_SAVES, EVERYTHING_ELSE, Claim, Ledger, address_of
 from torchferry.engine.types import MIB, Chunk
@@ -96,6 +97,7 @@ OBJECTS = {
     "subclass": lambda: torch.randn(600, 600).as_subclass(Tagged),
     "parameter": lambda: torch.nn.Parameter(torch.randn(600, 600)),
     "untyped storage": lambda: torch.randn(600, 600).untyped_storage(),
+    "lazy module": lambda: torch.nn.LazyLinear(3),
     "custom class": Settings,
     "no tensors": lambda: {"lr": 0.1, "name": "x"},
     "none": lambda: None,
@@ -590,6 +592,19 @@ def test_a_child_forked_during_a_save_has_a_ledger_of_its_own() -> None:
         CPU_SAVES.claim(1)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("variable", ["TORCHFERRY_MEMORY", "TORCHFERRY_SNAPSHOTS"])
+def test_a_limit_with_a_unit_is_ignored_with_a_warning_that_says_what_it_wants(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    for text in ("1GiB", "abc", "-5", "1e3", "1.5", "0x10"):
+        monkeypatch.setenv(variable, text)
+        with pytest.warns(UserWarning, match=f"{variable} is a whole number of MiB, .*; given: '{text}'"):
+            assert memory._number_of_mib(variable, 7) == 7 * MIB
+    for text, number in {"": 7, " 512 ": 512, "0": 0}.items():
+        monkeypatch.setenv(variable, text)
+        assert memory._number_of_mib(variable, 7) == number * MIB
 
 
 def test_a_claim_that_waits_is_woken_when_it_is_abandoned() -> None:

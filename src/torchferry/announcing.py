@@ -46,6 +46,8 @@ def announcers_of(until: Any) -> list[Announcer]:
 
 
 def _can_announce(one: Any) -> bool:
+    if isinstance(one, type):  # its methods are not for it
+        return False
     return callable(getattr(one, "register_step_pre_hook", None)) or callable(getattr(one, "update_parameters", None))
 
 

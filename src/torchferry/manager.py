@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import operator
 import os
 import threading
 import warnings
@@ -15,7 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex
+from weakref import WeakSet
 
 from fsspec.asyn import get_loop
 
@@ -34,7 +37,7 @@ from torchferry.series.preemption import Preemption
 from torchferry.series.ranks import Ranks
 from torchferry.series.restoring import Candidate, Restorer
 from torchferry.series.retention import Best, Retention
-from torchferry.series.steps import Series, SeriesListing, encode_metrics, name_of, url_of
+from torchferry.series.steps import Series, SeriesListing, as_step, encode_metrics, name_of, url_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -107,17 +110,21 @@ class CheckpointManager:
     ) -> None:
         numbers = {"max_to_keep": max_to_keep, "keep_period": keep_period, "save_interval_steps": save_interval_steps}
         for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise ValueError(f"{name} is at least 1; given: {number}.")
-        if best is not None and best[1] not in {"min", "max"}:
-            raise ValueError(f'best is a metric and "min" or "max"; given: {best!r}.')
-        self.url = url
+            if number is None and name != "save_interval_steps":
+                continue
+            if isinstance(number, bool) or not isinstance(number, SupportsIndex) or operator.index(number) < 1:
+                raise ValueError(f"{name} is a whole number, at least 1; given: {number!r}.")
+        if best is not None and not _says_what_is_best(best):
+            raise ValueError(f'best is a metric and "min" or "max", such as ("loss", "min"); given: {best!r}.')
+        if not os.fspath(url):
+            raise ValueError('The URL of a series is empty. Give a directory: "." is the current one.')
+        self.url = _anchored(url) if filesystem is None else url
         self.restored_step: int | None = None
         self._retention = Retention(max_to_keep, keep_period, Best(*best) if best else None)
         self._interval = save_interval_steps
         self._background = background
         self._sharded = sharded
-        self._start_from = start_from
+        self._start_from = _anchored(start_from) if start_from is not None and filesystem is None else start_from
         self._store: dict[str, Any] = {
             "storage_options": storage_options,
             "filesystem": filesystem,
@@ -139,6 +146,7 @@ class CheckpointManager:
         self._group = process_group
         self._ranks = Ranks.find(process_group)
         self._preemption = Preemption() if handle_preemption else None
+        _managers.add(self)
 
     # --- saving
 
@@ -151,7 +159,7 @@ class CheckpointManager:
 
     async def should_save_async(self, step: int) -> bool:
         """The asynchronous twin of :meth:`should_save`."""
-        name_of(step)
+        step = as_step(step)
         return self._wants(step, force=False) and await self._is_later(step)
 
     def save(
@@ -174,6 +182,7 @@ class CheckpointManager:
             Exception: what :func:`torchferry.save` raises; and the error of the save before, where that went on in the
                 background and nobody has waited for it. This one has then not begun.
         """
+        step = as_step(step)
         if self._passes(step, force):
             return False
         if self._sharded:
@@ -188,6 +197,7 @@ class CheckpointManager:
         """The asynchronous twin of :meth:`save`."""
         if self._ranks is not None or self._sharded:  # ranks wait for each other, each in its own thread
             return await wait_in_thread(partial(self.save, step, obj, metrics, force=force, until=until))
+        step = as_step(step)
         if self._passes(step, force) or not await self._begins(step, force):
             return False
         with self._asking_again_after_a_failure():
@@ -280,7 +290,7 @@ class CheckpointManager:
 
     async def metrics_async(self, step: int) -> dict[str, Any]:
         """The asynchronous twin of :meth:`metrics`."""
-        name_of(step)
+        step = as_step(step)
         listing = await self._list()
         if step not in listing.steps:
             raise CheckpointNotFoundError(f"{self._said()} has no checkpoint of step {step}.")
@@ -364,7 +374,7 @@ class CheckpointManager:
 
     async def delete_async(self, step: int) -> None:
         """The asynchronous twin of :meth:`delete`."""
-        name_of(step)
+        step = as_step(step)
         await self._wait_async()
         await (await self._series()).delete(await self._list(), step)
         self._forget_latest()
@@ -425,7 +435,6 @@ class CheckpointManager:
 
     def _passes(self, step: int, force: bool) -> bool:
         """Whether there is nothing to do, which every rank knows by itself; raises the error of the save before."""
-        name_of(step)
         if self._ranks is None:
             self._raise_failure()
         else:
@@ -555,7 +564,8 @@ class CheckpointManager:
     async def _finish_sharded(self, step: int, metrics: str | None) -> None:
         if metrics is not None:
             series = await self._series()
-            await series.write_metrics(step, await series.stat_sharded(step), metrics)
+            with _only_metrics_are_missing(step):
+                await series.write_metrics(step, await series.stat_sharded(step), metrics)
         if self._retention.max_to_keep is not None:
             self._retain_soon(step)
 
@@ -580,11 +590,14 @@ class CheckpointManager:
         self._under_way.append(over)
 
         def finish(saved: BackgroundSave) -> None:
+            what = "Step"
             try:
-                run(self._finish, step, saved.result(), metrics)
+                stat = saved.result()
+                what = "The metrics of step"
+                run(self._finish, step, stat, metrics)
             except BaseException as error:  # noqa: BLE001 - goes on from the future
                 self._forget_latest()
-                logger.error("Step %d of %s was not saved: %s", step, self._said(), error)  # noqa: TRY400
+                logger.error("%s %d of %s: not saved: %s", what, step, self._said(), error)  # noqa: TRY400
                 over.set_exception(error)
             else:
                 over.set_result(None)
@@ -595,7 +608,8 @@ class CheckpointManager:
         """Stores what goes beside a checkpoint that is there, and begins to delete what goes."""
         series = await self._series()
         if metrics is not None and series.metadata_for(metrics) is None:
-            await series.write_metrics(step, stat, metrics)
+            with _only_metrics_are_missing(step):
+                await series.write_metrics(step, stat, metrics)
         if self._retention.max_to_keep is not None:
             self._retain_soon(step)
 
@@ -617,7 +631,7 @@ class CheckpointManager:
                     return
             try:
                 await self._delete_superfluous(step)
-            except (TorchferryError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - nobody waits for it, and the next one tries again
                 logger.warning("Old checkpoints of %s stay until the next one is saved: %s", self._said(), error)
             except BaseException:
                 over.set_result(None)
@@ -663,7 +677,7 @@ class CheckpointManager:
                 continue
             listing = await self._list(url)
             if step is not None:
-                name_of(step)
+                step = as_step(step)
                 steps = [step] if step in listing.steps else []
             else:
                 steps = self._good(listing)[::-1]
@@ -709,6 +723,57 @@ class CheckpointManager:
 
     def _said(self) -> str:
         return mask(os.fspath(self.url))
+
+    def leave_behind(self) -> None:
+        """In a forked child, which has none of the threads that work for this manager."""
+        self._opening, self._turn = threading.Lock(), threading.Lock()
+        self._retaining, self._to_retain = None, None
+        if any(each._state == "PENDING" for each in self._under_way):  # noqa: SLF001 - done() takes a lock, maybe held
+            left = Future[None]()
+            left.set_exception(
+                TorchferryError(f"The save to {self._said()} goes on in the process that this one was forked from.")
+            )
+            self._under_way = [left]
+        self._forget_latest()
+
+
+_managers: WeakSet[CheckpointManager] = WeakSet()
+
+
+def _after_fork() -> None:
+    for manager in tuple(_managers):
+        manager.leave_behind()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _says_what_is_best(best: Any) -> bool:
+    match best:
+        case (str(), "min" | "max"):
+            return True
+        case _:
+            return False
+
+
+def _anchored(url: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """A relative path as it is now: the process may change its directory while the manager is used."""
+    if isinstance(url, os.PathLike):
+        return Path(url).absolute() if "://" not in os.fspath(url) else url
+    return os.path.abspath(url) if not any(mark in url for mark in ":~") else url  # noqa: PTH100 - a str stays one
+
+
+@contextmanager
+def _only_metrics_are_missing(step: int) -> Iterator[None]:
+    """Says with an error that is raised in here what is there all the same."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            f"The checkpoint of step {step} is there, without its metrics: save it with force=True to have both."
+        )
+        raise
 
 
 @contextmanager

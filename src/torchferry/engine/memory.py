@@ -14,6 +14,7 @@ import ctypes
 import mmap
 import os
 import threading
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -254,11 +255,15 @@ class Claim:
 
 def _number_of_mib(variable: str, default: int) -> int:
     """What an environment variable says in MiB, in bytes."""
-    text = os.environ.get(variable, "")
-    try:
-        return max(0, int(text)) * MIB
-    except ValueError:
-        return default * MIB
+    text = os.environ.get(variable, "").strip()
+    if text and not (text.isascii() and text.isdigit()):
+        warnings.warn(
+            f"{variable} is a whole number of MiB, such as {default or 4096}, without a unit; given: {text!r}. "
+            "It is ignored.",
+            stacklevel=2,
+        )
+        text = ""
+    return (int(text) if text else default) * MIB
 
 
 def _limit() -> int:

@@ -1,7 +1,8 @@
 """Notices that tensors change while they are being sent.
 
-Three looks, from free to dear:
+Four looks, from free to dear:
 
+* at where storages are and how large, at the end: ``resize_`` frees their memory, which then is not looked at any more;
 * at the tensors' versions (``Tensor._version``), which every operation of torch in place counts up, at the end;
 * at one byte in 128 KiB of large storages, at the end: what writes past torch's count (``.data``, numpy, another
   process) and changes whole tensors shows there. A look takes a millisecond a GiB;
@@ -47,6 +48,7 @@ class Changes:
         self._over = False
         self._versions: list[tuple[Callable[[], torch.Tensor | None], int]] = []
         self._samples: list[tuple[memoryview, bytes]] = []
+        self._places: list[tuple[torch.UntypedStorage, tuple[int, int]]] = []
         self._sent: deque[tuple[memoryview, int]] = deque()
 
     def watch(self, tensors: Iterable[torch.Tensor], storages: Iterable[torch.UntypedStorage]) -> None:
@@ -63,6 +65,7 @@ class Changes:
             memory.owner = storage  # type: ignore[attr-defined]  # so that it stays
             sampled = memoryview(memory).cast("B")[::_SAMPLED]
             self._samples.append((sampled, sampled.tobytes()))
+            self._places.append((storage, _place_of(storage)))
 
     def watch_while_alive(self, tensor: torch.Tensor) -> None:
         """Notes a tensor's version as of now, and keeps nothing: one that is gone by the end was nobody's any more."""
@@ -108,7 +111,8 @@ class Changes:
             (tensor := get()) is not None and tensor._version != version  # noqa: SLF001 - the same
             for get, version in self._versions
         )
-        if changed or any(sampled.tobytes() != looked for sampled, looked in self._samples):
+        moved = any(_place_of(storage) != place for storage, place in self._places)
+        if changed or moved or any(sampled.tobytes() != looked for sampled, looked in self._samples):
             raise ChangedWhileSavingError.at(self._url)
         self.check_sent()
 
@@ -117,7 +121,12 @@ class Changes:
         self._over = True
         self._versions.clear()
         self._samples.clear()
+        self._places.clear()
         self._sent.clear()
+
+
+def _place_of(storage: torch.UntypedStorage) -> tuple[int, int]:
+    return storage.data_ptr(), storage.nbytes()
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:

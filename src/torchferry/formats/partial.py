@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from torchferry.errors import CheckpointValueError
 
@@ -50,6 +51,8 @@ def require_whole(obj: object) -> None:
 
 def _part(tensor: Any) -> str | None:
     """What a tensor is a part of, in words; None where it is whole. Imports nothing that is not there already."""
+    if is_lazy(tensor):  # of a LazyLinear: it has no shape yet
+        return None
     shape = tuple(tensor.shape)
     if (dtensor := _class("torch.distributed.tensor", "DTensor")) and isinstance(tensor, dtensor):
         local = tuple(tensor._local_tensor.shape)  # noqa: SLF001  # to_local() may wait for collectives

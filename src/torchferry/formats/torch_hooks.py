@@ -107,6 +107,8 @@ class _Storages:
 
     torch keeps a storage for all tensors with its key, unless its address is 0, as that of an empty storage is. Empty
     tensors of several dtypes have one key. So an empty slice must be such a storage, not one within the memory.
+    And one that cannot grow, as a slice of another cannot: torch would make it as large as a tensor that was saved
+    without its data says, and leave that memory as it finds it.
     """
 
     def __init__(self, memory: mmap.mmap) -> None:
@@ -116,7 +118,8 @@ class _Storages:
 
     def __getitem__(self, part: slice) -> torch.UntypedStorage:
         if part.start >= part.stop:
-            return torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
+            empty: torch.UntypedStorage = torch.UntypedStorage(0)[0:0]  # type: ignore[no-untyped-call]
+            return empty
         if part.stop - part.start >= LENT_FROM:
             assert self._memory is not None  # noqa: S101 - not closed
             lent = lend(self._memory, part.start, part.stop - part.start)

@@ -68,4 +68,4 @@ class Retention:
 def score_of(metrics: Mapping[str, object], name: str) -> float | None:
     """A metric as a number that can be compared; None where there is none, or it is not a number."""
     value = metrics.get(name)
-    return float(value) if isinstance(value, int | float) and value == value else None  # noqa: PLR0124 - NaN is not
+    return value if isinstance(value, int | float) and value == value else None  # noqa: PLR0124 - NaN is not

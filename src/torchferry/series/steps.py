@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import operator
 import os
 import re
 from collections.abc import AsyncIterator, Mapping
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 
     from fsspec import AbstractFileSystem
 
-__all__ = ["Series", "SeriesListing", "StoredStep", "encode_metrics", "name_of", "url_of"]
+__all__ = ["Series", "SeriesListing", "StoredStep", "as_step", "encode_metrics", "name_of", "url_of"]
+
+logger = logging.getLogger("torchferry")
 
 T = TypeVar("T")
 
@@ -125,7 +129,10 @@ class Series:
         return await self._run("look up", partial(self._backend.stat, path))
 
     async def read_metrics(self, listing: SeriesListing, step: int) -> dict[str, Any]:
-        """The metrics of a checkpoint; empty where it was saved without, or is another version by now."""
+        """The metrics of a checkpoint; empty where it was saved without, or is another version by now.
+
+        Damaged ones are as good as none: the log has a warning that names them.
+        """
         return await self._run("read", partial(self._read_metrics, listing, step))
 
     async def read(self, name: str) -> bytes:
@@ -185,9 +192,12 @@ class Series:
         stored = listing.steps[step]
         if step in listing.metrics:
             with suppress(CheckpointNotFoundError):  # deleted meanwhile
-                said: dict[str, Any] = json.loads(await self._read(listing.metrics[step]))
+                said = _decode(await self._read(listing.metrics[step]), self._said(step))
                 etag = stored.etag or (await self._backend.stat(stored.path)).etag
-                if (said["etag"], said["size"]) == (etag, stored.size):
+                if isinstance(said.get("metrics"), dict) and (said.get("etag"), said.get("size")) == (
+                    etag,
+                    stored.size,
+                ):
                     return dict(said["metrics"])
         if not self._backend.keeps_metadata or stored.sharded:
             return {}
@@ -195,7 +205,10 @@ class Series:
             text = (await self._backend.stat(stored.path)).metadata.get(METADATA_NAME)
         except CheckpointNotFoundError:
             return {}
-        return dict(json.loads(text)) if text else {}
+        return _decode(text, self._said(step)) if text else {}
+
+    def _said(self, step: int) -> str:
+        return f"step {step} in {self.url}"
 
     async def _read(self, path: str) -> bytes:
         stat = await self._backend.stat(path)
@@ -208,15 +221,28 @@ class Series:
         await self._backend.write(path, chunks(), plan=self._backend.upload_plan(len(data)))
 
 
+def as_step(step: Any) -> int:
+    """A step as an int: numpy and tensors have whole numbers, too.
+
+    Raises:
+        ValueError: it is no step.
+    """
+    number = -1
+    if not isinstance(step, bool):
+        with suppress(TypeError, ValueError, RuntimeError):  # of what is no whole number, and of a tensor of several
+            number = operator.index(step)
+    if not 0 <= number <= LAST:
+        raise ValueError(f"A step is a whole number from 0 to {LAST:,}; given: {step!r}.")
+    return number
+
+
 def name_of(step: int, *, sharded: bool = False) -> str:
     """The name of a step's checkpoint in the directory of its series.
 
     Raises:
         ValueError: it is no step.
     """
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= LAST:
-        raise ValueError(f"A step is a whole number from 0 to {LAST:,}; given: {step!r}.")
-    return f"step-{step:010}" if sharded else f"step-{step:010}.pt"
+    return f"step-{as_step(step):010}" if sharded else f"step-{as_step(step):010}.pt"
 
 
 def url_of(url: str | os.PathLike[str], name: str) -> str | os.PathLike[str]:
@@ -230,10 +256,12 @@ def encode_metrics(metrics: Mapping[str, Any] | None) -> str | None:
     """Metrics as JSON: numbers (tensors and numpy scalars of one, too), text, and what is made of them.
 
     Raises:
-        ValueError: something in them is none of that.
+        ValueError: something in them is none of that, or they are no dict.
     """
     if not metrics:
         return None
+    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
+        raise ValueError(f'Metrics are a dict of names and numbers, such as {{"loss": 0.5}}; given: {metrics!r}.')
 
     def plain(value: Any) -> Any:
         item = getattr(value, "item", None)
@@ -245,3 +273,15 @@ def encode_metrics(metrics: Mapping[str, Any] | None) -> str | None:
         raise ValueError(f"A metric is a number or text; given: {value!r}.")
 
     return json.dumps(dict(metrics), default=plain)
+
+
+def _decode(data: str | bytes, said: str) -> dict[str, Any]:
+    """A dict from JSON; empty, with a warning in the log, where it is none."""
+    try:
+        found = json.loads(data)
+        if isinstance(found, dict):
+            return found
+    except (ValueError, RecursionError):
+        pass
+    logger.warning("The metrics of %s are damaged: it counts as saved without.", said)
+    return {}
