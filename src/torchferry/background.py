@@ -107,9 +107,8 @@ class BackgroundSave:
             TimeoutError: it is still under way after ``timeout`` seconds.
             concurrent.futures.CancelledError: it was cancelled.
         """
-        if timeout is None:
-            wait_for(self._work.future)
-        error = self._work.future.exception(timeout)
+        wait_for(self._work.future, timeout)
+        error = self._work.future.exception(0)
         _failed.pop(self._work, None)
         return error
 

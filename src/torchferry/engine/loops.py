@@ -73,10 +73,12 @@ def refuse_own_loop() -> None:
         )
 
 
-def wait_for(future: concurrent.futures.Future[Any]) -> None:
-    """Waits until it is done; the main thread looks for signals meanwhile, as in :func:`run`."""
-    while not future.done():
-        concurrent.futures.wait([future], _signal_seconds())
+def wait_for(future: concurrent.futures.Future[Any], timeout: float | None = None) -> None:
+    """Waits until it is done, at most ``timeout`` seconds; the main thread looks for signals, as in :func:`run`."""
+    deadline = None if timeout is None else monotonic() + timeout
+    while not future.done() and (deadline is None or monotonic() < deadline):
+        waits = [_signal_seconds(), None if deadline is None else deadline - monotonic()]
+        concurrent.futures.wait([future], min((seconds for seconds in waits if seconds is not None), default=None))
 
 
 def _wait(done: threading.Event) -> None:
