@@ -222,42 +222,30 @@ class Target:
         """
         # Tensors that were made in inference mode may be changed in it only.
         with torch.inference_mode(any(tensor.is_inference() for tensor in self.tensors.values())):
-            return self._finish(loaded, filled, found, metadata, url, strict=strict)
-
-    def _finish(
-        self,
-        loaded: Mapping[str, Any],
-        filled: Iterable[str],
-        found: Mapping[str, Found],
-        metadata: Mapping[str, Any],
-        url: str,
-        *,
-        strict: bool,
-    ) -> IncompatibleKeys:
-        missing, unexpected = self._compare(found, loaded)
-        done = set(filled)
-        loaded = dict(loaded)
-        for name, first in self.same_as(done, found).items():
-            source = self.tensors[first].detach()
-            loaded[name] = source.clone() if self.tensors[name].is_meta else source
-        owned = {name for prefix, module in self._modules for name in self._names_of(prefix, module)}
-        with torch.no_grad():
-            for name, tensor in self.tensors.items():
-                if name in done and not tensor.is_inference():
-                    torch.autograd.graph.increment_version(tensor)
-                elif name in loaded and name not in done and not tensor.is_meta and not self.needs_all:
-                    _copy(name, tensor, loaded[name], url)
-                elif name in loaded and name not in owned:
-                    self._put(name, tensor, loaded[name], url)
-        for prefix, module in self._modules:
-            result = self._finish_module(prefix, module, loaded, done, metadata, strict=strict)
-            names = {*self._names_of(prefix, module)}
-            missing = [name for name in missing if name not in names] + [_joined(prefix, k) for k in result[0]]
-            if self.needs_all:
-                inner = {name for name in unexpected if not prefix or name.startswith(f"{prefix}.")}
-                unexpected = [name for name in unexpected if name not in inner]
-                unexpected += [_joined(prefix, key) for key in result[1]]
-        return IncompatibleKeys(missing, unexpected)
+            missing, unexpected = self._compare(found, loaded)
+            done = set(filled)
+            loaded = dict(loaded)
+            for name, first in self.same_as(done, found).items():
+                source = self.tensors[first].detach()
+                loaded[name] = source.clone() if self.tensors[name].is_meta else source
+            owned = {name for prefix, module in self._modules for name in self._names_of(prefix, module)}
+            with torch.no_grad():
+                for name, tensor in self.tensors.items():
+                    if name in done and not tensor.is_inference():
+                        torch.autograd.graph.increment_version(tensor)
+                    elif name in loaded and name not in done and not tensor.is_meta and not self.needs_all:
+                        _copy(name, tensor, loaded[name], url)
+                    elif name in loaded and name not in owned:
+                        self._put(name, tensor, loaded[name], url)
+            for prefix, module in self._modules:
+                result = self._finish_module(prefix, module, loaded, done, metadata, strict=strict)
+                names = {*self._names_of(prefix, module)}
+                missing = [name for name in missing if name not in names] + [_joined(prefix, k) for k in result[0]]
+                if self.needs_all:
+                    inner = {name for name in unexpected if not prefix or name.startswith(f"{prefix}.")}
+                    unexpected = [name for name in unexpected if name not in inner]
+                    unexpected += [_joined(prefix, key) for key in result[1]]
+            return IncompatibleKeys(missing, unexpected)
 
     def _finish_module(
         self,
