@@ -12,24 +12,11 @@ import torch
 
 from torchferry.formats.archive import LOCAL_HEADER_SIZE, find_directory, parse_directory
 from torchferry.formats.opcodes import scan_pickle
+from torchferry.formats.stand_ins import STORAGE_DTYPES
 
 __all__ = ["StoredTensor", "find_tensor"]
 
-_STORAGES = {
-    "BFloat16Storage": torch.bfloat16,
-    "BoolStorage": torch.bool,
-    "ByteStorage": torch.uint8,
-    "CharStorage": torch.int8,
-    "ComplexDoubleStorage": torch.complex128,
-    "ComplexFloatStorage": torch.complex64,
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
-    "ShortStorage": torch.int16,
-    "UntypedStorage": torch.uint8,
-}
+_STORAGES = {name: dtype for name, dtype in STORAGE_DTYPES.items() if not name.startswith("Q")}  # not quantized
 
 
 @dataclass(frozen=True, slots=True)
