@@ -10,7 +10,6 @@ from xml.etree.ElementTree import Element
 
 from gcsfs.core import GCSFileSystem
 
-from torchferry.engine.cancellation import run_shielded
 from torchferry.engine.retry import Transient
 from torchferry.engine.transport import Answer, SignedRequest, Transport
 from torchferry.engine.types import Chunk, ObjectStat
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["GcsBackend", "GcsEngine"]
 
 _LIMITS = Limits()  # those of S3: https://cloud.google.com/storage/quotas#requests
-_COPY_PATIENCE = 10.0  # seconds that a cancel waits for the answer to a copy
 
 
 class GcsEngine(Engine):
@@ -169,7 +167,7 @@ class GcsBackend(HttpBackend):
         while True:
             url = self.client.rewrite_url(self.address(source), self.address(target), rewriteToken=token)
             request = partial(self.client.call, "POST", url)
-            answer = (await run_shielded(self.call, "copy", target, request, patience=_COPY_PATIENCE)).json()
+            answer = (await self.call_shielded("copy", target, request)).json()
             if answer["done"]:
                 self.forget(target)
                 return True

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from botocore.httpsession import get_cert_path
 from s3fs import S3FileSystem
 
-from torchferry.engine.cancellation import run_shielded
 from torchferry.engine.retry import Transient
 from torchferry.engine.transport import SignedRequest, Transport
 from torchferry.engine.types import Chunk, ObjectStat
@@ -37,7 +36,6 @@ __all__ = ["S3Backend"]
 _READ_PIECE = 256 << 10
 _LIMITS = Limits()
 _COPIED = 1 << 30  # bytes in one CopyObject at most
-_COPY_PATIENCE = 10.0  # seconds that a cancel waits for its answer
 
 
 class _UploadGoneError(TorchferryError):
@@ -196,7 +194,7 @@ class S3Backend(HttpBackend):
         if size > _COPIED:
             return False
         request = partial(self.client.call, "copy_object", CopySource=self.address(source), **self.address(target))
-        await run_shielded(self.call, "copy", target, request, patience=_COPY_PATIENCE)
+        await self.call_shielded("copy", target, request)
         self.forget(target)
         return True
 

@@ -219,6 +219,10 @@ class HttpBackend(Backend):
             attempt = partial(_limited, seconds, request)
             return await retrying(attempt, self._transient, f"Cannot {verb} {self.url(path)}")
 
+    async def call_shielded(self, verb: str, path: str, request: Callable[[], Awaitable[T]]) -> T:
+        """:meth:`call`; a cancel waits for its end, at most 10 seconds: what it has made can be deleted then."""
+        return await run_shielded(self.call, verb, path, request, patience=_PUBLISH_PATIENCE)
+
     async def publish(
         self,
         path: str,
