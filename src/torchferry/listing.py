@@ -7,13 +7,10 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-import anyio
-
-from torchferry.distributed.place import METADATA
+from torchferry.distributed.place import METADATA, delete_several
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.reader import RangeReader
-from torchferry.engine.tasks import task_group
 from torchferry.errors import (
     CheckpointFormatError,
     CheckpointNotFoundError,
@@ -33,8 +30,6 @@ if TYPE_CHECKING:
     from torchferry.storage.base import Backend
 
 __all__ = ["delete", "has_below", "list_objects", "objects_of", "stat"]
-
-_DELETES = 16  # under way at once
 
 
 async def _list_objects(
@@ -149,20 +144,13 @@ async def _delete(
     Of a sharded checkpoint, local directories that are empty then go, too.
     """
     backend, _ = await open_backend_async(url, storage_options=storage_options, directory=True)
-    limiter = anyio.CapacityLimiter(_DELETES)
-
-    async def delete(item: ListedObject) -> None:
-        async with limiter:
-            await run_on(backend.loop, backend.delete, item.path)
-
-    heads = [item for item in objects if item.path.endswith((f"/{METADATA}", INDEX_SUFFIX))]
-    for some in (heads, [item for item in objects if item not in heads]):
-        async with task_group() as group:
-            for item in some:
-                group.start_soon(delete, item)
+    paths = [item.path for item in objects]
+    heads = (f"/{METADATA}", INDEX_SUFFIX)
+    await delete_several(backend, [path for path in paths if path.endswith(heads)])
+    await delete_several(backend, [path for path in paths if not path.endswith(heads)])
     if isinstance(backend, LocalBackend):
-        folders = [item.path.removesuffix(f"/{METADATA}") for item in heads if item.path.endswith(f"/{METADATA}")]
-        within = {path.rpartition("/")[0] for path in (item.path for item in objects)}
+        folders = [path.removesuffix(f"/{METADATA}") for path in paths if path.endswith(f"/{METADATA}")]
+        within = {path.rpartition("/")[0] for path in paths}
         for folder in folders:
             for path in sorted((at for at in within if f"{at}/".startswith(f"{folder}/")), key=len, reverse=True):
                 with suppress(OSError):  # somebody's file is in there

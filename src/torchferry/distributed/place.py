@@ -28,7 +28,7 @@ from torchferry.storage.registry import open_backend
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["METADATA", "Place", "bytes_of", "inside", "new_save_name", "save_name_of"]
+__all__ = ["METADATA", "Place", "bytes_of", "delete_several", "inside", "new_save_name", "save_name_of"]
 
 METADATA = ".metadata"
 """The object whose appearance makes a checkpoint: it names all shards."""
@@ -96,20 +96,25 @@ class Place:
 
     async def delete(self, relative_paths: Iterable[str]) -> None:
         """Deletes objects, several at once. Those that are not there are no error."""
-        limiter = anyio.CapacityLimiter(_DELETES)
-
-        async def delete(path: str) -> None:
-            async with limiter:
-                await run_on(self.backend.loop, self.backend.delete, path)
-
         paths = [self.at(relative_path) for relative_path in relative_paths]
-        async with task_group() as tasks:
-            for path in paths:
-                tasks.start_soon(delete, path)
+        await delete_several(self.backend, paths)
         if self.is_local:
             for directory in {str(Path(path).parent) for path in paths} - {self.path}:
                 with suppress(OSError):  # somebody's file is in there
                     await in_thread(os.rmdir, directory)
+
+
+async def delete_several(backend: Backend, paths: Iterable[str]) -> None:
+    """Deletes objects of a store, 16 at once. Those that are not there are no error."""
+    limiter = anyio.CapacityLimiter(_DELETES)
+
+    async def delete(path: str) -> None:
+        async with limiter:
+            await run_on(backend.loop, backend.delete, path)
+
+    async with task_group() as tasks:
+        for path in paths:
+            tasks.start_soon(delete, path)
 
 
 def inside(url: str | os.PathLike[str], relative_path: str) -> str | os.PathLike[str]:
