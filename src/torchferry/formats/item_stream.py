@@ -25,13 +25,13 @@ from torchferry.formats.changes import Changes
 from torchferry.formats.checksum import Crc32Filler
 from torchferry.formats.torch_hooks import torch_save
 from torchferry.formats.torch_stream import (
-    _DEVICE_SHARE,
-    _PIECE,
-    _SMALL_PART,
+    DEVICE_SHARE,
     LENT_FROM,
+    PIECE,
+    SMALL_PART,
+    ChunkWriter,
+    Storages,
     TorchStream,
-    _Storages,
-    _Writer,
     fills_crc32s,
 )
 
@@ -148,18 +148,18 @@ class ItemStream(TorchStream):
         self._waits_for = ledger = EVERYTHING_ELSE if on_device else CPU_SAVES
         part_size = self._part_size
         if on_device:
-            part_size = min(self.plan_size(part_size), ledger.limit // _DEVICE_SHARE)
+            part_size = min(self.plan_size(part_size), ledger.limit // DEVICE_SHARE)
         elif part_size is None and lent < self.size_hint - lent:
-            part_size = _SMALL_PART
+            part_size = SMALL_PART
         self.plan = self._plan_for(self.size_hint, part_size)
         return self._begin_with(ledger, self._most_copied())
 
 
-class _ItemWriter(_Writer):
+class _ItemWriter(ChunkWriter):
     """Writes items; what it emits is cut into chunks as in :class:`TorchStream`."""
 
     def __init__(self, emit: Callable[[Chunk], None], changes: Changes, *, fill: bool, needs_crc32s: bool) -> None:
-        super().__init__(_Storages(None, are_lent=True), emit, None, changes)
+        super().__init__(Storages(None, are_lent=True), emit, None, changes)
         self._fill = fill
         self._needs_crc32s = needs_crc32s
         self._position = 0
@@ -198,7 +198,7 @@ class _ItemWriter(_Writer):
 
     def _emit_lent(self, view: memoryview, crc32: _Crc32 | None) -> None:
         while len(view):
-            piece = view[: min(len(view), self._left, _PIECE)]
+            piece = view[: min(len(view), self._left, PIECE)]
             value = None
             if crc32 is not None:
                 value = isal_zlib.crc32(piece)

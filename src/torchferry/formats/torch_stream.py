@@ -1,6 +1,6 @@
 """``torch.save`` as a stream of chunks.
 
-``torch.save`` runs in a thread and writes into a :class:`_Writer`. What it writes comes in three kinds
+``torch.save`` runs in a thread and writes into a :class:`ChunkWriter`. What it writes comes in three kinds
 (torch 2.13, ``torch/serialization.py`` and ``caffe2/serialize/inline_container.cc``):
 
 * a large CPU storage, whole and in one view of its own memory: handed on as it is, nothing is copied;
@@ -41,16 +41,27 @@ from torchferry.formats.checksum import Crc32Filler, UnknownLayoutError
 from torchferry.formats.torch_hooks import NO_MODES, TorchModes, crc32_option_is_of_the_context, torch_save
 from torchferry.formats.torch_pickle import Pickled, recording_pickle, replaying_pickle
 
-__all__ = ["LENT_FROM", "TorchStream", "fills_crc32s"]
+__all__ = [
+    "COPYING_PART",
+    "DEVICE_SHARE",
+    "LENT_FROM",
+    "PIECE",
+    "QUEUE",
+    "SMALL_PART",
+    "ChunkWriter",
+    "Storages",
+    "TorchStream",
+    "fills_crc32s",
+]
 
 LENT_FROM = MIB
 """Bytes from which on a CPU storage is sent from its own memory; a smaller one is cheaper to copy."""
 
-_PIECE = 8 * MIB  # a large view is handed over in pieces: stores bound what is under way by counting what they get
-_SMALL_PART = 5 * MIB  # where most is copied: more parts are under way in the same memory; 5 MiB is S3's least
-_COPYING_PART = 16 * MIB  # where more than that is copied, and yet less than half: two such saves fit the ledger
-_DEVICE_SHARE = 8  # from a device, a part is at most this share of the ledger, so that several are under way
-_QUEUE = 4  # chunks between torch.save and the store
+PIECE = 8 * MIB  # a large view is handed over in pieces: stores bound what is under way by counting what they get
+SMALL_PART = 5 * MIB  # where most is copied: more parts are under way in the same memory; 5 MiB is S3's least
+COPYING_PART = 16 * MIB  # where more than that is copied, and yet less than half: two such saves fit the ledger
+DEVICE_SHARE = 8  # from a device, a part is at most this share of the ledger, so that several are under way
+QUEUE = 4  # chunks between torch.save and the store
 _surprised = threading.Event()  # a save met what _knows_layout had not seen: torch computes the CRC32s from then on
 _ZEROS = memoryview(bytes(64 << 10))
 _RECORD_OVERHEAD = 256  # bytes of zip headers, padding and directory for a record, at most (64-byte alignment)
@@ -97,14 +108,14 @@ class TorchStream(AsyncIterator["Chunk"]):
         self._part_size = part_size
         self._modes = modes
         self._transfer = current()
-        self._chunks: Channel[Chunk] = Channel(_QUEUE)
+        self._chunks: Channel[Chunk] = Channel(QUEUE)
         self._store_reads_loans = store_reads_loans
         self._lent = obj.lent if isinstance(obj, Pickled) else None
         if isinstance(obj, Pickled):
             self._transfer.holds(obj.copied)
         self._changes = Changes(url) if self._lent is None else self._lent.changes
         self._changes.recheck = not store_checks
-        self._storages = _Storages(obj, are_lent=not modes.skips_data)
+        self._storages = Storages(obj, are_lent=not modes.skips_data)
         self._claim: Claim | None = None
         self._waits_for: Ledger = CPU_SAVES
         self._begun = anyio.Event()
@@ -202,7 +213,7 @@ class TorchStream(AsyncIterator["Chunk"]):
         filler = Crc32Filler() if fills else None
         if self._lent is not None and not self._store_reads_loans:
             self._lent.recall()
-        writer = _Writer(self._storages, self._chunks.put, filler, self._changes, self._lazy)
+        writer = ChunkWriter(self._storages, self._chunks.put, filler, self._changes, self._lazy)
         tensors: list[torch.Tensor] = []
 
         def on_opened() -> None:
@@ -223,7 +234,7 @@ class TorchStream(AsyncIterator["Chunk"]):
             torch.serialization.set_crc32_options(compute_crc32=False)  # in this context, which is the thread's own
         self._save_to(writer, recorder)
 
-    def _save_to(self, writer: _Writer, recorder: Any) -> None:
+    def _save_to(self, writer: ChunkWriter, recorder: Any) -> None:
         """Runs torch.save. Where a write fails, its error goes on, and not the one that torch makes of it."""
         failure = None
         try:
@@ -249,11 +260,11 @@ class TorchStream(AsyncIterator["Chunk"]):
         self._waits_for = ledger = EVERYTHING_ELSE if self._storages.on_device else CPU_SAVES
         part_size = self._part_size
         if self._storages.on_device:
-            part_size = min(self.plan_size(part_size), ledger.limit // _DEVICE_SHARE)
+            part_size = min(self.plan_size(part_size), ledger.limit // DEVICE_SHARE)
         elif part_size is None and self._storages.copied_bytes > self._storages.lent_bytes:
-            part_size = _SMALL_PART
-        elif part_size is None and copied > _COPYING_PART:
-            part_size = _COPYING_PART
+            part_size = SMALL_PART
+        elif part_size is None and copied > COPYING_PART:
+            part_size = COPYING_PART
         self.plan = self._plan_for(self.size_hint, part_size)
         return self._begin_with(ledger, copied)
 
@@ -282,12 +293,12 @@ class TorchStream(AsyncIterator["Chunk"]):
         self._waits_for.wake()
 
 
-class _Writer:
+class ChunkWriter:
     """The file object that ``torch.save`` writes into; where it leaves the CRC32s out, ``filler`` fills them in."""
 
     def __init__(
         self,
-        storages: _Storages,
+        storages: Storages,
         emit: Callable[[Chunk], None],
         filler: Crc32Filler | None,
         changes: Changes,
@@ -391,7 +402,7 @@ class _Writer:
             fills: Whether they are a record's, whose CRC32 is filled in.
         """
         while len(view):
-            piece = view[: min(len(view), self._left, _PIECE)]
+            piece = view[: min(len(view), self._left, PIECE)]
             view = view[len(piece) :]
             self._left -= len(piece)
             self._send(self._copied(piece, fills=fills) if owner is None else self._lend(piece, owner))
@@ -439,7 +450,7 @@ class _Owner(NamedTuple):
     loans: Loans | None
 
 
-class _Storages:
+class Storages:
     """The storages that ``torch.save`` found in the object.
 
     Args:

@@ -23,7 +23,7 @@ from torchferry.engine.transfer import Transfer, current
 from torchferry.engine.types import MIB, Chunk, ObjectStat
 from torchferry.errors import mask
 from torchferry.formats.changes import Changes
-from torchferry.formats.torch_stream import _COPYING_PART, _QUEUE, _SMALL_PART, _Storages, _Writer
+from torchferry.formats.torch_stream import COPYING_PART, QUEUE, SMALL_PART, ChunkWriter, Storages
 from torchferry.storage.base import Backend
 
 if TYPE_CHECKING:
@@ -128,10 +128,10 @@ class _Upload:
         self._storages = storages = _storages_of(data)
         self._changes = Changes(self._url)
         self._changes.recheck = not self._backend.checks_chunks
-        self._writer = _Writer(storages, self._put, None, self._changes)
+        self._writer = ChunkWriter(storages, self._put, None, self._changes)
         lent = storages.lent_bytes > storages.copied_bytes
         self._plan = self._backend.upload_plan(
-            storages.lent_bytes + storages.copied_bytes, _COPYING_PART if lent else _SMALL_PART
+            storages.lent_bytes + storages.copied_bytes, COPYING_PART if lent else SMALL_PART
         )
         self._ledger = CPU_SAVES if lent else EVERYTHING_ELSE
         self._complete = False
@@ -199,7 +199,7 @@ class _Upload:
             claim = await self._ledger.claim_async(
                 self._plan.part_size + BLOCK_SIZE, beside=self._plan.memory, waits=self._waits
             )
-            self._channel: Channel[Chunk] = Channel(_QUEUE)
+            self._channel: Channel[Chunk] = Channel(QUEUE)
             try:
                 self._writer.begin(claim, self._plan)
                 self._begun.set_result(None)
@@ -304,9 +304,9 @@ class UploadFile(io.RawIOBase):
         """Does nothing, where a file's own would close it and so publish the object."""
 
 
-def _storages_of(data: object) -> _Storages:
+def _storages_of(data: object) -> Storages:
     """The storages of the tensors in what is to be saved."""
-    found = _Storages(None)
+    found = Storages(None)
     for leaf in tree_leaves(data):
         tensor = leaf.to_local() if isinstance(leaf, DTensor) else leaf
         if type(tensor) in {torch.Tensor, torch.nn.Parameter} and tensor.layout is torch.strided:
