@@ -185,7 +185,7 @@ async def test_after_a_surprise_torch_computes_the_crc32s(monkeypatch: pytest.Mo
     crc32s = {"PK0708": b"PK\x07\x08\x01", "PK0102": b"PK\x01\x02"}
     for start in crc32s.values():
         stream_module._surprised.clear()
-        fill = stream_module._Writer.write
+        fill = stream_module.ChunkWriter.write
 
         def write(self: Any, data: Any, start: bytes = start, fill: Any = fill) -> int:
             if self._filler is not None and bytes(data[:4]) == start[:4]:
@@ -194,7 +194,7 @@ async def test_after_a_surprise_torch_computes_the_crc32s(monkeypatch: pytest.Mo
             return int(fill(self, memoryview(data)))
 
         with monkeypatch.context() as patched:
-            patched.setattr(stream_module._Writer, "write", write)
+            patched.setattr(stream_module.ChunkWriter, "write", write)
             with pytest.raises(UnknownLayoutError, match="save again"):
                 await drain(TorchStream(tensor))
             assert b"".join(await chunks_of(tensor)) == torch_saved(tensor)
@@ -451,7 +451,7 @@ def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         storages.on_device = True
         storages.copied_bytes += storage.nbytes()
 
-    monkeypatch.setattr(stream_module._Storages, "add", add)
+    monkeypatch.setattr(stream_module.Storages, "add", add)
 
 
 @pytest.mark.usefixtures("on_a_device")
