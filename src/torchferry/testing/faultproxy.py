@@ -383,6 +383,7 @@ class _Listening:
         self._thread.start()
 
     def stop(self) -> None:
+        self._wake.shutdown(socket.SHUT_RDWR)  # a forked child may hold it open
         self._wake.close()
         self._thread.join()
 
