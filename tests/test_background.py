@@ -406,7 +406,8 @@ def test_a_second_ctrl_c_at_exit_cancels_what_the_first_let_finish(
         options = json.loads(sys.argv[2])
         torchferry.save_in_background([torch.ones(4 << 20)], sys.argv[1], storage_options=options, part_size=8 << 20)
         print("training", flush=True)
-        threading.Event().wait()
+        while True:  # a signal that another thread gets does not end one long wait
+            threading.Event().wait(0.1)
     """
     command = [sys.executable, "-c", textwrap.dedent(script), f"{s3_url}/x.pt", json.dumps(s3.storage_options)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
