@@ -301,7 +301,7 @@ dist.destroy_process_group()
 
 @pytest.mark.parametrize("changed", ["whole", "parameter", "local"])
 def test_a_dtensor_that_changes_while_it_is_saved_is_noticed(tmp_path: Path, changed: str) -> None:
-    """In a process of its own: torch keeps the group of a DTensor in the thread that changed it; a fork may hang then."""
+    """In a process of its own: torch keeps a DTensor's group in the thread that changed it, a fork may hang then."""
     ferry.save(STATE, tmp_path)
     command = [sys.executable, "-c", CHANGING_DTENSORS, changed, str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
