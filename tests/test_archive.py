@@ -5,7 +5,6 @@ import os
 import random
 import struct
 import subprocess
-import sys
 import textwrap
 import zipfile
 from itertools import pairwise
@@ -27,6 +26,7 @@ from torchferry.formats.archive import (
     sniff,
 )
 from torchferry.formats.checksum import Checksums
+from torchferry.testing.forkserver import python
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -201,7 +201,7 @@ def test_a_directory_of_a_million_records_takes_a_hundred_bytes_a_record() -> No
         assert archive.get("data/999999").size == 4
         print(status("VmHWM:") - before)
     """
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)]
+    command = [*python(), "-W", "ignore", "-c", textwrap.dedent(program)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=200)
     assert int(done.stdout) < 130 << 20
 

@@ -12,7 +12,6 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import textwrap
 import threading
 from contextlib import nullcontext, suppress
@@ -36,6 +35,7 @@ from torchferry.storage import local
 from torchferry.storage.body import RequestBody
 from torchferry.storage.local import LocalBackend
 from torchferry.testing.faultproxy import Fault
+from torchferry.testing.forkserver import python
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -112,7 +112,7 @@ def torch_saved(obj: Any) -> bytes:
 
 def run_python(script: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        [*python(), "-c", textwrap.dedent(script), *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -409,7 +409,7 @@ def test_a_second_ctrl_c_at_exit_cancels_what_the_first_let_finish(
         while True:  # a signal that another thread gets does not end one long wait
             threading.Event().wait(0.1)
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), f"{s3_url}/x.pt", json.dumps(s3.storage_options)]
+    command = [*python(), "-c", textwrap.dedent(script), f"{s3_url}/x.pt", json.dumps(s3.storage_options)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None

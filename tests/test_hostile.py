@@ -9,7 +9,6 @@ import json
 import pickle
 import re
 import subprocess
-import sys
 import zipfile
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from torchferry.formats.graph import read_graph
 from torchferry.formats.opcodes import scan_pickle
 from torchferry.printable import printable
 from torchferry.testing import hostile
+from torchferry.testing.forkserver import python
 from torchferry.testing.hostile import PICKLES, archive_of, legacy_of, saved
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ pytestmark = [
 
 def test_no_hostile_file_hangs_fills_memory_deceives_or_raises_anything_but_documented_errors() -> None:
     """Each with load, keys=, inspect, verify, copy, the command and the Deck; in a process that they may end."""
-    command = [sys.executable, "-W", "ignore", "-m", "torchferry.testing.hostile", "--short"]
+    command = [*python(), "-W", "ignore", "-m", "torchferry.testing.hostile", "--short"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
     assert done.returncode == 0, f"{done.stderr.splitlines()[-1]} ended the process"
     report = json.loads(done.stdout)
@@ -230,7 +230,7 @@ def test_any_opcodes_are_read_or_refused(data: strategies.DataObject) -> None:
 
 def test_mutants_of_files_of_every_format_are_right_or_clear_errors() -> None:
     """In a process of its own: a mutant might end it. ``nox -s reliability`` tries 20,000."""
-    command = [sys.executable, "-W", "ignore", "-m", "torchferry.testing.fuzz", "200", "--share", "7"]
+    command = [*python(), "-W", "ignore", "-m", "torchferry.testing.fuzz", "200", "--share", "7"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
     assert done.returncode == 0, f"mutant {done.stderr.split()[-1]} ended the process"
     report = json.loads(done.stdout)

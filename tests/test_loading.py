@@ -9,7 +9,6 @@ import pathlib
 import pickle
 import random
 import subprocess
-import sys
 import tarfile
 import textwrap
 import time
@@ -39,6 +38,7 @@ from torchferry.errors import (
 from torchferry.formats.layout import Layout
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.loading import load_async
+from torchferry.testing.forkserver import python
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -726,7 +726,7 @@ def test_a_checkpoint_without_memory_for_it_is_an_error_that_says_so(tmp_path: p
 
 
 def run(program: str, *arguments: object) -> str:
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program), *map(str, arguments)]
+    command = [*python(), "-W", "ignore", "-c", textwrap.dedent(program), *map(str, arguments)]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=100).stdout
 
 

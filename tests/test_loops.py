@@ -18,6 +18,7 @@ from fsspec.asyn import get_loop
 
 import torchferry
 from torchferry.engine.loops import run, run_on, synchronous
+from torchferry.testing.forkserver import python
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
 
@@ -148,7 +149,7 @@ def test_ctrl_c_cancels_the_coroutine_and_waits_for_its_clean_up() -> None:
         run(work)
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*python(), "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "started\n"
@@ -176,7 +177,7 @@ def test_a_worker_thread_ends_before_the_interpreter_does() -> None:
         begun.wait()
     """
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True, timeout=60
+        [*python(), "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True, timeout=60
     )
     assert result.stdout == "ended\n"
 
@@ -202,7 +203,7 @@ def test_a_save_that_a_daemon_thread_waits_for_leaves_nothing_when_the_interpret
         threading.Thread(target=save, daemon=True).start()
         begun.wait()
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, check=True, timeout=60)
+    subprocess.run([*python(), "-c", textwrap.dedent(program)], capture_output=True, check=True, timeout=60)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -222,7 +223,7 @@ def test_at_the_end_of_the_interpreter_nothing_new_begins_in_a_thread() -> None:
         get_loop()  # from Python 3.12 its thread could not be started then
     """
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True, timeout=60
+        [*python(), "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True, timeout=60
     )
     assert result.stdout == "<class 'torchferry.errors.InterpreterEndedError'>\n"
 

@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import textwrap
 import threading
 import uuid
@@ -29,6 +28,7 @@ from torchferry import CheckpointManager
 from torchferry.series.retention import Best, Retention
 from torchferry.testing import victims
 from torchferry.testing.faultproxy import Fault
+from torchferry.testing.forkserver import python
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -342,7 +342,7 @@ def test_forked_child_never_waits_for_what_its_parent_saves() -> None:
         print("parent", manager.all_steps())
     """
     ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False, timeout=60
+        [*python(), "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False, timeout=60
     )
     forked = "The save to memory://x goes on in the process that this one was forked from."
     assert (ended.stdout, ended.stderr) == (f"{forked}\nchild True None [2]\nparent [1]\n", "")
@@ -699,7 +699,7 @@ def test_long_series_keeps_memory_and_descriptors_flat() -> None:
 def test_first_of_several_ranks_decides_and_an_error_of_one_is_raised_on_all(tmp_path: Path) -> None:
     script = Path(__file__).with_name("manager_ranks.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, str(script), str(rank), str(tmp_path)] for rank in range(2)]
+    commands = [[*python(), str(script), str(rank), str(tmp_path)] for rank in range(2)]
     ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) for command in commands]
     first, second = (json.loads(rank.communicate(timeout=120)[0]) for rank in ranks)
     for seen in (first, second):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.serialization import skip_data
 
 import torchferry
+from torchferry.testing.forkserver import python
 
 MIB = 1 << 20
 
@@ -127,4 +127,4 @@ def test_torch_save_and_load_can_be_replaced_by_torchferrys(tmp_path: Path) -> N
             torch.save([torch.ones(3)], {str(tmp_path / "x.pt")!r})
             assert torch.load({str(tmp_path / "x.pt")!r})[0].sum() == 3
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60)
+    subprocess.run([*python(), "-c", textwrap.dedent(program)], check=True, timeout=60)

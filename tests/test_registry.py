@@ -32,6 +32,7 @@ from torchferry.storage.generic import GenericBackend
 from torchferry.storage.local import LocalBackend
 from torchferry.storage.registry import open_backend
 from torchferry.testing import BackendConformance, StoreUnderTest
+from torchferry.testing.forkserver import python
 
 fsspec_registry = import_module("fsspec.registry")  # fsspec has another "registry" of this name
 
@@ -43,7 +44,7 @@ def run_python(script: str, *search: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*search, *filter(None, sys.path)]))}
     warnings = ("-W", "error", "-W", "ignore:Failed to initialize NumPy")
     return subprocess.run(
-        [sys.executable, *warnings, "-c", script], env=environment, capture_output=True, text=True, check=False
+        [*python(), *warnings, "-c", script], env=environment, capture_output=True, text=True, check=False
     )
 
 

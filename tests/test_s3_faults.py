@@ -10,7 +10,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -40,6 +39,7 @@ from torchferry.storage import http
 from torchferry.storage.http import Engine
 from torchferry.testing.conformance import READS, Reads, cancel_at_the_end, nothing_is_left, stream
 from torchferry.testing.faultproxy import Fault, FaultProxy
+from torchferry.testing.forkserver import python
 from torchferry.testing.s3 import Exchange, Front, S3Store
 from torchferry.testing.servers import S3Server, storage_options_for
 
@@ -348,7 +348,7 @@ def test_ctrl_c_over_a_slow_link_is_over_soon_and_leaves_the_old_object(
     store, proxy = through(bandwidth=SLOW)
     path = store.path("checkpoint.pt")
     store.raw_write(path, b"old")
-    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), store.backend.url(path)]
+    command = [*python(), "-c", textwrap.dedent(PROGRAM), store.backend.url(path)]
     with subprocess.Popen([*command, repr(store.options["storage_options"])], stderr=subprocess.PIPE) as process:
         method, target, count = MOMENTS[moment]
         proxy.wait_for(method, target, count=count, timeout=100)

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import io
 import subprocess
-import sys
 import textwrap
 import uuid
 import weakref
@@ -23,6 +22,7 @@ from fsspec.callbacks import Callback
 import torchferry
 from torchferry.engine.memory import CPU_SAVES
 from torchferry.engine.types import MIB
+from torchferry.testing.forkserver import python
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -241,7 +241,7 @@ def test_a_thread_saves_and_loads_when_the_main_thread_has_ended(target: dict[st
 
         threading.Thread(target=work).start()
     """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
+    command = [*python(), "-c", textwrap.dedent(program)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
     assert result.stdout == "True\n"
 
@@ -272,7 +272,7 @@ def measure(url: str, options: dict[str, Any], obj: str, save: str) -> tuple[int
     """Peak memory over the baseline in bytes, and the files opened for writing, in a process of its own."""
     save = save.format(url=url)
     program = textwrap.dedent(MEASURE).format(url=url, options=options, obj=obj, save=save)
-    result = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, timeout=200)
+    result = subprocess.run([*python(), "-c", program], stdout=subprocess.PIPE, text=True, check=True, timeout=200)
     peak, writes = result.stdout.splitlines()
     return int(peak), writes
 

@@ -9,7 +9,6 @@ import inspect
 import json
 import logging
 import subprocess
-import sys
 import textwrap
 import uuid
 import zlib
@@ -37,6 +36,7 @@ from torchferry.storage.registry import open_backend
 from torchferry.testing import CloudConformance
 from torchferry.testing.conformance import READS, Reads, stream
 from torchferry.testing.faultproxy import FaultProxy
+from torchferry.testing.forkserver import python
 from torchferry.testing.s3 import S3Store
 from torchferry.testing.servers import S3Server, seaweedfs, storage_options_for
 from torchferry_s3 import S3Backend
@@ -688,7 +688,7 @@ def test_forked_child_of_a_process_that_has_saved_and_loaded_does_both(
         torchferry.save(data, url + ".child", storage_options=options)
         os._exit(0)
     """
-    command = [sys.executable, "-c", textwrap.dedent(program), f"{s3_url}/x", repr(s3_storage_options)]
+    command = [*python(), "-c", textwrap.dedent(program), f"{s3_url}/x", repr(s3_storage_options)]
     subprocess.run(command, check=True, timeout=100)
 
 
@@ -717,7 +717,7 @@ def test_a_new_filesystem_for_each_call_leaves_no_descriptor_and_no_filesystem(
         assert after <= before + 3, (before, after)
         assert sum(ref() is not None for ref in made) <= 1
     """
-    command = [sys.executable, "-c", textwrap.dedent(program), f"{s3_url}/x", repr(s3_storage_options)]
+    command = [*python(), "-c", textwrap.dedent(program), f"{s3_url}/x", repr(s3_storage_options)]
     subprocess.run(command, check=True, timeout=200)
 
 

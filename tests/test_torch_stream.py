@@ -6,7 +6,6 @@ import collections
 import gc
 import io
 import subprocess
-import sys
 import textwrap
 import threading
 import types
@@ -29,6 +28,7 @@ from torchferry.formats import torch_stream as stream_module
 from torchferry.formats.checksum import UnknownLayoutError
 from torchferry.formats.torch_hooks import crc32_option_is_of_the_context
 from torchferry.formats.torch_stream import TorchStream
+from torchferry.testing.forkserver import python
 
 
 @pytest.fixture(autouse=True)
@@ -591,7 +591,7 @@ def test_a_child_forked_during_a_save_has_a_ledger_of_its_own() -> None:
             sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         CPU_SAVES.claim(1)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60)
+    subprocess.run([*python(), "-c", textwrap.dedent(program)], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("variable", ["TORCHFERRY_MEMORY", "TORCHFERRY_SNAPSHOTS"])

@@ -6,7 +6,6 @@ import io
 import json
 import pickle
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ import torchferry.distributed as ferry
 from torchferry.distributed.sharing import Broadcast, Shared, cpu_group
 from torchferry.engine.types import MIB
 from torchferry.formats.item_stream import memory_of
+from torchferry.testing.forkserver import python
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -303,7 +303,7 @@ dist.destroy_process_group()
 def test_a_dtensor_that_changes_while_it_is_saved_is_noticed(tmp_path: Path, changed: str) -> None:
     """In a process of its own: torch keeps a DTensor's group in the thread that changed it, a fork may hang then."""
     ferry.save(STATE, tmp_path)
-    command = [sys.executable, "-c", CHANGING_DTENSORS, changed, str(tmp_path)]
+    command = [*python(), "-c", CHANGING_DTENSORS, changed, str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     check(torchferry.load(tmp_path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,12 +23,12 @@ from flytekit.configuration import SERIALIZED_CONTEXT_ENV_VAR, ImageConfig, Seri
 from flytekit.core.type_engine import TypeEngine
 from flytekit.models.dynamic_job import DynamicJobSpec
 from flytekit.models.literals import LiteralMap
-from zygote import Zygote
 
 from torchferry.flyte import PyTorchCheckpoint
+from torchferry.testing.forkserver import ForkServer
 from torchferry.testing.servers import S3Server
 
-Zygotes = Callable[[bool], Zygote]
+ForkServers = Callable[[bool], ForkServer]
 
 HERE = Path(__file__).parent
 SERIALIZED = SerializationSettings(ImageConfig.auto(img_name="localhost/image:1"), version="v")
@@ -36,9 +37,9 @@ SERIALIZED = SerializationSettings(ImageConfig.auto(img_name="localhost/image:1"
 class Pods:
     """Runs tasks as Flyte's propeller has pods do it."""
 
-    def __init__(self, context: FlyteContext, server: S3Server, zygotes: Zygotes, output: Path) -> None:
+    def __init__(self, context: FlyteContext, server: S3Server, servers: ForkServers, output: Path) -> None:
         self.context = context
-        self.zygotes = zygotes
+        self.servers = servers
         self.output = output
         self.prefix = f"{context.file_access.raw_output_prefix}{uuid.uuid4().hex}"
         self.fs = context.file_access.raw_output_fs
@@ -95,14 +96,18 @@ class Pods:
         if index is not None:
             environment |= {"BATCH_JOB_ARRAY_INDEX_VAR_NAME": "INDEX", "INDEX": str(index)}
         program = str(Path(sys.executable).with_name(command[0]))
-        pod = self.zygotes(stock).run(program, *command[1:], cwd=HERE, env=environment, output=self.output)
+        command = [*self.servers(stock).command, program, *command[1:]]
+        with self.output.open("w") as output:  # not a pipe, which what the pod starts might keep open
+            pod = subprocess.run(
+                command, cwd=HERE, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
+            )
         self.fs.invalidate_cache()
         if pod.returncode == -signal.SIGKILL:
             return prefix
         if self.fs.exists(f"{prefix}/out/error.pb"):  # the process itself ends with 0 whatever happens
             document = errors_pb2.ErrorDocument.FromString(self.fs.cat_file(f"{prefix}/out/error.pb"))
             raise RuntimeError(document.error.message)
-        assert pod.returncode == 0, pod.stderr[-3000:]
+        assert pod.returncode == 0, self.output.read_text()[-3000:]
         return prefix
 
     def literals(self, **values: Any) -> LiteralMap:
@@ -114,21 +119,23 @@ class Pods:
 
 
 @pytest.fixture(scope="module")
-def zygotes() -> Iterator[Zygotes]:
+def servers() -> Iterator[ForkServers]:
     """Processes that have imported what a pod imports, with torchferry's plugin or without."""
     with ExitStack() as stack:
 
         @cache
-        def start(stock: bool) -> Zygote:
+        def start(stock: bool) -> ForkServer:
             environment = {**os.environ, "PYTHONWARNINGS": "ignore", "TORCHFERRY_TAKE_OVER": "0" if stock else "1"}
-            return stack.enter_context(Zygote("flytekit.bin.entrypoint", "torch", "s3fs", environment=environment))
+            server = ForkServer("flytekit.bin.entrypoint", "torch", "s3fs", environment=environment)
+            stack.callback(server.close)
+            return server
 
         yield start
 
 
 @pytest.fixture
-def pods(s3_context: FlyteContext, s3_server: S3Server, zygotes: Zygotes, tmp_path: Path) -> Pods:
-    return Pods(s3_context, s3_server, zygotes, tmp_path / "output.txt")
+def pods(s3_context: FlyteContext, s3_server: S3Server, servers: ForkServers, tmp_path: Path) -> Pods:
+    return Pods(s3_context, s3_server, servers, tmp_path / "output.txt")
 
 
 @pytest.fixture

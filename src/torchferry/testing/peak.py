@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import torchferry
+from torchferry.testing.forkserver import python
 
 __all__ = ["peak_of_python", "peak_of_save"]
 
@@ -31,7 +32,7 @@ def peak_of_save(size: int, url: str, **options: Any) -> int:
         subprocess.CalledProcessError: the save failed; its traceback is on standard error.
     """
     request = base64.b64encode(pickle.dumps((size, url, options))).decode()
-    program = [sys.executable, "-m", __name__, request]
+    program = [*python(), "-m", __name__, request]
     done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True, timeout=200)  # noqa: S603 - our own
     return int(done.stdout)
 
@@ -46,7 +47,7 @@ def peak_of_python(code: str) -> int:
         subprocess.CalledProcessError: it failed; its traceback is on standard error.
     """
     whole = f"from torchferry.testing.peak import begin, end\n{code}"
-    done = subprocess.run([sys.executable, "-c", whole], stdout=subprocess.PIPE, text=True, check=True, timeout=200)  # noqa: S603 - our own
+    done = subprocess.run([*python(), "-c", whole], stdout=subprocess.PIPE, text=True, check=True, timeout=200)  # noqa: S603 - our own
     return int(done.stdout.split()[-1])
 
 
