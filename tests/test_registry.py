@@ -39,13 +39,12 @@ fsspec_registry = import_module("fsspec.registry")  # fsspec has another "regist
 S3 = {"key": "key", "secret": "secret", "endpoint_url": "http://127.0.0.1:1"}
 
 
-def run_python(script: str, *search: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a script in a process of its own, with directories in front of its search path."""
+def run_python(script: str, *search: Path, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """Runs a script in a process of its own, with directories in front of its search path; fresh: nothing is imported."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*search, *filter(None, sys.path)]))}
     warnings = ("-W", "error", "-W", "ignore:Failed to initialize NumPy")
-    return subprocess.run(
-        [*python(), *warnings, "-c", script], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [*([sys.executable] if fresh else python()), *warnings, "-c", script]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("as_url", [str, Path, lambda path: f"file://{path}"], ids=["str", "Path", "URL"])
@@ -558,18 +557,22 @@ class VaultBackend(GenericBackend):
     done = run_python(
         "from torchferry.storage.registry import open_backend; print(type(open_backend('vault://x')[0]).__name__)",
         tmp_path,
+        fresh=True,
     )
     assert done.stdout == "VaultBackend\n", done.stderr
 
 
 def test_choosing_a_backend_imports_no_cloud_library() -> None:
-    done = run_python("""
+    done = run_python(
+        """
 import sys
 from torchferry.storage.registry import open_backend
 open_backend("/x")
 open_backend("memory://x")
 print(sorted({"s3fs", "botocore", "gcsfs", "adlfs", "flytekit"} & set(sys.modules)))
-""")
+""",
+        fresh=True,
+    )
     assert done.stdout == "[]\n", done.stderr
 
 

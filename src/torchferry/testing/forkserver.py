@@ -13,6 +13,7 @@ where it is killed, the program is killed.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -64,7 +65,9 @@ def python() -> list[str]:
     """The head of a command that runs Python with torch and s3fs already imported."""
     if sys.platform != "linux":
         return [sys.executable]
-    return ForkServer("torch", "s3fs").command
+    server = ForkServer("torch", "s3fs")
+    atexit.register(server.close)
+    return server.command
 
 
 def serve(listener: socket.socket, modules: list[str]) -> None:
