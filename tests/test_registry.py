@@ -40,7 +40,7 @@ S3 = {"key": "key", "secret": "secret", "endpoint_url": "http://127.0.0.1:1"}
 
 
 def run_python(script: str, *search: Path, fresh: bool = False) -> subprocess.CompletedProcess[str]:
-    """Runs a script in a process of its own, with directories in front of its search path; fresh: nothing is imported."""
+    """Runs a script in a process of its own, with directories in front of its search path; fresh: with no imports."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*search, *filter(None, sys.path)]))}
     warnings = ("-W", "error", "-W", "ignore:Failed to initialize NumPy")
     command = [*([sys.executable] if fresh else python()), *warnings, "-c", script]
