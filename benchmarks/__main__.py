@@ -12,8 +12,10 @@ from typing import Any
 
 from benchmarks import report, suites
 from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders.ferry import OTHER_CHECKOUT
 from benchmarks.run import run_case
 from benchmarks.works import GIB, MIB
+from torchferry.testing.forkserver import python
 from torchferry.testing.servers import ServerStartError
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,8 +51,10 @@ def _measure(arguments: argparse.Namespace, path: Path) -> None:
             "SeaweedFS is measured over plain http only: leave out --scheme https and the suites https and shaped."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Another checkout is found by an interpreter that begins.
+    interpreter = python() if arguments.smoke and not OTHER_CHECKOUT else [sys.executable]
     for case in cases:
-        result = run_case(case, endpoint=arguments.endpoint, rounds=rounds, say=_say)
+        result = run_case(case, endpoint=arguments.endpoint, rounds=rounds, interpreter=interpreter, say=_say)
         kept = [other for other in _read(path) if other["id"] != case.id]
         path.write_text(json.dumps({"cases": [*kept, result]}, indent=1) + "\n")
         _show(result)
@@ -130,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scheme", choices=("http", "https"), help="instead of what the suite says")
     parser.add_argument("--rounds", type=int, help="measurements of each contender (default: 5)")
     parser.add_argument("--endpoint", choices=("nginx", "seaweedfs"), default="nginx")
-    parser.add_argument("--smoke", action="store_true", help="small sizes, one round, no figures worth reading")
+    parser.add_argument(
+        "--smoke", action="store_true", help="small sizes, one round, forked processes: no figures worth reading"
+    )
     parser.add_argument("--name", default="latest", help="of the files with the results; other cases in them stay")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the directory of those files")
     parser.add_argument("--report", action="store_true", help="measure nothing: print what the files say, and plot it")

@@ -25,9 +25,10 @@ import torch
 from benchmarks import works
 from benchmarks.endpoint import Store, nginx, seaweedfs
 from benchmarks.meter import measuring, warm_memory
+from torchferry.testing.forkserver import python
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 MIB, GIB = works.MIB, works.GIB
 _ROUNDS = 7
@@ -60,12 +61,23 @@ def main() -> None:
     parser.add_argument("--endpoint", choices=("nginx", "seaweedfs"), default="nginx")
     parser.add_argument("--only", default="", help="measurements whose names contain this")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "background.json")
+    parser.add_argument("--smoke", action="store_true", help="forked processes: no figures worth reading")
     arguments = parser.parse_args()
-    print(table(run(arguments.size * MIB, arguments.rounds, arguments.endpoint, arguments.only, arguments.output)))
+    interpreter = python() if arguments.smoke else [sys.executable]
+    size, rounds, endpoint = arguments.size * MIB, arguments.rounds, arguments.endpoint
+    print(table(run(size, rounds, endpoint, arguments.only, arguments.output, interpreter=interpreter)))
 
 
-def run(size: int, rounds: int, endpoint: str, only: str = "", output: Path | None = None) -> dict[str, Any]:
-    """Measures, and returns figures by name."""
+def run(
+    size: int,
+    rounds: int,
+    endpoint: str,
+    only: str = "",
+    output: Path | None = None,
+    *,
+    interpreter: Sequence[str] = (sys.executable,),
+) -> dict[str, Any]:
+    """Measures, and returns figures by name. ``interpreter`` is the head of the command of each process."""
     found: dict[str, Any] = {}
     with seaweedfs() if endpoint == "seaweedfs" else nginx() as store:
         for name in MEASUREMENTS:
@@ -73,7 +85,7 @@ def run(size: int, rounds: int, endpoint: str, only: str = "", output: Path | No
                 continue
             order = {"name": name, "size": size, "rounds": rounds, "store": store.as_json()}
             ended = subprocess.run(
-                [sys.executable, "-m", "benchmarks.background", "--one", json.dumps(order)],
+                [*interpreter, "-m", "benchmarks.background", "--one", json.dumps(order)],
                 cwd=Path(__file__).parent.parent,
                 env=os.environ | store.environment(),
                 capture_output=True,

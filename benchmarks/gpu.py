@@ -1,24 +1,22 @@
 """What a GPU adds: snapshots from its memory, training beside background saves, loading onto it.
 
 ``python benchmarks/gpu.py`` needs torch and this checkout (and what that needs: fsspec, anyio, isal), no store and no
-network. A process of its own takes the bytes over HTTP on 127.0.0.1, and drops them. Without a GPU it measures the same
-on the CPU, in small, and says so: those figures say that the program works.
+network. A process of its own (``sink.py``) takes the bytes over HTTP on 127.0.0.1, and drops them. Without a GPU it
+measures the same on the CPU, in small, and says so: those figures say that the program works.
 """
 
 from __future__ import annotations
 
 import argparse
 import http.client
-import http.server
 import io
 import json
-import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,53 +32,11 @@ from torchferry import background  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from multiprocessing.connection import Connection
 
 MIB = 1 << 20
 GIB = 1 << 30
 _TENSORS = 32
 _ROUNDS = 5
-_PIECE = 1 << 20
-
-
-# --- the sink
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    """Takes a PUT to its last byte, and keeps its length."""
-
-    protocol_version = "HTTP/1.1"
-    buffer = threading.local()
-    received = 0
-
-    def do_PUT(self) -> None:
-        view = memoryview(bytearray(_PIECE))
-        left = int(self.headers["Content-Length"])
-        while left:
-            count = self.rfile.readinto(view[: min(left, _PIECE)])  # type: ignore[attr-defined]  # it is a BufferedReader
-            if not count:
-                return
-            left -= count
-            _Handler.received += count
-        self._answer(b"")
-
-    def do_GET(self) -> None:
-        self._answer(str(_Handler.received).encode())
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def _answer(self, body: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-
-def _serve(pipe: Connection) -> None:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    pipe.send(server.server_port)
-    server.serve_forever()
 
 
 class SinkFileSystem(AbstractFileSystem):
@@ -162,16 +118,16 @@ def main() -> None:
         "gib": size / GIB,
     }
     print(f"{result['device']}, torch {result['torch']}, {result['cpus']} CPUs, {result['gib']:g} GiB", flush=True)
-    ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    sink = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs,), daemon=True)
-    sink.start()
-    fs = SinkFileSystem(ours.recv())
+    sink = subprocess.Popen([sys.executable, Path(__file__).with_name("sink.py")], stdout=subprocess.PIPE, text=True)
+    assert sink.stdout is not None
+    fs = SinkFileSystem(int(sink.stdout.readline()))
     try:
         result |= snapshots(device, size, fs, arguments.rounds)
         result |= training(device, size, fs, arguments.rounds)
         result |= loads(device, size, arguments.rounds)
     finally:
-        sink.terminate()
+        sink.kill()
+        sink.communicate()
     for name, value in result.items():
         print(f"{name:52} {value:.4f}" if isinstance(value, float) else f"{name:52} {value}")
     print(json.dumps(result))

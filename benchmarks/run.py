@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
@@ -35,10 +35,13 @@ _LIBRARIES = (
 _CLOUD_SETTINGS = ("AWS_", "FLYTE_", "FSSPEC_", "RUNAI_", "TORCHFERRY_")
 
 
-def run_case(case: Case, *, endpoint: str, rounds: int, say: Any = print) -> dict[str, Any]:
+def run_case(
+    case: Case, *, endpoint: str, rounds: int, interpreter: Sequence[str] = (sys.executable,), say: Any = print
+) -> dict[str, Any]:
     """Measures a case; returns its part of the results.
 
     A contender that failed is not tried again in later rounds; one that is not installed is not tried at all.
+    ``interpreter`` is the head of the command of each process.
     """
     contenders: dict[str, dict[str, Any]] = {name: {"measurements": []} for name in case.contenders}
     with ExitStack() as stack:
@@ -47,7 +50,7 @@ def run_case(case: Case, *, endpoint: str, rounds: int, say: Any = print) -> dic
         else:
             server = seaweedfs() if endpoint == "seaweedfs" else nginx(scheme=case.scheme, shaped=case.shaped)
         store = stack.enter_context(server)
-        for name, failure in _prepare(store, case).items():
+        for name, failure in _prepare(interpreter, store, case).items():
             contenders[name].update(failure)
         for number in range(1, rounds + 1):
             # In another order each time: what ran before leaves the machine's memory in a better or worse state.
@@ -55,7 +58,7 @@ def run_case(case: Case, *, endpoint: str, rounds: int, say: Any = print) -> dic
                 if "error" in contenders[name] or "missing" in contenders[name]:
                     continue
                 say(f"  {case.id}, round {number} of {rounds}: {name}")
-                result = _measure(store, case, name)
+                result = _measure(interpreter, store, case, name)
                 if "seconds" in result:
                     contenders[name]["measurements"].append(result)
                 else:
@@ -118,7 +121,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _prepare(store: Store, case: Case) -> dict[str, dict[str, Any]]:
+def _prepare(interpreter: Sequence[str], store: Store, case: Case) -> dict[str, dict[str, Any]]:
     """Publishes what the contenders will load; returns those whose format could not be written, and why not."""
     failures: dict[str | None, dict[str, Any]] = {None: {}}
     for name in case.contenders:
@@ -126,27 +129,27 @@ def _prepare(store: Store, case: Case) -> dict[str, dict[str, Any]]:
         if file_format not in failures:
             prefix = f"load/{file_format}"
             order = {"work": case.work, "size": case.size, "file_format": file_format, "prefix": prefix}
-            failures[file_format] = _in_process(store, action="prepare", **order)
+            failures[file_format] = _in_process(interpreter, store, action="prepare", **order)
     return {name: failures[CONTENDERS[case.verb, name].format] for name in case.contenders}
 
 
-def _measure(store: Store, case: Case, name: str) -> dict[str, Any]:
+def _measure(interpreter: Sequence[str], store: Store, case: Case, name: str) -> dict[str, Any]:
     """One measurement of one contender; what it saved is removed."""
     saving = case.verb == "save"
     prefix = f"save/{name.replace(' ', '-')}" if saving else f"load/{CONTENDERS[case.verb, name].format}"
     order = {"verb": case.verb, "contender": name, "work": case.work, "size": case.size, "prefix": prefix}
-    result = _in_process(store, action="measure", replaces=case.replaces, **order)
+    result = _in_process(interpreter, store, action="measure", replaces=case.replaces, **order)
     if saving:
         store.remove(prefix)
     return result
 
 
-def _in_process(store: Store, **order: Any) -> dict[str, Any]:
+def _in_process(interpreter: Sequence[str], store: Store, **order: Any) -> dict[str, Any]:
     """Has worker.py carry out an order; returns its answer, or an error where it gave none."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(_CLOUD_SETTINGS)}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as directory:
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", json.dumps(order | {"store": store.as_json()})],
+            [*interpreter, "-m", "benchmarks.worker", json.dumps(order | {"store": store.as_json()})],
             cwd=_ROOT,
             env=inherited | store.environment() | environment_of(order.get("contender", "")) | {"TMPDIR": directory},
             stdin=subprocess.DEVNULL,

@@ -18,6 +18,7 @@ from benchmarks import endpoint, report, run, suites, targets, works  # noqa: E4
 from benchmarks.contenders import CONTENDERS  # noqa: E402
 from benchmarks.meter import Measurement  # noqa: E402
 
+from torchferry.testing.forkserver import python  # noqa: E402
 from torchferry.testing.servers import ServerStartError  # noqa: E402
 
 ALWAYS = {
@@ -30,7 +31,7 @@ ALWAYS = {
 def smoke_cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What `python -m benchmarks --smoke` writes down of torchferry, the machine and one peer."""
     output = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "-m", "benchmarks", "--smoke", "--endpoint", "seaweedfs", "--output", str(output)]
+    command = [*python(), "-m", "benchmarks", "--smoke", "--endpoint", "seaweedfs", "--output", str(output)]
     command += ["--contender", "torchferry,obstore open,memcpy,sockets"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -148,7 +149,18 @@ def _case(**medians: float) -> dict[str, Any]:
 @pytest.mark.timeout(300)
 def test_waiting_for_background_saves_is_measured(tmp_path: Path) -> None:
     output = tmp_path / "background.json"
-    command = [sys.executable, "-m", "benchmarks.background", "--size", "16", "--rounds", "1", "--only", "until-short"]
+    command = [
+        *python(),
+        "-m",
+        "benchmarks.background",
+        "--smoke",
+        "--size",
+        "16",
+        "--rounds",
+        "1",
+        "--only",
+        "until-short",
+    ]
     finished = subprocess.run(
         [*command, "--endpoint", "seaweedfs", "--output", str(output)],
         cwd=ROOT,
@@ -163,7 +175,7 @@ def test_waiting_for_background_saves_is_measured(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_the_benchmark_of_gpus_runs_without_one_and_says_so() -> None:
-    command = [sys.executable, "benchmarks/gpu.py", "--size", "0.02", "--rounds", "1", "--device", "cpu"]
+    command = [*python(), "benchmarks/gpu.py", "--size", "0.02", "--rounds", "1", "--device", "cpu"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert "no GPU" in json.loads(finished.stdout.splitlines()[-1])["device"]

@@ -31,6 +31,7 @@ from importlib import import_module
 
 __all__ = ["ForkServer", "python"]
 
+_OURS = "TORCHFERRY_FORK_SERVER"  # in the environment of what a server has forked: its address
 _PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -53,18 +54,27 @@ class ForkServer:
             server = [sys.executable, __file__, "serve", str(listener.fileno()), *modules]
             descriptors = [listener.fileno()]
             self._process = subprocess.Popen(server, env=environment, stdin=subprocess.PIPE, pass_fds=descriptors)  # noqa: S603 - our own
-        self.command = [sys.executable, "-IS", __file__, "ask", address.hex()]
+        self.command = _command(address.hex())
 
     def close(self) -> None:
         """Ends the server; it also ends where this process does."""
         self._process.communicate()
 
 
+def _command(address: str) -> list[str]:
+    return [sys.executable, "-IS", __file__, "ask", address]
+
+
 @cache
 def python() -> list[str]:
-    """The head of a command that runs Python with torch and s3fs already imported."""
+    """The head of a command that runs Python with torch and s3fs already imported.
+
+    In a program that a server has forked, this server does it.
+    """
     if sys.platform != "linux":
         return [sys.executable]
+    if address := os.environ.get(_OURS):
+        return _command(address)
     server = ForkServer("torch", "s3fs")
     atexit.register(server.close)
     return server.command
@@ -136,7 +146,8 @@ def ask(address: bytes, arguments: list[str]) -> int:
     """Has a server run a program on this process's pipes, and returns its exit status, negative for a signal."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(address)
-        order = {"arguments": arguments, "cwd": os.getcwd(), "environment": dict(os.environ)}  # noqa: PTH109
+        environment = os.environ | {_OURS: address.hex()}
+        order = {"arguments": arguments, "cwd": os.getcwd(), "environment": environment}  # noqa: PTH109
         data = json.dumps(order).encode()
         socket.send_fds(connection, [len(data).to_bytes(4, "big")], [0, 1, 2])
         connection.sendall(data)
