@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import torchferry.flyte
+from torchferry.testing.forkserver import python
 
 CHECK = """
     from flytekit.core.type_engine import TypeEngine
@@ -69,12 +70,13 @@ ORDERS = {
 }
 
 
-def run(code: str, **environment: str) -> str:
+def run(code: str, *, torch_first: bool = False, **environment: str) -> str:
+    """What a script prints; torch may be there already where the script imports it first anyway: it takes seconds."""
     with tempfile.TemporaryDirectory() as directory:  # flytekit wants to read the source of tasks
         script = Path(directory, "script.py")
         script.write_text(textwrap.dedent(code))
         result = subprocess.run(
-            [sys.executable, "-W", "ignore", script],
+            [*(python() if torch_first else [sys.executable]), "-W", "ignore", script],
             env={**os.environ, **environment},
             capture_output=True,
             text=True,
@@ -86,7 +88,8 @@ def run(code: str, **environment: str) -> str:
 
 
 SUBMODULES = sorted(path.stem for path in Path(torchferry.flyte.__path__[0]).glob("[a-z]*.py"))
-ORDERS |= {f"torchferry.flyte.{name} first": f"import torchferry.flyte.{name}" for name in SUBMODULES}
+ORDERS |= {f"torchferry.flyte.{name} first": f"import torchferry.flyte.{name}" for name in ("hooks", "plugin")}
+ORDERS |= {f"torch, then torchferry.flyte.{name}": f"import torch, torchferry.flyte.{name}" for name in SUBMODULES}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +97,10 @@ def outcomes() -> Iterator[dict[str, Future[str]]]:
     """What each order prints. They run side by side: an interpreter with torch takes seconds to start."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         check = textwrap.dedent(CHECK)
-        yield {order: pool.submit(run, textwrap.dedent(code) + check) for order, code in ORDERS.items()}
+        yield {
+            order: pool.submit(run, textwrap.dedent(code) + check, torch_first=order.startswith("torch,"))
+            for order, code in ORDERS.items()
+        }
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -103,17 +109,21 @@ def test_flytekits_checkpoint_uses_torchferry(outcomes: dict[str, Future[str]], 
 
 
 def test_a_subclass_of_flytekits_class_uses_torchferry() -> None:
-    run("""
+    run(
+        """
         from flytekit.extras.pytorch import PyTorchCheckpoint
         from flytekit.core.type_engine import TypeEngine
         class Mine(PyTorchCheckpoint):
             pass
         assert type(TypeEngine.get_transformer(Mine)).__module__ == "torchferry.flyte.checkpoint"
-    """)
+    """,
+        torch_first=True,
+    )
 
 
 def test_a_task_declared_before_torchferry_is_imported_uses_it() -> None:
-    out = run("""
+    out = run(
+        """
         import torch
         from flytekit import task
         from flytekit.extras.pytorch import PyTorchCheckpoint
@@ -122,7 +132,9 @@ def test_a_task_declared_before_torchferry_is_imported_uses_it() -> None:
             return PyTorchCheckpoint(module=torch.nn.Linear(2, 2))
         import torchferry.flyte
         print(type(make()).__name__)
-    """)
+    """,
+        torch_first=True,
+    )
     assert out == "LoadedCheckpoint\n"
 
 
@@ -182,25 +194,32 @@ def test_flytekit_can_be_left_alone() -> None:
         print(type(TypeEngine.get_transformer(PyTorchCheckpoint)).__module__)
         print(type(TypeEngine.get_transformer(torchferry.flyte.PyTorchCheckpoint)).__module__)
         """,
+        torch_first=True,
         TORCHFERRY_TAKE_OVER="0",
     )
     assert out.splitlines() == ["flytekit.extras.pytorch.checkpoint", "torchferry.flyte.checkpoint"]
 
 
 def test_a_broken_installation_leaves_flytekits_own_transformer_in_place() -> None:
-    out = run("""
+    out = run(
+        """
         import sys
         sys.modules["obstore"] = None  # an import of it fails
         sys.modules["torchferry.saving"] = None
         from flytekit.extras.pytorch import PyTorchCheckpoint
         from flytekit.core.type_engine import TypeEngine
         print(type(TypeEngine.get_transformer(PyTorchCheckpoint)).__module__)
-    """)
+    """,
+        torch_first=True,
+    )
     assert out == "flytekit.extras.pytorch.checkpoint\n"
 
 
 def test_the_source_of_flytekits_module_can_still_be_read() -> None:
-    run("""
+    run(
+        """
         import inspect, flytekit.extras.pytorch.checkpoint as module
         assert "PYTORCH_CHECKPOINT_FORMAT" in inspect.getsource(module)
-    """)
+    """,
+        torch_first=True,
+    )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 from runs import Runs
 
+from torchferry.testing.forkserver import python
 from torchferry.testing.servers import S3Server
 
 CODE = """
@@ -79,7 +79,7 @@ def test_one_value_goes_through_both(runs: Runs, s3_server: S3Server, tmp_path: 
     program = tmp_path / "program.py"  # flytekit looks at the source of tasks
     program.write_text(textwrap.dedent(CODE.format(first=first, second=second)))
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", str(program), *arguments],
+        [*python(), "-W", "ignore", str(program), *arguments],
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]

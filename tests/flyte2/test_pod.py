@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from flyteidl2.task import common_pb2
 from runs import Runs
 
 from torchferry.flyte2 import PyTorchCheckpoint
+from torchferry.testing.forkserver import python
 from torchferry.testing.servers import S3Server
 
 HERE = Path(__file__).parent
@@ -67,7 +67,7 @@ class Pods:
             "resolver": "flyte._internal.resolvers.default.DefaultTaskResolver",
         }
         pod = subprocess.run(
-            [sys.executable, "-m", "flyte._bin.runtime", "a0"]
+            [*python(), "-m", "flyte._bin.runtime", "a0"]
             + [word for name, value in options.items() for word in (f"--{name}", value)]
             + ["mod", pod_tasks.__name__, "instance", task.func.__name__],
             cwd=HERE, env={**self.environment, "RANK": str(rank)},

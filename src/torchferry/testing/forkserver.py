@@ -87,7 +87,7 @@ def serve(listener: socket.socket, modules: list[str]) -> None:
     gc.collect()
     gc.freeze()  # a program then need not look through what is imported
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a keeper
-    while listener in select.select([listener, 0], [], [])[0]:
+    while listener.fileno() in select.select([listener.fileno(), 0], [], [])[0]:
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
@@ -108,7 +108,7 @@ def _keep(connection: socket.socket) -> None:
     for descriptor in (0, 1, 2, *descriptors):
         os.close(descriptor)
     ended = os.pidfd_open(pid)
-    while ended not in select.select([connection, ended], [], [])[0]:
+    while ended not in select.select([connection.fileno(), ended], [], [])[0]:
         number = connection.recv(1)
         os.kill(pid, number[0] if number else signal.SIGKILL)
         if not number:
