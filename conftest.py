@@ -24,6 +24,7 @@ os.environ.update(
     GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false",  # else gcsfs probes for the kind of bucket, 60 s at a time
     NO_PROXY="127.0.0.1,localhost",
     no_proxy="127.0.0.1,localhost",
+    OMP_WAIT_POLICY="PASSIVE",  # else torch's threads wait for work by turning, on processors that others need
 )
 
 import botocore.session
