@@ -13,6 +13,7 @@ from pathlib import Path
 from reliability import cancels, flips, fuzz, growth, hostile, kills, managed, outages, resaves, series
 from reliability.outcome import Outcome, table
 from reliability.stores import CLOUDS, Store
+from torchferry.testing.forkserver import python
 from torchferry.testing.servers import ServerStartError
 
 SCENARIOS = ("cancels", "outages", "growth", "flips", "kills", "managed", "resaves", "series", "hostile", "fuzz")
@@ -39,7 +40,7 @@ def _run_side_by_side(clouds: list[str], arguments: argparse.Namespace) -> list[
         chosen = [f"--only={scenario}" for scenario in arguments.only or ()]
         options = {name: getattr(arguments, name) for name in ("count", "seconds", "mib", "bandwidth", "seed")}
         chosen += [f"--{name}={value}" for name, value in options.items() if value is not None]
-        command = [sys.executable, "-m", "reliability", *chosen]
+        command = [*python(), "-m", "reliability", *chosen]
         started = {
             cloud: subprocess.Popen([*command, f"--cloud={cloud}", f"--rows={path}"]) for cloud, path in rows.items()
         }

@@ -12,6 +12,7 @@ from typing import Any
 
 from reliability.outcome import Outcome
 from reliability.stores import Store
+from torchferry.testing.forkserver import python
 
 MOST_GROWTH_MIB = 16
 MOST_DESCRIPTORS = 8
@@ -21,7 +22,7 @@ def run(store: Store, *, count: int, say: Callable[[str], None]) -> list[Outcome
     outcome = Outcome("saves and loads with a new filesystem each", store.cloud)
     with store.proxy() as proxy:
         request = base64.b64encode(pickle.dumps((count, store.url("growth.pt"), store.options(proxy)))).decode()
-        command = [sys.executable, "-m", "reliability.growth", request]
+        command = [*python(), "-m", "reliability.growth", request]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         outcome.add_wrong(f"failed: {done.stderr.strip().splitlines()[-1]}")

@@ -25,6 +25,7 @@ from typing import Any
 
 from reliability.outcome import Outcome
 from reliability.stores import Store
+from torchferry.testing.forkserver import python
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 30.0  # seconds: of the process group
@@ -45,7 +46,7 @@ def _told(
     cloud: str, url: str, options: dict[str, Any], count: int, mib: int, seed: int, say: Callable[[str], None]
 ) -> Outcome:
     order = {"url": url, "options": options, "count": count, "mib": mib, "seed": seed}
-    command = [sys.executable, "-m", "reliability.resaves", json.dumps(order)]
+    command = [*python(), "-m", "reliability.resaves", json.dumps(order)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     outcome = Outcome("sharded resave, killed", cloud)
     found = json.loads(done.stdout.splitlines()[-1])
