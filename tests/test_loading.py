@@ -128,7 +128,10 @@ def every_kind() -> dict[str, Any]:
     }
 
 
-@pytest.fixture(params=["counting", "local", "memory"])
+STORES = ("counting", "local", "memory")
+
+
+@pytest.fixture(params=STORES)
 def stored(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Callable[[bytes], str]:
     """Puts bytes into a store, and gives their URL."""
 
@@ -559,9 +562,13 @@ async def outcome(url: str, **options: Any) -> None:
         assert saved(loaded["m"]) == saved(reference(saved(SMALL))["m"])
 
 
-async def test_no_flipped_byte_gives_wrong_tensors(stored: Callable[[bytes], str]) -> None:
+async def test_no_flipped_byte_gives_wrong_tensors(
+    stored: Callable[[bytes], str], request: pytest.FixtureRequest
+) -> None:
+    """Every fifth byte of an archive; each in one of the three stores."""
     data = saved(SMALL)
-    for at in range(0, len(data), 5):
+    first = 5 * STORES.index(request.node.callspec.params["stored"])
+    for at in range(first, len(data), 5 * len(STORES)):
         for mask in (0x01, 0x20, 0xFF):
             damaged = bytearray(data)
             damaged[at] ^= mask
@@ -571,7 +578,7 @@ async def test_no_flipped_byte_gives_wrong_tensors(stored: Callable[[bytes], str
 async def test_no_overwritten_bytes_give_wrong_tensors(stored: Callable[[bytes], str]) -> None:
     data = saved(SMALL)
     generator = random.Random(0)
-    for _ in range(400):
+    for _ in range(200):
         damaged = bytearray(data)
         at = generator.randrange(len(data) - 8)
         damaged[at : at + 8] = generator.choice([bytes(8), b"\xff" * 8, generator.randbytes(8)])
