@@ -61,7 +61,7 @@ MEMORY = 64 << 20
 _DECK = 200_000  # characters
 _LARGE = 100_000  # bytes of a file
 _VERY_LARGE = 1_000_000
-_SHARES = {False: 5, True: 22}  # of the entry points, one of so many in a short run: of files that are large or not
+_SHARES = {False: 11, True: 22}  # of the entry points, one of so many in a short run: of files that are large or not
 
 
 def saved(obj: Any, **options: Any) -> bytes:
@@ -563,7 +563,7 @@ def run(
         put: Stores a file under a name, and returns its URL; by default, in a directory of this machine.
         options: The storage options of these URLs.
         only: Which files and values.
-        short: Whether files get only some of the entry points each, in turn: a fifth, or one where they are large.
+        short: Whether files get only some of the entry points each, in turn: two, or one where they are large.
         say: Called with the name of each before it is tried.
 
     Returns:
