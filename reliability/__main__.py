@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ LOCAL = "local"
 
 def main() -> None:
     arguments = _parser().parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
     clouds = arguments.cloud or [LOCAL, *CLOUDS]
     outcomes = _run_cloud(clouds[0], arguments) if len(clouds) == 1 else _run_side_by_side(clouds, arguments)
     if arguments.rows:
