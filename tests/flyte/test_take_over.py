@@ -1,7 +1,12 @@
-"""Installing torchferry is enough, whatever is imported first; each order in an interpreter of its own."""
+"""Installing torchferry is enough, whatever is imported first; each order in a process of its own.
+
+The processes are forked from one that has imported what flytekit and torch are made of, but for them neither torch is
+imported nor numpy, pyarrow and pandas: see ``imported_later.py``. One order and what counts modules have interpreters.
+"""
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
@@ -9,12 +14,13 @@ import tempfile
 import textwrap
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import torchferry.flyte
-from torchferry.testing.forkserver import python
+from torchferry.testing.forkserver import ForkServer
 
 CHECK = """
     from flytekit.core.type_engine import TypeEngine
@@ -70,13 +76,24 @@ ORDERS = {
 }
 
 
-def run(code: str, *, torch_first: bool = False, **environment: str) -> str:
-    """What a script prints; torch may be there already where the script imports it first anyway: it takes seconds."""
+@cache
+def forking() -> list[str]:
+    """The head of a command that runs Python with much of what flytekit imports behind it."""
+    if sys.platform != "linux":
+        return [sys.executable]
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    server = ForkServer("imported_later", environment={**os.environ, "PYTHONPATH": path})
+    atexit.register(server.close)
+    return server.command
+
+
+def run(code: str, *, alone: bool = False, **environment: str) -> str:
+    """What a script prints, in a forked process or in an interpreter that has nothing imported."""
     with tempfile.TemporaryDirectory() as directory:  # flytekit wants to read the source of tasks
         script = Path(directory, "script.py")
         script.write_text(textwrap.dedent(code))
         result = subprocess.run(
-            [*(python() if torch_first else [sys.executable]), "-W", "ignore", script],
+            [*([sys.executable] if alone else forking()), "-W", "ignore", script],
             env={**os.environ, **environment},
             capture_output=True,
             text=True,
@@ -88,17 +105,17 @@ def run(code: str, *, torch_first: bool = False, **environment: str) -> str:
 
 
 SUBMODULES = sorted(path.stem for path in Path(torchferry.flyte.__path__[0]).glob("[a-z]*.py"))
-ORDERS |= {f"torchferry.flyte.{name} first": f"import torchferry.flyte.{name}" for name in ("hooks", "plugin")}
-ORDERS |= {f"torch, then torchferry.flyte.{name}": f"import torch, torchferry.flyte.{name}" for name in SUBMODULES}
+ORDERS |= {f"torchferry.flyte.{name} first": f"import torchferry.flyte.{name}" for name in SUBMODULES}
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> Iterator[dict[str, Future[str]]]:
-    """What each order prints. They run side by side: an interpreter with torch takes seconds to start."""
+    """What each order prints. They run side by side; the first in an interpreter, which takes seconds to start."""
+    forking()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         check = textwrap.dedent(CHECK)
         yield {
-            order: pool.submit(run, textwrap.dedent(code) + check, torch_first=order.startswith("torch,"))
+            order: pool.submit(run, textwrap.dedent(code) + check, alone=order == "flytekit first")
             for order, code in ORDERS.items()
         }
 
@@ -109,21 +126,17 @@ def test_flytekits_checkpoint_uses_torchferry(outcomes: dict[str, Future[str]], 
 
 
 def test_a_subclass_of_flytekits_class_uses_torchferry() -> None:
-    run(
-        """
+    run("""
         from flytekit.extras.pytorch import PyTorchCheckpoint
         from flytekit.core.type_engine import TypeEngine
         class Mine(PyTorchCheckpoint):
             pass
         assert type(TypeEngine.get_transformer(Mine)).__module__ == "torchferry.flyte.checkpoint"
-    """,
-        torch_first=True,
-    )
+    """)
 
 
 def test_a_task_declared_before_torchferry_is_imported_uses_it() -> None:
-    out = run(
-        """
+    out = run("""
         import torch
         from flytekit import task
         from flytekit.extras.pytorch import PyTorchCheckpoint
@@ -132,9 +145,7 @@ def test_a_task_declared_before_torchferry_is_imported_uses_it() -> None:
             return PyTorchCheckpoint(module=torch.nn.Linear(2, 2))
         import torchferry.flyte
         print(type(make()).__name__)
-    """,
-        torch_first=True,
-    )
+    """)
     assert out == "LoadedCheckpoint\n"
 
 
@@ -159,24 +170,27 @@ def test_guessing_the_type_of_a_checkpoint_imports_torch_only_then() -> None:
     ]
 
 
+@cache
+def modules_of_flytekit(take_over: str) -> frozenset[str]:
+    """What ``import flytekit`` imports."""
+    code = "import flytekit, sys; print(*sys.modules, sep=chr(10))"
+    return frozenset(run(code, alone=True, TORCHFERRY_TAKE_OVER=take_over).split())
+
+
 def test_importing_flytekit_imports_no_torch_and_none_of_the_engine() -> None:
-    out = run("""
-        import flytekit, sys
-        tops = ("torch", "torchferry", "obstore")
-        print(sorted(name for name in sys.modules if name.split(".")[0] in tops))
-    """)
-    expected = ["torchferry", "torchferry.flyte", "torchferry.flyte.hooks", "torchferry.flyte.plugin"]
-    assert out.strip() == str(expected)
+    tops = ("torch", "torchferry", "obstore")
+    imported = {name for name in modules_of_flytekit("1") if name.split(".")[0] in tops}
+    assert imported == {"torchferry", "torchferry.flyte", "torchferry.flyte.hooks", "torchferry.flyte.plugin"}
 
 
 def test_importing_torchferry_imports_neither_torch_nor_flytekit_nor_a_cloud_library() -> None:
     heavy = ("torch", "flytekit", "s3fs", "gcsfs", "adlfs", "botocore")
-    assert run(f"import torchferry, sys; print([name for name in {heavy!r} if name in sys.modules])").strip() == "[]"
+    code = f"import torchferry, sys; print([name for name in {heavy!r} if name in sys.modules])"
+    assert run(code, alone=True).strip() == "[]"
 
 
 def test_importing_flytekit_imports_four_small_modules_more_than_without_torchferry() -> None:
-    code = "import flytekit, sys; print(*sorted(sys.modules), sep=chr(10))"
-    with_it, without = (set(run(code, TORCHFERRY_TAKE_OVER=value).split()) for value in ("1", "0"))
+    with_it, without = map(modules_of_flytekit, ("1", "0"))
     assert with_it - without == {"torchferry.flyte.hooks"}
     assert {name for name in without if name.startswith("torchferry")} == {
         "torchferry",
@@ -194,32 +208,25 @@ def test_flytekit_can_be_left_alone() -> None:
         print(type(TypeEngine.get_transformer(PyTorchCheckpoint)).__module__)
         print(type(TypeEngine.get_transformer(torchferry.flyte.PyTorchCheckpoint)).__module__)
         """,
-        torch_first=True,
         TORCHFERRY_TAKE_OVER="0",
     )
     assert out.splitlines() == ["flytekit.extras.pytorch.checkpoint", "torchferry.flyte.checkpoint"]
 
 
 def test_a_broken_installation_leaves_flytekits_own_transformer_in_place() -> None:
-    out = run(
-        """
+    out = run("""
         import sys
         sys.modules["obstore"] = None  # an import of it fails
         sys.modules["torchferry.saving"] = None
         from flytekit.extras.pytorch import PyTorchCheckpoint
         from flytekit.core.type_engine import TypeEngine
         print(type(TypeEngine.get_transformer(PyTorchCheckpoint)).__module__)
-    """,
-        torch_first=True,
-    )
+    """)
     assert out == "flytekit.extras.pytorch.checkpoint\n"
 
 
 def test_the_source_of_flytekits_module_can_still_be_read() -> None:
-    run(
-        """
+    run("""
         import inspect, flytekit.extras.pytorch.checkpoint as module
         assert "PYTORCH_CHECKPOINT_FORMAT" in inspect.getsource(module)
-    """,
-        torch_first=True,
-    )
+    """)
