@@ -126,7 +126,8 @@ def servers() -> Iterator[ForkServers]:
         @cache
         def start(stock: bool) -> ForkServer:
             environment = {**os.environ, "PYTHONWARNINGS": "ignore", "TORCHFERRY_TAKE_OVER": "0" if stock else "1"}
-            server = ForkServer("flytekit.bin.entrypoint", "torch", "s3fs", environment=environment)
+            modules = ("flytekit.bin.entrypoint", "flytekit.extras.pytorch", "torch.distributed.launcher.api", "s3fs")
+            server = ForkServer(*modules, environment=environment)
             stack.callback(server.close)
             return server
 
