@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +16,7 @@ from flytekit.core.checkpointer import SyncCheckpoint
 from flytekit.core.type_engine import TypeEngine
 
 from torchferry.flyte import LoadedCheckpoint, PyTorchCheckpoint, task_checkpoints
+from torchferry.testing.forkserver import python
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,7 +97,7 @@ def test_task_that_is_killed_goes_on_when_it_is_retried(
     """The example, which runs two attempts as pods do."""
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
     done = subprocess.run(
-        [sys.executable, "examples/flyte_resume.py"], cwd=ROOT, capture_output=True, text=True, check=False
+        [*python(), "examples/flyte_resume.py"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert re.findall("starts from step (.*)", done.stdout) == ["0", "20"], done.stdout + done.stderr
     assert "attempt 1 ended with -9" in done.stdout
