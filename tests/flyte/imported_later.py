@@ -10,6 +10,7 @@ import sys
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ VISIBLE = (
     "rich_click", "s3fs", "statsd", "yaml",
 )  # fmt: skip
 HIDDEN = ("numpy", "pyarrow", "pandas", "torch")  # each imports those before it
+HIDDEN = tuple(filter(find_spec, HIDDEN))  # flytekit needs neither pyarrow nor pandas
 
 
 class Later(MetaPathFinder, Loader):
