@@ -362,7 +362,7 @@ def test_50_000_blocks_hold_190_tebibytes(store: AzureStore) -> None:
 
 
 def test_max_concurrency_of_the_filesystem_bounds_the_blocks_under_way(azure_storage_options: dict[str, Any]) -> None:
-    for limit, in_flight in ((2, 2), (None, 16), (100, 16)):
+    for limit, in_flight in ((2, 2), (None, 32), (100, 32)):
         fs = AzureBlobFileSystem(**azure_storage_options, max_concurrency=limit)
         assert open_backend("abfs://container/key", filesystem=fs)[0].upload_plan(1 << 30).in_flight == in_flight
 

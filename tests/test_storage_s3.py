@@ -350,7 +350,7 @@ async def test_bodies_carry_the_checksum_that_the_filesystem_is_configured_for(
 
 
 def test_max_concurrency_of_the_filesystem_holds(s3_storage_options: dict[str, Any]) -> None:
-    for options, in_flight in (({}, 16), ({"max_concurrency": 3}, 3)):
+    for options, in_flight in (({}, 32), ({"max_concurrency": 3}, 3)):
         backend, _ = open_backend("s3://bucket/key", storage_options=s3_storage_options | options)
         assert backend.upload_plan(1 << 30).in_flight == in_flight
 

@@ -73,8 +73,8 @@ class MemoryUpload(Upload[int]):
     ("size", "wanted", "expected"),
     [
         (0, None, 16 * MIB),
-        ((1 << 29) - 1, None, 16 * MIB),
-        (1 << 29, None, 32 * MIB),
+        ((1 << 30) - 1, None, 16 * MIB),
+        (1 << 30, None, 32 * MIB),
         (8000 * 32 * MIB, None, 32 * MIB),
         (8000 * 32 * MIB + 1, None, 33 * MIB),
         (5 * TIB, None, 656 * MIB),

@@ -36,7 +36,7 @@ __all__ = ["AzureBackend"]
 
 # https://learn.microsoft.com/rest/api/storageservices/understanding-block-blobs--append-blobs--and-page-blobs
 _LIMITS = Limits(smallest_part=MIB, largest_part=4000 * MIB, most_parts=50_000)
-_IN_FLIGHT = 16
+_IN_FLIGHT = 32
 
 
 class AzureBackend(HttpBackend):
@@ -93,7 +93,7 @@ class AzureBackend(HttpBackend):
     def upload_plan(self, size: int, part_size: int | None = None) -> UploadPlan:
         """Blocks of 16 MiB, or what the size needs; Azure takes 50,000 of up to 4000 MiB.
 
-        The filesystem's ``max_concurrency`` is honoured where it is less than 16.
+        The filesystem's ``max_concurrency`` is honoured where it is less than 32.
         """
         in_flight = min(_IN_FLIGHT, self._fs.max_concurrency or _IN_FLIGHT)
         return UploadPlan.for_size(size, part_size, limits=_LIMITS, in_flight=in_flight)

@@ -103,7 +103,7 @@ class S3Backend(HttpBackend):
     def upload_plan(self, size: int, part_size: int | None = None) -> UploadPlan:
         """Parts of 16 MiB, or what the size needs; S3 takes 10,000 of 5 MiB to 5 GiB.
 
-        16 are under way at once, or the filesystem's ``max_concurrency``, where its user chose one.
+        32 are under way at once, or the filesystem's ``max_concurrency``, where its user chose one.
         """
         plan = UploadPlan.for_size(size, part_size, limits=_LIMITS)
         chosen = self._fs.storage_options.get("max_concurrency")

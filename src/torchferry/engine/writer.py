@@ -34,7 +34,7 @@ logger = logging.getLogger("torchferry.engine")
 
 _PART_SIZE = 16 * MIB  # where nobody chose another,
 _LARGE_PART_SIZE = 32 * MIB  # or where that still fills all connections: each request takes 3 ms of processor time
-_IN_FLIGHT = 16  # parts under way at once: at 90 MB/s a connection, as S3 gives, 1.4 GB/s
+_IN_FLIGHT = 32  # parts under way at once: at 90 MB/s a connection, as S3 gives, 2.9 GB/s
 _START_PATIENCE = 0.3  # seconds that a cancel waits to learn the id of an upload that is being created
 _ABORT_PATIENCE = 0.7  # seconds that a cancelled upload waits for its abort, before that goes on by itself
 _ABORT_SECONDS = 30.0  # the longest that an abort may take
