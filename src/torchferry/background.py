@@ -189,8 +189,8 @@ class _Work:
         self._call = call = Call(func, self._ended.set)
         _under_way[self] = None
         try:
-            call.start()
             threading.Thread(target=self._wait, args=(call,), name="torchferry-background").start()
+            call.start()  # last: once the loop is busy, this thread waits 5 ms for each turn
         except BaseException:
             call.cancel()
             self._end()

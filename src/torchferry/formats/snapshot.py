@@ -35,7 +35,7 @@ _ALIGNMENT = 64  # bytes: of a copy in memory
 _HUGE_PAGE = 2 * MIB
 _WIPE_ON_FORK = 18  # MADV_WIPEONFORK, Linux
 _MOST_THREADS = 8  # more do not copy faster
-_SLICE = 64 * MIB  # copied by one thread at a time
+_SLICE = 16 * MIB  # copied by one thread at a time
 
 _copiers = ThreadPool(_MOST_THREADS, "torchferry-copy")
 
