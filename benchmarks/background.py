@@ -14,8 +14,10 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks import works
+from benchmarks.contenders import CONTENDERS, Task
 from benchmarks.endpoint import Store, nginx, seaweedfs
 from benchmarks.meter import measuring, warm_memory
 from torchferry.testing.forkserver import python
@@ -34,7 +37,7 @@ MIB, GIB = works.MIB, works.GIB
 _ROUNDS = 7
 _STEPS = 8
 _STEP_SECONDS = 1.0
-_LONG = 4.0  # seconds: longer than an upload takes
+_FLOORS = (1, 2, 4)  # connections
 
 # The targets: of what, and the most that it may be.
 TARGETS = {
@@ -44,8 +47,8 @@ TARGETS = {
     "until=, step in the middle: over a memcpy of what was left": 1.15,
     "loop: time outside the waiting, over none": 1.05,
     "loop, until=: time outside the waiting, over none": 1.05,
-    "waiting, over DCP's": 0.5,
-    "waiting, over Lightning's": 0.5,
+    "until=: waiting, over DCP's": 0.5,
+    "until=: waiting, over Lightning's": 0.5,
     "memory beside the tensors, less the snapshot (MiB)": 64.0,
     "until=: memory beside the tensors, less what was copied (MiB)": 64.0,
 }
@@ -95,11 +98,11 @@ def run(
             lines = ended.stdout.splitlines()
             found |= json.loads(lines[-1]) if not ended.returncode else {name: ended.stderr.strip()[-300:]}
             store.remove("background")
-    for peer, name in (("DCP", "DCP"), ("Lightning", "Lightning's")):
-        theirs = found.get(f"{peer}: waiting (ms)")
-        ours = found.get("waiting (ms)")
-        if isinstance(theirs, float) and isinstance(ours, float):
-            found[f"waiting, over {name}" + ("'s" if peer == "DCP" else "")] = ours / theirs
+    for peer in ("DCP", "Lightning"):
+        for way in ("", "until=: "):
+            ours, theirs = (found.get(f"{name}: waiting (ms)") for name in (f"{way}ours", peer))
+            if isinstance(ours, float) and isinstance(theirs, float):
+                found[f"{way}waiting, over {peer}'s"] = ours / theirs
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(found, indent=1) + "\n")
@@ -232,9 +235,27 @@ def _train(compute: Callable[[], None], optimizer: Any, save: Callable[[], Any])
     return whole, waited
 
 
+def _loop_floor(store: Store, state: Any, rounds: int) -> dict[str, Any]:
+    """The same loop beside bare sockets that send as many bytes: what any save costs that shares the processors."""
+    del rounds
+    optimizer, compute = _optimizer(), _computation(_STEP_SECONDS)
+    none = _train(compute, optimizer, lambda: None)[0]
+    result = {}
+    with ThreadPoolExecutor(1) as pool, tempfile.TemporaryDirectory() as directory:
+        for count in _FLOORS:
+            name = f"bare sockets x{count}"
+            send = CONTENDERS["save", name].start(Task(store, Path(directory), "flat", works.nbytes(state)))
+            whole, waited = _train(compute, optimizer, lambda: pool.submit(send, state, "background/x"))  # noqa: B023
+            pool.submit(lambda: None).result()
+            result[f"loop beside {name}: time outside the waiting, over none"] = (whole - waited) / none
+    return result
+
+
 def _waiting(store: Store, state: Any, rounds: int) -> dict[str, Any]:
-    save = _saver(store)
-    return _wait_of(lambda: save(state), lambda handle: handle.result(), "", rounds)
+    plain, lending = _saver(store), _saver(store, until=_optimizer())
+    return _wait_of(lambda: plain(state), lambda handle: handle.result(), "ours: ", rounds) | _wait_of(
+        lambda: lending(state), lambda handle: handle.result(), "until=: ours: ", rounds
+    )
 
 
 def _dcp(store: Store, state: Any, rounds: int) -> dict[str, Any]:
@@ -310,6 +331,7 @@ MEASUREMENTS: dict[str, Callable[[Store, Any, int], dict[str, Any]]] = {
     "until-short": _until_short,
     "until-middle": _until_middle,
     "loop": _loop,
+    "floor": _loop_floor,
     "waiting": _waiting,
     "DCP": _dcp,
     "Lightning": _lightning,

@@ -21,7 +21,7 @@ from benchmarks.contenders import CONTENDERS, Task
 from benchmarks.endpoint import Store
 from benchmarks.meter import measuring, warm_memory
 
-WARM_UP_SIZE = 4 * works.MIB
+WARM_UP_SIZE = 64 * works.MIB  # more than one part, for every contender
 _WARMED = 3  # times the payload: what the contenders take at most
 
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 def prepare(store: Store, directory: Path, work: str, size: int, file_format: str, prefix: str) -> dict[str, Any]:
     """Publishes two checkpoints under ``prefix``: a tiny one to warm up with, and the one to load."""
-    for name, kind, amount in (("warm", "flat", WARM_UP_SIZE), ("data", work, size)):
+    for name, kind, amount in (("warm", "flat", min(size, WARM_UP_SIZE)), ("data", work, size)):
         target = directory / name
         target.mkdir()
         formats.write(file_format, works.make(kind, amount), target)
@@ -67,7 +67,7 @@ def measure(
     if verb == "save":
         checkpoint = works.make(work, size)
         payload = works.nbytes(checkpoint)
-        first_seconds = _seconds(operation, works.make("flat", WARM_UP_SIZE), f"{prefix}/warm")
+        first_seconds = _seconds(operation, works.make("flat", min(size, WARM_UP_SIZE)), f"{prefix}/warm")
         if replaces:
             operation(checkpoint, f"{prefix}/checkpoint")
         works.forget()
