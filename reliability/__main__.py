@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from reliability import cancels, flips, fuzz, growth, hostile, kills, managed, outages, resaves, series
@@ -25,10 +26,15 @@ def main() -> None:
     arguments = _parser().parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
     clouds = arguments.cloud or [LOCAL, *CLOUDS]
-    outcomes = _run_cloud(clouds[0], arguments) if len(clouds) == 1 else _run_side_by_side(clouds, arguments)
-    if arguments.rows:
-        Path(arguments.rows).write_bytes(pickle.dumps(outcomes))
+    outcomes: list[Outcome] = []
+    if len(clouds) > 1:
+        outcomes = _run_side_by_side(clouds, arguments)
     else:
+        for found in _run_cloud(clouds[0], arguments):
+            outcomes += found
+            if arguments.rows:
+                Path(arguments.rows).write_bytes(pickle.dumps(outcomes))
+    if not arguments.rows:
         print(table(outcomes))
     sys.stdout.flush()
     sys.exit(any(outcome.wrong or outcome.left for outcome in outcomes))
@@ -48,26 +54,28 @@ def _run_side_by_side(clouds: list[str], arguments: argparse.Namespace) -> list[
         }
         for cloud, process in started.items():
             code = process.wait()
-            if rows[cloud].exists():
-                outcomes += pickle.loads(rows[cloud].read_bytes())
-            else:
-                failed = Outcome("all", cloud)
+            found = pickle.loads(rows[cloud].read_bytes()) if rows[cloud].exists() else []
+            outcomes += found
+            if code != any(outcome.wrong or outcome.left for outcome in found):
+                failed = Outcome("what is not in this table", cloud)
                 failed.add_wrong(f"the process ended with {code}")
                 outcomes.append(failed)
     return sorted(outcomes, key=lambda outcome: outcome.scenario)
 
 
-def _run_cloud(cloud: str, arguments: argparse.Namespace) -> list[Outcome]:
+def _run_cloud(cloud: str, arguments: argparse.Namespace) -> Iterator[list[Outcome]]:
+    """The rows of each scenario, when it is over."""
+    chosen = arguments.only or SCENARIOS
     if cloud == LOCAL:
-        return _run_locally(arguments)
-    outcomes: list[Outcome] = []
+        for scenario in chosen:
+            yield _run_locally(scenario, arguments)
+        return
     try:
         with CLOUDS[cloud]() as store:
-            for scenario in arguments.only or SCENARIOS:
-                outcomes += _run(scenario, store, arguments)
+            for scenario in chosen:
+                yield _run(scenario, store, arguments)
     except ServerStartError as error:
         sys.exit(str(error))
-    return outcomes
 
 
 def _run(scenario: str, store: Store, arguments: argparse.Namespace) -> list[Outcome]:
@@ -101,27 +109,25 @@ def _run(scenario: str, store: Store, arguments: argparse.Namespace) -> list[Out
     return outcomes
 
 
-def _run_locally(arguments: argparse.Namespace) -> list[Outcome]:
-    chosen = arguments.only or SCENARIOS
-    mib, seed = arguments.mib or 32, arguments.seed
+def _run_locally(scenario: str, arguments: argparse.Namespace) -> list[Outcome]:
+    """The same without a store; of some scenarios there is nothing to do."""
+    count, mib, seed = arguments.count, arguments.mib or 32, arguments.seed
     outcomes: list[Outcome] = []
-    if "hostile" in chosen:
-        outcomes += hostile.run_locally(say=_say)
-    if "fuzz" in chosen:
-        outcomes += fuzz.run_locally(count=arguments.count or 20_000, seed=seed, say=_say)
-    if "kills" in chosen:
-        outcomes += kills.run_locally(count=arguments.count or 100, mib=mib, seed=seed, say=_say)
-    if "resaves" in chosen:
-        outcomes += resaves.run_locally(count=arguments.count or 50, mib=mib, seed=seed, say=_say)
-    if "managed" in chosen:
-        with tempfile.TemporaryDirectory(prefix="managed-") as name:
-            place = managed.LocalPlace(Path(name) / "run")
-            outcomes += managed.run(place, LOCAL, {}, count=arguments.count or 100, seed=seed, say=_say)
-    if "series" in chosen:
-        with tempfile.TemporaryDirectory(prefix="series-") as name:
-            outcomes += series.run(
-                managed.LocalPlace(Path(name) / "run"), LOCAL, {}, count=arguments.count or 1000, say=_say
-            )
+    with tempfile.TemporaryDirectory(prefix=f"{scenario}-") as name:
+        place = managed.LocalPlace(Path(name) / "run")
+        match scenario:
+            case "kills":
+                outcomes = kills.run_locally(count=count or 100, mib=mib, seed=seed, say=_say)
+            case "managed":
+                outcomes = managed.run(place, LOCAL, {}, count=count or 100, seed=seed, say=_say)
+            case "series":
+                outcomes = series.run(place, LOCAL, {}, count=count or 1000, say=_say)
+            case "resaves":
+                outcomes = resaves.run_locally(count=count or 50, mib=mib, seed=seed, say=_say)
+            case "hostile":
+                outcomes = hostile.run_locally(say=_say)
+            case "fuzz":
+                outcomes = fuzz.run_locally(count=count or 20_000, seed=seed, say=_say)
     return outcomes
 
 

@@ -14,6 +14,7 @@ from reliability.stores import Store
 from reliability.works import MIB, same, state, tensors, work
 from torchferry.testing.faultproxy import Fault, Request
 
+GIVE_UP_AFTER = 5.0  # seconds, where a bit flips each time: nothing else ends such a try
 SCENARIOS = (("save", "up"), ("copy", "up"), ("load", "down"), ("copy", "down"))
 
 
@@ -26,7 +27,7 @@ def run(store: Store, *, count: int, mib: int, seed: int, say: Callable[[str], N
             for index in range(count):
                 key = f"flip-{kind}-{way}-{times}-{index}.pt"
                 _try(store, outcome, kind, way, times, key, mib, randomly)
-            say(" ".join(outcome.cells()))
+                say(" ".join(outcome.cells()))
             outcomes.append(outcome)
     return outcomes
 
@@ -58,7 +59,7 @@ def _flipped(
     else:
         faults = [Fault(method="GET", skip=skip, times=times, corrupt_download_byte=byte)]
     with store.proxy(*faults) as proxy:
-        job = work(kind, store, store.options(proxy), key, obj)
+        job = work(kind, store, store.options(proxy), key, obj, None if times else GIVE_UP_AFTER)
         try:
             result = job.run()
         except BaseException as error:  # noqa: BLE001 - each is an outcome

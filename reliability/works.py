@@ -64,12 +64,20 @@ class Work:
     run: Callable[[], Any]
 
 
-def work(kind: str, store: Store, options: dict[str, Any], key: str, obj: list[torch.Tensor]) -> Work:
+def work(
+    kind: str,
+    store: Store,
+    options: dict[str, Any],
+    key: str,
+    obj: list[torch.Tensor],
+    give_up_after: float | None = None,
+) -> Work:
     """A save, load or copy; what it reads is put in the store."""
     url = store.url(key)
+    named: dict[str, Any] = {"give_up_after": give_up_after}
     if kind == "save":
         arguments: tuple[Any, ...] = (obj, url)
-        named = {"storage_options": options}
+        named["storage_options"] = options
         start, run = torchferry.save_async, torchferry.save
     elif kind == "load":
         store.write(key, serialized(obj))
@@ -78,6 +86,6 @@ def work(kind: str, store: Store, options: dict[str, Any], key: str, obj: list[t
     else:
         store.write(f"source-of-{key}", serialized(obj))
         arguments = (store.url(f"source-of-{key}"), url)
-        named = {"source_storage_options": options, "target_storage_options": options}
+        named |= {"source_storage_options": options, "target_storage_options": options}
         start, run = torchferry.copy_async, torchferry.copy  # type: ignore[assignment]
     return Work(obj, key, lambda: start(*arguments, **named), lambda: run(*arguments, **named))
