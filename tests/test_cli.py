@@ -305,6 +305,13 @@ def test_a_prefix_is_copied_with_the_stores_options_and_then_only_what_is_missin
     assert "removed 3 objects" in capsys.readouterr().out
 
 
+def test_an_error_names_options_and_not_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "state.pt"
+    torchferry.save({"weight": torch.zeros(3), "step": 7}, source)
+    assert main(["convert", str(source), str(tmp_path / "x.safetensors")]) == 1
+    assert "choose with --keys, or leave them out with --exclude." in " ".join(capsys.readouterr().err.split())
+
+
 def test_convert_writes_safetensors_and_back(tmp_path: Path) -> None:
     torch.save({"model": {"w": torch.ones(700_000)}, "epoch": 1}, tmp_path / "x.pt")
     target = str(tmp_path / "x.safetensors")

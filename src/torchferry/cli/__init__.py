@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -11,6 +12,9 @@ from collections.abc import Sequence
 __all__ = ["main"]
 
 _INTERRUPTED = 130  # as a shell has it: 128 and SIGINT
+
+
+_ARGUMENTS = re.compile(r"(?<![\w?&])(keys|exclude|strip_prefix|max_shard_size|format)=(?=[\s,.;:]|$)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:  # noqa: C901, PLR0911 - one for each way to end
@@ -60,7 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: C901, PLR0911 
             raise
         from torchferry.cli.printing import one_line
 
-        message = str(error).replace("verify=False", "--no-verify")
-        print(f"torchferry: {one_line(message)}", file=sys.stderr)
+        print(f"torchferry: {one_line(_with_options(str(error)))}", file=sys.stderr)
         return trouble
     return result if isinstance(result, int) else 0
+
+
+def _with_options(message: str) -> str:
+    """Names the command's options where a message names the arguments of the Python functions."""
+    message = message.replace("verify=False", "--no-verify")
+    return _ARGUMENTS.sub(lambda found: f"--{found[1].replace('_', '-')}", message)
