@@ -74,6 +74,7 @@ def _run_cloud(cloud: str, arguments: argparse.Namespace) -> Iterator[list[Outco
         with CLOUDS[cloud]() as store:
             for scenario in chosen:
                 yield _run(scenario, store, arguments)
+                store.renew()  # all scenarios together write tens of GiB
     except ServerStartError as error:
         sys.exit(str(error))
 

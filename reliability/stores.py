@@ -40,7 +40,7 @@ class Store(ABC):
     publishes: tuple[str, str]
 
     def __init__(self) -> None:
-        self.bucket = f"ferry-{uuid.uuid4().hex[:12]}"
+        self.bucket = _name()
 
     @abstractmethod
     def url(self, key: str) -> str:
@@ -69,6 +69,10 @@ class Store(ABC):
     @abstractmethod
     def staged(self, prefix: str = "") -> list[str]:
         """What is staged and not published: the keys that it is for."""
+
+    @abstractmethod
+    def renew(self) -> None:
+        """Another bucket; the one before is deleted, with all that is in it."""
 
     def was_published(self, requests: list[Request], key: str) -> bool:
         """Whether one of these requests ends an upload of parts for the key."""
@@ -116,6 +120,11 @@ class S3(Store):
         found = self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix)
         return [each["Key"] for each in found.get("Contents", [])]
 
+    def renew(self) -> None:
+        self._client.delete_bucket(Bucket=self.bucket)  # SeaweedFS deletes it with what is in it
+        self.bucket = _name()
+        self._client.create_bucket(Bucket=self.bucket)
+
     def staged(self, prefix: str = "") -> list[str]:
         found = self._client.list_multipart_uploads(Bucket=self.bucket, Prefix=prefix)
         return [upload["Key"] for upload in found.get("Uploads", [])]
@@ -151,6 +160,13 @@ class Gcs(Store):
 
     def names(self, prefix: str) -> list[str]:
         return re.findall("<Key>(.*?)</Key>", self._call("GET", f"?list-type=2&prefix={quote(prefix)}").text)
+
+    def renew(self) -> None:
+        while names := self.names(""):
+            for name in names:
+                self._call("DELETE", quote(name))
+        self.bucket = _name()
+        self._call("PUT", "")
 
     def staged(self, prefix: str = "") -> list[str]:
         listed = self._call("GET", f"?uploads&prefix={quote(prefix)}").text
@@ -202,10 +218,19 @@ class Azure(Store):
     def names(self, prefix: str) -> list[str]:
         return [blob.name for blob in self._container.list_blobs(prefix)]
 
+    def renew(self) -> None:
+        self._container.delete_container()
+        self.bucket = _name()
+        self._container = self._client.create_container(self.bucket)
+
     def staged(self, prefix: str = "") -> list[str]:
         """Blobs that are nothing but uncommitted blocks: those of a blob that exists stay, where nobody sees them."""
         names = [blob.name for blob in self._container.list_blobs(prefix or None, include=["uncommittedblobs"])]
         return [name for name in names if not self._container.get_blob_client(name).exists()]
+
+
+def _name() -> str:
+    return f"ferry-{uuid.uuid4().hex[:12]}"
 
 
 @contextmanager
