@@ -779,6 +779,20 @@ async def test_filesystem_of_the_users_own_class_works_and_the_report_says_what_
     assert store.staged() == []
 
 
+async def test_a_small_save_waits_for_no_large_ones(faulty: Faulty, azure_url: str) -> None:
+    """Three of them have all their parts under way, and get no answer."""
+    store, proxy = faulty(Fault(method="PUT", target="comp=block&", hang=True, times=None))
+    tensors = [torch.zeros(40 * MIB, dtype=torch.uint8)]
+    save = partial(torchferry.save_async, part_size=MIB, **store.options)
+    async with anyio.create_task_group() as tasks:
+        for number in range(3):
+            tasks.start_soon(save, tensors, f"{azure_url}/large-{number}.pt")
+        await anyio.to_thread.run_sync(partial(proxy.wait_for, target="comp=block&", count=3 * 32))
+        with anyio.fail_after(20):
+            await save([1], f"{azure_url}/small.pt")
+        tasks.cancel_scope.cancel()
+
+
 async def test_blob_that_the_client_puts_whole_is_one_block(faulty: Faulty) -> None:
     """The client copies what it sends in one request."""
     store, _ = faulty(way="client")

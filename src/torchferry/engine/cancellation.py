@@ -59,7 +59,7 @@ class ThreadPool:
         self.executor = ThreadPoolExecutor(self._size, self._name)
 
 
-_pool = ThreadPool(64, "torchferry")
+_pool = ThreadPool(128, "torchferry")  # four large saves at once leave none to others: each has 32 parts under way
 
 
 async def run_shielded(
