@@ -23,12 +23,18 @@ def run(store: Store, *, count: int, say: Callable[[str], None]) -> list[Outcome
     with store.proxy() as proxy:
         request = base64.b64encode(pickle.dumps((count, store.url("growth.pt"), store.options(proxy)))).decode()
         command = [*python(), "-m", "reliability.growth", request]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        outcome.add_wrong(f"failed: {done.stderr.strip().splitlines()[-1]}")
+        measured = {}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                calls, *found = map(int, line.split())
+                measured[calls] = found
+                say(f"{store.cloud} {calls}/{count} calls: {found[0]} MiB, {found[1]} descriptors")
+    if process.returncode:
+        outcome.add_wrong(f"the process ended with {process.returncode}")
         return [outcome]
-    (rss, descriptors), (last_rss, last_descriptors) = (map(int, line.split()) for line in done.stdout.splitlines())
-    first = _first(count)
+    first = min(measured)
+    (rss, descriptors), (last_rss, last_descriptors) = measured[first], measured[max(measured)]
     grown = last_rss - rss > MOST_GROWTH_MIB or last_descriptors - descriptors > MOST_DESCRIPTORS
     outcome.wrong, outcome.right = (count, 0) if grown else (0, count)
     outcome.notes[
@@ -38,24 +44,21 @@ def run(store: Store, *, count: int, say: Callable[[str], None]) -> list[Outcome
     return [outcome]
 
 
-def _first(count: int) -> int:
-    """After how many it is measured first: 50 of 300. By then everything is imported and warm."""
-    return max(1, count // 6)
-
-
 def _measure(count: int, url: str, options: dict[str, Any]) -> None:
     import torch
 
     import torchferry
 
     obj = [torch.arange(1 << 17)]
-    for index in range(1, count + 1):
+    step = max(2, count // 6)  # by the first, everything is imported and warm
+    for calls in range(2, count + 1, 2):
         torchferry.save(obj, url, storage_options=options | {"skip_instance_cache": True})
         (found,) = torchferry.load(url, storage_options=options | {"skip_instance_cache": True})
         assert torch.equal(found, obj[0])
-        if index in {_first(count), count}:
+        if calls % step in {0, 1} or calls == count:
             fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-            print(int(fields["VmRSS"].split()[0]) >> 10, len(list(Path("/proc/self/fd").iterdir())))
+            descriptors = len(list(Path("/proc/self/fd").iterdir()))
+            print(calls, int(fields["VmRSS"].split()[0]) >> 10, descriptors, flush=True)
 
 
 if __name__ == "__main__":

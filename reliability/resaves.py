@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import select
 import signal
@@ -22,6 +23,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import fsspec
 
 from reliability.outcome import Outcome
 from reliability.stores import Store
@@ -46,7 +49,7 @@ def _told(
     cloud: str, url: str, options: dict[str, Any], count: int, mib: int, seed: int, say: Callable[[str], None]
 ) -> Outcome:
     order = {"url": url, "options": options, "count": count, "mib": mib, "seed": seed}
-    command = [*python(), "-m", "reliability.resaves", json.dumps(order)]
+    command = [*python(), "-m", "reliability.resaves", pickle.dumps(order).hex()]  # a token is no JSON
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     outcome = Outcome("sharded resave, killed", cloud)
     found = json.loads(done.stdout.splitlines()[-1])
@@ -62,7 +65,7 @@ def _told(
 
 
 def main() -> None:
-    order = json.loads(sys.argv[1])
+    order = pickle.loads(bytes.fromhex(sys.argv[1]))
     warnings.filterwarnings("ignore")
     import torch.distributed.checkpoint  # what the ranks need is there when they are forked
     import torch.distributed.tensor  # noqa: F401
@@ -70,7 +73,7 @@ def main() -> None:
     import torchferry.distributed  # noqa: F401
 
     if order["options"]:
-        import s3fs  # noqa: F401
+        fsspec.get_filesystem_class(order["url"].split(":")[0])
     randomly = random.Random(order["seed"])
     found: dict[str, Any] = {"right": 0, "left": 0, "slowest": 0.0, "wrong": [], "notes": {}}
     with tempfile.TemporaryDirectory() as groups:
