@@ -14,15 +14,15 @@ from reliability.stores import Store
 from reliability.works import same, state, tensors, work
 from torchferry.testing.faultproxy import Outage
 
-OUTAGES: tuple[Outage, ...] = ("refuse", "silence", 503)
+OUTAGES: dict[Outage, str] = {"refuse": "refused connections", "silence": "silence", 503: "503"}
 KINDS = ("save", "load", "copy")
 SECONDS_UNTIL_CALLED_HUNG = 240.0
 
 
 def run(store: Store, *, seconds: float, mib: int, bandwidth: float, say: Callable[[str], None]) -> list[Outcome]:
     outcomes = []
-    for outage in OUTAGES:  # the three kinds side by side: each waits most of the time
-        tries = [Outcome(f"{seconds:g} s of {outage} in a {kind}", store.cloud) for kind in KINDS]
+    for outage, name in OUTAGES.items():  # the three kinds side by side: each waits most of the time
+        tries = [Outcome(f"{seconds:g} s of {name} in a {kind}", store.cloud) for kind in KINDS]
         threads = [
             threading.Thread(target=_try, args=(store, outcome, outage, kind, seconds, mib, bandwidth))
             for kind, outcome in zip(KINDS, tries, strict=True)
