@@ -134,7 +134,7 @@ def _run_locally(scenario: str, arguments: argparse.Namespace) -> list[Outcome]:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-    faulthandler.dump_traceback_later(600, exit=True)  # nothing said for so long: something hangs
+    faulthandler.dump_traceback_later(1800, exit=True)  # nothing said for so long: something hangs
 
 
 def _parser() -> argparse.ArgumentParser:

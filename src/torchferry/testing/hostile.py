@@ -435,11 +435,11 @@ def acts(url: str, target: str, options: Mapping[str, Any] | None = None) -> dic
     Args:
         url: The file.
         target: Where to copy it.
-        options: The storage options of both.
+        options: The storage options of both. Where they are no JSON (a token of Google's library), the command is left
+            out: nobody could say them to it.
     """
     more: dict[str, Any] = {"storage_options": options} if options else {}
     both: dict[str, Any] = {"source_storage_options": options, "target_storage_options": options} if options else {}
-    shell = ["--storage-options", json.dumps(options)] if options else []
 
     def load(**arguments: Any) -> None:
         torchferry.load(url, **arguments, **more)
@@ -447,7 +447,7 @@ def acts(url: str, target: str, options: Mapping[str, Any] | None = None) -> dic
     def deck() -> str:
         return deck_of(LoadedCheckpoint({"hyper": torchferry.load(url, **more)}))
 
-    return {
+    found: dict[str, Callable[[], Any]] = {
         "load": load,
         "load, verify=False": lambda: load(verify=False),
         "load, keys": lambda: load(keys=["k0"]),
@@ -460,6 +460,13 @@ def acts(url: str, target: str, options: Mapping[str, Any] | None = None) -> dic
         "copy, verify=False": lambda: torchferry.copy(url, target, verify=False, **both) and None,
         "diff": lambda: str(torchferry.diff(url, url, first_storage_options=options, second_storage_options=options)),
         "convert": lambda: torchferry.convert(url, f"{target}.safetensors", **both) and None,
+        "Deck": deck,
+    }
+    try:
+        shell = ["--storage-options", json.dumps(options)] if options else []
+    except TypeError:
+        return found
+    return found | {
         "torchferry inspect": lambda: _output("inspect", url, *shell),
         "torchferry inspect --all": lambda: _output("inspect", url, "--all", *shell),
         "torchferry inspect --depth": lambda: _output("inspect", url, "--depth", "100000", *shell),
@@ -469,7 +476,6 @@ def acts(url: str, target: str, options: Mapping[str, Any] | None = None) -> dic
         "torchferry ls": lambda: _output("ls", "--long", url, *shell),
         "torchferry diff": lambda: _output("diff", url, url, *shell),
         "torchferry convert": lambda: _output("convert", url, f"{target}.safetensors", *shell),
-        "Deck": deck,
     }
 
 
