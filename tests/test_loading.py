@@ -812,3 +812,32 @@ def test_memory_is_free_with_the_last_tensor_and_not_when_the_collector_comes(
         assert memories[0]() is None
     finally:
         gc.enable()
+
+
+def test_a_location_that_is_no_text_is_damage(tmp_path: pathlib.Path) -> None:
+    torch.save([torch.ones(3)], tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as whole, zipfile.ZipFile(tmp_path / "y.pt", "w") as changed:
+        for name in whole.namelist():
+            data = whole.read(name)
+            if name.endswith("data.pkl"):
+                assert b"X\x03\x00\x00\x00cpu" in data
+                data = data.replace(b"X\x03\x00\x00\x00cpu", b"K\x05")
+            changed.writestr(name, data)
+    for weights_only in (True, False):
+        with pytest.raises(CheckpointCorruptError, match="is damaged"):
+            torchferry.load(tmp_path / "y.pt", weights_only=weights_only)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:DeprecationWarning",
+    "ignore:.*torch.jit:FutureWarning",
+    "ignore:.*TorchScript archive:UserWarning",
+)
+def test_torchscript_of_an_unknown_device_says_so(tmp_path: pathlib.Path) -> None:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), file)
+    with zipfile.ZipFile(file) as whole, zipfile.ZipFile(tmp_path / "x.pt", "w") as changed:
+        for name in whole.namelist():
+            changed.writestr(name, whole.read(name).replace(b"X\x03\x00\x00\x00cpu", b"X\x03\x00\x00\x00cxu"))
+    with pytest.raises(CheckpointFormatError, match="a device that is not known here, 'cxu'"):
+        torchferry.load(tmp_path / "x.pt", weights_only=False)

@@ -87,6 +87,11 @@ _JIT = f"{Path(torch.jit.__file__).parent}{os.sep}"
 _NOT_OF_TORCHSCRIPT = (
     "CUDA|device|Unknown builtin op"  # what torch.jit.load says of a machine or a torch that lacks some
 )
+_UNKNOWN_DEVICE = re.compile(
+    r"don't know how to restore data location .*\(tagged with (.*)\)"
+    r"|device type at start of device string: ([^\n]+)",  # of TorchScript
+    re.DOTALL,
+)
 _STDLIB = f"{Path(os.__file__).parent}{os.sep}"  # what torch calls of it, such as Counter
 _PACKAGES = re.compile(r"[/\\](?:site|dist)-packages[/\\]")
 _DIRECTORIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
@@ -286,10 +291,10 @@ def torch_errors(url: str, *, map_location: Any, weights_only: bool, checked: bo
     except Exception as error:
         if isinstance(error, RuntimeError) and _NO_MEMORY in str(error):
             raise NotEnoughMemoryError(f"{url}: this machine has no memory for its values: {error}") from error
-        if tag := re.search(r"don't know how to restore data location .*\(tagged with (.*)\)", str(error), re.DOTALL):
-            if tag[1] != str(map_location):
+        if tag := _UNKNOWN_DEVICE.search(str(error)):
+            if (device := tag[1] or tag[2]) != str(map_location) and not (tag[2] and callable(map_location)):
                 raise CheckpointFormatError(
-                    f"{url} has tensors of a device that is not known here, {printable(tag[1])!r}: map_location= says "
+                    f"{url} has tensors of a device that is not known here, {printable(device)!r}: map_location= says "
                     "where to load them."
                 ) from error
         elif _is_damage(error, weights_only=weights_only, checked=checked):
@@ -318,11 +323,14 @@ def _is_damage(error: Exception, *, weights_only: bool, checked: bool) -> bool:
     is_of_the_machine = isinstance(error, _OF_THE_MACHINE) and not str(error).startswith(_OF_AN_ODD_LAYOUT)
     if not isinstance(error, _OF_DAMAGE) or is_of_the_machine or _ABOUT_INDICES in str(error):
         return False
-    if any(file.startswith(_JIT) for file, _ in _frames(error)):
+    frames = list(_frames(error))
+    if isinstance(error, TypeError) and [frame[1] for frame in frames[-2:]] == ["_deserialize", "match"]:
+        return True  # torch has looked for the name of a device in what is no text
+    if any(file.startswith(_JIT) for file, _ in frames):
         return not re.search(_NOT_OF_TORCHSCRIPT, str(error))
     if not weights_only and isinstance(error, _OF_CLASSES) and (checked or not isinstance(error, TypeError)):
         return False
-    return not any(_is_of_others(*frame) for frame in _frames(error))
+    return not any(_is_of_others(*frame) for frame in frames)
 
 
 def _frames(error: Exception) -> Iterator[tuple[str, str]]:
