@@ -19,6 +19,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -245,7 +246,7 @@ def _loop_floor(store: Store, state: Any, rounds: int) -> dict[str, Any]:
         for count in _FLOORS:
             name = f"bare sockets x{count}"
             send = CONTENDERS["save", name].start(Task(store, Path(directory), "flat", works.nbytes(state)))
-            whole, waited = _train(compute, optimizer, lambda: pool.submit(send, state, "background/x"))  # noqa: B023
+            whole, waited = _train(compute, optimizer, partial(pool.submit, send, state, "background/x"))
             pool.submit(lambda: None).result()
             result[f"loop beside {name}: time outside the waiting, over none"] = (whole - waited) / none
     return result

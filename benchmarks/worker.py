@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def prepare(store: Store, directory: Path, work: str, size: int, file_format: str, prefix: str) -> dict[str, Any]:
-    """Publishes two checkpoints under ``prefix``: a tiny one to warm up with, and the one to load."""
+    """Publishes two checkpoints under ``prefix``: a small one to warm up with, and the one to load."""
     for name, kind, amount in (("warm", "flat", min(size, WARM_UP_SIZE)), ("data", work, size)):
         target = directory / name
         target.mkdir()
@@ -59,7 +59,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measures one contender once.
 
-    The process does the same with a tiny checkpoint first: connections, caches and lazy imports are there then, as
+    The process does the same with a smaller checkpoint first: connections, caches and lazy imports are there then, as
     in a process that trains. How long that took is ``first_seconds``.
     """
     chosen = CONTENDERS[verb, contender]

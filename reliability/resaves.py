@@ -8,6 +8,7 @@ The ranks are forked from a process that has imported everything and never used 
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import pickle
@@ -49,7 +50,8 @@ def _told(
     cloud: str, url: str, options: dict[str, Any], count: int, mib: int, seed: int, say: Callable[[str], None]
 ) -> Outcome:
     order = {"url": url, "options": options, "count": count, "mib": mib, "seed": seed}
-    command = [*python(), "-m", "reliability.resaves", pickle.dumps(order).hex()]  # a token is no JSON
+    request = base64.b64encode(pickle.dumps(order)).decode()  # a token is no JSON
+    command = [*python(), "-m", "reliability.resaves", request]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     outcome = Outcome("sharded resave, killed", cloud)
     found = json.loads(done.stdout.splitlines()[-1])
@@ -65,7 +67,7 @@ def _told(
 
 
 def main() -> None:
-    order = pickle.loads(bytes.fromhex(sys.argv[1]))
+    order = pickle.loads(base64.b64decode(sys.argv[1]))
     warnings.filterwarnings("ignore")
     import torch.distributed.checkpoint  # what the ranks need is there when they are forked
     import torch.distributed.tensor  # noqa: F401

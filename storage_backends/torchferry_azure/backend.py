@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,7 +37,6 @@ __all__ = ["AzureBackend"]
 
 # https://learn.microsoft.com/rest/api/storageservices/understanding-block-blobs--append-blobs--and-page-blobs
 _LIMITS = Limits(smallest_part=MIB, largest_part=4000 * MIB, most_parts=50_000)
-_IN_FLIGHT = 32
 
 
 class AzureBackend(HttpBackend):
@@ -95,8 +95,8 @@ class AzureBackend(HttpBackend):
 
         The filesystem's ``max_concurrency`` is honoured where it is less than 32.
         """
-        in_flight = min(_IN_FLIGHT, self._fs.max_concurrency or _IN_FLIGHT)
-        return UploadPlan.for_size(size, part_size, limits=_LIMITS, in_flight=in_flight)
+        plan = UploadPlan.for_size(size, part_size, limits=_LIMITS)
+        return replace(plan, in_flight=min(plan.in_flight, self._fs.max_concurrency or plan.in_flight))
 
     async def engine(self) -> Engine:
         """The engine, unless a class of the user's or a location mode asks for the client."""

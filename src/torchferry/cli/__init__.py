@@ -12,8 +12,6 @@ from collections.abc import Sequence
 __all__ = ["main"]
 
 _INTERRUPTED = 130  # as a shell has it: 128 and SIGINT
-
-
 _ARGUMENTS = re.compile(r"(?<![\w?&])(keys|exclude|strip_prefix|max_shard_size|format)=(?=[\s,.;:]|$)")
 
 
