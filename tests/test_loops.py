@@ -10,13 +10,16 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
 from fsspec.asyn import get_loop
 
 import torchferry
+from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import run, run_on, synchronous
 from torchferry.testing.forkserver import python
 
@@ -226,6 +229,25 @@ def test_at_the_end_of_the_interpreter_nothing_new_begins_in_a_thread() -> None:
         [*python(), "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True, timeout=60
     )
     assert result.stdout == "<class 'torchferry.errors.InterpreterEndedError'>\n"
+
+
+async def test_a_worker_holds_no_argument_when_the_result_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    wake = loop.call_soon_threadsafe
+    looked = threading.Event()
+
+    def wake_and_stay(*args: Any, **kwargs: Any) -> None:
+        wake(*args, **kwargs)
+        looked.wait(30)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", wake_and_stay)
+    arguments = [{1}]
+    argument = weakref.ref(arguments[0])
+    try:
+        assert await in_thread(len, arguments.pop()) == 1
+        assert argument() is None
+    finally:
+        looked.set()
 
 
 @pytest.mark.parametrize("where", ["__del__", "atexit"])
