@@ -234,17 +234,22 @@ def test_at_the_end_of_the_interpreter_nothing_new_begins_in_a_thread() -> None:
 async def test_a_worker_holds_no_argument_when_the_result_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = asyncio.get_running_loop()
     wake = loop.call_soon_threadsafe
-    looked = threading.Event()
+    awaited, looked = threading.Event(), threading.Event()
+
+    def work(_: set[int]) -> None:
+        awaited.wait(30)
 
     def wake_and_stay(*args: Any, **kwargs: Any) -> None:
+        assert threading.current_thread() is not threading.main_thread()
         wake(*args, **kwargs)
         looked.wait(30)
 
     monkeypatch.setattr(loop, "call_soon_threadsafe", wake_and_stay)
     arguments = [{1}]
     argument = weakref.ref(arguments[0])
+    loop.call_soon(awaited.set)
     try:
-        assert await in_thread(len, arguments.pop()) == 1
+        await in_thread(work, arguments.pop())
         assert argument() is None
     finally:
         looked.set()
