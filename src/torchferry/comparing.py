@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from isal import isal_zlib
@@ -16,7 +16,7 @@ from torchferry.engine.reader import RangeReader
 from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import Transfer, current
 from torchferry.errors import CheckpointCorruptError, mask
-from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, Record, sniff
+from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, Record, Records, sniff
 from torchferry.formats.picking import values_of
 from torchferry.formats.safetensors_stream import view_bytes
 from torchferry.locating import locate, open_object
@@ -24,7 +24,7 @@ from torchferry.objects.requests import LoadRequest
 from torchferry.objects.safetensors_files import inspect_safetensors
 from torchferry.objects.safetensors_opening import open_file, open_files
 from torchferry.objects.streaming import Extent, ExtentStream
-from torchferry.objects.torch_files import inspect_torch, load_torch, places_in_torch
+from torchferry.objects.torch_files import inspect_with_places, load_torch
 from torchferry.printable import printable
 
 if TYPE_CHECKING:
@@ -137,18 +137,20 @@ class _Object:
 
     Attributes:
         manifest: What is in it.
-        sources: The files, by the names of the records that are in them.
-        records: By name.
+        source: Where it is; of several files, their index.
+        record: The record of a name, if there is one.
         places: How tensors lie in their storages, by name; of what torch saves, where that can be told.
+        files: Of several, by the names of the records that are in them.
     """
 
     manifest: Manifest
-    sources: Mapping[str, RangeReader]
-    records: Mapping[str, Record]
+    source: RangeReader
+    record: Callable[[str], Record | None]
     places: Mapping[str, TensorPlace]
+    files: Mapping[str, RangeReader] = field(default_factory=dict)
 
     def stored(self, tensor: TensorInfo) -> tuple[Hashable, int] | None:
-        record = self.records.get(tensor.record or "")
+        record = self.record(tensor.record or "")
         if record is None or record.crc32 is None or record.size != tensor.nbytes:
             return None  # what else lies there does not matter
         place = self.places.get(tensor.key)
@@ -156,13 +158,13 @@ class _Object:
         return lies, record.crc32
 
     def crc32(self, tensor: TensorInfo) -> int | None:
-        record = self.records.get(tensor.record or "")
+        record = self.record(tensor.record or "")
         if record is None or record.size != tensor.nbytes or not self._is_contiguous(tensor):
             return None
         return record.crc32
 
     def read_size(self, tensor: TensorInfo) -> int:
-        return tensor.nbytes if tensor.key in self.places else self.records[tensor.record or ""].size
+        return tensor.nbytes if tensor.key in self.places else self._record_of(tensor).size
 
     async def read_crc32s(self, tensors: Sequence[TensorInfo]) -> Mapping[str, int]:
         in_order = [tensor for tensor in tensors if self._is_contiguous(tensor)]
@@ -170,21 +172,27 @@ class _Object:
         if others := {tensor.key for tensor in tensors} - {*read}:
             # Elements in another order than they are stored in: loaded whole.
             request = LoadRequest(lambda name: name in others, None, None, weights_only=True, verify=True)
-            source = next(iter(self.sources.values()))
-            values, _ = values_of(await load_torch(source, request), source.stat.size, source.url)
+            loaded = await load_torch(self.source, request)
+            values, _ = values_of(loaded, self.source.stat.size, self.source.url)
             read |= await in_thread(_crc32s_of, {name: value for name, value in values.items() if name in others})
         return read
+
+    def _record_of(self, tensor: TensorInfo) -> Record:
+        record = self.record(tensor.record or "")
+        assert record is not None  # noqa: S101 - _open has looked
+        return record
 
     def _is_contiguous(self, tensor: TensorInfo) -> bool:
         place = self.places.get(tensor.key)
         return place is None or place.is_contiguous
 
     def _extent(self, tensor: TensorInfo) -> Extent:
-        record, place = self.records[tensor.record or ""], self.places.get(tensor.key)
+        record, place = self._record_of(tensor), self.places.get(tensor.key)
+        source = self.files.get(record.name, self.source)
         if place is None:
-            return Extent(self.sources[record.name], record.offset, record.end)
+            return Extent(source, record.offset, record.end)
         start = record.offset + place.offset * place.dtype.itemsize
-        return Extent(self.sources[record.name], start, start + tensor.nbytes)
+        return Extent(source, start, start + tensor.nbytes)
 
     async def _read_in_order(self, tensors: Sequence[TensorInfo]) -> dict[str, int]:
         read: dict[str, int] = {}
@@ -275,18 +283,22 @@ async def _open(backend: Backend, path: str) -> _Side:
         return await _open_sharded(source)
     looks = sniff(await source.read(0, min(source.stat.size, SNIFF_SIZE)))
     if looks not in {SAFETENSORS_FORMAT, INDEX_FORMAT}:
-        manifest = await inspect_torch(source)
-        records = {record.name: record for record in manifest.records}
+        manifest, places = await inspect_with_places(source)
+        record = _by_name(manifest.records)
         for tensor in manifest.tensors:
-            if tensor.record is not None and tensor.record not in records:
+            if tensor.record is not None and record(tensor.record) is None:
                 raise CheckpointCorruptError(f"{source.url} is damaged: record {printable(tensor.record)} is missing.")
-        return _Object(manifest, dict.fromkeys(records, source), records, await places_in_torch(source))
+        return _Object(manifest, source, record, places)
     files = [await open_file(source, path)] if looks == SAFETENSORS_FORMAT else await open_files(backend, path, source)
     manifest = await in_thread(inspect_safetensors, files, source)
     by_file = {
         (f"{file.name}/" if file.name else "") + entry.name: file.source for file in files for entry in file.entries
     }
-    return _Object(manifest, by_file, {record.name: record for record in manifest.records}, {})
+    return _Object(manifest, source, _by_name(manifest.records), {}, by_file)
+
+
+def _by_name(records: Sequence[Record]) -> Callable[[str], Record | None]:
+    return records.get if isinstance(records, Records) else {record.name: record for record in records}.get
 
 
 async def _open_sharded(found: Contents) -> _Side:

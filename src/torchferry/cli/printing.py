@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import islice
@@ -60,11 +60,27 @@ def say(text: str = "") -> None:
 
 
 def print_json(value: Any) -> None:
-    """Prints a value for programs."""
-    pieces = json.JSONEncoder(indent=2).iterencode(value)
+    """Prints a value for programs; each entry of a list that it has on a line of its own."""
+    pieces = _json_lines(value)
     while some := "".join(islice(pieces, _PIECES)):
         sys.stdout.write(some)
     print()
+
+
+def _json_lines(value: Any, levels: int = 2, indent: str = "") -> Iterator[str]:
+    if not levels or not value or not isinstance(value, (dict, list)):
+        yield json.dumps(value)
+        return
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    yield opening
+    for number, part in enumerate(value):
+        yield f"{',' if number else ''}\n{indent}  "
+        if isinstance(value, dict):
+            yield f"{json.dumps(part)}: "
+            yield from _json_lines(value[part], levels - 1, f"{indent}  ")
+        else:
+            yield json.dumps(part)
+    yield f"\n{indent}{closing}"
 
 
 class Table:

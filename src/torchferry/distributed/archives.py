@@ -65,11 +65,10 @@ def find_tensor(  # noqa: PLR0911 - there are many ways not to be one
     start = directory.start - (length - len(tail))
     archive = parse_directory(tail[start : start + directory.size], directory, url)
     if archive.unproven:
-        offsets = list(archive.unproven_headers)
-        pieces = {at: head[at : at + LOCAL_HEADER_SIZE] or _in_tail(tail, length, at) for at in offsets}
-        if any(len(piece) != LOCAL_HEADER_SIZE for piece in pieces.values()):
+        pieces = [head[at : at + LOCAL_HEADER_SIZE] or _in_tail(tail, length, at) for at in archive.unproven]
+        if any(len(piece) != LOCAL_HEADER_SIZE for piece in pieces):
             return None
-        archive = archive.settle(pieces)
+        archive = archive.settle(b"".join(pieces))
     pickled = archive.get("data.pkl")
     if pickled is None or pickled.end > len(head):
         return None

@@ -211,9 +211,7 @@ def _plain_values_in(contents: Mapping[str, bytearray], url: str) -> dict[str, P
             continue  # in the legacy format
         archive = parse_directory(content[directory.start : directory.start + directory.size], directory, url)
         if archive.unproven:
-            archive = archive.settle(
-                {at: bytes(content[at : at + LOCAL_HEADER_SIZE]) for at in archive.unproven_headers}
-            )
+            archive = archive.settle(b"".join(content[at : at + LOCAL_HEADER_SIZE] for at in archive.unproven))
         pickled = archive.get("data.pkl")
         if pickled is not None:
             found = read_graph(bytes(content[pickled.offset : pickled.end]), url).plain_values()

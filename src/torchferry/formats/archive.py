@@ -29,7 +29,7 @@ from torchferry.formats.layout import Layout, whole
 from torchferry.printable import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator
 
 __all__ = [
     "CENTRAL_HEADER",
@@ -75,6 +75,7 @@ _MAX_DIRECTORY = (1 << 31) - 1  # positions in it are held in 32 bits
 
 LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 LOCAL_HEADER_SIZE = LOCAL_HEADER.size
+_LOCAL_LENGTHS = struct.Struct("<4s22xHH")
 CENTRAL_HEADER = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _CENTRAL_FIELDS = struct.Struct("<4s4xHH4xiIIHHH4xII")  # those that are used
 END = struct.Struct("<4sHHHHIIH")
@@ -175,6 +176,13 @@ class Records(Sequence[Record]):
         crc32 = self._crc32s[index] & _UINT32_MAX if self.are_checked and not self._methods[index] else None
         return Record(self.name(index), self._offsets[index], self._stored[index], crc32)
 
+    def __iter__(self) -> Iterator[Record]:
+        skip, are_checked = len(self.top), self.are_checked
+        columns = zip(self._offsets, self._stored, self._crc32s, self._methods, strict=True)
+        for index, (offset, stored, crc32, method) in enumerate(columns):
+            known = crc32 & _UINT32_MAX if are_checked and not method else None
+            yield Record(self.path(index)[skip:].decode(), offset, stored, known)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Records):
             return NotImplemented
@@ -189,6 +197,11 @@ class Records(Sequence[Record]):
     def name(self, index: int) -> str:
         """The name of a record, without the top folder."""
         return self.path(index)[len(self.top) :].decode()
+
+    def get(self, name: str) -> Record | None:
+        """The record of that name, if there is one."""
+        index = self.find(name)
+        return None if index is None else self[index]
 
     def find(self, name: str) -> int | None:
         """The index of the record of that name, if there is one."""
@@ -235,21 +248,30 @@ class Records(Sequence[Record]):
         """The flags of a record that its local header and the directory share."""
         return self._flags[index] & ~FLAG_DESCRIPTOR
 
-    def with_offsets(self, offsets: Iterable[tuple[int, int]]) -> Records:
-        """The same records, with other offsets for those of these indices."""
-        changed = self._offsets[:]
-        for index, offset in offsets:
-            changed[index] = offset
-        records = copy(self)
-        vars(records)["_offsets"] = changed
-        return records
+    def settled(self, headers: bytes | bytearray, end: int, url: str) -> Records:
+        """The same records, with the offsets that their local headers give.
 
-    def offset_by(self, header: bytes, index: int, end: int) -> int | None:
-        """Where a record's data starts, as its local header says; None if that is damaged, or leaves it no room."""
-        fields = LOCAL_HEADER.unpack(header)
-        offset = self._headers[index] + LOCAL_HEADER_SIZE + fields[9] + fields[10]
-        is_damaged = fields[0] != LOCAL_SIGNATURE or fields[9] != len(self.path(index))
-        return None if is_damaged or offset + self._stored[index] > end else offset
+        Args:
+            headers: The first 30 bytes of each, one after another.
+            end: Where the last record ends.
+            url: For messages.
+
+        Raises:
+            CheckpointCorruptError: a header is none, or leaves its record no room.
+        """
+        offsets = array("q")
+        ends = chain(islice(self._headers, 1, None), (end,))
+        found = _LOCAL_LENGTHS.iter_unpack(headers)
+        columns = zip(found, self._headers, self._lengths, self._stored, ends, strict=True)
+        for (signature, length, extra), header, known, stored, stop in columns:
+            offset = header + LOCAL_HEADER_SIZE + length + extra
+            if signature != LOCAL_SIGNATURE or length != known or offset + stored > stop:
+                name = printable(self.name(len(offsets)))
+                raise CheckpointCorruptError(f"{url}: the local header of record {name} is damaged.")
+            offsets.append(offset)
+        records = copy(self)
+        vars(records)["_offsets"] = offsets
+        return records
 
     def path(self, index: int) -> bytes:
         """The name of a record with the top folder, as it is in the file."""
@@ -258,7 +280,7 @@ class Records(Sequence[Record]):
 
     @classmethod
     def parse(cls, buffer: bytes, directory: Directory, url: str) -> tuple[Records, Sequence[int]]:
-        """The records of a directory, and the indices of those whose offset it does not prove.
+        """The records of a directory, and where the local headers of those are whose offset it does not prove.
 
         Raises:
             ValueError: it contradicts itself.
@@ -280,7 +302,7 @@ class Records(Sequence[Record]):
     def _read(self, count: int) -> bool:
         """Reads the fields of so many records; returns whether some are outside the top folder.
 
-        Takes a microsecond a record: it does nothing here that can be done for all at once.
+        Takes some microseconds a record: it does nothing here that can be done for all at once.
         """
         buffer, unpack, at = self._directory, _CENTRAL_FIELDS.unpack_from, 0
         columns = (
@@ -370,7 +392,7 @@ class Records(Sequence[Record]):
                 raise ValueError(f"it contradicts itself on the size of record {printable(self.name(index))}")
 
     def _find_offsets(self, end: int) -> Sequence[int]:
-        """Fills in where the data of the records starts; returns the indices of those for which it is not proven: all.
+        """Fills in where the data of the records starts; returns the local headers of those for which it is not proven.
 
         The data ends where the next local header starts, or a data descriptor before that. And it starts where torch's
         padding puts it, on the next multiple of the alignment; or right after the header, as in zip files of other
@@ -404,7 +426,7 @@ class Records(Sequence[Record]):
                 raise ValueError(f"it leaves no room for record {printable(self.name(index))}")
             offsets.append(offset)
         # What moves one record may make both ways agree on a wrong offset for another: then none is certain.
-        return () if are_proven else range(len(self))
+        return () if are_proven else self._headers
 
     def _alignment(self) -> int | None:
         """On what the data of each record starts; None if the directory does not say.
@@ -428,8 +450,8 @@ class Archive:
 
     Attributes:
         records: All of them, in the order of the file.
-        unproven: Indices of those whose offset could not be derived with certainty, all or none; :meth:`settle` takes
-            them from the local headers. Never any in what torch itself wrote with CRC32s.
+        unproven: Where the local headers of those are whose offset could not be derived with certainty, all or none;
+            :meth:`settle` takes it from there. Never any in what torch itself wrote with CRC32s.
         start: Where the central directory starts, that is, where the records end.
     """
 
@@ -443,8 +465,7 @@ class Archive:
 
     def get(self, name: str) -> Record | None:
         """The record of that name, if there is one."""
-        index = self.records.find(name)
-        return None if index is None else self.records[index]
+        return self.records.get(name)
 
     @property
     def is_torchscript(self) -> bool:
@@ -452,34 +473,20 @@ class Archive:
         return "constants.pkl" in self
 
     @property
-    def unproven_headers(self) -> Sequence[int]:
-        """The offsets of the local headers (of :data:`LOCAL_HEADER_SIZE` bytes) that :meth:`settle` wants to see."""
-        return array("q", map(self.records.local_header_offset, self.unproven))
-
-    @property
     def has_crc32s(self) -> bool:
         """Whether any record carries one; none does under ``torch.serialization.set_crc32_options(False)``."""
         return self.records.are_checked
 
-    def settle(self, headers: Mapping[int, bytes]) -> Archive:
+    def settle(self, headers: bytes | bytearray) -> Archive:
         """The archive with the offsets that its local headers give.
 
         Args:
-            headers: The first 30 bytes of each of the :attr:`unproven_headers`, by offset.
+            headers: The first 30 bytes of each of the :attr:`unproven` ones, one after another.
 
         Raises:
             CheckpointCorruptError: a header is none, or leaves its record no room.
         """
-        return Archive(self.url, self.records.with_offsets(self._settled(headers)), (), self.start)
-
-    def _settled(self, headers: Mapping[int, bytes]) -> Iterator[tuple[int, int]]:
-        for index in self.unproven:
-            end = self.records.local_header_offset(index + 1) if index + 1 < len(self.records) else self.start
-            offset = self.records.offset_by(headers[self.records.local_header_offset(index)], index, end)
-            if offset is None:
-                name = printable(self.records.name(index))
-                raise CheckpointCorruptError(f"{self.url}: the local header of record {name} is damaged.")
-            yield index, offset
+        return Archive(self.url, self.records.settled(headers, self.start, self.url), (), self.start)
 
     def local_headers(self) -> Iterator[tuple[int, bytes]]:
         """Offset and bytes of a local header for each record, made from what is known.

@@ -55,7 +55,7 @@ def check_bytes(content: Buffer, url: str, *, weights_only: bool) -> None:
         return  # torch says what it is not
     archive = parse_directory(data[directory.start : directory.start + directory.size], directory, url)
     if archive.unproven:
-        archive = archive.settle({at: data[at : at + LOCAL_HEADER_SIZE] for at in archive.unproven_headers})
+        archive = archive.settle(b"".join(data[at : at + LOCAL_HEADER_SIZE] for at in archive.unproven))
     record = archive.get("data.pkl")
     pickled = b"" if record is None else data[record.offset : record.end]
     try:

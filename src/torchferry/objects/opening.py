@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -122,36 +122,29 @@ async def read_legacy_format(source: RangeReader) -> tuple[Graph, list[Record]] 
 
 async def _settle(source: RangeReader, archive: Archive) -> Archive:
     """Reads the local headers that the offsets of the records depend on."""
-    headers = _Headers(archive.unproven_headers)
+    headers = _Headers(archive.unproven)
     await source.stream(await in_thread(headers.ranges), headers.add)
-    return await in_thread(archive.settle, headers)
+    return await in_thread(archive.settle, headers.memory)
 
 
-class _Headers(Mapping[int, bytes]):
-    """Local headers by offset: there may be a million, so they lie in one piece of memory.
+class _Headers:
+    """Local headers that are read: there may be a million, so they lie in one piece of memory.
 
     Args:
-        offsets: In order.
+        offsets: Of each, in order.
+
+    Attributes:
+        memory: The headers, one after another.
     """
 
     def __init__(self, offsets: Sequence[int]) -> None:
         self._offsets = offsets
-        self._memory = bytearray(LOCAL_HEADER_SIZE * len(offsets))
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._offsets)
-
-    def __getitem__(self, offset: int) -> bytes:
-        at = LOCAL_HEADER_SIZE * bisect_left(self._offsets, offset)
-        return bytes(self._memory[at : at + LOCAL_HEADER_SIZE])
+        self.memory = bytearray(LOCAL_HEADER_SIZE * len(offsets))
 
     def ranges(self) -> list[tuple[int, int]]:
         """What to read, a step of headers at a time, so that little memory is needed for their ends."""
         ranges: list[tuple[int, int]] = []
-        for first in range(0, len(self), _STEP):
+        for first in range(0, len(self._offsets), _STEP):
             ranges += merge(((at, at + LOCAL_HEADER_SIZE) for at in self._offsets[first : first + _STEP]), BLOCK_SIZE)
         return ranges
 
@@ -162,4 +155,4 @@ class _Headers(Mapping[int, bytes]):
         for index in range(first, last):
             at = self._offsets[index] - start
             header = view[at : at + LOCAL_HEADER_SIZE]
-            self._memory[LOCAL_HEADER_SIZE * index : LOCAL_HEADER_SIZE * index + len(header)] = header
+            self.memory[LOCAL_HEADER_SIZE * index : LOCAL_HEADER_SIZE * index + len(header)] = header

@@ -53,8 +53,8 @@ __all__ = [
     "fill_with",
     "format_error",
     "inspect_torch",
+    "inspect_with_places",
     "load_torch",
-    "places_in_torch",
     "read_pickle",
     "require_archive",
     "verify_torch",
@@ -71,6 +71,18 @@ async def inspect_torch(source: RangeReader) -> Manifest:
         raise await format_error(source)
     pickled = await read_pickle(source, archive, verify=True)
     return await in_thread(_manifest_of_archive, source, archive, pickled)
+
+
+async def inspect_with_places(source: RangeReader) -> tuple[Manifest, dict[str, TensorPlace]]:
+    """What is in a checkpoint, and how its plain tensors lie in their storages, by name.
+
+    Places are told of archives of ``torch.save``, and not of TorchScript.
+    """
+    archive = await read_archive(source)
+    if archive is None:
+        return await inspect_torch(source), {}
+    pickled = await read_pickle(source, archive, verify=True)
+    return await in_thread(_manifest_and_places, source, archive, pickled)
 
 
 async def verify_torch(source: RangeReader) -> Manifest:
@@ -215,29 +227,23 @@ def fill_with(loaded: Any, url: str, request: LoadRequest, target: Target, nbyte
     return target.finish(values, (), found, metadata, url, strict=request.strict)
 
 
-async def places_in_torch(source: RangeReader) -> dict[str, TensorPlace]:
-    """How the plain tensors of an archive lie in their storages, by name; nothing of other tensors and other files."""
-    archive = await read_archive(source)
-    if archive is None or archive.is_torchscript:
-        return {}
-    try:
-        return await in_thread(_places, await read_pickle(source, archive, verify=False), source.url)
-    except UnusualPickleError:
-        return {}
-
-
-@collector_paused()
-def _places(pickled: bytes, url: str) -> dict[str, TensorPlace]:
-    graph = read_graph(pickled, url)
-    found, _ = leaves(graph, graph.root)
-    with graph.damage_told():
-        places = {name: place_of(leaf) for name, leaf in found.items() if is_tensor_leaf(leaf)}
-    return {name: place for name, place in places.items() if place is not None and place.is_plain}
-
-
 @collector_paused()
 def _manifest_of_archive(source: RangeReader, archive: Archive, pickled: bytes) -> Manifest:
     return _manifest(source, archive.records, read_graph(pickled, source.url))
+
+
+@collector_paused()
+def _manifest_and_places(
+    source: RangeReader, archive: Archive, pickled: bytes
+) -> tuple[Manifest, dict[str, TensorPlace]]:
+    graph = read_graph(pickled, source.url)
+    manifest = _manifest(source, archive.records, graph)
+    if archive.is_torchscript:
+        return manifest, {}
+    found, _ = leaves(graph, graph.root)
+    with graph.damage_told():
+        places = {name: place_of(leaf) for name, leaf in found.items() if is_tensor_leaf(leaf)}
+    return manifest, {name: place for name, place in places.items() if place is not None and place.is_plain}
 
 
 def _manifest(source: RangeReader, records: Sequence[Record], graph: Graph) -> Manifest:

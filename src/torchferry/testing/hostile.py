@@ -534,7 +534,7 @@ def taken(act: Callable[[], Any], size: int) -> Taken:
 
 def _unfit(text: str) -> set[str]:
     """What people must not see of a text."""
-    return set() if text.isprintable() else {char for char in text if not char.isprintable() and char not in "\n\t"}
+    return {char for char in set(text) if not char.isprintable() and char not in "\n\t"}
 
 
 def _reset_peak() -> int:
