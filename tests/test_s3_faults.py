@@ -760,6 +760,16 @@ async def test_all_pages_of_the_uploads_under_way_are_read(through: Through) -> 
         client.abort_multipart_upload(**store.address(path), UploadId=upload_id)
 
 
+async def test_a_list_that_does_not_say_where_it_goes_on_is_an_error(through: Through) -> None:
+    def forget_marker(exchange: Exchange) -> None:
+        if "list-type=2" in exchange.target:
+            exchange.content = b"<ListBucketResult><IsTruncated>true</IsTruncated></ListBucketResult>"
+
+    store, _ = through.front(after=forget_marker)
+    with pytest.raises(StorageError, match="there is more, and not where"):
+        [found async for found in store.backend.list(store.path("run/"))]
+
+
 async def test_the_crc32_of_the_whole_object_is_compared(through: Through) -> None:
     def lie(exchange: Exchange) -> None:
         if exchange.method == "POST" and "uploadId=" in exchange.target:

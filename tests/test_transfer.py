@@ -100,6 +100,14 @@ async def test_every_transfer_is_reported(
     assert all(str(report) in caplog.text for report in reports)
 
 
+def test_a_save_has_succeeded_also_where_its_report_is_not_taken(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "x.pt"
+    assert torchferry.save([1], path, report=[].index).size == path.stat().st_size
+    assert "is not in list" in caplog.text
+
+
 async def test_a_report_names_no_secret(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "torchferry")
     reports: list[TransferReport] = []

@@ -306,6 +306,10 @@ class S3Backend(HttpBackend):
             yield page
             if not page.get("IsTruncated"):
                 return
+            if not page.get(f"Next{marker}"):
+                raise StorageError(
+                    f"Cannot list {self.url(prefix or bucket)}: the store says that there is more, and not where it is."
+                )
             arguments[marker] = page[f"Next{marker}"]
             if "NextUploadIdMarker" in page:
                 arguments["UploadIdMarker"] = page["NextUploadIdMarker"]

@@ -270,7 +270,10 @@ class Transfer:
 
     @contextmanager
     def running(self, deliver: Callable[[TransferReport], object] | None) -> Generator[Transfer]:
-        """Makes this the current transfer; at the end logs the report, and hands it to ``deliver``."""
+        """Makes this the current transfer; at the end logs the report, and hands it to ``deliver``.
+
+        An error of ``deliver`` is logged and not raised: what is reported has happened.
+        """
         token = _current.set(self)
         try:
             with _span(self._verb, self._url) as span:
@@ -289,7 +292,10 @@ class Transfer:
             self._callback = None  # timers of HTTP clients hold their context, and so this transfer, for a while
         logger.info("%s", report)
         if deliver is not None:
-            deliver(report)
+            try:
+                deliver(report)
+            except Exception:
+                logger.exception("What report= named did not take this: %s", report)
 
 
 class _ReadingSide(Transfer):
