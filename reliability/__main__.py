@@ -18,7 +18,8 @@ from reliability.stores import CLOUDS, Store
 from torchferry.testing.forkserver import python
 from torchferry.testing.servers import ServerStartError
 
-SCENARIOS = ("cancels", "outages", "growth", "flips", "kills", "managed", "resaves", "series", "hostile", "fuzz")
+USUAL = ("cancels", "outages", "growth", "flips", "kills", "hostile", "fuzz")
+LONG = ("managed", "resaves", "series")
 LOCAL = "local"
 
 
@@ -45,7 +46,7 @@ def _run_side_by_side(clouds: list[str], arguments: argparse.Namespace) -> list[
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="reliability-") as name:
         rows = {cloud: Path(name, cloud) for cloud in clouds}
-        chosen = [f"--only={scenario}" for scenario in arguments.only or ()]
+        chosen = [f"--only={scenario}" for scenario in _chosen(arguments)]
         options = {name: getattr(arguments, name) for name in ("count", "seconds", "mib", "bandwidth", "seed")}
         chosen += [f"--{name}={value}" for name, value in options.items() if value is not None]
         command = [*python(), "-m", "reliability", *chosen]
@@ -63,9 +64,13 @@ def _run_side_by_side(clouds: list[str], arguments: argparse.Namespace) -> list[
     return sorted(outcomes, key=lambda outcome: outcome.scenario)
 
 
+def _chosen(arguments: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(arguments.only) if arguments.only else USUAL + LONG * arguments.all
+
+
 def _run_cloud(cloud: str, arguments: argparse.Namespace) -> Iterator[list[Outcome]]:
     """The rows of each scenario, when it is over."""
-    chosen = arguments.only or SCENARIOS
+    chosen = _chosen(arguments)
     if cloud == LOCAL:
         for scenario in chosen:
             yield _run_locally(scenario, arguments)
@@ -139,7 +144,9 @@ def _say(text: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m reliability", description=__doc__)
-    parser.add_argument("--only", action="append", choices=SCENARIOS, help="only this; may be given again")
+    every = ", ".join(LONG)
+    parser.add_argument("--all", action="store_true", help=f"also what is about series of checkpoints: {every}")
+    parser.add_argument("--only", action="append", choices=USUAL + LONG, help="only this; may be given again")
     parser.add_argument("--cloud", action="append", choices=[LOCAL, *CLOUDS], help="only this; may be given again")
     parser.add_argument(
         "--count",

@@ -1,4 +1,4 @@
-"""Files that were made to crash, hang, fill the memory or deceive, each with every entry point.
+"""Files that were made to crash, hang, fill the memory or deceive, each with every entry point; in a store, with some.
 
 The files and the values for the Deck are those of ``torchferry.testing.hostile``; right, wrong and "slowest" are as in
 ``reliability.fuzz``.
@@ -20,6 +20,7 @@ def run(store: Store, *, say: Callable[[str], None]) -> list[Outcome]:
         report = hostile.run(
             lambda name, data: put(store, f"hostile/{name}", data),
             store.options(proxy),
+            short=True,
             say=lambda _: proxy.log.clear(),
         )
     add(outcome, report)
