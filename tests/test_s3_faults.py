@@ -760,6 +760,43 @@ async def test_all_pages_of_the_uploads_under_way_are_read(through: Through) -> 
         client.abort_multipart_upload(**store.address(path), UploadId=upload_id)
 
 
+FLIPS = {"head": (0, 300), "tail": (1, 64 * 1024 - 2_000), "tensor": (2, 5)}  # GETs before it; the byte of its body
+
+
+@pytest.mark.parametrize("times", [1, None])
+@pytest.mark.parametrize("where", FLIPS)
+async def test_what_is_damaged_on_its_way_is_read_again_once(through: Through, where: str, times: int | None) -> None:
+    skip, byte = FLIPS[where]
+    store, _ = through()
+    url = store.backend.url(store.path("x.pt"))
+    await torchferry.save_async(TENSORS, url, **store.options)
+    tensors = TENSORS["a"]
+
+    async def loads(**options: Any) -> None:
+        loaded = await torchferry.load_async(url, **options)
+        assert all(map(torch.equal, loaded["a"], tensors))
+
+    async def fills(**options: Any) -> None:
+        target = {f"a.{number}": torch.empty(MIB) for number in range(len(tensors))}
+        await torchferry.load_async(url, into=target, **options)
+        assert all(map(torch.equal, target.values(), tensors))
+
+    async def verifies(**options: Any) -> None:
+        await torchferry.verify_async(url, **options)
+
+    for read in (loads, fills, verifies):
+        fault = Fault(method="GET", target="x.pt", skip=skip, times=times, corrupt_download_byte=byte)
+        faulty, proxy = through(fault)
+        reports: list[torchferry.TransferReport] = []
+        if times is None:
+            with pytest.raises(torchferry.CheckpointCorruptError):
+                await read(**faulty.options)
+            continue
+        await read(report=reports.append, **faulty.options)
+        assert len([warning for warning in reports[0].warnings if "Reading it again" in warning]) == 1
+        assert any(request.fault for request in proxy.requests("GET"))
+
+
 async def test_a_list_that_does_not_say_where_it_goes_on_is_an_error(through: Through) -> None:
     def forget_marker(exchange: Exchange) -> None:
         if "list-type=2" in exchange.target:

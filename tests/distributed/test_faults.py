@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import torchferry
 import torchferry.distributed as ferry
@@ -47,6 +48,24 @@ def test_a_part_that_is_refused_fails_the_save_on_every_rank(
     if rank:
         assert keys_below(s3_client, s3_url) == before
     assert ranks.run("load_tensors", 2, url=s3_url, options=s3_storage_options) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("times", [1, None])
+def test_an_item_that_is_damaged_on_its_way_is_read_again_once(
+    s3_url: str, s3_storage_options: dict[str, Any], faulty_s3: Any, caplog: pytest.LogCaptureFixture, times: int | None
+) -> None:
+    saved = {"large": torch.randn(2, 1 << 20), "small": torch.randn(1000)}
+    ferry.save(saved, s3_url, storage_options=s3_storage_options, no_dist=True)
+    fault = Fault(method="GET", target=r"\.distcp", times=times, corrupt_download_byte=4_000)
+    faulty = faulty_s3(fault).storage_options
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
+    if times is None:
+        with pytest.raises(torchferry.CheckpointCorruptError, match="is damaged"):
+            ferry.load(loaded, s3_url, storage_options=faulty, no_dist=True)
+        return
+    ferry.load(loaded, s3_url, storage_options=faulty, no_dist=True)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.items())
+    assert "Reading it again" in caplog.text
 
 
 @pytest.mark.parametrize(

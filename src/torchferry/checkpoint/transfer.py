@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fsspec.utils import get_protocol
 
 from torchferry.checkpoint.devices import default_map_location
-from torchferry.errors import CheckpointCorruptError, StoragePermissionError
+from torchferry.errors import StoragePermissionError
 from torchferry.loading import load_async
 from torchferry.saving import save_async
 
@@ -83,12 +83,6 @@ async def load_content(uri: str, options: LoadOptions, *, filesystem: AbstractFi
         "give_up_after": options.give_up_after,
         **_store(options, filesystem),
     }
-    try:
-        return await load_async(uri, **arguments)
-    except CheckpointCorruptError as error:
-        # Flyte fails a task at once for an input that cannot be loaded. Bytes that were damaged on their way are good
-        # when they are read again; all other failures the engine has repeated already.
-        _logger.warning("%s Reading it again.", error)
     return await load_async(uri, **arguments)
 
 

@@ -62,7 +62,7 @@ class PartChecksums(Checksums):
     """
 
     def __init__(self, records: Sequence[Record], parts: Mapping[tuple[int, int], WantedPart], url: str) -> None:
-        super().__init__([*records, *(Record(part.name, *at, 0) for at, part in parts.items())], url)
+        super().__init__([*records, *(Record(part.name, *at, 0) for at, part in parts.items())], url, twice=True)
         self.read: list[ReadPart] = []
         self._parts = parts
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from torchferry.distributed.slices import Direct, Piece
@@ -89,7 +89,7 @@ async def fetch(
     *,
     finish: bool = True,
 ) -> None:
-    """Reads everything that is wanted.
+    """Reads everything that is wanted; a record that does not match its CRC32 again, where it may be read twice.
 
     Args:
         files: Where it is.
@@ -99,6 +99,7 @@ async def fetch(
         finish: Whether all that is checked is among what is wanted.
     """
     reader = RangeReader(files, "", ObjectStat(url, files.size))
+    wanted = list(wanted)
     direct, pieces = _sorted_out(files, wanted)
     groups = _groups(pieces, min(BLOCK_SIZE, files.range_size))
     memories = iter(direct)
@@ -123,9 +124,23 @@ async def fetch(
         if groups:
             spans = [(start, max(last for _, last, _ in group)) for start, group in groups.items()]
             tasks.start_soon(reader.stream, spans, spread)
+    if again := list(_damaged(wanted, checksums)):
+        await fetch(files, again, checksums, url, finish=finish)
+        return
     for checksum in checksums if finish else ():
         if checksum is not None:
             checksum.finish()
+
+
+def _damaged(
+    wanted: Sequence[tuple[int, Direct | Piece]], checksums: Sequence[Checksums | None]
+) -> Iterator[tuple[int, Direct | Piece]]:
+    """What is wanted of the records that do not match their CRC32, and may be read again."""
+    records = [checksum.take_damaged() if checksum is not None else [] for checksum in checksums]
+    for number, part in wanted if any(records) else ():
+        stop = part.stop if isinstance(part, Piece) else part.start + len(part.memory)
+        if any(part.start < record.end and record.offset < stop for record in records[number]):
+            yield number, part
 
 
 def _sorted_out(

@@ -89,6 +89,23 @@ class RangeReader:
         pieces = ((at, memoryview(buffer)) for at, buffer in self._kept)
         return b"".join(piece[max(start - at, 0) : max(stop - at, 0)] for at, piece in pieces)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether bytes come over a network, on which bits may flip: of all that is read on an event loop."""
+        return self._backend.loop is not None
+
+    def forget(self) -> None:
+        """Keeps nothing of what :meth:`read` has read: the next time, it is asked of the backend."""
+        self._kept.clear()
+
+    async def renew(self) -> None:
+        """Reads again what is kept."""
+        kept = self.kept
+        self.forget()
+        async with task_group() as group:
+            for start, buffer in kept:
+                group.start_soon(self.read, start, start + len(buffer))
+
     def plan(self, extents: Iterable[tuple[int, int]], longest: int | None = None) -> list[tuple[int, int]]:
         """The ranges to read for these extents, without what is kept: neighbours merged, long ones cut.
 

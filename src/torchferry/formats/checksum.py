@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from isal import isal_zlib
 
+from torchferry.engine.transfer import current
 from torchferry.errors import CheckpointCorruptError
 from torchferry.formats.archive import (
     CENTRAL_HEADER,
@@ -40,6 +41,7 @@ _CRC32_IN_DESCRIPTOR = 4  # bytes before it
 _CRC32_IN_CENTRAL_HEADER = 16
 _SERIALIZATION_ID = b"/.data/serialization_id"
 _UINT64_MAX = (1 << 64) - 1
+_MOST_DAMAGED = 8  # records that are read again: more were damaged in the store, not on the way
 
 
 class Crc32Filler:
@@ -161,6 +163,10 @@ def _unknown_layout(what: str) -> UnknownLayoutError:
     )
 
 
+def _described(record: Record) -> str:
+    return f"record {printable(record.name)} ({record.size} bytes at {record.offset})"
+
+
 def _crc32_of_zeros(size: int) -> int:
     """The CRC32 of so many zero bytes: that of each power of two is combined from two halves."""
     total, part, length = 0, isal_zlib.crc32(b"\0"), 1
@@ -185,9 +191,11 @@ class Checksums:
     Args:
         records: May be a million: their numbers are kept in columns, 20 bytes a record.
         url: For messages.
+        twice: Whether records that do not match are not an error at first: :meth:`take_damaged` has them, to be read
+            and added again.
     """
 
-    def __init__(self, records: Sequence[Record], url: str) -> None:
+    def __init__(self, records: Sequence[Record], url: str, *, twice: bool = False) -> None:
         self._url = url
         self._records = records
         # Indices of those with a CRC32, in the order of the file, and where they end.
@@ -195,6 +203,8 @@ class Checksums:
         self._pieces: dict[int, list[tuple[int, int, int]]] = {}  # by record: (offset, length, CRC32) of its pieces
         self._added: dict[int, int] = {}  # by record: bytes of its pieces
         self._unchecked = len(self._checked)
+        self._damaged: list[Record] = []
+        self._may_be_damaged = _MOST_DAMAGED if twice else 0
         self._lock = threading.Lock()
 
     def add(self, start: int, buffer: Buffer) -> int:
@@ -206,7 +216,7 @@ class Checksums:
             The CRC32 of the buffer.
 
         Raises:
-            CheckpointCorruptError: a record does not match its CRC32.
+            CheckpointCorruptError: a record does not match its CRC32, for the second time where it may be read twice.
         """
         view = memoryview(buffer).cast("B")
         stop = start + len(view)
@@ -229,6 +239,16 @@ class Checksums:
         with self._lock:
             self._unchecked -= whole
         return isal_zlib.crc32(view[done - start :], total)
+
+    def take_damaged(self) -> list[Record]:
+        """To be called when all is added, once: the records that do not match, to be read and added again."""
+        with self._lock:
+            damaged, self._damaged = self._damaged, []
+            self._may_be_damaged = 0
+            self._unchecked += len(damaged)
+        for record in damaged:
+            current().warn(f"{self._url}: {_described(record)} does not match its CRC32. Reading it again.")
+        return damaged
 
     def finish(self) -> None:
         """To be called when all is added.
@@ -258,8 +278,11 @@ class Checksums:
         # torch.serialization.skip_data() has the CRC32 0 written for a record, and zeros for its bytes.
         was_skipped = not record.crc32 and crc32 == _crc32_of_zeros(record.size)
         if crc32 != record.crc32 and not was_skipped:
+            with self._lock:
+                if len(self._damaged) < self._may_be_damaged:
+                    self._damaged.append(record)
+                    return
             raise CheckpointCorruptError(
-                f"{self._url} is damaged: record {printable(record.name)} ({record.size} bytes at {record.offset}) has "
-                f"the CRC32 {crc32:08x}, not {record.crc32:08x} as when it was saved. Another copy may be whole; "
-                "verify=False loads this one as it is."
+                f"{self._url} is damaged: {_described(record)} has the CRC32 {crc32:08x}, not {record.crc32:08x} as "
+                "when it was saved. Another copy may be whole; verify=False loads this one as it is."
             )

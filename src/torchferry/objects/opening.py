@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.collector import collector_paused
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
     from torchferry.formats.graph import Graph
     from torchferry.storage.base import Backend
 
-__all__ = ["memory_errors", "open_reader", "read_archive", "read_legacy_format"]
+__all__ = ["memory_errors", "open_reader", "read_archive", "read_legacy_format", "read_twice"]
+
+T = TypeVar("T")
 
 _WHOLE = 1 * MIB  # an object up to this size is read at once
 _PROBE = (64 << 10, 1 * MIB)  # least and most bytes of the first look at either end
@@ -77,6 +80,19 @@ async def open_reader(backend: Backend, path: str) -> RangeReader:
     return source
 
 
+async def read_twice(source: RangeReader, read: Callable[[], Awaitable[T]]) -> T:
+    """What ``read()`` returns; where that finds damage, once more with bytes that the store is asked for again."""
+    try:
+        return await read()
+    except CheckpointCorruptError as error:
+        if not source.is_remote:
+            raise
+        damage = str(error)
+    current().warn(f"{damage} Reading it again.")
+    await source.renew()
+    return await read()
+
+
 async def read_archive(source: RangeReader) -> Archive | None:
     """Reads an archive's central directory; None if the object is no zip archive.
 
@@ -84,6 +100,10 @@ async def read_archive(source: RangeReader) -> Archive | None:
         CheckpointCorruptError: the object is damaged: truncated, or its directory contradicts itself.
         CheckpointFormatError: it is a zip archive but no checkpoint.
     """
+    return await read_twice(source, partial(_read_archive, source))
+
+
+async def _read_archive(source: RangeReader) -> Archive | None:
     size = source.stat.size
     if sniff(await source.read(0, min(size, SNIFF_SIZE))) != ZIP_FORMAT:
         return None

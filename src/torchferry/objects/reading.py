@@ -15,9 +15,10 @@ from torchferry.engine.transfer import current
 if TYPE_CHECKING:
     from torchferry.engine.reader import RangeReader
     from torchferry.engine.types import Buffer
+    from torchferry.formats.checksum import Checksums
     from torchferry.formats.load_buffer import LoadBuffer
 
-__all__ = ["Job", "fetch"]
+__all__ = ["Job", "fetch", "fetch_checked"]
 
 
 @dataclass(slots=True)
@@ -42,15 +43,22 @@ class Job:
     def plan(self) -> list[tuple[int, int]]:
         """The ranges to read."""
         self._starts = sorted(self.direct)
-        if self.load_buffer is None and not self.direct:
-            return self.source.plan(self.extents)
-        ranges = self.source.plan_into_memory(self.extents)
+        ranges = self.ranges(self.extents)
         for start in self._starts:  # each by itself: a range lies in one piece of memory
-            ranges += self.source.plan_into_memory([(start, start + len(self.direct[start]))])
+            ranges += self.ranges([(start, start + len(self.direct[start]))])
         ranges.sort()
         if self.load_buffer is not None:
             self.load_buffer.expect(ranges)
         return ranges
+
+    def ranges(self, extents: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The ranges to read for extents that are in memory together, or are not kept in memory."""
+        return self.source.plan_into_memory(extents) if self.has_memory else self.source.plan(extents)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether there is memory for what is read."""
+        return self.load_buffer is not None or bool(self.direct)
 
     def memory(self, start: int, stop: int) -> memoryview:
         """The memory for a range."""
@@ -97,8 +105,28 @@ async def fetch(jobs: Sequence[Job]) -> None:
             transfer.moved_at_least(total)
 
 
+async def fetch_checked(job: Job, checksums: Checksums) -> None:
+    """Reads what a job needs, and checks it.
+
+    A record that does not match its CRC32 is read again, once, where ``checksums`` allow it ``twice``.
+
+    Args:
+        job: Its ``sink`` is ``checksums.add``.
+        checksums: Of what it reads.
+
+    Raises:
+        CheckpointCorruptError: a record does not match its CRC32.
+    """
+    await fetch([job])
+    if damaged := checksums.take_damaged():
+        job.source.forget()  # may have been in it
+        ranges = [extent for record in damaged for extent in job.ranges([(record.offset, record.end)])]
+        with current().stage("reading"):
+            await _fetch_one(job, ranges, [])
+    checksums.finish()
+
+
 async def _fetch_one(job: Job, ranges: list[tuple[int, int]], kept: list[tuple[int, Buffer]]) -> None:
     for start, buffer in kept:
         await in_thread(job.write_kept, start, buffer)
-    is_in_memory = job.load_buffer is not None or bool(job.direct)
-    await job.source.stream(ranges, job.sink, memory=job.memory if is_in_memory else None)
+    await job.source.stream(ranges, job.sink, memory=job.memory if job.has_memory else None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torchferry.engine.cancellation import in_thread
@@ -36,8 +37,8 @@ from torchferry.formats.selection import (
 from torchferry.formats.stand_ins import is_tensor_leaf
 from torchferry.formats.torch_hooks import NO_MODES, torch_errors
 from torchferry.manifest import Manifest
-from torchferry.objects.opening import read_archive, read_legacy_format
-from torchferry.objects.reading import Job, fetch
+from torchferry.objects.opening import read_archive, read_legacy_format, read_twice
+from torchferry.objects.reading import Job, fetch_checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -94,9 +95,8 @@ async def verify_torch(source: RangeReader) -> Manifest:
             f"{source.url} carries no checksums to verify: it was saved under "
             "torch.serialization.set_crc32_options(False)."
         )
-    checksums = await in_thread(Checksums, archive.records, source.url)
-    await fetch([Job(source, [(0, archive.start)], checksums.add)])
-    checksums.finish()
+    checksums = await in_thread(partial(Checksums, archive.records, source.url, twice=source.is_remote))
+    await fetch_checked(Job(source, [(0, archive.start)], checksums.add), checksums)
     return await in_thread(_manifest_of_archive, source, archive, pickled)
 
 
@@ -285,10 +285,14 @@ async def _read_record(source: RangeReader, archive: Archive, name: str) -> byte
 
 async def read_pickle(source: RangeReader, archive: Archive, *, verify: bool) -> bytes:
     """An archive's pickle, checked against its CRC32 if that is wanted."""
-    pickled = await _read_record(source, archive, "data.pkl")
-    if verify and (record := archive.get("data.pkl")):
-        await in_thread(Checksums([record], archive.url).add, record.offset, pickled)
-    return pickled
+
+    async def read() -> bytes:
+        pickled = await _read_record(source, archive, "data.pkl")
+        if verify and (record := archive.get("data.pkl")):
+            await in_thread(Checksums([record], archive.url).add, record.offset, pickled)
+        return pickled
+
+    return await read_twice(source, read)
 
 
 async def _select(source: RangeReader, archive: Archive, request: LoadRequest) -> Selection:
@@ -333,7 +337,8 @@ async def _load_into_buffer(
     request: LoadRequest,
     direct: dict[int, memoryview],
 ) -> Any:
-    checksums = await in_thread(Checksums, selection.records if request.verify else (), source.url)
+    records = selection.records if request.verify else ()
+    checksums = await in_thread(partial(Checksums, records, source.url, twice=source.is_remote))
     try:
         load_buffer = LoadBuffer(selection.layout, sparse=request.leaves_values_out)
     except OSError as error:
@@ -354,8 +359,7 @@ async def _load_into_buffer(
             map_location=request.map_location, weights_only=request.weights_only, modes=request.modes
         )
 
-    await fetch([Job(source, selection.extents, checksums.add, load_buffer, direct)])
-    checksums.finish()
+    await fetch_checked(Job(source, selection.extents, checksums.add, load_buffer, direct), checksums)
     with current().stage("unpickling"):
         return await in_thread(_torch_load, load, source.url, request, archive is not None and request.verify)
 

@@ -163,10 +163,19 @@ def run(
     report |= {kind: [] for kind in UNWANTED}
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings(action="ignore"):
         path = Path(directory, "x.pt")
-        for mutant in itertools.islice(mutants(seed), start, start + count):
+
+        def store(data: bytes) -> str:
+            if put is not None:
+                return put("x.pt", data)
+            path.write_bytes(data)
+            return str(path)
+
+        originals = Originals()
+        _, _, first, _ = next(iter(originals))
+        torchferry.load(store(first), storage_options=options)  # what is imported and connected takes no mutant's time
+        for mutant in itertools.islice(mutants(seed, originals), start, start + count):
             say(str(mutant.number))
-            path.write_bytes(mutant.data)
-            url = str(path) if put is None else put("x.pt", mutant.data)
+            url = store(mutant.data)
             _try(
                 mutant,
                 url,

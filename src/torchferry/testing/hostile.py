@@ -2,7 +2,8 @@
 """Files and values that somebody made to crash, hang, fill the memory or deceive, and what is tried with each.
 
 ``python -m torchferry.testing.hostile`` prints what became of them, as JSON. None may raise anything but torchferry's
-errors, take 2 s of CPU time or 64 MiB beyond its own size, or get a character to people that acts on a terminal.
+errors, take 2 s of CPU time (4 s where two files are compared) or 64 MiB beyond its own size, or get a character to
+people that acts on a terminal.
 """
 
 from __future__ import annotations
@@ -509,8 +510,8 @@ class Taken:
     nbytes: int
 
 
-def taken(act: Callable[[], Any], size: int) -> Taken:
-    """Tries something with a file of so many bytes."""
+def taken(act: Callable[[], Any], size: int, *, files: int = 1) -> Taken:
+    """Tries something with a file of so many bytes, which is read as so many files."""
     began, before = time.process_time(), _reset_peak()
     outcome, detail = "right", ""
     try:
@@ -525,7 +526,7 @@ def taken(act: Callable[[], Any], size: int) -> Taken:
     seconds, nbytes = time.process_time() - began, _peak() - before - size
     if outcome != "other error" and detail:
         outcome = "acts on a terminal"
-    elif outcome != "other error" and seconds > SLOW:
+    elif outcome != "other error" and seconds > SLOW * files:
         outcome, detail = "long", f"{seconds:.1f} s"
     elif outcome != "other error" and nbytes > MEMORY:
         outcome, detail = "memory", f"{nbytes >> 20} MiB"
@@ -612,7 +613,7 @@ def run(
                 share = _SHARES[size >= _LARGE] if short else 1
                 turn = next(turns[size >= _LARGE]) % share
                 for act, tried in itertools.islice(acts(url, target, options).items(), turn, None, share):
-                    note(f"{name}, {act}", taken(tried, size))
+                    note(f"{name}, {act}", taken(tried, size, files=2 if "diff" in act else 1))
             for name, make in VALUES.items() if put is None else ():
                 if only(name):
                     say(name)
