@@ -10,16 +10,13 @@ import subprocess
 import sys
 import textwrap
 import threading
-import weakref
 from pathlib import Path
-from typing import Any
 
 import anyio
 import pytest
 from fsspec.asyn import get_loop
 
 import torchferry
-from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import run, run_on, synchronous
 from torchferry.testing.forkserver import python
 
@@ -229,30 +226,6 @@ def test_at_the_end_of_the_interpreter_nothing_new_begins_in_a_thread() -> None:
         [*python(), "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True, timeout=60
     )
     assert result.stdout == "<class 'torchferry.errors.InterpreterEndedError'>\n"
-
-
-async def test_a_worker_holds_no_argument_when_the_result_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = asyncio.get_running_loop()
-    wake = loop.call_soon_threadsafe
-    awaited, looked = threading.Event(), threading.Event()
-
-    def work(_: set[int]) -> None:
-        awaited.wait(30)
-
-    def wake_and_stay(*args: Any, **kwargs: Any) -> None:
-        assert threading.current_thread() is not threading.main_thread()
-        wake(*args, **kwargs)
-        looked.wait(30)
-
-    monkeypatch.setattr(loop, "call_soon_threadsafe", wake_and_stay)
-    arguments = [{1}]
-    argument = weakref.ref(arguments[0])
-    loop.call_soon(awaited.set)
-    try:
-        await in_thread(work, arguments.pop())
-        assert argument() is None
-    finally:
-        looked.set()
 
 
 @pytest.mark.parametrize("where", ["__del__", "atexit"])

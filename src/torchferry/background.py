@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["BackgroundSave", "free_snapshots", "save_in_background"]
 
 _EXIT_TICK = 0.2  # seconds between two looks whether the main thread has ended
+_RELEASE_SECONDS = 1.0  # that the threads of a save that is over may take to let go of what they have sent
 _CANCEL_SECONDS = 15.0  # that the interpreter waits for cancelled saves when it ends: as for others
 
 _snapshots = Snapshots()
@@ -156,13 +157,16 @@ class _Work:
         future: Its outcome.
     """
 
-    def __init__(self, url: str, claim: Claim, at_exit: str, copied: int, lent: LentStorages | None) -> None:
+    def __init__(
+        self, url: str, claim: Claim, at_exit: str, copied: int, lent: LentStorages | None, released: threading.Event
+    ) -> None:
         self.url = url
         self.future: concurrent.futures.Future[ObjectStat] = concurrent.futures.Future()
         self._claim = claim
         self._at_exit = at_exit
         self._copied = copied
         self._lent = lent
+        self._released = released
         self._announcers: list[Announcer] = []
         self._ended = threading.Event()
         self._call: Call[ObjectStat] | None = None
@@ -228,6 +232,9 @@ class _Work:
             error = failure
             _let_go(error)
             _failed[self] = None
+        if self._lent is not None:
+            self._lent.end()
+        self._released.wait(_RELEASE_SECONDS)  # so that the next save has its memory
         self._end()
         if cancelled:
             self.future.cancel()
@@ -320,9 +327,9 @@ def save_in_background(
     claim = _claim(size_of_copies(pickled.storages), when_busy)
     try:
         _raise_unseen(os.fspath(url))  # of the save that this one has waited for
-        snapshot = _snapshot(pickled, mask(os.fspath(url)), lends=until is not None and _may_lend())
+        snapshot, released = _snapshot(pickled, mask(os.fspath(url)), lends=until is not None and _may_lend())
         del pickled
-        work = _Work(mask(os.fspath(url)), claim, at_exit, snapshot.copied, snapshot.lent)
+        work = _Work(mask(os.fspath(url)), claim, at_exit, snapshot.copied, snapshot.lent, released)
         work.listen_to(announcers)
         save = partial(
             save_async,
@@ -336,6 +343,7 @@ def save_in_background(
             callback=callback,
             report=report,
         )
+        del snapshot
         with TorchModes.carried():
             work.start(save)
     except BaseException:
@@ -349,18 +357,23 @@ def free_snapshots() -> None:
     _snapshots.free()
 
 
-def _snapshot(pickled: Pickled, url: str, *, lends: bool) -> Pickled:
-    """The same with copies of the storages; or, where it ``lends``, of those that are not worth lending."""
+def _snapshot(pickled: Pickled, url: str, *, lends: bool) -> tuple[Pickled, threading.Event]:
+    """The same with copies of the storages; or, where it ``lends``, of those that are not worth lending.
+
+    Returns:
+        It, and what is set when nobody has its copies any more.
+    """
     snapshot = _snapshots.open(size_of_copies(pickled.storages))
     lent = _lendable(pickled.storages) if lends else {}
     copied = [storage for number, storage in enumerate(pickled.storages) if number not in lent]
     copies = iter(snapshot.copy(copied))
-    return Pickled(
+    made = Pickled(
         pickled.data,
         [lent[number] if number in lent else next(copies) for number in range(len(pickled.storages))],
         lent=LentStorages(list(lent.values()), pickled.tensors, snapshot, url) if lent else None,
         copied=sum(storage.nbytes() for storage in copied),
     )
+    return made, snapshot.released
 
 
 def _may_lend() -> bool:

@@ -211,12 +211,7 @@ def require_running_interpreter() -> None:
 def _submit(func: Callable[..., T], *args: object) -> asyncio.Future[T]:
     require_running_interpreter()
     loop = asyncio.get_running_loop()
-    calls = [partial(copy_context().run, stops_as_errors, func, *args)]
-
-    def call() -> T:
-        return calls.pop()()  # a worker keeps what it ran for a moment after the result is known: not the arguments
-
-    del func, args
+    call = partial(copy_context().run, stops_as_errors, func, *args)
     try:
         return loop.run_in_executor(_pool.executor, call)
     except RuntimeError:  # the interpreter has shut the pool down: it ends, when the threads of the user have ended

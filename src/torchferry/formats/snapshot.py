@@ -69,18 +69,20 @@ class Snapshots:
         memory = memory or _Memory()
         memory.grow_to(size)
         lease = (ctypes.c_char * memory.size).from_buffer(memory.map)
-        weakref.finalize(lease, self._came_back, memory).atexit = False
-        return Snapshot(lease, memory, self._streams)
+        released = threading.Event()
+        weakref.finalize(lease, self._came_back, memory, released).atexit = False
+        return Snapshot(lease, memory, self._streams, released)
 
     def free(self) -> None:
         """Gives back the memory that is kept for the next snapshot."""
         with self._lock:
             self._kept = None
 
-    def _came_back(self, memory: _Memory) -> None:
+    def _came_back(self, memory: _Memory, released: threading.Event) -> None:
         with self._lock:
             if self._kept is None or self._kept.size < memory.size:
                 self._kept = memory
+        released.set()
 
     def _forget(self) -> None:
         """In a forked child: its memory is its own, and there is none yet."""
@@ -90,9 +92,16 @@ class Snapshots:
 
 
 class Snapshot:
-    """Room for copies. It is free again when this object, and all that it made, is gone."""
+    """Room for copies. It is free again when this object, and all that it made, is gone.
 
-    def __init__(self, lease: Any, memory: _Memory, streams: dict[torch.device, Any]) -> None:
+    Attributes:
+        released: Set when it is free.
+    """
+
+    def __init__(
+        self, lease: Any, memory: _Memory, streams: dict[torch.device, Any], released: threading.Event
+    ) -> None:
+        self.released = released
         self._lease = lease
         self._memory = memory
         self._streams = streams
