@@ -307,7 +307,7 @@ def test_the_error_of_a_save_that_another_waits_for_is_raised_by_that(tmp_path: 
             raised.append(error)
 
     thread = threading.Thread(target=save)
-    failing = background._Work("file:///x.pt", held, "finish", 0, None)
+    failing = background._Work("file:///x.pt", held, "finish", 0, None, threading.Event())
     thread.start()
     failing.future.set_exception(torchferry.StorageError("the disk is full"))
     background._failed[failing] = None
