@@ -197,8 +197,10 @@ def test_a_save_that_a_daemon_thread_waits_for_leaves_nothing_when_the_interpret
                     begun.set()
                     time.sleep(0.05)
 
+        tensor = torch.zeros(100 << 20)  # not the thread's: torch aborts where a daemon frees one while Python ends
+
         def save():
-            torchferry.save(torch.zeros(100 << 20), {str(tmp_path / "x.pt")!r}, callback=Slow())
+            torchferry.save(tensor, {str(tmp_path / "x.pt")!r}, callback=Slow())
 
         threading.Thread(target=save, daemon=True).start()
         begun.wait()
