@@ -38,7 +38,7 @@ MIB, GIB = works.MIB, works.GIB
 _ROUNDS = 7
 _STEPS = 8
 _STEP_SECONDS = 1.0
-_FLOORS = (1, 2, 4)  # connections
+_FLOOR = "bare sockets x1"
 
 # The targets: of what, and the most that it may be.
 TARGETS = {
@@ -206,18 +206,35 @@ def _until_middle(store: Store, state: Any, rounds: int) -> dict[str, Any]:
 
 
 def _loop(store: Store, state: Any, rounds: int) -> dict[str, Any]:
-    del rounds
-    optimizer = _optimizer()
-    compute = _computation(_STEP_SECONDS)
-    result = {}
-    none = _train(compute, optimizer, lambda: None)[0]
-    for name, until in (("loop", None), ("loop, until=", optimizer)):
-        save = _saver(store, until=until)
-        save(state).result()
-        whole, waited = _train(compute, optimizer, lambda: save(state))  # noqa: B023
-        result[f"{name}: waiting (ms a step)"] = 1e3 * waited / _STEPS
-        result[f"{name}: time outside the waiting, over none"] = (whole - waited) / none
-    return result
+    """The same loop without saves, with them, and beside a bare socket that sends as many bytes, in turns.
+
+    The socket is what any save costs that shares the processors and the memory with the loop.
+    """
+    optimizer, compute = _optimizer(), _computation(_STEP_SECONDS)
+    plain, lending = _saver(store), _saver(store, until=optimizer)
+    with ThreadPoolExecutor(1) as pool, tempfile.TemporaryDirectory() as directory:
+        task = Task(store, Path(directory), "flat", works.nbytes(state))
+        send = CONTENDERS["save", _FLOOR].start(task)
+        saves: dict[str, Callable[[], Any]] = {
+            "none": lambda: None,
+            "loop": lambda: plain(state),
+            "loop, until=": lambda: lending(state),
+            f"loop beside {_FLOOR}": partial(pool.submit, send, state, "background/x"),
+        }
+        for save in saves.values():
+            if (handle := save()) is not None:
+                handle.result()
+        outside: dict[str, list[float]] = {name: [] for name in saves}
+        waiting: dict[str, list[float]] = {name: [] for name in saves}
+        for _ in range(max(1, rounds // 2)):
+            for name, save in saves.items():
+                whole, waited = _train(compute, optimizer, save)
+                outside[name].append(whole - waited)
+                waiting[name].append(waited)
+    none = statistics.median(outside.pop("none"))
+    return {f"{name}: waiting (ms a step)": 1e3 * statistics.median(waiting[name]) / _STEPS for name in outside} | {
+        f"{name}: time outside the waiting, over none": statistics.median(outside[name]) / none for name in outside
+    }
 
 
 def _train(compute: Callable[[], None], optimizer: Any, save: Callable[[], Any]) -> tuple[float, float]:
@@ -234,22 +251,6 @@ def _train(compute: Callable[[], None], optimizer: Any, save: Callable[[], Any])
         if handle is not None:
             handle.result()
     return whole, waited
-
-
-def _loop_floor(store: Store, state: Any, rounds: int) -> dict[str, Any]:
-    """The same loop beside bare sockets that send as many bytes: what any save costs that shares the processors."""
-    del rounds
-    optimizer, compute = _optimizer(), _computation(_STEP_SECONDS)
-    none = _train(compute, optimizer, lambda: None)[0]
-    result = {}
-    with ThreadPoolExecutor(1) as pool, tempfile.TemporaryDirectory() as directory:
-        for count in _FLOORS:
-            name = f"bare sockets x{count}"
-            send = CONTENDERS["save", name].start(Task(store, Path(directory), "flat", works.nbytes(state)))
-            whole, waited = _train(compute, optimizer, partial(pool.submit, send, state, "background/x"))
-            pool.submit(lambda: None).result()
-            result[f"loop beside {name}: time outside the waiting, over none"] = (whole - waited) / none
-    return result
 
 
 def _waiting(store: Store, state: Any, rounds: int) -> dict[str, Any]:
@@ -332,7 +333,6 @@ MEASUREMENTS: dict[str, Callable[[Store, Any, int], dict[str, Any]]] = {
     "until-short": _until_short,
     "until-middle": _until_middle,
     "loop": _loop,
-    "floor": _loop_floor,
     "waiting": _waiting,
     "DCP": _dcp,
     "Lightning": _lightning,
