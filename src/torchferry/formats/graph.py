@@ -39,7 +39,7 @@ from torchferry.printable import printable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["MOST_PLAIN", "Graph", "read_graph"]
+__all__ = ["MOST_PLAIN", "Graph", "read_graph", "read_scanned_graph"]
 
 _INT64_MAX = (1 << 63) - 1
 _MOST_GLOBALS = 10_000  # distinct ones in a pickle: the class that stands for one takes 1.2 kB
@@ -228,6 +228,11 @@ def read_graph(pickled: bytes, url: str) -> Graph:
         UnusualPickleError: it does what torch's own pickles do not, so that this cannot tell what it refers to.
     """
     scan_pickle(pickled, url)
+    return read_scanned_graph(pickled, url)
+
+
+def read_scanned_graph(pickled: bytes, url: str) -> Graph:
+    """As :func:`read_graph`, for a pickle that :func:`scan_pickle` has found to cost what it may."""
     reader = _Reader(pickled)
     try:
         root = reader.read()

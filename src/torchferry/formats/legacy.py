@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torchferry.errors import CheckpointCorruptError
 from torchferry.formats.archive import Record
-from torchferry.formats.graph import read_graph
+from torchferry.formats.graph import read_scanned_graph
 from torchferry.formats.opcodes import scan_pickle
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ def read_legacy(data: bytes, size: int, url: str) -> tuple[Graph, list[Record]]:
     Raises:
         CutOffPickleError: the pickles end after ``data``.
         CheckpointCorruptError: they are damaged, would take too much time or memory, or the file is too short.
-        UnusualPickleError: as :func:`read_graph`.
+        UnusualPickleError: as :func:`.read_graph`.
     """
     stops = _pickles(data, url)
-    graph = read_graph(data[stops[3] : stops[4]], url)
-    keys = read_graph(data[stops[4] : stops[5]], url).root
+    graph = read_scanned_graph(data[stops[3] : stops[4]], url)
+    keys = read_scanned_graph(data[stops[4] : stops[5]], url).root
     at = stops[5]
     records: list[Record] = []
     for key in keys if isinstance(keys, list) else ():
@@ -75,7 +75,7 @@ def check_legacy(data: bytes | mmap.mmap, url: str, *, weights_only: bool) -> Gr
     stops = _pickles(data, url)
     if not weights_only:
         return None
-    graph = read_graph(data[stops[3] : stops[4]], url)
+    graph = read_scanned_graph(data[stops[3] : stops[4]], url)
     if sum(storage.nbytes for storage in graph.storages.values()) > len(data):
         raise CheckpointCorruptError(f"{url} is damaged: it refers to storages that are longer than the file.")
     return graph

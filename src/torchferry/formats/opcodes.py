@@ -232,12 +232,15 @@ class _Machine:
         return values
 
     def _line(self) -> bytes:
+        start = self.at
+        self._skip_line()
+        return self._data[start : self.at - 1]
+
+    def _skip_line(self) -> None:
         stop = self._data.find(b"\n", self.at) + 1
         if not stop:
             raise IndexError
-        line = self._data[self.at : stop - 1]
         self.at = stop
-        return line
 
     def _line_number(self) -> int:
         try:
@@ -305,16 +308,16 @@ class _Machine:
         self._stack.pop()
 
     def _on_global(self) -> None:
-        self._line()
-        self._line()
+        self._skip_line()
+        self._skip_line()
         self._stack.append(1)
 
     def _on_stack_global(self) -> None:
         self._call(2)
 
     def _on_inst(self) -> None:
-        self._line()
-        self._line()
+        self._skip_line()
+        self._skip_line()
         self._pop_to_mark()
         self._stack.append(1)
         self._memory += _OBJECT_COST
