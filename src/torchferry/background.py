@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from torchferry.announcing import announcers_of
+from torchferry.engine.collector import collector_paused
 from torchferry.engine.loops import Call, refuse_own_loop, wait_for
 from torchferry.engine.memory import SNAPSHOTS, Claim
 from torchferry.errors import SaveUnderWayError, TorchferryError, mask
@@ -322,7 +323,7 @@ def save_in_background(
     refuse_own_loop()
     _raise_unseen(os.fspath(url))
     announcers = announcers_of(until) if until is not None else []
-    with parts_allowed(shards):
+    with parts_allowed(shards), collector_paused():
         pickled = pickle_object(obj)
     claim = _claim(size_of_copies(pickled.storages), when_busy)
     try:
@@ -357,6 +358,7 @@ def free_snapshots() -> None:
     _snapshots.free()
 
 
+@collector_paused()
 def _snapshot(pickled: Pickled, url: str, *, lends: bool) -> tuple[Pickled, threading.Event]:
     """The same with copies of the storages; or, where it ``lends``, of those that are not worth lending.
 
