@@ -149,39 +149,45 @@ def flyte2(way: str, endpoint: str, key: str, secret: str) -> Any:
     return run
 
 
+_FLYTEKIT: dict[str, Any] = {}  # the state that is handed over, and the tasks; flytekit takes no nested functions
+
+
+class StateOnly:
+    """What flytekit saves of a module."""
+
+    def state_dict(self) -> Any:
+        return _FLYTEKIT["state"]
+
+
+def give() -> Any:
+    from flytekit.extras.pytorch import PyTorchCheckpoint
+
+    return PyTorchCheckpoint(module=StateOnly())
+
+
+def take(checkpoint: Any) -> Any:
+    return len(checkpoint["module_state_dict"])
+
+
+def hand_over() -> Any:
+    return _FLYTEKIT["take"](checkpoint=_FLYTEKIT["give"]())
+
+
 def flytekit1(_way: str, endpoint: str, key: str, secret: str) -> Any:
     from flytekit import FlyteContextManager, task, workflow
     from flytekit.configuration import DataConfig, S3Config
     from flytekit.core.data_persistence import FileAccessProvider
     from flytekit.extras.pytorch import PyTorchCheckpoint
 
-    given: dict[str, Any] = {}
-
-    class Module:
-        def state_dict(self) -> Any:
-            return given["state"]
-
-    def give() -> Any:
-        return PyTorchCheckpoint(module=Module())
-
     give.__annotations__["return"] = PyTorchCheckpoint
-    give_task = task(give)
-
-    def take(checkpoint: Any) -> Any:
-        return len(checkpoint["module_state_dict"])
-
     take.__annotations__ |= {"checkpoint": PyTorchCheckpoint, "return": int}
-    take_task = task(take)
-
-    def both() -> Any:
-        return take_task(checkpoint=give_task())
-
-    both.__annotations__["return"] = int
-    flow = workflow(both)
+    hand_over.__annotations__["return"] = int
+    _FLYTEKIT.update(give=task(give), take=task(take))
+    flow = workflow(hand_over)
     config = DataConfig(s3=S3Config(endpoint=endpoint, access_key_id=key, secret_access_key=secret))
 
     def run(state: dict[str, Any]) -> None:
-        given["state"] = state
+        _FLYTEKIT["state"] = state
         provider = FileAccessProvider("sandbox", f"s3://{BUCKET}/raw", data_config=config)
         context = FlyteContextManager.current_context().with_file_access(provider)
         with FlyteContextManager.with_context(context):

@@ -385,24 +385,25 @@ def _may_lend() -> bool:
 
 def _lendable(storages: Sequence[torch.UntypedStorage]) -> dict[int, torch.UntypedStorage]:
     """The storages, by number, that ``save`` would send from their own memory; without those that overlap others."""
+    places = sorted(
+        (storage.data_ptr(), storage.nbytes(), number)
+        for number, storage in enumerate(storages)
+        if storage.device.type == "cpu"
+    )
     found: dict[int, torch.UntypedStorage] = {}
     end = 0
     last = -1
-    for number, storage in sorted(enumerate(storages), key=lambda entry: _address(entry[1])):
-        if storage.device.type != "cpu" or not storage.nbytes():
+    for address, nbytes, number in places:
+        if not nbytes:
             continue
-        overlaps = storage.data_ptr() < end
+        overlaps = address < end
         if overlaps:
             found.pop(last, None)
-        if storage.nbytes() >= LENT_FROM and not overlaps:
-            found[number] = storage
-        if storage.data_ptr() + storage.nbytes() > end:
-            end, last = storage.data_ptr() + storage.nbytes(), number
+        elif nbytes >= LENT_FROM:
+            found[number] = storages[number]
+        if address + nbytes > end:
+            end, last = address + nbytes, number
     return found
-
-
-def _address(storage: torch.UntypedStorage) -> int:
-    return storage.data_ptr() if storage.device.type == "cpu" else 0
 
 
 def _claim(nbytes: int, when_busy: str) -> Claim:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import make_checkpoint, stored_files
 from flytekit import FlyteContext
+from samples import CHANGES
 
 from torchferry import LoadOptions, SaveOptions
 from torchferry.flyte import LoadedCheckpoint, PyTorchCheckpoint, PyTorchCheckpointTransformer
@@ -41,67 +42,7 @@ def test_reading_it_does_not_change_it(context: FlyteContext) -> None:
     assert uri_of(context, loaded) == loaded.uri
 
 
-def in_place(loaded: LoadedCheckpoint) -> None:
-    loaded.module_state_dict["0.weight"][3, 3] += 1
-
-
-def through_an_alias(loaded: LoadedCheckpoint) -> None:
-    loaded.module_state_dict["0.weight"].view(-1)[7:9].zero_()
-
-
-def under_inference_mode(loaded: LoadedCheckpoint) -> None:
-    with torch.inference_mode():
-        loaded.module_state_dict["2.bias"].mul_(2)
-
-
-def through_data(loaded: LoadedCheckpoint) -> None:
-    loaded.optimizer_state_dict["state"][0]["exp_avg"].data[0] = 9
-
-
-def another_hyperparameter(loaded: LoadedCheckpoint) -> None:
-    loaded["epochs"] = 4
-
-
-def a_hyperparameter_of_another_type(loaded: LoadedCheckpoint) -> None:
-    loaded["epochs"] = 3.0
-
-
-def one_hyperparameter_more(loaded: LoadedCheckpoint) -> None:
-    loaded["more"] = None
-
-
-def one_key_less(loaded: LoadedCheckpoint) -> None:
-    del loaded["optimizer_state_dict"]
-
-
-def another_order(loaded: LoadedCheckpoint) -> None:
-    loaded["epochs"] = loaded.pop("epochs")
-
-
-def another_type(loaded: LoadedCheckpoint) -> None:
-    state = loaded.module_state_dict
-    state["0.weight"] = state["0.weight"].to(torch.float64)
-
-
-def another_shape(loaded: LoadedCheckpoint) -> None:
-    state = loaded.module_state_dict
-    state["0.weight"] = state["0.weight"].view(4, -1)
-
-
-def two_tensors_swapped(loaded: LoadedCheckpoint) -> None:
-    state = loaded.optimizer_state_dict["state"][0]
-    state["exp_avg"], state["exp_avg_sq"] = state["exp_avg_sq"], state["exp_avg"]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        *(in_place, through_an_alias, under_inference_mode, through_data, another_hyperparameter, another_order),
-        *(a_hyperparameter_of_another_type, one_hyperparameter_more, one_key_less, another_type, another_shape),
-        two_tensors_swapped,
-    ],
-    ids=lambda change: change.__name__,
-)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_changed_checkpoint_is_uploaded(s3_context: FlyteContext, change: Callable[[LoadedCheckpoint], None]) -> None:
     loaded = received(s3_context)
     change(loaded)

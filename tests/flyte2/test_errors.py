@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Callable
 from typing import Annotated, Any, Optional, get_args
 
@@ -46,6 +47,15 @@ async def epochs_of(checkpoint: Impatient) -> int:
 @env.task
 async def epochs_of_maybe(checkpoint: Optional[Impatient] = None) -> int:  # noqa: UP045
     return 0 if checkpoint is None else int(checkpoint["epochs"])
+
+
+def literal_of(uri: str) -> Literal:
+    checkpoint = TypeEngine.to_literal_type(PyTorchCheckpoint)
+    return Literal(scalar=Scalar(blob=Blob(uri=uri, metadata=BlobMetadata(type=checkpoint.blob))))
+
+
+class Allowed:
+    pass
 
 
 @pytest.mark.parametrize("task", [make, maybe], ids=["plain", "optional"])
@@ -94,11 +104,108 @@ def test_what_needs_trust_passes_with_the_annotation(runs: Runs) -> None:
 @pytest.mark.parametrize("task", [epochs_of, epochs_of_maybe], ids=["plain", "optional"])
 def test_a_checkpoint_that_is_gone_is_named(runs: Runs, task: Any) -> None:
     uri = f"{runs.prefix}/gone/checkpoint.pt"
-    checkpoint = TypeEngine.to_literal_type(PyTorchCheckpoint)
-    literal = Literal(scalar=Scalar(blob=Blob(uri=uri, metadata=BlobMetadata(type=checkpoint.blob))))
+    literal = literal_of(uri)
     with pytest.raises(TypeTransformerFailedError, match=r"gone/checkpoint\.pt could not be loaded.*no such") as caught:
         asyncio.run(TypeEngine.to_python_value(literal, task.native_interface.get_input_types()["checkpoint"]))
     assert str(caught.value).count(uri) < 3
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", None], ids=["empty", "text", "truncated"])
+def test_a_file_that_is_no_checkpoint_is_named(runs: Runs, content: bytes | None) -> None:
+    uri = runs(make, seed=1).uri
+    runs.fs.pipe_file(uri, runs.fs.cat_file(uri)[:-100] if content is None else content)
+    with pytest.raises(TypeTransformerFailedError, match=r"checkpoint\.pt could not be loaded") as caught:
+        asyncio.run(TypeEngine.to_python_value(literal_of(uri), PyTorchCheckpoint))
+    assert str(caught.value).count(uri) < 3
+
+
+def test_a_key_that_is_not_there_is_an_error_and_the_others_are_named(runs: Runs) -> None:
+    uri = runs(make, seed=1).uri
+    with pytest.raises(TypeTransformerFailedError, match="epochs"):
+        asyncio.run(
+            TypeEngine.to_python_value(literal_of(uri), Annotated[PyTorchCheckpoint, LoadOptions(keys=("nothing",))])
+        )
+
+
+def test_a_missing_bucket_is_named(runs: Runs) -> None:
+    elsewhere = Runs(f"s3://none-{uuid.uuid4().hex[:8]}/raw", runs.metadata, runs.fs)
+    with pytest.raises(flyte.errors.RuntimeUserError, match="none-"):
+        elsewhere(make, seed=1)
+
+
+def test_an_output_or_input_that_fails_for_a_while_goes_through_in_the_end(
+    runs: Runs, s3_server: S3Server, faulty_s3: Callable[..., Any]
+) -> None:
+    faults = [Fault(method=method, target="checkpoint.pt", status=503, times=3) for method in ("PUT", "GET")]
+    init(s3_server, faulty_s3(*faults).proxy.endpoint)
+
+    @env.task
+    async def main() -> int:
+        return int((await patient())["epochs"])
+
+    @env.task
+    async def patient() -> PyTorchCheckpoint:
+        return make_checkpoint()
+
+    assert runs(main) == 3
+
+
+def test_an_input_that_is_damaged_on_its_way_is_read_again(
+    runs: Runs, s3_server: S3Server, faulty_s3: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    received = runs(make, seed=1)
+    fault = Fault(method="GET", target="checkpoint.pt", corrupt_download_byte=4_000)  # inside a tensor
+    init(s3_server, faulty_s3(fault).proxy.endpoint)
+    again = asyncio.run(TypeEngine.to_python_value(literal_of(received.uri), PyTorchCheckpoint))
+    torch.testing.assert_close(dict(again), dict(received), rtol=0, atol=0)
+    assert "Reading it again" in caplog.text
+
+
+def test_an_object_that_cannot_be_pickled_says_so(runs: Runs) -> None:
+    class Odd(torch.nn.Linear):
+        def state_dict(self, *_args: Any, **_kwargs: Any) -> Any:
+            raise RuntimeError("no state today")
+
+    @env.task
+    async def odd() -> PyTorchCheckpoint:
+        return PyTorchCheckpoint(module=Odd(1, 1))
+
+    with pytest.raises(flyte.errors.RuntimeUserError, match="no state today"):
+        runs(odd)
+    assert runs.stored() == []
+
+
+@pytest.mark.timeout(60, method="thread")  # nothing less ends a test that waits for a lost event loop
+@pytest.mark.parametrize("kind", [SystemExit, StopIteration])
+def test_an_exit_in_the_users_code_is_an_error_and_not_waited_for(runs: Runs, kind: type[BaseException]) -> None:
+    class Module(torch.nn.Module):
+        def state_dict(self, *_args: Any, **_kwargs: Any) -> Any:
+            raise kind(3)
+
+    @env.task
+    async def exits() -> PyTorchCheckpoint:
+        return PyTorchCheckpoint(module=Module())
+
+    with pytest.raises(flyte.errors.RuntimeUserError, match=kind.__name__):
+        runs(exits)
+    assert runs.stored() == []
+
+
+def test_safe_globals_allow_a_type(runs: Runs) -> None:
+    @env.task
+    async def odd() -> PyTorchCheckpoint:
+        return PyTorchCheckpoint(hyperparameters={"x": Allowed()})
+
+    with torch.serialization.safe_globals([Allowed]):
+        assert isinstance(runs(odd)["x"], Allowed)
+
+
+def test_map_location_follows_the_annotation(runs: Runs) -> None:
+    @env.task
+    async def where(checkpoint: Annotated[PyTorchCheckpoint, LoadOptions(map_location="meta")]) -> str:
+        return str(checkpoint.module_state_dict["0.weight"].device)
+
+    assert runs(where, checkpoint=make_checkpoint()) == "meta"
 
 
 def test_other_values_are_refused(runs: Runs) -> None:

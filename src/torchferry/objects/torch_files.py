@@ -65,11 +65,8 @@ __all__ = [
 async def inspect_torch(source: RangeReader) -> Manifest:
     """What is in a checkpoint."""
     archive = await read_archive(source)
-    if archive is None and (found := await read_legacy_format(source)) is not None:
-        graph, records = found
-        return await in_thread(_manifest, source, records, graph)
     if archive is None:
-        raise await format_error(source)
+        return await _inspect_legacy(source)
     pickled = await read_pickle(source, archive, verify=True)
     return await in_thread(_manifest_of_archive, source, archive, pickled)
 
@@ -81,9 +78,17 @@ async def inspect_with_places(source: RangeReader) -> tuple[Manifest, dict[str, 
     """
     archive = await read_archive(source)
     if archive is None:
-        return await inspect_torch(source), {}
+        return await _inspect_legacy(source), {}
     pickled = await read_pickle(source, archive, verify=True)
     return await in_thread(_manifest_and_places, source, archive, pickled)
+
+
+async def _inspect_legacy(source: RangeReader) -> Manifest:
+    found = await read_legacy_format(source)
+    if found is None:
+        raise await format_error(source)
+    graph, records = found
+    return await in_thread(_manifest, source, records, graph)
 
 
 async def verify_torch(source: RangeReader) -> Manifest:
