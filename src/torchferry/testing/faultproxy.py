@@ -117,12 +117,14 @@ class Request:
         target: Its path and query.
         fault: What was done to it; None: nothing.
         headers: Its header fields, the names in lower case.
+        at: When its head had come in, on the clock ``time.monotonic``.
     """
 
     method: str
     target: str
     fault: Fault | None
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    at: float = field(default_factory=time.monotonic, repr=False, compare=False)
 
     @property
     def secrets(self) -> frozenset[str]:
