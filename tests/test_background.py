@@ -636,6 +636,17 @@ def test_a_storage_that_was_freed_is_a_change_and_never_read(size: int) -> None:
         changes.check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
+def test_a_change_of_a_whole_tensor_past_torchs_count_is_noticed(dtype: torch.dtype) -> None:
+    """Zeros become ones: in float32 the two lowest bytes of each number stay the same."""
+    tensor = torch.zeros(1 << 19, dtype=dtype)
+    changes = Changes("memory://x")
+    changes.watch([tensor], [tensor.untyped_storage()])
+    tensor.data.fill_(1)
+    with pytest.raises(torchferry.ChangedWhileSavingError):
+        changes.check()
+
+
 def test_a_change_can_be_announced_by_hand(tmp_path: Path) -> None:
     model = Model()
     expected = torch_saved(model.checkpoint)

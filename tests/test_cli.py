@@ -160,6 +160,72 @@ def test_diff_compares_elements_and_not_how_they_are_stored(tmp_path: Path) -> N
         assert sorted(torchferry.diff(tmp_path / first, tmp_path / "d.pt").changed) == ["turned", "view"]
 
 
+class Scaled(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+def _with_attribute(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    tensor.scale = 1  # type: ignore[attr-defined]
+    return tensor
+
+
+_ROW = torch.arange(100.0)
+_COMPLEX = torch.complex(_ROW, _ROW + 1)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (_ROW[:50], _ROW[50:]),
+        (_ROW.view(10, 10), _ROW.view(10, 10).t()),
+        (_COMPLEX.conj(), _COMPLEX),
+        (_COMPLEX[:50].conj(), _COMPLEX[50:].conj()),
+        (_ROW[:50].as_subclass(Scaled), _ROW[50:].as_subclass(Scaled)),
+        (_with_attribute(_ROW[:50]), _with_attribute(_ROW[50:])),
+        (_ROW.untyped_storage(), (_ROW + 1).untyped_storage()),
+        (_ROW.to_sparse(), (_ROW + 1).to_sparse()),
+    ],
+    ids=["halves", "transposed", "conj", "conj halves", "subclass", "attribute", "storage", "sparse"],
+)
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_diff_takes_no_other_values_for_the_same(tmp_path: Path, first: Any, second: Any, legacy: bool) -> None:
+    if legacy and not isinstance(first, torch.Tensor):
+        pytest.skip("torch's legacy format cannot store it")
+    for name, value in (("a", first), ("b", first), ("c", second)):
+        torch.save({"w": value}, tmp_path / f"{name}.pt", _use_new_zipfile_serialization=not legacy)
+    with torch.serialization.safe_globals([Scaled]):
+        assert not torchferry.diff(tmp_path / "a.pt", tmp_path / "b.pt")
+        assert torchferry.diff(tmp_path / "a.pt", tmp_path / "c.pt")
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize.* are deprecated", "ignore:TypedStorage is deprecated")
+def test_diff_compares_the_numbers_that_quantized_tensors_stand_for(tmp_path: Path) -> None:
+    for name, scale in (("a", 1.0), ("b", 2.0), ("c", 1.0)):
+        torch.save({"w": torch.quantize_per_tensor(_ROW * scale, scale, 0, torch.quint8)}, tmp_path / f"{name}.pt")
+    assert torchferry.diff(tmp_path / "a.pt", tmp_path / "b.pt").changed == ("w",)
+    assert not torchferry.diff(tmp_path / "a.pt", tmp_path / "c.pt")
+
+
+def test_diff_finds_equal_tensors_in_the_legacy_format(tmp_path: Path) -> None:
+    content = {"a": _ROW, "b": _ROW[3:50], "c": _ROW.view(4, 25).t()}
+    torch.save(content, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save(content, tmp_path / "zip.pt")
+    assert not torchferry.diff(tmp_path / "legacy.pt", tmp_path / "zip.pt")
+
+
+@pytest.mark.parametrize("verb", [["ls"], ["rm", "-r", "--yes"], ["inspect"], ["clean"]], ids=lambda verb: verb[0])
+def test_an_empty_url_is_refused_and_is_not_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis.tex").write_text("x")
+    assert main([*verb, ""]) in {1, 2}
+    assert "The URL is empty" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").exists()
+
+
 def test_ls_lists_checkpoints_with_step_size_and_age(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (100, 20):
         torchferry.save({"w": torch.ones(step)}, tmp_path / f"step-{step}.pt")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from isal import isal_zlib
 
 from torchferry.engine.cancellation import in_thread
@@ -15,10 +17,11 @@ from torchferry.engine.memory import BLOCK_SIZE, EVERYTHING_ELSE
 from torchferry.engine.reader import RangeReader
 from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import Transfer, current
-from torchferry.errors import CheckpointCorruptError, mask
+from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, mask
 from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, Record, Records, sniff
 from torchferry.formats.picking import values_of
 from torchferry.formats.safetensors_stream import view_bytes
+from torchferry.formats.torch_hooks import torch_save
 from torchferry.locating import locate, open_object
 from torchferry.objects.requests import LoadRequest
 from torchferry.objects.safetensors_files import inspect_safetensors
@@ -28,7 +31,6 @@ from torchferry.objects.torch_files import inspect_with_places, load_torch
 from torchferry.printable import printable
 
 if TYPE_CHECKING:
-    import torch
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
@@ -81,7 +83,8 @@ async def diff_async(
 
     Where both carry CRC32s of a tensor, those are compared, and it is not read: in files of ``torch.save``, and in
     sharded checkpoints, where the tensor is one item, or was split by rows. Else it is read, in bounded memory, from
-    what carries none. Tensors of sharded checkpoints have the names that they have in one object.
+    what carries none; and one that is transposed, quantized, conjugated or of a subclass is loaded. Tensors of sharded
+    checkpoints have the names that they have in one object.
 
     Args:
         first: The URL or local path of one; of a sharded checkpoint, that of its directory.
@@ -94,7 +97,8 @@ async def diff_async(
         callback: Told the bytes to read, and those that have arrived.
 
     Raises:
-        CheckpointFormatError: one is no checkpoint, or one in the legacy format.
+        CheckpointFormatError: one is no checkpoint; or a tensor has to be loaded, and lies in an object.
+        UnsafeCheckpointError: a tensor has to be loaded (of a subclass), and ``weights_only`` refuses it.
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
     opened = [
@@ -139,42 +143,53 @@ class _Object:
         manifest: What is in it.
         source: Where it is; of several files, their index.
         record: The record of a name, if there is one.
-        places: How tensors lie in their storages, by name; of what torch saves, where that can be told.
+        places: How tensors lie in their storages, by name, where that can be told; None where each is its record.
         files: Of several, by the names of the records that are in them.
     """
 
     manifest: Manifest
     source: RangeReader
     record: Callable[[str], Record | None]
-    places: Mapping[str, TensorPlace]
+    places: Mapping[str, TensorPlace] | None
     files: Mapping[str, RangeReader] = field(default_factory=dict)
 
     def stored(self, tensor: TensorInfo) -> tuple[Hashable, int] | None:
         record = self.record(tensor.record or "")
         if record is None or record.crc32 is None or record.size != tensor.nbytes:
             return None  # what else lies there does not matter
-        place = self.places.get(tensor.key)
-        lies = None if place is None else (place.offset, place.stride)
-        return lies, record.crc32
+        place = self._place_of(tensor)
+        return None if place is None else ((place.offset, place.stride), record.crc32)
 
     def crc32(self, tensor: TensorInfo) -> int | None:
         record = self.record(tensor.record or "")
-        if record is None or record.size != tensor.nbytes or not self._is_contiguous(tensor):
+        if record is None or record.size != tensor.nbytes or not self._is_in_order(tensor):
             return None
         return record.crc32
 
     def read_size(self, tensor: TensorInfo) -> int:
-        return tensor.nbytes if tensor.key in self.places else self._record_of(tensor).size
+        return tensor.nbytes if self._is_in_order(tensor) else self._record_of(tensor).size
 
     async def read_crc32s(self, tensors: Sequence[TensorInfo]) -> Mapping[str, int]:
-        in_order = [tensor for tensor in tensors if self._is_contiguous(tensor)]
+        in_order = [tensor for tensor in tensors if self._is_in_order(tensor)]
         read = await self._read_in_order(in_order) if in_order else {}
         if others := {tensor.key for tensor in tensors} - {*read}:
-            # Elements in another order than they are stored in: loaded whole.
-            request = LoadRequest(lambda name: name in others, None, None, weights_only=True, verify=True)
+            # Elements in another order than they are stored in, or that are more than what lies there: loaded whole,
+            # with the value that they are a part of ("w.0" of a tensor "w" that has attributes).
+            wholes = {name: _beginnings(name) for name in others}
+            wanted = {beginning for beginnings in wholes.values() for beginning in beginnings}
+            request = LoadRequest(wanted.__contains__, None, None, weights_only=True, verify=True)
             loaded = await load_torch(self.source, request)
             values, _ = values_of(loaded, self.source.stat.size, self.source.url)
-            read |= await in_thread(_crc32s_of, {name: value for name, value in values.items() if name in others})
+            whole_of = {name: next((each for each in wholes[name] if each in values), None) for name in others}
+            if missing := sorted(name for name, whole in whole_of.items() if whole is None):
+                raise CheckpointFormatError(
+                    f"{self.source.url}: {printable(missing[0])} cannot be compared: it is in an object that has to be "
+                    "loaded whole."
+                )
+            crc32s = await in_thread(
+                _crc32s_of, {name: values[name] for name in {*whole_of.values()} if name is not None}
+            )
+            read |= {name: crc32s[whole] for name, whole in whole_of.items() if whole is not None}
         return read
 
     def _record_of(self, tensor: TensorInfo) -> Record:
@@ -182,12 +197,18 @@ class _Object:
         assert record is not None  # noqa: S101 - _open has looked
         return record
 
-    def _is_contiguous(self, tensor: TensorInfo) -> bool:
-        place = self.places.get(tensor.key)
-        return place is None or place.is_contiguous
+    def _place_of(self, tensor: TensorInfo) -> TensorPlace | None:
+        return None if self.places is None else self.places.get(tensor.key)
+
+    def _is_in_order(self, tensor: TensorInfo) -> bool:
+        """Whether the elements, and nothing else that matters, lie in a row."""
+        if self.places is None:
+            return True
+        place = self._place_of(tensor)
+        return place is not None and place.is_contiguous
 
     def _extent(self, tensor: TensorInfo) -> Extent:
-        record, place = self._record_of(tensor), self.places.get(tensor.key)
+        record, place = self._record_of(tensor), self._place_of(tensor)
         source = self.files.get(record.name, self.source)
         if place is None:
             return Extent(source, record.offset, record.end)
@@ -216,8 +237,25 @@ class _Object:
         return read
 
 
-def _crc32s_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    return {name: isal_zlib.crc32(view_bytes(tensor.detach().contiguous())) for name, tensor in tensors.items()}
+def _beginnings(name: str) -> list[str]:
+    """A name, and those of all that it is in, the longest first: "a.b.c", "a.b", "a"."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+
+
+def _crc32s_of(values: Mapping[str, Any]) -> dict[str, int]:
+    return {name: _crc32_of(value) for name, value in values.items()}
+
+
+def _crc32_of(value: Any) -> int:
+    """The CRC32 of a tensor's elements; of what is no plain tensor, of all that torch.save writes of it."""
+    if type(value) not in {torch.Tensor, torch.nn.Parameter} or value.layout != torch.strided or vars(value):
+        written = io.BytesIO()
+        torch_save(value, written)
+        return isal_zlib.crc32(written.getbuffer())
+    tensor = value.detach()
+    tensor = tensor.dequantize() if tensor.is_quantized else tensor.resolve_conj().resolve_neg()
+    return isal_zlib.crc32(view_bytes(tensor.contiguous()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +332,7 @@ async def _open(backend: Backend, path: str) -> _Side:
     by_file = {
         (f"{file.name}/" if file.name else "") + entry.name: file.source for file in files for entry in file.entries
     }
-    return _Object(manifest, source, _by_name(manifest.records), {}, by_file)
+    return _Object(manifest, source, _by_name(manifest.records), None, by_file)
 
 
 def _by_name(records: Sequence[Record]) -> Callable[[str], Record | None]:

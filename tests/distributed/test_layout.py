@@ -16,7 +16,7 @@ from fsspec.callbacks import Callback
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 import torchferry
@@ -549,3 +549,13 @@ def test_a_target_that_ends_in_a_slash_becomes_a_sharded_checkpoint(tmp_path: Pa
     with pytest.raises(torchferry.CheckpointFormatError, match=r"torch\.save"):
         torchferry.convert(tmp_path / "x.safetensors", f"{tmp_path}/e/")
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("lacking", ["state_dict_metadata", "storage_data"])
+def test_metadata_that_lacks_a_part_is_no_checkpoint(tmp_path: Path, lacking: str) -> None:
+    metadata = Metadata({}, storage_data={})
+    del metadata.__dict__[lacking]
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    for call in (torchferry.load, torchferry.inspect, torchferry.verify):
+        with pytest.raises(torchferry.CheckpointFormatError, match="not the metadata of a checkpoint"):
+            call(tmp_path)

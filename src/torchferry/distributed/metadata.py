@@ -145,7 +145,8 @@ def read_metadata(data: bytes, url: str, *, weights_only: bool, is_checked: bool
         raise
     except Exception as error:
         raise CheckpointCorruptError(f"{url} is damaged: {type(error).__name__}: {printable(str(error))}") from error
-    if not isinstance(loaded, Metadata) or not isinstance(loaded.storage_data, dict):
+    parts = [getattr(loaded, name, None) for name in ("state_dict_metadata", "storage_data")]
+    if not isinstance(loaded, Metadata) or not all(isinstance(part, dict) for part in parts):
         raise CheckpointFormatError(
             f"{url} is not the metadata of a checkpoint that torch.distributed.checkpoint wrote."
         )

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from torchferry.errors import CheckpointCorruptError
 from torchferry.formats.calls import NUMPY_DTYPE, Hashed, check_call, is_checked, is_transparent_global
 from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
-from torchferry.formats.places import TensorInfo, tensor_info
+from torchferry.formats.places import TensorInfo, TensorPlace, place_of, tensor_info
 from torchferry.formats.stand_ins import (
     CONTAINERS,
     ORDERED_DICT,
@@ -194,6 +194,21 @@ class Graph:
                 if room < 0:
                     raise ValueError("the list of its tensors would take more memory than its length allows")
                 yield tensor_info(path.key() if path else "", leaf)
+
+    def places(self) -> dict[str, TensorPlace]:
+        """How tensors lie in their storages, by the names of :meth:`tensors`.
+
+        Without those whose values are not simply what lies there: quantized, conjugated, of a subclass.
+
+        Raises:
+            CheckpointCorruptError: as :meth:`tensors`.
+        """
+        with self.damage_told():
+            return {
+                path.key() if path else "": place
+                for path, leaf in _walk(self.root, into_tensors=False)
+                if (place := place_of(leaf)) is not None and place.is_plain
+            }
 
     def plain_values(self) -> dict[str, bool | int | float | str | None]:
         """The first 1000 plain values in dicts, short lists and tuples, by name: no bytes, and no long strings."""

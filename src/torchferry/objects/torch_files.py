@@ -66,29 +66,27 @@ async def inspect_torch(source: RangeReader) -> Manifest:
     """What is in a checkpoint."""
     archive = await read_archive(source)
     if archive is None:
-        return await _inspect_legacy(source)
+        graph, records = await _read_legacy(source)
+        return await in_thread(_manifest, source, records, graph)
     pickled = await read_pickle(source, archive, verify=True)
     return await in_thread(_manifest_of_archive, source, archive, pickled)
 
 
 async def inspect_with_places(source: RangeReader) -> tuple[Manifest, dict[str, TensorPlace]]:
-    """What is in a checkpoint, and how its plain tensors lie in their storages, by name.
-
-    Places are told of archives of ``torch.save``, and not of TorchScript.
-    """
+    """What is in a checkpoint, and how its tensors lie in their storages (:meth:`.Graph.places`)."""
     archive = await read_archive(source)
     if archive is None:
-        return await _inspect_legacy(source), {}
+        graph, records = await _read_legacy(source)
+        return await in_thread(lambda: (_manifest(source, records, graph), graph.places()))
     pickled = await read_pickle(source, archive, verify=True)
     return await in_thread(_manifest_and_places, source, archive, pickled)
 
 
-async def _inspect_legacy(source: RangeReader) -> Manifest:
+async def _read_legacy(source: RangeReader) -> tuple[Graph, list[Record]]:
     found = await read_legacy_format(source)
     if found is None:
         raise await format_error(source)
-    graph, records = found
-    return await in_thread(_manifest, source, records, graph)
+    return found
 
 
 async def verify_torch(source: RangeReader) -> Manifest:
@@ -243,12 +241,7 @@ def _manifest_and_places(
 ) -> tuple[Manifest, dict[str, TensorPlace]]:
     graph = read_graph(pickled, source.url)
     manifest = _manifest(source, archive.records, graph)
-    if archive.is_torchscript:
-        return manifest, {}
-    found, _ = leaves(graph, graph.root)
-    with graph.damage_told():
-        places = {name: place_of(leaf) for name, leaf in found.items() if is_tensor_leaf(leaf)}
-    return manifest, {name: place for name, place in places.items() if place is not None and place.is_plain}
+    return manifest, graph.places()
 
 
 def _manifest(source: RangeReader, records: Sequence[Record], graph: Graph) -> Manifest:

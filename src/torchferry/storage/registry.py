@@ -67,13 +67,15 @@ def open_backend(
         directory: Whether the URL may be that of a directory, a prefix or a bucket; its path has no "/" at the end.
 
     Raises:
-        UnsupportedURLError: fsspec knows no such protocol, the URL is a directory's, or it is neither one URL nor a
+        UnsupportedURLError: it is empty, fsspec knows no such protocol, it is a directory's, or neither one URL nor a
             chain of them (``zip://x.pt::s3://bucket/x.zip``).
         BackendNotInstalledError: the protocol's library is not installed.
         UnsupportedOptionError: the options contradict each other, or the filesystem does not know one.
         StorageError: what a chained URL starts from cannot be opened.
     """
     text = os.fspath(url)
+    if not text and filesystem is None:
+        raise UnsupportedURLError('The URL is empty. "." is the current directory.')
     if text.endswith("/") and not directory:
         raise UnsupportedURLError(f"{text} names a directory: add the name of a file, such as {text}checkpoint.pt")
     if filesystem is None:
