@@ -841,3 +841,14 @@ def test_torchscript_of_an_unknown_device_says_so(tmp_path: pathlib.Path) -> Non
             changed.writestr(name, whole.read(name).replace(b"X\x03\x00\x00\x00cpu", b"X\x03\x00\x00\x00cxu"))
     with pytest.raises(CheckpointFormatError, match="a device that is not known here, 'cxu'"):
         torchferry.load(tmp_path / "x.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16], ids=str)
+def test_a_legacy_file_that_torch_cannot_load_is_not_called_damaged(
+    tmp_path: pathlib.Path, dtype: torch.dtype, weights_only: bool
+) -> None:
+    torch.save({"w": torch.ones(3).to(dtype)}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(torchferry.CheckpointFormatError, match="legacy format stores and does not load") as caught:
+        torchferry.load(tmp_path / "x.pt", weights_only=weights_only)
+    assert not isinstance(caught.value, torchferry.CheckpointCorruptError)

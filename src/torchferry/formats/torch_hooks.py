@@ -87,6 +87,7 @@ _JIT = f"{Path(torch.jit.__file__).parent}{os.sep}"
 _NOT_OF_TORCHSCRIPT = (
     "CUDA|device|Unknown builtin op"  # what torch.jit.load says of a machine or a torch that lacks some
 )
+_NO_TYPE = "'torch.storage.UntypedStorage' has no attribute 'dtype'"  # of dtypes younger than the legacy format
 _UNKNOWN_DEVICE = re.compile(
     r"don't know how to restore data location .*\(tagged with (.*)\)"
     r"|device type at start of device string: ([^\n]+)",  # of TorchScript
@@ -289,8 +290,8 @@ def torch_errors(url: str, *, map_location: Any, weights_only: bool, checked: bo
     except MemoryError as error:
         raise NotEnoughMemoryError(f"{url}: this machine has no memory for its values: {error}") from error
     except Exception as error:
-        if isinstance(error, RuntimeError) and _NO_MEMORY in str(error):
-            raise NotEnoughMemoryError(f"{url}: this machine has no memory for its values: {error}") from error
+        if (told := _memory_or_dtype_error(error, url)) is not None:
+            raise told from error
         if tag := _UNKNOWN_DEVICE.search(str(error)):
             if (device := tag[1] or tag[2]) != str(map_location) and not (tag[2] and callable(map_location)):
                 raise CheckpointFormatError(
@@ -302,6 +303,17 @@ def torch_errors(url: str, *, map_location: Any, weights_only: bool, checked: bo
             raise CheckpointCorruptError(f"{url} is damaged: {type(error).__name__}: {detail}") from error
         error.add_note(mask(f"This happened while loading {url}."))
         raise
+
+
+def _memory_or_dtype_error(error: Exception, url: str) -> TorchferryError | None:
+    if isinstance(error, RuntimeError) and _NO_MEMORY in str(error):
+        return NotEnoughMemoryError(f"{url}: this machine has no memory for its values: {error}")
+    if isinstance(error, AttributeError) and _NO_TYPE in str(error):
+        return CheckpointFormatError(
+            f"{url} has tensors of a dtype that torch's legacy format stores and does not load (float8, uint16 and the "
+            "like). Whoever wrote it can save it without _use_new_zipfile_serialization=False."
+        )
+    return None
 
 
 def _unpickling_error(error: pickle.UnpicklingError, url: str, *, weights_only: bool) -> TorchferryError:
