@@ -184,20 +184,28 @@ _COMPLEX = torch.complex(_ROW, _ROW + 1)
         (_COMPLEX[:50].conj(), _COMPLEX[50:].conj()),
         (_ROW[:50].as_subclass(Scaled), _ROW[50:].as_subclass(Scaled)),
         (_with_attribute(_ROW[:50]), _with_attribute(_ROW[50:])),
-        (_ROW.untyped_storage(), (_ROW + 1).untyped_storage()),
         (_ROW.to_sparse(), (_ROW + 1).to_sparse()),
     ],
-    ids=["halves", "transposed", "conj", "conj halves", "subclass", "attribute", "storage", "sparse"],
+    ids=["halves", "transposed", "conj", "conj halves", "subclass", "attribute", "sparse"],
 )
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 def test_diff_takes_no_other_values_for_the_same(tmp_path: Path, first: Any, second: Any, legacy: bool) -> None:
-    if legacy and not isinstance(first, torch.Tensor):
-        pytest.skip("torch's legacy format cannot store it")
     for name, value in (("a", first), ("b", first), ("c", second)):
         torch.save({"w": value}, tmp_path / f"{name}.pt", _use_new_zipfile_serialization=not legacy)
     with torch.serialization.safe_globals([Scaled]):
         assert not torchferry.diff(tmp_path / "a.pt", tmp_path / "b.pt")
         assert torchferry.diff(tmp_path / "a.pt", tmp_path / "c.pt")
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_diff_compares_storages_that_stand_alone_where_torch_loads_them(tmp_path: Path) -> None:
+    for name, value in (("a", _ROW), ("b", _ROW), ("c", _ROW + 1)):
+        torch.save({"w": value.untyped_storage()}, tmp_path / f"{name}.pt")
+    assert not torchferry.diff(tmp_path / "a.pt", tmp_path / "b.pt")
+    assert torchferry.diff(tmp_path / "a.pt", tmp_path / "c.pt").changed == ("w",)
+    torch.save({"w": _ROW.untyped_storage()}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(torchferry.CheckpointFormatError, match="legacy format stores and does not load"):
+        torchferry.diff(tmp_path / "legacy.pt", tmp_path / "a.pt")
 
 
 @pytest.mark.filterwarnings("ignore:.*quantize.* are deprecated", "ignore:TypedStorage is deprecated")
@@ -221,7 +229,7 @@ def test_an_empty_url_is_refused_and_is_not_the_current_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "thesis.tex").write_text("x")
-    assert main([*verb, ""]) in {1, 2}
+    assert main([*verb, ""]) == 1
     assert "The URL is empty" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").exists()
 

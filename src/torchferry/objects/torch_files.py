@@ -77,9 +77,10 @@ async def inspect_with_places(source: RangeReader) -> tuple[Manifest, dict[str, 
     archive = await read_archive(source)
     if archive is None:
         graph, records = await _read_legacy(source)
-        return await in_thread(lambda: (_manifest(source, records, graph), graph.places()))
+        return await in_thread(_manifest_and_places, source, records, graph)
     pickled = await read_pickle(source, archive, verify=True)
-    return await in_thread(_manifest_and_places, source, archive, pickled)
+    graph = await in_thread(collector_paused()(read_graph), pickled, source.url)
+    return await in_thread(_manifest_and_places, source, archive.records, graph)
 
 
 async def _read_legacy(source: RangeReader) -> tuple[Graph, list[Record]]:
@@ -237,11 +238,9 @@ def _manifest_of_archive(source: RangeReader, archive: Archive, pickled: bytes) 
 
 @collector_paused()
 def _manifest_and_places(
-    source: RangeReader, archive: Archive, pickled: bytes
+    source: RangeReader, records: Sequence[Record], graph: Graph
 ) -> tuple[Manifest, dict[str, TensorPlace]]:
-    graph = read_graph(pickled, source.url)
-    manifest = _manifest(source, archive.records, graph)
-    return manifest, graph.places()
+    return _manifest(source, records, graph), graph.places()
 
 
 def _manifest(source: RangeReader, records: Sequence[Record], graph: Graph) -> Manifest:
