@@ -607,6 +607,21 @@ def test_a_limit_with_a_unit_is_ignored_with_a_warning_that_says_what_it_wants(
         assert memory._number_of_mib(variable, 7) == number * MIB
 
 
+async def test_memory_that_is_free_is_taken_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(64 * MIB)
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(memory, "wait_in_thread", fail)
+    claim = await ledger.claim_async(4 * MIB)
+    blocks = [await claim.take_async() for _ in range(3)]  # one is reserved, two are what it grows by
+    assert ledger.held == sum(map(len, blocks)) == 12 * MIB
+    del blocks
+    claim.close()
+    assert ledger.held == 0
+
+
 def test_a_claim_that_waits_is_woken_when_it_is_abandoned() -> None:
     ledger = Ledger(64 * MIB)
     claim = ledger.claim(60 * MIB)

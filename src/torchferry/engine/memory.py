@@ -92,19 +92,28 @@ class Ledger:
         Raises:
             InterruptedError: ``abandoned()`` was true.
         """
-        block = BLOCK_SIZE if need > BLOCK_SIZE // 2 or piece > _SMALL_BLOCK else _SMALL_BLOCK
-        need = max(1, -(-need // block)) * block + beside
         with self.changed:
-            while waits and self.held and self.held + need > self.limit:
+            while (claim := self._try_claim(need, piece, beside, waits)) is None:
                 if abandoned():
                     raise InterruptedError
                 self.changed.wait()
-            self.held += need
-            self._claims += 1
+        return claim
+
+    def _try_claim(self, need: int, piece: int, beside: int, waits: bool) -> Claim | None:
+        block = BLOCK_SIZE if need > BLOCK_SIZE // 2 or piece > _SMALL_BLOCK else _SMALL_BLOCK
+        need = max(1, -(-need // block)) * block + beside
+        if waits and self.held and self.held + need > self.limit:
+            return None
+        self.held += need
+        self._claims += 1
         return Claim(self, need, block, beside)
 
     async def claim_async(self, need: int, *, piece: int = 0, beside: int = 0, waits: bool = True) -> Claim:
         """:meth:`claim` on an event loop, which goes on meanwhile. A cancel ends the wait."""
+        with self.changed:
+            claim = self._try_claim(need, piece, beside, waits)
+        if claim is not None:
+            return claim
         abandoned = False
         granted: list[Claim] = []
 
@@ -196,20 +205,13 @@ class Claim:
                 if self._abandoned:
                     raise InterruptedError
                 self._ledger.changed.wait()
-        try:
-            block = self._ledger.open_block(self.block_size)
-        except BaseException:
-            self._unuse()
-            raise
-        loan = (ctypes.c_char * self.block_size).from_buffer(block)  # all views of it keep it, and it can be watched
-        weakref.finalize(loan, self._came_back, block).atexit = False
-        return memoryview(loan).cast("B")
+        return self._lend()
 
     async def take_async(self) -> memoryview:
         """:meth:`take` on an event loop, which goes on meanwhile. A cancel ends the wait."""
         with self._ledger.changed:
-            free = self._used + self.block_size <= self._held
-        return self.take() if free else await wait_in_thread(self.take, interrupt=self.abandon)
+            is_free = self._try_use()
+        return self._lend() if is_free else await wait_in_thread(self.take, interrupt=self.abandon)
 
     def abandon(self) -> None:
         """Makes :meth:`take` raise, also in a thread that waits in it."""
@@ -224,6 +226,16 @@ class Claim:
             self._closed = self._abandoned = True
             self._shrink_to(0)
         self._ledger.end_claim()
+
+    def _lend(self) -> memoryview:
+        try:
+            block = self._ledger.open_block(self.block_size)
+        except BaseException:
+            self._unuse()
+            raise
+        loan = (ctypes.c_char * self.block_size).from_buffer(block)  # all views of it keep it, and it can be watched
+        weakref.finalize(loan, self._came_back, block).atexit = False
+        return memoryview(loan).cast("B")
 
     def _try_use(self) -> bool:
         if self._abandoned:
