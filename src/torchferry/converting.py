@@ -8,8 +8,9 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from torchferry.arguments import require_choice, require_nbytes
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.collector import collector_paused
 from torchferry.engine.loops import own_loop, run_on, synchronous
@@ -115,7 +116,9 @@ async def convert_async(
         UnsupportedOptionError: an option is not one of this conversion; the message names it.
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
-    require_storable(os.fspath(target), metadata or {})
+    require_choice("format", format, get_args(ConvertFormat))
+    require_nbytes("max_shard_size", max_shard_size)
+    require_storable(os.fspath(target), metadata)
     reader, source_path = await locate(source, storage_options=source_storage_options, filesystem=source_filesystem)
     transfer = Transfer("convert", mask(os.fspath(target)), callback=callback, give_up_after=give_up_after)
     if format == "sharded" or (format is None and os.fspath(target).endswith("/")):

@@ -87,7 +87,7 @@ async def copy_async(
         UnsupportedOptionError: an option is not one that these stores, or any, can honour; the message names it.
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
-    require_storable(os.fspath(target), metadata or {})
+    require_storable(os.fspath(target), metadata)
     reader, source_path = await locate(source, storage_options=source_storage_options, filesystem=source_filesystem)
     writer, target_path = await locate(target, storage_options=target_storage_options, filesystem=target_filesystem)
     transfer = Transfer("copy", mask(os.fspath(target)), callback=callback, give_up_after=give_up_after)

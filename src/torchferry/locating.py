@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from torchferry.arguments import require_path
 from torchferry.engine.loops import run_on
 from torchferry.errors import StorageError, StorageUnavailableError, UnsupportedURLError, mask
 from torchferry.objects.opening import open_reader
@@ -29,6 +30,7 @@ async def locate(
     filesystem: AbstractFileSystem | None = None,
 ) -> tuple[Backend, str]:
     """The store of a checkpoint, and its path there: one that ends in "/" is that of a directory."""
+    require_path(url)
     is_directory = os.fspath(url).endswith("/")
     backend, path = await open_backend_async(
         url, storage_options=storage_options, filesystem=filesystem, directory=is_directory

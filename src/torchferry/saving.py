@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from torchferry.arguments import require_choice, require_nbytes
 from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import ObjectStat
@@ -83,7 +84,9 @@ async def save_async(
         Exception: whatever ``torch.save`` raises for an object that cannot be pickled.
     """
     modes = TorchModes.of_caller()
-    require_storable(os.fspath(url), metadata or {})
+    require_choice("format", format, get_args(SaveFormat))
+    require_nbytes("max_shard_size", max_shard_size)
+    require_storable(os.fspath(url), metadata)
     backend, path = await open_backend_async(url, storage_options=storage_options, filesystem=filesystem)
     transfer = Transfer("save", mask(os.fspath(url)), callback=callback, give_up_after=give_up_after)
     with transfer.running(report), parts_allowed(shards):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from torchferry.arguments import require_callback, require_seconds
 from torchferry.engine.cancellation import stops_as_errors
 from torchferry.engine.html import html_table
 from torchferry.engine.tasks import task_group
@@ -123,6 +124,10 @@ class Transfer:
         callback: Told the size, and of bytes as they are moved, every 0.1 s, on the event loop.
         give_up_after: Seconds without progress after which requests are not repeated any more.
 
+    Raises:
+        TypeError: ``callback`` is none.
+        UnsupportedOptionError: ``give_up_after`` is no number of seconds.
+
     Attributes:
         give_up_after: As above.
         last_progress: When the last bytes moved, on the clock ``time.monotonic``.
@@ -131,6 +136,8 @@ class Transfer:
     def __init__(
         self, verb: str = "", url: str = "", *, callback: Callback | None = None, give_up_after: float | None = None
     ) -> None:
+        require_callback(callback)
+        require_seconds("give_up_after", give_up_after)
         self.give_up_after = GIVE_UP_AFTER if give_up_after is None else give_up_after
         self.last_progress = monotonic()
         self._verb = verb

@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 import anyio
 from isal import isal_zlib
 
+from torchferry.arguments import require_nbytes
 from torchferry.engine.cancellation import in_thread, run_shielded, wait_shielded
 from torchferry.engine.lending import reading
 from torchferry.engine.loops import keep_running
@@ -127,7 +128,11 @@ class UploadPlan:
             limits: The store's.
             in_flight: The most parts under way at once.
             memory: Bytes that writing takes beside the chunks.
+
+        Raises:
+            UnsupportedOptionError: ``part_size`` is no number of bytes.
         """
+        require_nbytes("part_size", part_size)
         needed = -(-size // _steady(limits.most_parts))
         if needed > MIB:
             needed = -(-needed // MIB) * MIB  # round numbers, for those who read logs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 __all__ = ["Keys", "KeysArgument", "as_keys"]
@@ -26,7 +26,7 @@ def as_keys(given: KeysArgument | None) -> tuple[str, ...] | Callable[[str], boo
         return given
     if isinstance(given, str):
         return (given,)
-    names = tuple(given)
+    names = tuple(given) if isinstance(given, Iterable) else (given,)
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"keys are strings, as inspect prints them, or one function of a name: not {given!r}.")
     return names

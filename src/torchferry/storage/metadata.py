@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from torchferry.arguments import require_mapping
 from torchferry.errors import UnsupportedOptionError
 
 __all__ = ["require_storable"]
@@ -13,14 +14,15 @@ __all__ = ["require_storable"]
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # https://www.rfc-editor.org/rfc/rfc9110#section-5.6.2
 
 
-def require_storable(url: str, metadata: Mapping[Any, Any]) -> None:
+def require_storable(url: str, metadata: Mapping[Any, Any] | None) -> None:
     """Raises an UnsupportedOptionError where a name or a value is not one that a store can keep.
 
     Args:
         url: Where the object goes, for messages.
         metadata: Names, which are tokens of HTTP, and values, which are strings of printable characters.
     """
-    for name, value in metadata.items():
+    require_mapping("metadata", metadata)
+    for name, value in (metadata or {}).items():
         if not isinstance(name, str) or not _TOKEN.fullmatch(name):
             raise UnsupportedOptionError(
                 f"{url}: no store keeps metadata of the name {name!r}: use letters, digits, '-', '_' and '.'."

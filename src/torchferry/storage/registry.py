@@ -18,6 +18,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.registry import registry
 from fsspec.utils import get_protocol
 
+from torchferry.arguments import require_mapping, require_path
 from torchferry.engine.cancellation import ThreadPool, in_thread
 from torchferry.errors import (
     BackendNotInstalledError,
@@ -72,7 +73,10 @@ def open_backend(
         BackendNotInstalledError: the protocol's library is not installed.
         UnsupportedOptionError: the options contradict each other, or the filesystem does not know one.
         StorageError: what a chained URL starts from cannot be opened.
+        TypeError: ``url`` is neither a string nor a path, or the options are no mapping.
     """
+    require_path(url)
+    require_mapping("storage_options", storage_options)
     text = os.fspath(url)
     if not text and filesystem is None:
         raise UnsupportedURLError('The URL is empty. "." is the current directory.')
