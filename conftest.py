@@ -29,6 +29,7 @@ os.environ.update(
 
 import botocore.session
 import pytest
+from fsspec.asyn import AsyncFileSystem
 
 from torchferry.testing.faultproxy import Fault, FaultProxy
 from torchferry.testing.servers import S3Server, seaweedfs, storage_options_for
@@ -39,29 +40,39 @@ if TYPE_CHECKING:
 pytest_plugins = ["torchferry.testing.fixtures"]
 
 _MOST_KEPT = 100 << 20  # bytes
-_MOST_FILESYSTEMS = 8
+_MOST_FILESYSTEMS = 4
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 _KEPT = pytest.StashKey[int]()
+
+if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+    mallopt(_M_ARENA_MAX, 2)  # else each of a hundred threads keeps what it freed: 500 MB in a worker
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item: pytest.Item) -> None:
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Gives memory back: the whole suite must run on a small machine, two files at a time.
 
     Tensors wait in reference cycles, with the exceptions that tests catch, for a collector that counts objects, not
     bytes; malloc keeps what is freed; objects in memory:// stay until somebody deletes them; and fsspec keeps each
-    filesystem, 12 MB of botocore in it where it is S3's, that was made for a test's own proxy.
+    filesystem, 40 MB of botocore in it where it is S3's, that was made for a test's own proxy.
     """
     if memory := sys.modules.get("fsspec.implementations.memory"):
         memory.MemoryFileSystem.store.clear()
-    for module, name in (("s3fs", "S3FileSystem"), ("gcsfs", "GCSFileSystem"), ("adlfs", "AzureBlobFileSystem")):
-        kind = getattr(sys.modules.get(module), name, None)
-        if kind is not None and len(kind._cache) > _MOST_FILESYSTEMS:  # noqa: SLF001 - fsspec tells it nowhere else
+    is_last = nextitem is None or nextitem.path != item.path
+    for kind in _kinds(AsyncFileSystem):
+        if len(kind._cache) > (0 if is_last else _MOST_FILESYSTEMS):  # noqa: SLF001 - fsspec tells it nowhere else
             kind.clear_instance_cache()
-    if sys.platform == "linux" and _resident() > item.config.stash.get(_KEPT, 0) + _MOST_KEPT:
+    if sys.platform == "linux" and (is_last or _resident() > item.config.stash.get(_KEPT, 0) + _MOST_KEPT):
         gc.collect()
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc has it
             trim(0)
         item.config.stash[_KEPT] = _resident()
+
+
+def _kinds(kind: type[AsyncFileSystem]) -> Iterator[type[AsyncFileSystem]]:
+    for more in kind.__subclasses__():
+        yield more
+        yield from _kinds(more)
 
 
 def _resident() -> int:
