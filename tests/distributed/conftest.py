@@ -98,9 +98,9 @@ class Ranks:
         self._parent.wait(30)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Up to four ranks."""
+    """Up to four ranks; they end with the file of tests, as four take a gigabyte."""
     group = Ranks(tmp_path_factory.mktemp("ranks"))
     yield group
     group.close()

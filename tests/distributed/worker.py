@@ -5,6 +5,7 @@ A process is used for many jobs, in process groups of different sizes: starting 
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -318,6 +319,8 @@ def run(name: str, rank: int, world: int, store: str, timeout: float, arguments:
 def main() -> None:
     """Forks a rank for each pair of pipes that comes through a socket: what takes seconds to import is there."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    gc.collect()
+    gc.freeze()  # what is imported stays shared
     with socket.socket(fileno=int(sys.argv[1])) as control:
         while True:
             _, pipes, _, _ = socket.recv_fds(control, 1, 2)
