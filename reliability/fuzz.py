@@ -16,7 +16,7 @@ from reliability.outcome import Outcome
 from reliability.stores import Store
 from torchferry.testing import fuzz
 
-AT_ONCE = 1000  # mutants in a process: what ends it ends no more
+AT_ONCE = 2500  # mutants in a process: what ends it ends no more; each begins with 5 s of imports
 
 
 def run(store: Store, *, count: int, seed: int, say: Callable[[str], None]) -> list[Outcome]:

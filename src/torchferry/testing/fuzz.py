@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gc
 import io
 import itertools
 import json
@@ -173,17 +174,16 @@ def run(
         originals = Originals()
         _, _, first, _ = next(iter(originals))
         torchferry.load(store(first), storage_options=options)  # what is imported and connected takes no mutant's time
-        for mutant in itertools.islice(mutants(seed, originals), start, start + count):
-            say(str(mutant.number))
-            url = store(mutant.data)
-            _try(
-                mutant,
-                url,
-                str(Path(directory, "y.pt")) if put is None else f"{url}.copy",
-                options or {},
-                share,
-                report,
-            )
+        gc.collect()
+        gc.freeze()  # nor do the collector's passes through it
+        try:
+            for mutant in itertools.islice(mutants(seed, originals), start, start + count):
+                say(str(mutant.number))
+                url = store(mutant.data)
+                target = str(Path(directory, "y.pt")) if put is None else f"{url}.copy"
+                _try(mutant, url, target, options or {}, share, report)
+        finally:
+            gc.unfreeze()
     return report
 
 

@@ -550,10 +550,10 @@ def _peak() -> int:
 
 def _status(field: str) -> int:
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        text = Path("/proc/self/status").read_text()
     except OSError:
         return 0
-    return int(lines[field].split()[0]) << 10
+    return int(text.partition(f"{field}:")[2].split(None, 1)[0]) << 10
 
 
 def run(
