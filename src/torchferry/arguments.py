@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from numbers import Real
-from operator import index
 from typing import Any
 
 from torchferry.errors import UnsupportedOptionError
@@ -17,6 +18,7 @@ __all__ = [
     "require_nbytes",
     "require_path",
     "require_seconds",
+    "whole_number",
 ]
 
 
@@ -40,13 +42,7 @@ def require_mapping(name: str, given: Any) -> None:
 
 def require_nbytes(name: str, given: Any) -> None:
     """Raises an UnsupportedOptionError where an argument is given and is no whole number of bytes, 1 or more."""
-    if given is None:
-        return
-    try:
-        number = 0 if isinstance(given, bool) else index(given)
-    except TypeError:
-        number = 0
-    if number < 1:
+    if given is not None and (whole_number(given) or 0) < 1:
         raise UnsupportedOptionError(f"{name}= is a number of bytes, such as {16 << 20}: not {given!r}.")
 
 
@@ -60,3 +56,12 @@ def require_seconds(name: str, given: Any) -> None:
     """Raises an UnsupportedOptionError where an argument is given and is no number of seconds, 0 or more."""
     if given is not None and not (isinstance(given, Real) and float(given) >= 0):
         raise UnsupportedOptionError(f"{name}= is a number of seconds, such as 120: not {given!r}.")
+
+
+def whole_number(given: Any) -> int | None:
+    """A whole number as an int: numpy and tensors have some, too. None for a bool, and for what is none."""
+    if isinstance(given, bool):
+        return None
+    with suppress(TypeError, ValueError, RuntimeError):  # of what is no whole number, and of a tensor of several
+        return operator.index(given)
+    return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import operator
 import os
 import threading
 import warnings
@@ -17,11 +16,12 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, Self
 from weakref import WeakSet
 
 from fsspec.asyn import get_loop
 
+from torchferry.arguments import whole_number
 from torchferry.background import BackgroundSave, save_in_background
 from torchferry.engine.cancellation import in_thread, wait_in_thread
 from torchferry.engine.loops import keep_running, run
@@ -112,7 +112,7 @@ class CheckpointManager:
         for name, number in numbers.items():
             if number is None and name != "save_interval_steps":
                 continue
-            if isinstance(number, bool) or not isinstance(number, SupportsIndex) or operator.index(number) < 1:
+            if (whole_number(number) or 0) < 1:
                 raise ValueError(f"{name} is a whole number, at least 1; given: {number!r}.")
         if best is not None and not _says_what_is_best(best):
             raise ValueError(f'best is a metric and "min" or "max", such as ("loss", "min"); given: {best!r}.')

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import operator
 import os
 import re
 from collections.abc import AsyncIterator, Mapping
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from torchferry.arguments import whole_number
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import own_loop, run_on
 from torchferry.engine.transfer import Transfer
@@ -227,11 +227,8 @@ def as_step(step: Any) -> int:
     Raises:
         ValueError: it is no step.
     """
-    number = -1
-    if not isinstance(step, bool):
-        with suppress(TypeError, ValueError, RuntimeError):  # of what is no whole number, and of a tensor of several
-            number = operator.index(step)
-    if not 0 <= number <= LAST:
+    number = whole_number(step)
+    if number is None or not 0 <= number <= LAST:
         raise ValueError(f"A step is a whole number from 0 to {LAST:,}; given: {step!r}.")
     return number
 
