@@ -608,11 +608,7 @@ def test_a_limit_with_a_unit_is_ignored_with_a_warning_that_says_what_it_wants(
 
 async def test_memory_that_is_free_is_taken_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger(64 * MIB)
-
-    def fail(*_: object, **__: object) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr(memory, "wait_in_thread", fail)
+    monkeypatch.setattr(memory, "wait_in_thread", lambda *_, **__: pytest.fail("a thread was asked for"))
     claim = await ledger.claim_async(4 * MIB)
     blocks = [await claim.take_async() for _ in range(3)]  # one is reserved, two are what it grows by
     assert ledger.held == sum(map(len, blocks)) == 12 * MIB

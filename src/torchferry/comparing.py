@@ -180,16 +180,17 @@ class _Object:
             request = LoadRequest(wanted.__contains__, None, None, weights_only=True, verify=True)
             loaded = await load_torch(self.source, request)
             values, _ = values_of(loaded, self.source.stat.size, self.source.url)
-            whole_of = {name: next((each for each in wholes[name] if each in values), None) for name in others}
-            if missing := sorted(name for name, whole in whole_of.items() if whole is None):
-                raise CheckpointFormatError(
-                    f"{self.source.url}: {printable(missing[0])} cannot be compared: it is in an object that has to be "
-                    "loaded whole."
-                )
-            crc32s = await in_thread(
-                _crc32s_of, {name: values[name] for name in {*whole_of.values()} if name is not None}
-            )
-            read |= {name: crc32s[whole] for name, whole in whole_of.items() if whole is not None}
+            whole_of: dict[str, str] = {}
+            for name in sorted(others):
+                whole = next((each for each in wholes[name] if each in values), None)
+                if whole is None:
+                    raise CheckpointFormatError(
+                        f"{self.source.url}: {printable(name)} cannot be compared: it is in an object that has to be "
+                        "loaded whole."
+                    )
+                whole_of[name] = whole
+            crc32s = await in_thread(_crc32s_of, {whole: values[whole] for whole in whole_of.values()})
+            read |= {name: crc32s[whole] for name, whole in whole_of.items()}
         return read
 
     def _record_of(self, tensor: TensorInfo) -> Record:

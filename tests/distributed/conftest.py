@@ -100,7 +100,7 @@ class Ranks:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Up to four ranks; they end with the file of tests, as four take a gigabyte."""
+    """Up to four ranks; they end with the file of tests, as each holds up to 640 MB."""
     group = Ranks(tmp_path_factory.mktemp("ranks"))
     yield group
     group.close()

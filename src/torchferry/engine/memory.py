@@ -100,6 +100,7 @@ class Ledger:
         return claim
 
     def _try_claim(self, need: int, piece: int, beside: int, waits: bool) -> Claim | None:
+        """A claim, if what it must have is free. Called with the lock held."""
         block = BLOCK_SIZE if need > BLOCK_SIZE // 2 or piece > _SMALL_BLOCK else _SMALL_BLOCK
         need = max(1, -(-need // block)) * block + beside
         if waits and self.held and self.held + need > self.limit:
@@ -228,6 +229,7 @@ class Claim:
         self._ledger.end_claim()
 
     def _lend(self) -> memoryview:
+        """A block, whose bytes :meth:`_try_use` has counted."""
         try:
             block = self._ledger.open_block(self.block_size)
         except BaseException:

@@ -29,10 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Changes"]
 
-_SAMPLED = (
-    128 << 10
-)  # bytes of which _LOOK are looked at: whole numbers, as 0.0 and 1.0 differ in their high bytes only
-_LOOK = 8
+_SAMPLED = 128 << 10  # bytes of which _LOOK are looked at
+_LOOK = 8  # bytes, one of memoryview's "Q": whole numbers, as 0.0 and 1.0 differ in their high bytes only
 
 
 class Changes:
