@@ -157,7 +157,7 @@ class Reads:
     async def __call__(self, request: SignedRequest, start: int = 0, stop: int = 10, size: int = len(DATA)) -> bytes:
         buffer = bytearray(stop - start)
         with self.transfer.running(None):
-            await self.transport.read_into(request, start, memoryview(buffer), size)
+            await self.transport.read_into(request, start, [memoryview(buffer)], size)
         return bytes(buffer)
 
     @property
@@ -219,6 +219,24 @@ async def test_ranges_come_on_one_connection_after_another() -> None:
         for start, stop in ((0, 1), (5, 100_000), (0, len(DATA)), (len(DATA) - 1, len(DATA))):
             assert await read(server.get(), start, stop) == DATA[start:stop]
         assert server.connections == 1
+
+
+async def test_one_range_comes_into_several_pieces_of_memory_with_one_request() -> None:
+    asked = []
+
+    def serve(client: Client) -> None:
+        head = client.head()
+        asked.append(head["range"])
+        client.send(the_range(head))
+
+    sizes = (1, 0, 70_000, 3, 200_000)
+    buffers = [bytearray(size) for size in sizes]
+    transfer = Transfer("load", "x")
+    with Server(serve) as server, transfer.running(None):
+        await Transport().read_into(server.get(), 5, [memoryview(buffer) for buffer in buffers], len(DATA))
+    assert b"".join(buffers) == DATA[5 : 5 + sum(sizes)]
+    assert asked == [f"bytes=5-{5 + sum(sizes) - 1}"]
+    assert transfer.report().nbytes == sum(sizes)
 
 
 async def test_a_connection_that_was_closed_while_idle_is_replaced() -> None:
@@ -818,7 +836,7 @@ async def test_a_cancel_ends_every_stage_of_a_read_soon_and_nothing_is_written_a
     buffer = bytearray(10)
     transport = Transport(verify=authority_file)
     with Server(stage.serve, tls if scheme == "https" else None) as server:
-        task = asyncio.create_task(transport.read_into(server.get(), 0, memoryview(buffer), 10))
+        task = asyncio.create_task(transport.read_into(server.get(), 0, [memoryview(buffer)], 10))
         await asyncio.to_thread(stage.heard.wait)
         await cancel(task)
         written = bytes(buffer)

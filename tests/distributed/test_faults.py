@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from s3fs import S3FileSystem
+from torch.distributed import checkpoint as dcp
 
 import torchferry
 import torchferry.distributed as ferry
@@ -66,6 +68,25 @@ def test_an_item_that_is_damaged_on_its_way_is_read_again_once(
     ferry.load(loaded, s3_url, storage_options=faulty, no_dist=True)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.items())
     assert "Reading it again" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("where", ["before", "in", "behind"])
+def test_a_stock_item_that_is_damaged_on_its_way_is_read_again(
+    tmp_path: Path, s3_url: str, s3_storage_options: dict[str, Any], faulty_s3: Any, where: str
+) -> None:
+    """The tensor of the second of three items, or the archive before or behind it."""
+    saved = {f"{number}": torch.randn(3 << 17) for number in range(3)}
+    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+    S3FileSystem(**s3_storage_options).put(f"{tmp_path}/", f"{s3_url}/", recursive=True)
+    item = (tmp_path / "__0_0.distcp").stat().st_size // 3
+    # Both ends of the first item are looked into; the next request is for all bytes from its tensor on.
+    byte = item + {"before": -200, "in": 3_000, "behind": saved["0"].nbytes + 50}[where]
+    fault = Fault(method="GET", target=r"\.distcp", skip=2, corrupt_download_byte=byte)
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
+    ferry.load(loaded, s3_url, storage_options=faulty_s3(fault).storage_options, no_dist=True)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.items())
+    assert fault.times != 1
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from fsspec.callbacks import Callback
+from s3fs import S3FileSystem
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -105,6 +106,49 @@ def test_we_read_what_the_stock_writer_wrote(tmp_path: Path, threads: int) -> No
     check(state)
     check(torchferry.load(tmp_path / "stock"))
     assert torchferry.verify(tmp_path / "stock").size > 8 * MIB
+
+
+def test_stock_files_cost_two_small_requests_and_no_more_bytes(
+    tmp_path: Path, s3_url: str, s3_storage_options: dict[str, Any]
+) -> None:
+    """One of many items that are alike is looked into; what tells where the others are comes along with them."""
+    state = {f"layer{number}": torch.full((3 << 17,), float(number)) for number in range(40)}  # 1.5 MiB each
+    dcp.save(state, checkpoint_id=tmp_path)
+    fs = S3FileSystem(**s3_storage_options)
+    fs.put(f"{tmp_path}/", f"{s3_url}/", recursive=True)
+    shard = (tmp_path / "__0_0.distcp").stat().st_size
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    reports: list[torchferry.TransferReport] = []
+    ferry.load(loaded, s3_url, storage_options=s3_storage_options, report=reports.append)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items())
+    (report,) = reports
+    assert report.nbytes < shard + NEIGHBOURS
+    assert report.requests <= 3 + -(-40 // 5)  # its version, two ends, and five items at a time
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_stock_item_that_is_laid_out_otherwise_than_the_one_like_it_is_read_where_it_is(
+    tmp_path: Path, verify: bool
+) -> None:
+    """Of the same dtype, as many dimensions and bytes beside the tensor, but its rows are columns."""
+    state = {"a": torch.randn(600, 700), "b": torch.randn(700, 600).t(), "c": torch.randn(600, 700)}
+    dcp.save(state, checkpoint_id=tmp_path)
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    columns = {**loaded, "c": torch.zeros(700, 600).t()}
+    for target in (loaded, columns):
+        ferry.load(target, tmp_path, verify=verify)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in target.items())
+
+
+def test_what_is_read_of_stock_files_beside_tensors_is_no_part_of_them(tmp_path: Path) -> None:
+    """Two dtypes, converted and not, whole and in part, twice: each in its place."""
+    state = {f"{number}": torch.randn(512, 1024) for number in range(6)}
+    state |= {f"half{number}": torch.randn(512, 1024).half() for number in range(6)}
+    dcp.save(state, checkpoint_id=tmp_path)
+    loaded = {name: torch.zeros(512, 1024, dtype=torch.float64) for name in ("0", "1", "half2")}
+    loaded |= {name: torch.zeros_like(state[name]) for name in ("2", "3", "half0", "half1")}
+    ferry.load(loaded, tmp_path)
+    assert all(torch.equal(tensor, state[name].to(tensor.dtype)) for name, tensor in loaded.items())
 
 
 def test_a_lazy_conjugate_is_stored_as_what_it_is(tmp_path: Path) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import pickle
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from torchferry.errors import CheckpointCorruptError
 from torchferry.formats.archive import LOCAL_HEADER_SIZE, find_directory, parse_directory
 from torchferry.formats.opcodes import scan_pickle
 from torchferry.formats.stand_ins import STORAGE_DTYPES
 
-__all__ = ["StoredTensor", "find_tensor"]
+__all__ = ["Guess", "StoredTensor", "contiguous_strides", "find_tensor"]
 
 _STORAGES = {name: dtype for name, dtype in STORAGE_DTYPES.items() if not name.startswith("Q")}  # not quantized
 
@@ -40,6 +42,65 @@ class StoredTensor:
     record_offset: int
     record_size: int
     crc32: int | None
+
+
+class Guess:
+    """Where the tensor of an item should be, as in another one that was looked into; its archive, which tells.
+
+    Args:
+        stored: Where; without a CRC32.
+        length: Of the item.
+
+    Attributes:
+        stored: As above.
+        head: Memory for the item's bytes before its storage.
+        tail: Memory for those behind it.
+    """
+
+    def __init__(self, stored: StoredTensor, length: int) -> None:
+        self.stored = stored
+        self.head = bytearray(stored.record_offset)
+        self.tail = bytearray(length - stored.record_offset - stored.record_size)
+        self._length = length
+
+    @classmethod
+    def like(cls, other: StoredTensor, shape: Sequence[int], length: int) -> Guess | None:
+        """What is to be expected of an item of the same dtype, as many dimensions and as large an archive.
+
+        Args:
+            other: What was found in the one that was looked into.
+            shape: Of the item's tensor.
+            length: Of the item.
+
+        Returns:
+            None where the other one is not all of its storage, in order.
+        """
+        nbytes = torch.Size(shape).numel() * other.dtype.itemsize
+        is_whole = other.record_size == torch.Size(other.shape).numel() * other.dtype.itemsize
+        if not is_whole or other.strides != contiguous_strides(other.shape) or other.record_offset + nbytes >= length:
+            return None
+        strides = contiguous_strides(shape)
+        return cls(replace(other, shape=tuple(shape), strides=strides, record_size=nbytes, crc32=None), length)
+
+    def confirmed(self, url: str) -> StoredTensor | None:
+        """What the archive says when it is there, with its CRC32; None where that is something else.
+
+        Args:
+            url: For messages.
+        """
+        try:
+            found = find_tensor(bytes(self.head), bytes(self.tail), self._length, url)
+        except CheckpointCorruptError:
+            return None  # what was taken for the archive's bytes may be others
+        return found if found is not None and replace(found, crc32=None) == self.stored else None
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides[: len(shape)]))
 
 
 def find_tensor(  # noqa: PLR0911 - there are many ways not to be one

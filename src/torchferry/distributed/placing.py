@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,18 +11,19 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from torchferry.distributed.archives import StoredTensor
-from torchferry.distributed.checks import PartChecksums, WantedPart
+from torchferry.distributed.archives import Guess, StoredTensor, contiguous_strides
+from torchferry.distributed.checks import PartChecksums, ReadPart, WantedPart
 from torchferry.distributed.metadata import chunk_of
 from torchferry.distributed.slices import Direct, Piece, cut
 from torchferry.engine.memory import BLOCK_SIZE, copy_bytes
+from torchferry.engine.transfer import current
 from torchferry.engine.types import ObjectStat
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, TorchferryError
 from torchferry.formats.archive import Record
 from torchferry.formats.checked import load_bytes
 from torchferry.printable import printable
 
-__all__ = ["Plan", "Wanted", "Where", "contiguous_strides", "where_stored"]
+__all__ = ["Plan", "Wanted", "Where", "where_stored"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +80,6 @@ def where_stored(
     return Where(stored.dtype, info.offset + stored.first, stored.strides, record)
 
 
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides of a contiguous tensor."""
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.append(strides[-1] * max(size, 1))
-    return tuple(reversed(strides[: len(shape)]))
-
-
 class Plan:
     """What is read, and what becomes of it.
 
@@ -101,12 +94,15 @@ class Plan:
         metadata: Metadata,
         wanted: Sequence[Wanted],
         stored: Mapping[tuple[int, int], StoredTensor],
+        guesses: Mapping[tuple[int, int], Guess],
         contents: dict[int, bytearray],
         stats: Sequence[ObjectStat],
         verify: bool,
     ) -> None:
         self._metadata = metadata
         self._stored = stored
+        self._guesses = guesses
+        self._guessed: dict[tuple[int, int], tuple[Wanted, Guess]] = {}  # by file, and where the storage begins
         self._contents = contents
         self._stats = stats
         self._records: list[list[Record]] = [[] for _ in stats]
@@ -125,8 +121,32 @@ class Plan:
             for records, runs, stat in zip(self._records, self._runs, stats, strict=True)
         ]
 
+    @property
+    def read_parts(self) -> list[ReadPart]:
+        """The parts of items that other ranks read the rest of."""
+        return [part for place, part in self._read() if place not in self._guessed]
+
+    def disproved(self) -> list[Wanted]:
+        """To be called when everything is there: the items that are not where they were guessed to be.
+
+        What was read for them is something else, or damaged.
+        """
+        crc32s = {place: part.crc32 for place, part in self._read()}
+        wrong: list[Wanted] = []
+        for place, (want, guess) in self._guessed.items():
+            url = self._stats[want.number].url
+            found = guess.confirmed(url)
+            if found is None:
+                wrong.append(want)
+            elif None not in {found.crc32, crc32s.get(place)} and found.crc32 != crc32s[place]:
+                current().warn(
+                    f"{url}: {printable(want.request.storage_index.fqn)} does not match its CRC32. Reading it again."
+                )
+                wrong.append(want)
+        return wrong
+
     def finish(self) -> None:
-        """Does what can be done only when everything is there."""
+        """Does what can be done only when everything is right."""
         for call in self._later:
             call()
 
@@ -144,12 +164,14 @@ class Plan:
         if not target.numel():
             return
         dtype, chunk = chunk_of(self._metadata, request.storage_index)
-        where = where_stored(info, dtype, chunk, self._stored.get((want.number, info.offset)))
+        place = (want.number, info.offset)
+        guess = self._guesses.get(place)
+        where = where_stored(info, dtype, chunk, self._stored.get(place) if guess is None else guess.stored)
         if where is None:
             self._later.append(partial(self._load, want, self._read_whole(want)))
             return
         if request.lengths == chunk.sizes:
-            before = self._filled.setdefault((want.number, info.offset), target)
+            before = self._filled.setdefault(place, target)
             if before is not target:
                 self._later.append(partial(target.copy_, before))
                 return
@@ -161,6 +183,9 @@ class Plan:
         start = where.start + sum(at * stride for at, stride in offsets) * where.dtype.itemsize
         parts = list(cut(target, start, where.strides, where.dtype))
         self.parts += [(want.number, part) for part in parts]
+        if guess is not None:
+            self._add_guess(want, guess)
+            return
         _, size, crc32 = where.record
         nbytes = target.numel() * where.dtype.itemsize
         is_run = (
@@ -174,6 +199,21 @@ class Plan:
         ):
             name = f"{request.storage_index.fqn} at {tuple(chunk.offsets)}"
             self._runs[want.number][start, nbytes] = WantedPart(name, (where.record[0], size, crc32))
+
+    def _add_guess(self, want: Wanted, guess: Guess) -> None:
+        """Plans to read what tells whether a guess is right, and to compute the CRC32 of the storage."""
+        first, size = want.info.offset + guess.stored.record_offset, guess.stored.record_size
+        self._guessed[want.number, first] = want, guess
+        self._runs[want.number][first, size] = WantedPart(want.request.storage_index.fqn, (first, size, 0))
+        for start, memory in ((want.info.offset, guess.head), (first + size, guess.tail)):
+            sink = partial(copy_bytes, memoryview(memory))
+            self.parts.append((want.number, Piece(start, start + len(memory), sink)))
+
+    def _read(self) -> Iterator[tuple[tuple[int, int], ReadPart]]:
+        """The parts whose CRC32s were computed, by file and offset."""
+        for number, checksum in enumerate(self.checksums):
+            for part in checksum.read if checksum is not None else ():
+                yield (number, part.start), part
 
     def _read_whole(self, want: Wanted) -> bytearray:
         """Plans to read an item into memory; torch takes it from there."""

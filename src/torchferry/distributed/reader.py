@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader as DcpStorageReader
 from torch.futures import Future
 
-from torchferry.distributed.archives import StoredTensor, find_tensor
+from torchferry.distributed.archives import Guess, StoredTensor, find_tensor
 from torchferry.distributed.checks import ReadPart
 from torchferry.distributed.errors import with_portable_errors
 from torchferry.distributed.fetch import Files, fetch
@@ -297,6 +297,7 @@ class StorageReader(DcpStorageReader):
         requests: Sequence[ReadItem],
         targets: Sequence[torch.Tensor | None],
         contents: dict[int, bytearray],
+        guess: bool = True,
     ) -> None:
         infos = [_info(metadata, request.storage_index, place.url) for request in requests]
         paths = list(dict.fromkeys(info.relative_path for info in infos))
@@ -310,20 +311,57 @@ class StorageReader(DcpStorageReader):
         ]
         _check_lengths(wanted, stats)
         with current().stage("planning"):
-            large = [
-                (want.number, want.info, want.request.storage_index)
-                for want in wanted
-                if want.target is not None and want.info.length > _SMALL
-            ]
-            stored = await self.look_into_archives(files, stats, metadata, large)
-        plan = await in_thread(Plan, metadata, wanted, stored, contents, stats, self._verify)
+            stored, guesses = await self._find_archives(files, stats, metadata, wanted, guess)
+        plan = await in_thread(Plan, metadata, wanted, stored, guesses, contents, stats, self._verify)
         transfer = current()
         transfer.set_size(plan.nbytes)
         with transfer.stage("reading"):
             async with transfer.telling():
                 await fetch(files, plan.parts, plan.checksums, place.url)
-        self.read_parts += [part for checksum in plan.checksums if checksum is not None for part in checksum.read]
+        self.read_parts += plan.read_parts
+        if wrong := await in_thread(plan.disproved):
+            again = [want.request for want in wrong], [want.target for want in wrong]
+            await self._read_items(place, metadata, *again, contents, guess=False)
         await in_thread(plan.finish)
+
+    async def _find_archives(
+        self,
+        files: Files,
+        stats: Sequence[ObjectStat],
+        metadata: Metadata,
+        wanted: Sequence[Wanted],
+        guess: bool,
+    ) -> tuple[dict[tuple[int, int], StoredTensor], dict[tuple[int, int], Guess]]:
+        """Where the tensors are in items of somebody else's writer: what is known, and what is guessed.
+
+        One of each kind is looked into: others of its dtype, with as many dimensions and as large an archive, should be
+        like it. What tells is read together with them, and costs no request.
+        """
+        looked: list[Wanted] = []
+        kinds: dict[Any, list[tuple[Wanted, Sequence[int]]]] = {}
+        for want in wanted:
+            if want.target is None or want.info.length <= _SMALL or hasattr(want.info, "crc32"):
+                continue
+            dtype, chunk = chunk_of(metadata, want.request.storage_index)
+            kind = dtype, len(chunk.sizes), want.info.length - chunk.sizes.numel() * dtype.itemsize
+            if guess and kind in kinds and want.request.lengths == chunk.sizes:
+                kinds[kind].append((want, chunk.sizes))
+            else:
+                kinds.setdefault(kind, [(want, ())])
+                looked.append(want)
+        stored = await self.look_into_archives(files, stats, metadata, map(_place_of, looked))
+        guesses: dict[tuple[int, int], Guess] = {}
+        rest: list[Wanted] = []
+        for (first, _), *others in kinds.values():
+            like = stored.get((first.number, first.info.offset))
+            for want, shape in others:
+                found = None if like is None else Guess.like(like, shape, want.info.length)
+                if found is None:
+                    rest.append(want)
+                else:
+                    guesses.setdefault((want.number, want.info.offset), found)
+        stored.update(await self.look_into_archives(files, stats, metadata, map(_place_of, rest)))
+        return stored, {place: found for place, found in guesses.items() if place not in stored}
 
     async def versions(self, place: Place, metadata: Metadata, paths: Sequence[str]) -> list[ObjectStat]:
         """The version of each file: the one that was saved, or else the one that is there."""
@@ -391,6 +429,10 @@ class StorageReader(DcpStorageReader):
 def _targets(plan: LoadPlan, planner: LoadPlanner) -> list[torch.Tensor | None]:
     """The tensor that each item goes to; None for bytes."""
     return [None if item.type == LoadItemType.BYTE_IO else planner.resolve_tensor(item).detach() for item in plan.items]
+
+
+def _place_of(want: Wanted) -> tuple[int, Any, MetadataIndex]:
+    return want.number, want.info, want.request.storage_index
 
 
 def _info(metadata: Metadata, index: MetadataIndex, url: str) -> Any:

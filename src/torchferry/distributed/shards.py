@@ -9,11 +9,11 @@ import torch
 from isal import isal_zlib
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from torchferry.distributed.archives import StoredTensor
+from torchferry.distributed.archives import StoredTensor, contiguous_strides
 from torchferry.distributed.assemble import Assembly, Data, Script
 from torchferry.distributed.fetch import Files
 from torchferry.distributed.metadata import items_by_shard
-from torchferry.distributed.placing import Where, contiguous_strides, where_stored
+from torchferry.distributed.placing import Where, where_stored
 from torchferry.distributed.reader import StorageReader
 from torchferry.distributed.slices import Direct, Piece, cut
 from torchferry.distributed.whole import Contents, checksums_of

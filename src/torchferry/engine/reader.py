@@ -47,8 +47,8 @@ class Readable(Protocol):
     async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Buffer:
         """Reads a range of one version."""
 
-    async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
-        """Reads a range of one version into memory."""
+    async def read_into(self, path: str, start: int, buffers: Sequence[memoryview], stat: ObjectStat) -> None:
+        """Reads a range of one version into pieces of memory, one after the other."""
 
 
 class RangeReader:
@@ -125,16 +125,16 @@ class RangeReader:
         """The ranges to read into memory that is there: as long as the backend likes best."""
         return self.plan(extents, self._backend.range_size)
 
-    async def read_into(self, start: int, buffer: memoryview) -> None:
-        """Fills ``buffer`` with the bytes from ``start``."""
-        await run_on(self._backend.loop, self._backend.read_into, self._path, start, buffer, self.stat)
+    async def read_into(self, start: int, *buffers: memoryview) -> None:
+        """Fills ``buffers``, one after the other, with the bytes from ``start``."""
+        await run_on(self._backend.loop, self._backend.read_into, self._path, start, buffers, self.stat)
 
     async def stream(
         self,
         ranges: Sequence[tuple[int, int]],
         sink: Callable[[int, Buffer], object],
         *,
-        memory: Callable[[int, int], memoryview] | None = None,
+        memory: Callable[[int, int], Sequence[memoryview]] | None = None,
     ) -> None:
         """Reads ranges, many at once, and calls ``sink(start, buffer)`` with each, in a worker thread.
 
@@ -144,7 +144,8 @@ class RangeReader:
         Args:
             ranges: What to read, each at most as long as :meth:`plan` makes them.
             sink: Given each range when it is there. Without ``memory`` it must not keep the buffer.
-            memory: The memory for a range, by its start and stop; without, blocks of the memory ledger are used.
+            memory: The memory for a range, by its start and stop, in one piece or several: ``sink`` is called with each
+                of them. Without, blocks of the memory ledger are used.
         """
         if memory is not None:
             await self._stream(ranges, sink, memory, None)
@@ -160,18 +161,23 @@ class RangeReader:
         self,
         ranges: Sequence[tuple[int, int]],
         sink: Callable[[int, Buffer], object],
-        memory: Callable[[int, int], memoryview] | None,
+        memory: Callable[[int, int], Sequence[memoryview]] | None,
         claim: Claim | None,
     ) -> None:
         limiter = _limiter()
         pace = _Pace(self._backend.range_concurrency)
         slots = anyio.Semaphore(pace.limit)
 
-        async def read(start: int, buffer: memoryview) -> None:
-            nbytes = len(buffer)
+        def take(start: int, *buffers: memoryview) -> None:
+            for buffer in buffers:
+                sink(start, buffer)
+                start += len(buffer)
+
+        async def read(start: int, *buffers: memoryview) -> None:
+            nbytes = sum(map(len, buffers))
             async with limiter:
-                await self.read_into(start, buffer)
-                group.start_soon(in_thread, sink, start, buffer)  # meanwhile the next one can come
+                await self.read_into(start, *buffers)
+                group.start_soon(in_thread, take, start, *buffers)  # meanwhile the next one can come
             for _ in range(1 + pace.note(nbytes)):
                 slots.release()
 
@@ -179,11 +185,9 @@ class RangeReader:
             for start, stop in ranges:
                 await slots.acquire()
                 if memory is not None:
-                    buffer = memory(start, stop)
-                elif claim is not None:
-                    buffer = (await claim.take_async())[: stop - start]
-                group.start_soon(read, start, buffer)
-                del buffer  # nothing but the task holds it, so that a block comes back
+                    group.start_soon(read, start, *memory(start, stop))
+                elif claim is not None:  # nothing but the task holds the block, so that it comes back
+                    group.start_soon(read, start, (await claim.take_async())[: stop - start])
 
     def _missing(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         for at, buffer in self._kept:

@@ -121,10 +121,10 @@ class Transport:
         self.silence = silence
         self.connections = Connections(verify)
 
-    async def read_into(self, request: SignedRequest, start: int, buffer: memoryview, size: int) -> None:
-        """Fills ``buffer`` with the bytes from ``start`` of an object of ``size`` bytes.
+    async def read_into(self, request: SignedRequest, start: int, buffers: Sequence[memoryview], size: int) -> None:
+        """Fills ``buffers``, one after the other, with the bytes from ``start`` of an object of ``size`` bytes.
 
-        A cancel closes the connection; nothing is written to ``buffer`` afterwards.
+        A cancel closes the connection; nothing is written to ``buffers`` afterwards.
 
         Raises:
             ConnectionError: the connection failed: trying again may help.
@@ -132,7 +132,7 @@ class Transport:
             AnswerError: the store is not available.
             UnmovableError: any other answer than the bytes that were asked for; a proxy; TLS failed.
         """
-        reading = _Reading(self, request, start, buffer, size, current())
+        reading = _Reading(self, request, start, buffers, size, current())
         try:
             await in_thread(reading.run, interrupt=reading.interrupt)
         finally:
@@ -281,14 +281,16 @@ class _Reading(_Exchange):
         transport: Transport,
         request: SignedRequest,
         start: int,
-        buffer: memoryview,
+        buffers: Sequence[memoryview],
         size: int,
         transfer: Transfer,
     ) -> None:
         super().__init__(transport, request, transfer)
-        self._headers = {**request.headers, "Range": f"bytes={start}-{start + len(buffer) - 1}"}
-        self._expected = f"bytes {start}-{start + len(buffer) - 1}/{size}"
-        self._buffer = buffer
+        self._nbytes = sum(map(len, buffers))
+        last = start + self._nbytes - 1
+        self._headers = {**request.headers, "Range": f"bytes={start}-{last}"}
+        self._expected = f"bytes {start}-{last}/{size}"
+        self._buffers = buffers
         self._filled = 0
         self._done = False
 
@@ -306,13 +308,19 @@ class _Reading(_Exchange):
         with connection.http.getresponse() as response:
             self._answered = True
             self._check(response)
-            while self._filled < len(self._buffer):
-                count = response.readinto(self._buffer[self._filled : self._filled + _READ])
-                if not count:
-                    raise ConnectionResetError(f"the body ended after {self._filled} of {len(self._buffer)} bytes")
-                self._filled += count
-                self._transfer.moved(count)
+            for buffer in self._buffers:
+                self._fill(response, buffer)
             return None, response.length == 0 and not response.will_close
+
+    def _fill(self, response: http.client.HTTPResponse, buffer: memoryview) -> None:
+        filled = 0
+        while filled < len(buffer):
+            count = response.readinto(buffer[filled : filled + _READ])
+            if not count:
+                raise ConnectionResetError(f"the body ended after {self._filled} of {self._nbytes} bytes")
+            filled += count
+            self._filled += count
+            self._transfer.moved(count)
 
     def _check(self, response: http.client.HTTPResponse) -> None:
         """Raises for an answer with anything but the bytes that were asked for."""

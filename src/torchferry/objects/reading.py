@@ -60,13 +60,13 @@ class Job:
         """Whether there is memory for what is read."""
         return self.load_buffer is not None or bool(self.direct)
 
-    def memory(self, start: int, stop: int) -> memoryview:
+    def memory(self, start: int, stop: int) -> list[memoryview]:
         """The memory for a range."""
         if (found := self._direct_at(start, stop)) is not None:
-            return found
+            return [found]
         if self.load_buffer is None:
             raise ValueError(f"There is no memory for the bytes {start} to {stop}.")
-        return self.load_buffer.view(start, stop)
+        return [self.load_buffer.view(start, stop)]
 
     def write_kept(self, start: int, buffer: Buffer) -> None:
         """Puts bytes that are there already where they belong."""

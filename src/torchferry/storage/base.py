@@ -9,7 +9,7 @@ nothing of checkpoints. What a backend needs is in :mod:`torchferry.storage`, :m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterable, AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, ClassVar
@@ -159,21 +159,22 @@ class Backend(ABC):
             CheckpointChangedError: the object is not that version any more.
         """
 
-    async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
-        """Fills ``buffer`` with the bytes from ``start`` of the version that ``stat`` names.
+    async def read_into(self, path: str, start: int, buffers: Sequence[memoryview], stat: ObjectStat) -> None:
+        """Fills ``buffers``, one after the other, with the bytes from ``start`` of the version that ``stat`` names.
 
         By default it copies what ``read`` returns, 4 MiB at a time.
 
         Raises:
             CheckpointChangedError: the object is not that version any more.
         """
-        for at in range(0, len(buffer), _COPIED):
-            piece = buffer[at : at + _COPIED]
-            data = await self.read(path, start + at, start + at + len(piece), stat)
+        for piece in (buffer[at : at + _COPIED] for buffer in buffers for at in range(0, len(buffer), _COPIED)):
+            stop = start + len(piece)
+            data = await self.read(path, start, stop, stat)
             if len(data) != len(piece):
                 raise StorageError(f"{stat.url}: the store sent {len(data)} bytes where {len(piece)} were asked for.")
             await in_thread(copy_bytes, piece, data)
             current().moved(len(piece))
+            start = stop
 
     @abstractmethod
     async def write(

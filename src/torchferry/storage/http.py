@@ -11,7 +11,7 @@ import time
 import weakref
 from abc import abstractmethod
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -267,12 +267,13 @@ class HttpBackend(Backend):
     async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Buffer:
         """Reads a range into memory of its own."""
         data = bytearray(stop - start)
-        await self.read_into(path, start, memoryview(data), stat)
+        await self.read_into(path, start, [memoryview(data)], stat)
         return data
 
-    async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
-        """Reads a range by the engine, or where that does not work through the client."""
-        if not buffer:
+    async def read_into(self, path: str, start: int, buffers: Sequence[memoryview], stat: ObjectStat) -> None:
+        """Reads a range by the engine, with one request; or where that does not work through the client."""
+        nbytes = sum(map(len, buffers))
+        if not nbytes:
             return
         attempts = 0
 
@@ -285,16 +286,19 @@ class HttpBackend(Backend):
             if not reason and engine.transport is not None:
                 try:
                     request = await self._signed_read(path, stat)
-                    await engine.transport.read_into(request, start, buffer, stat.size)
+                    await engine.transport.read_into(request, start, buffers, stat.size)
                 except UnmovableError as error:
                     reason, odd = str(error), True
                     self._signed.clear()
                 else:
                     engine.note_success()
                     return
-            with _limit(_CALL_SECONDS + len(buffer) / _SLOWEST):
-                await self.read_through_client(path, start, buffer, stat)
-            _note_client(engine, len(buffer), reason, odd=odd)
+            with _limit(_CALL_SECONDS + nbytes / _SLOWEST):
+                at = start
+                for buffer in filter(None, buffers):
+                    await self.read_through_client(path, at, buffer, stat)
+                    at += len(buffer)
+            _note_client(engine, nbytes, reason, odd=odd)
 
         with self.translated("read", path):
             await retrying(attempt, self._transient, f"Cannot read {self.url(path)}")

@@ -88,13 +88,13 @@ class LocalBackend(Backend):
     async def read(self, path: str, start: int, stop: int, stat: ObjectStat) -> Buffer:
         """Reads a range of the file, whose version is checked before and after."""
         data = bytearray(stop - start)
-        await self.read_into(path, start, memoryview(data), stat)
+        await self.read_into(path, start, [memoryview(data)], stat)
         return data
 
-    async def read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
+    async def read_into(self, path: str, start: int, buffers: Sequence[memoryview], stat: ObjectStat) -> None:
         """Reads a range of the file into memory that is there."""
-        await in_thread(self._read_into, path, start, buffer, stat)
-        current().moved(len(buffer))
+        await in_thread(self._read_into, path, start, buffers, stat)
+        current().moved(sum(map(len, buffers)))
 
     async def write(
         self,
@@ -181,17 +181,18 @@ class LocalBackend(Backend):
         etag = f"{result.st_ino:x}-{result.st_mtime_ns:x}-{result.st_size:x}"
         return ObjectStat(self.url(path), result.st_size, etag)
 
-    def _read_into(self, path: str, start: int, buffer: memoryview, stat: ObjectStat) -> None:
+    def _read_into(self, path: str, start: int, buffers: Sequence[memoryview], stat: ObjectStat) -> None:
         with _translated(self.url(path), "read"), open(path, "rb", buffering=0) as file:  # noqa: PTH123
             self._check_version(path, file.fileno(), stat)
-            done = 0
-            while done < len(buffer) and (count := os.preadv(file.fileno(), [buffer[done:]], start + done)):
-                done += count
+            at = start
+            for buffer in buffers:
+                done = 0
+                while done < len(buffer) and (count := os.preadv(file.fileno(), [buffer[done:]], at)):
+                    done += count
+                    at += count
             self._check_version(path, file.fileno(), stat)
-        if done < len(buffer):
-            raise StorageError(
-                f"Cannot read {len(buffer)} bytes from {start} of {self.url(path)}: it ends at {start + done}."
-            )
+        if at < start + (nbytes := sum(map(len, buffers))):
+            raise StorageError(f"Cannot read {nbytes} bytes from {start} of {self.url(path)}: it ends at {at}.")
 
     def _check_version(self, path: str, fd: int, expected: ObjectStat) -> None:
         if self._object_stat(path, os.fstat(fd)).etag != expected.etag:
