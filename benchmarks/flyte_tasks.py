@@ -1,9 +1,9 @@
 """A checkpoint from task to task: Flyte 2 and flytekit with torchferry, and the pickle that Flyte 2 falls back to.
 
-python -m benchmarks.flyte_tasks [--size MiB] [--rounds N]     (needs torchferry[flyte,flyte2,test])
+python -m benchmarks.flyte_tasks [--size MiB] [--rounds N] [--endpoint seaweedfs]   # torchferry[flyte,flyte2,test]
 
-A hand-over is a save and a load: a task returns the checkpoint, and the next one has it. One process for each;
-SeaweedFS keeps the objects in memory. flyte pickles a value of 10 kB (by sys.getsizeof) through a file; what seems
+A hand-over is a save and a load: a task returns the checkpoint, and the next one has it. One process for each; the
+endpoint keeps the objects in memory. flyte pickles a value of 10 kB (by sys.getsizeof) through a file; what seems
 smaller, as a module does, it puts into the literal whole, which a local run never sends anywhere. The pickle here is
 the former. "Local MiB" are those of files that are left behind.
 """
@@ -20,12 +20,17 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.endpoint import BUCKET, Store, nginx
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 WAYS = ("flyte 2", "flytekit", "flyte 2, pickle", "flytekit, stock")
 MIB = 1 << 20
-BUCKET = "flyte-tasks"
 
 
 def main() -> None:
@@ -33,35 +38,28 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024, help="MiB of tensors")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--way", choices=WAYS, help="used by itself: one measurement, in this process")
-    parser.add_argument("--endpoint", default="")
+    parser.add_argument("--endpoint", choices=("nginx", "seaweedfs"), default="nginx")
+    parser.add_argument("--at", help="used by itself: URL, key and secret of the endpoint")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     if options.way:
-        print(json.dumps(measure(options.way, options.size * MIB, options.endpoint)))
+        print(json.dumps(measure(options.way, options.size * MIB, options.at)))
         return
-    from s3fs import S3FileSystem
-
-    from torchferry.testing.servers import seaweedfs
-
-    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # so that the disk does not count
     results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    with tempfile.TemporaryDirectory(dir=memory) as directory, seaweedfs(Path(directory)) as server:
-        fs = S3FileSystem(**server.storage_options)
-        fs.mkdir(BUCKET)
-        fs.pipe_file(f"{BUCKET}/first", b"-")
+    with endpoint(options.endpoint) as server:
         for _ in range(options.rounds):
             for way in WAYS:
                 command = [sys.executable, "-m", "benchmarks.flyte_tasks", "--way", way, "--size", str(options.size)]
                 done = subprocess.run(
-                    [*command, "--endpoint", json.dumps([server.endpoint, server.key, server.secret])],
+                    [*command, "--at", json.dumps([server.url, server.key, server.secret])],
                     capture_output=True, text=True, check=False,
                 )  # fmt: skip
                 if done.returncode:
                     sys.exit(done.stderr[-3000:])
                 results[way].append(json.loads(done.stdout.splitlines()[-1]))
-                fs.rm(f"{BUCKET}/raw", recursive=True)
+                server.remove("raw")
     first = statistics.median(result["seconds"] for result in results[WAYS[0]])
-    print(f"{options.size} MiB, a hand-over (save and load), medians of {options.rounds} rounds\n")
+    print(f"{options.size} MiB, a hand-over (save and load), {options.endpoint}, medians of {options.rounds} rounds\n")
     print("| | seconds | MB/s | peak MiB over the tensors | local MiB | |\n|---|---|---|---|---|---|")
     for way, measured in results.items():
         seconds = statistics.median(result["seconds"] for result in measured)
@@ -69,6 +67,24 @@ def main() -> None:
         local = statistics.median(result["local"] for result in measured) / MIB
         rate = options.size * MIB / 1e6 / seconds
         print(f"| {way} | {seconds:.2f} | {rate:.0f} | {peak:.0f} | {local:.0f} | {seconds / first:.2f}x |")
+
+
+@contextmanager
+def endpoint(name: str) -> Iterator[Any]:
+    """The endpoint, with its objects in memory, so that the disk does not count."""
+    from s3fs import S3FileSystem
+
+    from torchferry.testing import servers
+
+    if name == "nginx":
+        with nginx(keeps=True) as store:
+            yield store
+        return
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(dir=memory) as directory, servers.seaweedfs(Path(directory)) as server:
+        store = Store(server.endpoint, server.key, server.secret, servers.REGION)
+        S3FileSystem(**store.storage_options).mkdir(BUCKET)
+        yield store
 
 
 class Holder:

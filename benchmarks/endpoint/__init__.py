@@ -178,19 +178,21 @@ class Store:
 
 
 @contextmanager
-def nginx(*, scheme: str = "http", shaped: bool = False, most: int = 0) -> Iterator[Store]:
+def nginx(*, scheme: str = "http", shaped: bool = False, most: int = 0, keeps: bool = False) -> Iterator[Store]:
     """Runs nginx as a near-free S3 until the block ends; see ``s3.lua`` for what it does and does not.
 
     Args:
         scheme: "http", or "https" with a certificate of its own making.
         shaped: Adds latency to each request and limits each connection, as S3 does.
         most: Requests a second that it takes; it answers the others 503 SlowDown. 0 for all.
+        keeps: Whether it keeps what is uploaded, in memory; over http only.
 
     Raises:
         servers.ServerStartError: nginx or its Lua module is not installed, or did not start.
     """
     program, modules = _find_nginx()
-    with tempfile.TemporaryDirectory(prefix="benchmark-nginx-") as name:
+    memory = "/dev/shm" if keeps and Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="benchmark-nginx-", dir=memory) as name:
         directory = Path(name)
         (directory / "data" / BUCKET).mkdir(parents=True)
         (directory / "tmp").mkdir()
@@ -204,6 +206,7 @@ def nginx(*, scheme: str = "http", shaped: bool = False, most: int = 0) -> Itera
             "LATENCY": SHAPED_LATENCY if shaped else 0,
             "RATE": f"{SHAPED_RATE:.0f}" if shaped else 0,
             "MOST": most,
+            "KEEPS": str(keeps).lower(),
             "SSL": "ssl" if certificate else "",
             "CERTIFICATE": f"ssl_certificate {certificate}; ssl_certificate_key {certificate};" if certificate else "",
         }

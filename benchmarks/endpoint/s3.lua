@@ -1,9 +1,13 @@
--- Just enough of S3 for a benchmark, at next to no cost. It checks no signatures and keeps nothing that is uploaded:
+-- Just enough of S3 for a benchmark, at next to no cost. It checks no signatures, and unless it is told to, it keeps
+-- nothing that is uploaded:
 --
 -- * An upload is read to its last byte before it is answered, and counted. (A server that answers at once makes some
 --   clients stop sending: they look fast, and carried nothing.) What is left is a file of the same length with no
 --   content, so that asking for its size or listing it works.
 -- * A download is served from a file that the benchmark has put into data/<bucket>/<key>.
+--
+-- Where it keeps what is uploaded, all parts of an upload but the last must have the size of the first, which comes
+-- first: then each is written where it belongs.
 --
 -- Plain, or shaped: a latency before every answer, and a rate that no connection exceeds, up or down. Where it takes only
 -- so many requests a second, the others are answered 503 SlowDown at once, as S3 does.
@@ -13,13 +17,14 @@ ffi.cdef "int truncate(const char *path, long length);"
 
 local M = {}
 local DATA = ngx.config.prefix() .. "data/"
+local STAGED = ngx.config.prefix() .. "tmp/upload-"
 local PIECE = 32768  -- bytes; small enough to stay in the processor's cache
 local XML = '<?xml version="1.0" encoding="UTF-8"?>\n'
 local KINDS = { "create", "part", "complete", "abort", "put", "get", "head", "list", "delete", "slowed" }
-local latency, rate, most = 0, 0, 0
+local latency, rate, most, keeps = 0, 0, 0, false
 
 function M.configure(options)
-    latency, rate, most = options.latency, options.rate, options.most
+    latency, rate, most, keeps = options.latency, options.rate, options.most, options.keeps
 end
 
 -- What a request does: one of KINDS.
@@ -97,8 +102,19 @@ local function pace(began, sent)
     end
 end
 
--- Reads the request's body and throws it away. Returns how many bytes of object it held, nil if it broke off.
-local function drain()
+-- Opens a file to write; makes its directory.
+local function create(path)
+    local file = io.open(path, "w")
+    if not file then
+        os.execute("mkdir -p " .. quote(path:match("^(.*)/")))
+        file = assert(io.open(path, "w"))
+    end
+    return file
+end
+
+-- Reads the request's body, into a file or to throw it away. Returns how many bytes of object it held, nil if it broke
+-- off.
+local function drain(file)
     ngx.update_time()
     local began, length = ngx.now(), tonumber(ngx.var.http_content_length)
     if length then
@@ -107,10 +123,12 @@ local function drain()
         while read < length do
             local data = socket:receiveany(PIECE)
             if not data then return nil end
+            if file then file:write(data) end
             read = read + #data
             pace(began, read)
         end
     else  -- "Transfer-Encoding: chunked", as botocore sends over https: the socket above does not read that
+        assert(not file, "chunks are not kept")
         ngx.req.read_body()
         length = tonumber(ngx.var.request_length)
         pace(began, length)
@@ -125,32 +143,60 @@ end
 -- Leaves an object of that size, without content.
 local function leave(name, size)
     local path = DATA .. name
-    local file = io.open(path, "w")
-    if not file then
-        os.execute("mkdir -p " .. quote(path:match("^(.*)/")))
-        file = assert(io.open(path, "w"))
-    end
-    file:close()
+    create(path):close()
     ffi.C.truncate(path, size)
+end
+
+-- Makes a file an object. Returns its ETag as nginx makes it: of its time and size.
+local function keep(name, staged)
+    local path = DATA .. name
+    create(path):close()
+    assert(os.rename(staged, path))
+    local told = io.popen("stat -c '%Y %s' " .. quote(path))
+    local time, size = told:read("*n", "*n")
+    told:close()
+    return string.format('"%x-%x"', time, size)
+end
+
+-- The file of an upload, open where a part of it belongs.
+local function open_part(id, number, size)
+    local uploads, path = ngx.shared.uploads, STAGED .. id
+    if number == 1 then uploads:set(id .. " size", size) end
+    local file = io.open(path, "r+") or create(path)
+    file:seek("set", (number - 1) * uploads:get(id .. " size"))
+    return file
 end
 
 -- CopyObject: some clients upload under a temporary name.
 local function copy(name, source)
-    local file = io.open(DATA .. ngx.unescape_uri(source):gsub("^/", ""), "rb")
+    local path = DATA .. ngx.unescape_uri(source):gsub("^/", "")
+    local file = io.open(path, "rb")
     if not file then return answer("<Error><Code>NoSuchKey</Code></Error>", 404) end
-    leave(name, file:seek("end"))
+    local etag = '"' .. ngx.md5(name) .. '"'
+    if keeps then
+        os.execute("cp " .. quote(path) .. " " .. quote(STAGED .. ngx.var.request_id))
+        etag = keep(name, STAGED .. ngx.var.request_id)
+    else
+        leave(name, file:seek("end"))
+    end
     file:close()
-    return answer(XML .. "<CopyObjectResult><ETag>&quot;" .. ngx.md5(name) .. "&quot;</ETag></CopyObjectResult>")
+    return answer(XML .. "<CopyObjectResult><ETag>" .. etag:gsub('"', "&quot;") .. "</ETag></CopyObjectResult>")
 end
 
 local function put(name, query)
     if ngx.var.http_x_amz_copy_source then return copy(name, ngx.var.http_x_amz_copy_source) end
-    local size = drain()
+    local number, staged, file = tonumber(query.partNumber), STAGED .. ngx.var.request_id
+    if keeps then
+        file = number and open_part(query.uploadId, number, tonumber(ngx.var.http_content_length)) or create(staged)
+    end
+    local size = drain(file)
+    if file then file:close() end
     if not size then return ngx.exit(499) end
     if query.partNumber then
         ngx.shared.uploads:set(query.uploadId .. ":" .. query.partNumber, size)
         return answer_empty(200, '"' .. ngx.md5(name .. query.partNumber) .. '"')
     end
+    if keeps then return answer_empty(200, keep(name, staged)) end
     leave(name, size)
     return answer_empty(200, '"' .. ngx.md5(name .. size) .. '"')  -- as get_shaped says
 end
@@ -163,15 +209,20 @@ end
 
 local function complete_upload(bucket, key, id)
     ngx.req.read_body()
-    local size = 0
+    local size, last, etag = 0, nil, '"' .. ngx.md5(key) .. '-1"'
     for number in ngx.req.get_body_data():gmatch("<PartNumber>%s*(%d+)%s*</PartNumber>") do
         local part = ngx.shared.uploads:get(id .. ":" .. number)
         if not part then return answer("<Error><Code>InvalidPart</Code></Error>", 400) end
-        size = size + part
+        assert(not keeps or not last or last == ngx.shared.uploads:get(id .. " size"), "parts of several sizes")
+        size, last = size + part, part
     end
-    leave(bucket .. "/" .. key, size)
+    if keeps then
+        etag = keep(bucket .. "/" .. key, STAGED .. id)
+    else
+        leave(bucket .. "/" .. key, size)
+    end
     return answer(XML .. "<CompleteMultipartUploadResult><Bucket>" .. bucket .. "</Bucket><Key>" .. escape(key)
-        .. "</Key><ETag>&quot;" .. ngx.md5(key) .. "-1&quot;</ETag></CompleteMultipartUploadResult>")
+        .. "</Key><ETag>" .. etag:gsub('"', "&quot;") .. "</ETag></CompleteMultipartUploadResult>")
 end
 
 local function delete_objects(bucket)
