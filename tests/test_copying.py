@@ -104,6 +104,36 @@ async def test_a_damaged_checkpoint_is_not_copied(place: Any, target_kind: str) 
     assert read(target, options) == bytes(damaged)
 
 
+async def test_what_arrives_damaged_is_copied_again_where_the_store_has_it_whole(
+    s3_url: str, s3_storage_options: dict[str, Any], faulty_s3: Any
+) -> None:
+    source, target = f"{s3_url}/source.pt", f"{s3_url}/target.pt"
+    await torchferry.save_async(checkpoint(), source, storage_options=s3_storage_options)
+    await torchferry.save_async("old", target, storage_options=s3_storage_options)
+    reports: list[torchferry.TransferReport] = []
+    callback = Callback()
+    for times in (None, 1):
+        fault = Fault(method="GET", target="source", skip=2, times=times, corrupt_download_byte=1_000_000)
+        copying = torchferry.copy_async(
+            source,
+            target,
+            source_storage_options=faulty_s3(fault).storage_options,
+            target_storage_options=s3_storage_options,
+            callback=callback,
+            report=reports.append,
+        )
+        if times is None:
+            with pytest.raises(torchferry.CheckpointCorruptError, match="data/0"):
+                await copying
+            assert await torchferry.load_async(target, storage_options=s3_storage_options) == "old"
+        else:
+            stat = await copying
+    assert read(target, s3_storage_options) == read(source, s3_storage_options)
+    (report,) = reports
+    assert report.nbytes == callback.value == stat.size
+    assert [warning for warning in report.warnings if "Reading it again" in warning]
+
+
 async def test_what_is_no_checkpoint_is_copied_only_unverified(place: Any) -> None:
     source, _ = place("local", "notes.txt")
     target, options = place("s3", "notes.txt")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torchferry.engine.cancellation import in_thread
@@ -13,7 +14,7 @@ from torchferry.engine.memory import BLOCK_SIZE, EVERYTHING_ELSE
 from torchferry.engine.reader import RangeReader
 from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import ObjectStat
-from torchferry.errors import CheckpointFormatError, UnsupportedURLError, mask
+from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, UnsupportedURLError, mask
 from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, sniff
 from torchferry.formats.checksum import Checksums
 from torchferry.formats.opcodes import UnusualPickleError
@@ -147,7 +148,7 @@ async def _checksums(source: RangeReader) -> Checksums | None:
     if archive is None or not archive.has_crc32s:
         reason = "it is neither a zip file of torch.save nor safetensors" if archive is None else "it was saved without"
         raise CheckpointFormatError(f"{source.url} carries no checksums: {reason}. Copy it with verify=False.")
-    return await in_thread(Checksums, archive.records, source.url)
+    return await in_thread(partial(Checksums, archive.records, source.url, twice=source.is_remote))
 
 
 async def _is_whole_legacy(source: RangeReader) -> bool:
@@ -199,6 +200,24 @@ async def _copy_files(source: RangeReader, files: Sequence[File], order: _Order)
 
 
 async def _copy_object(source: RangeReader, checksums: Checksums | None, path: str, order: _Order) -> ObjectStat:
+    """Copies one object; from its start, once, where a record was damaged on its way here and not in the store."""
+    before = current().report().nbytes
+    try:
+        return await _send(source, checksums, path, order)
+    except CheckpointCorruptError:
+        damaged = [] if checksums is None else checksums.take_damaged()
+        if checksums is None or not damaged:
+            raise
+    source.forget()
+    with current().reading_side():
+        in_store = Checksums(damaged, source.url)
+        await source.stream(source.plan((record.offset, record.end) for record in damaged), in_store.add)
+        in_store.finish()
+    current().start_again(before)
+    return await _send(source, checksums.again(), path, order)
+
+
+async def _send(source: RangeReader, checksums: Checksums | None, path: str, order: _Order) -> ObjectStat:
     transfer = current()
     writer = order.writer
     size = source.stat.size
@@ -207,7 +226,12 @@ async def _copy_object(source: RangeReader, checksums: Checksums | None, path: s
     claim = await EVERYTHING_ELSE.claim_async(min(size, plan.part_size + BLOCK_SIZE), beside=plan.memory)
 
     def add(_: RangeReader, start: int, memory: memoryview) -> int | None:
-        return None if checksums is None else checksums.add(start, memory)
+        if checksums is None:
+            return None
+        crc32 = checksums.add(start, memory)
+        if checksums.found_damage:
+            raise CheckpointCorruptError(f"{source.url} is damaged, or was on its way here.")
+        return crc32
 
     try:
         finish = (lambda: None) if checksums is None else checksums.finish

@@ -70,6 +70,34 @@ def test_an_item_that_is_damaged_on_its_way_is_read_again_once(
     assert "Reading it again" in caplog.text
 
 
+@pytest.mark.parametrize("verb", ["verify", "copy"])
+@pytest.mark.parametrize("times", [1, None])
+def test_a_shard_that_is_damaged_on_its_way_is_verified_and_copied_again(
+    s3_url: str, s3_storage_options: dict[str, Any], faulty_s3: Any, verb: str, times: int | None
+) -> None:
+    saved = {"large": torch.randn(2, 1 << 20), "small": torch.randn(1000)}
+    ferry.save(saved, f"{s3_url}/a", storage_options=s3_storage_options, no_dist=True)
+    fault = Fault(method="GET", target=r"\.distcp", times=times, corrupt_download_byte=3_000_000)
+    options = faulty_s3(fault).storage_options
+
+    def go() -> None:
+        if verb == "verify":
+            torchferry.verify(f"{s3_url}/a", storage_options=options)
+        else:
+            other = {"target_storage_options": s3_storage_options}
+            torchferry.copy(f"{s3_url}/a/", f"{s3_url}/b/", source_storage_options=options, **other)
+
+    if times is None:
+        with pytest.raises(torchferry.CheckpointCorruptError, match="large"):
+            go()
+        return
+    go()
+    assert fault.times != 1
+    if verb == "copy":
+        loaded = torchferry.load(f"{s3_url}/b", storage_options=s3_storage_options)
+        assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.items())
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("where", ["before", "in", "behind"])
 def test_a_stock_item_that_is_damaged_on_its_way_is_read_again(

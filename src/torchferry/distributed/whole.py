@@ -346,13 +346,20 @@ async def verify_contents(found: Contents) -> None:
     items = items_by_shard(found.metadata)
     async with transfer.telling():
         for path, file in zip(paths, files, strict=True):
-            checksums = await checksums_of(found, items[path], file)
+            checksums = await checksums_of(found, items[path], file, twice=file.is_remote)
             await file.stream(file.plan([(0, file.stat.size)]), checksums.add)
+            if damaged := checksums.take_damaged():
+                await file.stream(file.plan((record.offset, record.end) for record in damaged), checksums.add)
             checksums.finish()
 
 
 async def checksums_of(
-    found: Contents, items: Sequence[tuple[MetadataIndex, Any]], file: RangeReader, *, only_tensors: bool = False
+    found: Contents,
+    items: Sequence[tuple[MetadataIndex, Any]],
+    file: RangeReader,
+    *,
+    only_tensors: bool = False,
+    twice: bool = False,
 ) -> Checksums:
     """The CRC32s of the items of a shard: from the metadata, or else from the items themselves.
 
@@ -361,6 +368,7 @@ async def checksums_of(
         items: Those of the shard: index, and where it is.
         file: The shard.
         only_tensors: Leave out items that are no tensor, or an empty one.
+        twice: Whether what does not match may be read again.
     """
     metadata = found.metadata
     records: list[Record] = []
@@ -384,7 +392,7 @@ async def checksums_of(
             records.append(Record(index.fqn, info.offset + info.data_offset, nbytes, crc32))
     if unknown:
         records += await _records_of_archives(found, file, unknown)
-    return await in_thread(Checksums, records, file.url)
+    return await in_thread(partial(Checksums, records, file.url, twice=twice))
 
 
 def _has_bytes(metadata: Metadata, index: MetadataIndex) -> bool:
@@ -464,7 +472,9 @@ class ShardedCopy:
         shards = []
         for number, (path, stat) in enumerate(zip(paths, stats, strict=True)):
             file = RangeReader(found.place.backend, found.place.at(path), stat)
-            checksums = await checksums_of(found, items[path], file) if verify else Checksums((), file.url)
+            checksums = Checksums((), file.url)
+            if verify:
+                checksums = await checksums_of(found, items[path], file, twice=file.is_remote)
             shards.append((path, place.at(f"{save}/__{number}_0.distcp"), file, checksums))
         return cls(found, place, save, shards)
 

@@ -176,6 +176,12 @@ class Transfer:
         with self._lock:
             self._moved = max(self._moved, nbytes)
 
+    def start_again(self, nbytes: int) -> None:
+        """Counts on from so many bytes: what has moved beyond them is moved once more, and that is progress."""
+        with self._lock:
+            self._moved = self._most_moved = nbytes
+        self.progressed()
+
     def count(self, name: str, number: int = 1) -> None:
         """Adds to one of the report's numbers: "parts", "requests" or "retries"."""
         with self._lock:

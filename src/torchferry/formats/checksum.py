@@ -240,6 +240,15 @@ class Checksums:
             self._unchecked -= whole
         return isal_zlib.crc32(view[done - start :], total)
 
+    @property
+    def found_damage(self) -> bool:
+        """Whether :meth:`take_damaged` has any."""
+        return bool(self._damaged)
+
+    def again(self) -> Checksums:
+        """Those of the same records, with nothing added: what does not match is an error at once."""
+        return Checksums(self._records, self._url)
+
     def take_damaged(self) -> list[Record]:
         """To be called when all is added, once: the records that do not match, to be read and added again."""
         with self._lock:
