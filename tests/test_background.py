@@ -432,7 +432,7 @@ def test_a_fork_in_between_is_safe(tmp_path: Path) -> None:
     """The child has no running saves, errors of its own, and memory of its own; the parent's save is whole."""
     ended = run_python(
         """
-        import os, sys, threading, torch, torchferry
+        import os, sys, threading, torch, torchferry, warnings
         from fsspec.callbacks import Callback
         from torchferry import background
 
@@ -441,6 +441,7 @@ def test_a_fork_in_between_is_safe(tmp_path: Path) -> None:
                 reached.set()
                 opened.wait()
 
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of any fork beside threads
         reached, opened = threading.Event(), threading.Event()
         torch.set_num_threads(1)
         tensor = torch.arange(2 << 20)

@@ -309,9 +309,11 @@ def test_metrics_that_are_no_dict_of_names_are_refused_and_the_step_can_be_saved
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_forked_child_never_waits_for_what_its_parent_saves() -> None:
     program = """
-        import os, threading, torch
+        import os, threading, torch, warnings
         from fsspec.implementations.memory import MemoryFileSystem
         from torchferry import CheckpointManager, TorchferryError
+
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of any fork beside threads
 
         class Held(MemoryFileSystem):
             cachable = False
