@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import io
+import threading
 from argparse import Namespace
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ import pytest
 import torch
 
 from torchferry.checkpoint import LoadedCheckpoint, PyTorchCheckpoint
-from torchferry.checkpoint.content import content_of, loadable
+from torchferry.checkpoint.content import content_of, loadable, prepared
 from torchferry.errors import CheckpointValueError
 
 T = TypeVar("T")
@@ -346,7 +347,7 @@ def test_a_hyperparameters_name_cannot_become_that_of_a_state() -> None:
         STATE = "module_state_dict"
 
     linear = torch.nn.Linear(1, 1)
-    with pytest.raises(CheckpointValueError, match="cannot be named 'module_state_dict'"):
+    with pytest.raises(CheckpointValueError, match=r"The name of Hyperparameter .*STATE.* is a "):
         accepted(content_of(PyTorchCheckpoint(linear, {Name.STATE: 1})))
 
 
@@ -386,3 +387,117 @@ def test_tensors_in_them_are_not_copied() -> None:
 def test_content_without_such_objects_is_the_same_object() -> None:
     content = {"a": [1, {"b": torch.ones(1)}], "module_state_dict": OrderedDict(w=torch.ones(1))}
     assert loadable(content).content is content
+
+
+class Odd:
+    """Raises whatever it is asked."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __repr__(self) -> str:
+        raise ValueError("no repr")
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("not to be compared")
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __reduce__(self) -> Any:
+        if self.what == "exits":
+            raise SystemExit(2)
+        return Odd, (self.what,)
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+class Unlooked:
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError("not to be looked at")
+
+
+class Named(type):
+    def __getattribute__(cls, name: str) -> Any:
+        if name == "__qualname__":
+            raise RuntimeError("no name")
+        return super().__getattribute__(name)
+
+
+ODD: dict[str, Callable[[], Any]] = {
+    "exits": lambda: Odd("exits"),
+    "deep": lambda: nested(600),
+    "deep, and another": lambda: {"deep": nested(600), "x": print},
+    "no repr": lambda: {Odd("a"): object()},
+    "no comparison": lambda: {Odd("a"): 1},
+    "no class": Unlooked,
+    "no name": Named("N", (), {}),
+    "lambda": lambda: [lambda: None],
+    "long": lambda: 1 << 3000,
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_finished_training_is_never_thrown_away_for_a_hyperparameter(name: str) -> None:
+    value = ODD[name]()
+    linear = torch.nn.Linear(2, 2)
+    ready = prepared(PyTorchCheckpoint(linear, {"before": 1, "odd": value, "after": 2.5}))
+    file = io.BytesIO()
+    torch.save(ready.content, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=not ready.needs_trust)
+    assert torch.equal(loaded["module_state_dict"]["weight"], linear.weight)
+    assert (loaded["before"], loaded["after"]) == (1, 2.5)
+    assert 20 < len(str(ready.error("s3://b/x"))) < 2_000
+
+
+def test_a_hyperparameter_with_the_name_of_a_state_is_left_out_and_said() -> None:
+    linear = torch.nn.Linear(2, 2)
+    ready = prepared(PyTorchCheckpoint(linear, {"module_state_dict": 1, "steps": 3}))
+    assert [*ready.content] == ["module_state_dict", "steps"]
+    assert torch.equal(ready.content["module_state_dict"]["weight"], linear.weight)
+    assert "cannot be named 'module_state_dict'" in str(ready.error("s3://b/x"))
+    assert "stored all the same, without 'module_state_dict'" in str(ready.error("s3://b/x"))
+
+
+class WithExtra(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(2, 2)
+
+    def get_extra_state(self) -> Any:
+        return threading.Lock()
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def test_what_cannot_be_pickled_of_a_state_is_left_out_and_the_weights_are_not() -> None:
+    model = torch.nn.Sequential(WithExtra(), WithExtra())
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "fn": lambda x: x}], 0.1, momentum=0.9)
+    model[0].inner(torch.ones(2)).sum().backward()
+    optimizer.step()
+    ready = prepared(PyTorchCheckpoint(model, {"a": 1}, optimizer))
+    assert [*ready.left_out] == [
+        "module_state_dict.0._extra_state",
+        "module_state_dict.1._extra_state",
+        "optimizer_state_dict.param_groups.0.fn",
+    ]
+    file = io.BytesIO()
+    torch.save(ready.content, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    assert torch.equal(loaded["module_state_dict"]["1.inner.weight"], model[1].inner.weight)
+    assert loaded["optimizer_state_dict"]["param_groups"][0]["momentum"] == 0.9
+    assert torch.equal(
+        loaded["optimizer_state_dict"]["state"][0]["momentum_buffer"],
+        optimizer.state[model[0].inner.weight]["momentum_buffer"],
+    )
+    assert "0._extra_state" in model.state_dict()  # the user's own is as it was
+    assert "fn" in optimizer.state_dict()["param_groups"][0]

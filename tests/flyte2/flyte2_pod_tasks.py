@@ -8,6 +8,7 @@ from typing import Annotated
 
 import flyte
 import torch
+from pydantic import BaseModel
 
 from torchferry import LoadOptions
 from torchferry.flyte2 import PyTorchCheckpoint, task_checkpoints
@@ -29,6 +30,15 @@ async def evaluate(checkpoint: Annotated[PyTorchCheckpoint, LoadOptions(keys=("m
 @env.task
 async def refuse(steps: int) -> PyTorchCheckpoint:
     return PyTorchCheckpoint(hyperparameters={"steps": {"nested": print}, "n": steps})
+
+
+class Trained(BaseModel):
+    checkpoint: PyTorchCheckpoint
+
+
+@env.task
+async def refuse_in_model(steps: int) -> Trained:
+    return Trained(checkpoint=PyTorchCheckpoint(hyperparameters={"steps": {"nested": print}, "n": steps}))
 
 
 @env.task

@@ -14,6 +14,7 @@ import torch
 from flyte.types import TypeEngine, TypeTransformerFailedError
 from flyteidl2.core.literals_pb2 import Blob, BlobMetadata, Literal, Scalar
 from flyteidl2.core.types_pb2 import BlobType, LiteralType
+from pydantic import BaseModel
 from runs import Runs, init
 from samples import make_checkpoint
 
@@ -76,8 +77,12 @@ def test_a_store_that_refuses_is_tried_as_often_as_the_task_says(runs: Runs, s3_
     assert caught.value.code == "StoragePermissionError"
 
 
-@pytest.mark.parametrize("optional", [False, True])
-def test_a_value_that_no_load_would_take_is_stored_and_final(runs: Runs, optional: bool) -> None:
+class Trained(BaseModel):
+    checkpoint: PyTorchCheckpoint
+
+
+@pytest.mark.parametrize("kind", ["plain", "optional", "model"])
+def test_a_value_that_no_load_would_take_is_stored_and_final(runs: Runs, kind: str) -> None:
     @env.task
     async def plain() -> PyTorchCheckpoint:
         return PyTorchCheckpoint(torch.nn.Linear(2, 2), {"f": print})
@@ -86,8 +91,12 @@ def test_a_value_that_no_load_would_take_is_stored_and_final(runs: Runs, optiona
     async def in_optional() -> Optional[PyTorchCheckpoint]:  # noqa: UP045
         return PyTorchCheckpoint(torch.nn.Linear(2, 2), {"f": print})
 
+    @env.task
+    async def in_model() -> Trained:
+        return Trained(checkpoint=PyTorchCheckpoint(torch.nn.Linear(2, 2), {"f": print}))
+
     with pytest.raises(flyte.errors.NonRecoverableError, match="stored all the same"):
-        runs(in_optional if optional else plain)
+        runs({"plain": plain, "optional": in_optional, "model": in_model}[kind])
     [stored] = runs.stored()
     options = runs.fs.storage_options
     assert torchferry.load(f"s3://{stored}", weights_only=False, storage_options=options)["f"] is print

@@ -123,9 +123,10 @@ def test_tasks_hand_over_in_pods_and_report(pods: Pods) -> None:
     assert value_of(trained, PyTorchCheckpoint)["steps"] == 5
 
 
-def test_a_value_that_no_load_would_take_is_stored_and_not_tried_again(pods: Pods) -> None:
+@pytest.mark.parametrize("task", [pod_tasks.refuse, pod_tasks.refuse_in_model], ids=["plain", "model"])
+def test_a_value_that_no_load_would_take_is_stored_and_not_tried_again(pods: Pods, task: Any) -> None:
     with pytest.raises(PodError, match=r"builtin_function.*stored all the same.*s3://") as caught:
-        pods.run(pod_tasks.refuse, steps=1)
+        pods.run(task, steps=1)
     assert not caught.value.is_recoverable
     assert caught.value.code == "Flyte2CheckpointValueError"
 

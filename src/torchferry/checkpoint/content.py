@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,23 +13,37 @@ import torch
 from torchferry.checkpoint.adapters import refusal
 from torchferry.checkpoint.hyperparameters import as_dict, is_dataclass_instance, is_named_tuple
 from torchferry.checkpoint.plain import CONTAINERS, LEAVES, made_plain, plain_form, plain_number
-from torchferry.checkpoint.values import MODULE_KEY, OPTIMIZER_KEY, LoadedCheckpoint, PyTorchCheckpoint, check_names
+from torchferry.checkpoint.values import (
+    MODULE_KEY,
+    OPTIMIZER_KEY,
+    LoadedCheckpoint,
+    PyTorchCheckpoint,
+    check_names,
+    name_is_taken,
+)
 from torchferry.errors import CheckpointValueError
 from torchferry.formats.torch_hooks import torch_load, torch_save
 
 __all__ = ["Loadable", "content_of", "loadable", "prepared"]
 
+_ANYTHING = (Exception, SystemExit)  # what user code may raise that pickling, repr() and comparing run
+_STATES = {MODULE_KEY, OPTIMIZER_KEY}
+_LONGEST_INT = 2000  # bits; from 2,040 on, torch's weights_only unpickler refuses them
+_DEEPEST = 100  # containers in containers: pickle takes some 490, less where the caller is deep in calls already
+_LONGEST_TEXT = 300  # characters of a name or an error in a message
 
-def content_of(checkpoint: PyTorchCheckpoint) -> dict[str, Any]:
+
+def content_of(checkpoint: PyTorchCheckpoint, left_out: list[str] | None = None) -> dict[str, Any]:
     """The dict that is saved for a checkpoint, in the order of flytekit's own transformer.
 
     Calls ``state_dict()``, which may take long: run it in a worker thread.
 
     Args:
         checkpoint: A checkpoint, or an object of another class with the same three fields: flytekit has one.
+        left_out: Given the hyperparameters that are left out, as they have the name of one of the states.
 
     Raises:
-        CheckpointValueError: there is nothing to save, or a hyperparameter has the name of one of the states.
+        CheckpointValueError: there is nothing to save, or there is such a hyperparameter and no ``left_out``.
     """
     if isinstance(checkpoint, LoadedCheckpoint):
         content = dict(checkpoint)
@@ -37,8 +52,11 @@ def content_of(checkpoint: PyTorchCheckpoint) -> dict[str, Any]:
         if checkpoint.module is not None:
             content[MODULE_KEY] = _state_of("module", checkpoint.module)
         hyperparameters = as_dict(checkpoint.hyperparameters)
-        check_names(hyperparameters)
-        content.update(hyperparameters)
+        if left_out is None:
+            check_names(hyperparameters)
+        else:
+            left_out += _STATES & hyperparameters.keys()
+        content.update((key, value) for key, value in hyperparameters.items() if key not in _STATES)
         if checkpoint.optimizer is not None:
             content[OPTIMIZER_KEY] = _state_of("optimizer", checkpoint.optimizer)
     if not content:
@@ -53,7 +71,7 @@ class Loadable:
     Attributes:
         content: What to save.
         refused: What of it would not be loaded, and what to do: the first such value; None where all would be.
-        left_out: The keys that are not in it, because what they hold cannot be pickled.
+        left_out: What is not in it, because it cannot be pickled: hyperparameters, and entries of the states.
         needs_trust: Whether it is loaded with ``weights_only=False`` only.
     """
 
@@ -83,8 +101,12 @@ def prepared(checkpoint: Any, *, trusted: bool = False) -> Loadable:
     Raises:
         CheckpointValueError: as :func:`content_of` and :func:`loadable` do.
     """
-    content = content_of(checkpoint)
-    return Loadable(content) if trusted else loadable(content)
+    names: list[str] = []
+    content = content_of(checkpoint, names)
+    ready = Loadable(content) if trusted else loadable(content)
+    if not names:
+        return ready
+    return replace(ready, refused=ready.refused or name_is_taken(names[0]), left_out=(*ready.left_out, *names))
 
 
 def loadable(content: dict[str, Any]) -> Loadable:
@@ -97,47 +119,64 @@ def loadable(content: dict[str, Any]) -> Loadable:
         With ``content`` itself where nothing has to change; the user's own containers are never changed.
 
     Raises:
-        CheckpointValueError: the name of a hyperparameter, made plain, is that of one of the states; or nothing of
-            ``content`` can be pickled.
+        CheckpointValueError: nothing of ``content`` can be pickled.
     """
     if not _unknown_values(content):
         return Loadable(content)
     plain = _made_plain(content)
     refused: list[str] = []
-    left_out: dict[Any, None] = {}
+    left_out: dict[tuple[Any, ...], None] = {}
     needs_trust = False
-    for key, path, value in _unknown_values(plain):
-        if key in left_out:
+    for unknown in _unknown_values(plain):
+        if any(unknown.entry[: len(entry)] == entry for entry in left_out):
             continue
         archive = io.BytesIO()
         try:
-            torch_save(value, archive)
-        except Exception as error:  # noqa: BLE001 - pickling runs user code, which may raise anything
-            left_out[key] = None
-            refused.append(f"{path} is a {_kind(value)}, and cannot be saved: {_sentence(error)}")
+            torch_save(unknown.value, archive)
+        except _ANYTHING as error:
+            left_out[unknown.entry] = None
+            refused.append(f"{unknown.path} is a {_kind(unknown.value)}, and cannot be saved: {_sentence(error)}")
             refused[-1] += " Save a plain value in its place."
             continue
         if (reason := _refusal(archive)) is not None:
             needs_trust = True
-            refused.append(_advice(path, value, archive, reason))
+            refused.append(_advice(unknown.path, unknown.value, archive, reason))
     if not refused:
         return Loadable(plain)
-    kept = {key: value for key, value in plain.items() if key not in left_out}
-    if not kept:
+    for entry in left_out:
+        plain = _without(plain, entry)
+    if not plain:
         raise refusal(refused[0])
-    return Loadable(kept, refused[0], tuple(map(str, left_out)), needs_trust)
+    return Loadable(plain, refused[0], tuple(".".join(map(_shown, entry)) for entry in left_out), needs_trust)
+
+
+def _without(container: Any, entry: tuple[Any, ...]) -> Any:
+    """A copy without an entry of a dict in it; other containers stay the same."""
+    first, *rest = entry
+    if isinstance(container, tuple):
+        return (*container[:first], _without(container[first], tuple(rest)), *container[first + 1 :])
+    new = copy(container)
+    if rest:
+        new[first] = _without(container[first], tuple(rest))
+    else:
+        del new[first]
+    return new
 
 
 def _made_plain(content: dict[str, Any]) -> dict[str, Any]:
-    others = {key: value for key, value in content.items() if key not in {MODULE_KEY, OPTIMIZER_KEY}}
-    plain_others = made_plain(others, plain_form, _is_allowed)
-    check_names(plain_others)
+    others = {key: value for key, value in content.items() if key not in _STATES}
+    try:
+        plain_others = made_plain(others, plain_form, _is_allowed)
+    except _ANYTHING:
+        if len(others) <= 1:  # what is in the way is found among the unknown values
+            return content
+        return {name: item for key in content for name, item in _made_plain({key: content[key]}).items()}
     hyperparameters = iter(plain_others.items())
     plain: dict[str, Any] = {}
     for key, value in content.items():  # in their order
         if key in others:
             plain_key, plain_value = next(hyperparameters)
-            plain[plain_key] = plain_value
+            plain[key if plain_key in _STATES else plain_key] = plain_value
         else:
             plain[key] = made_plain(value, plain_number, _is_allowed)
     return plain
@@ -147,7 +186,7 @@ def _advice(path: str, value: Any, archive: io.BytesIO, reason: str) -> str:
     with torch.serialization.safe_globals([type(value)]):
         helps = _refusal(archive) is None
     allow = (
-        f"allow the type in every task that loads it, torch.serialization.add_safe_globals([{type(value).__qualname__}"
+        f"allow the type in every task that loads it, torch.serialization.add_safe_globals([{_kind(value, short=True)}"
         "]); or "
     )
     return (
@@ -157,13 +196,36 @@ def _advice(path: str, value: Any, archive: io.BytesIO, reason: str) -> str:
     )
 
 
-def _kind(value: Any) -> str:
+def _kind(value: Any, *, short: bool = False) -> str:
     kind = type(value)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    try:
+        name, module = str(kind.__qualname__), str(kind.__module__)
+    except _ANYTHING:  # a metaclass may do so
+        return type.__repr__(kind)
+    return name if short or module == "builtins" else f"{module}.{name}"
 
 
 def _sentence(message: object) -> str:
-    return f"{str(message).rstrip('. ')}."
+    try:
+        text = str(message)
+    except _ANYTHING:
+        text = type(message).__name__
+    return f"{_shortened(text).rstrip('. ')}."
+
+
+def _shown(key: Any) -> str:
+    return _shortened(key) if isinstance(key, str) else _represented(key)
+
+
+def _represented(key: Any) -> str:
+    try:
+        return _shortened(repr(key))
+    except _ANYTHING:
+        return f"<{_kind(key)}>"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
 
 
 def _state_of(name: str, owner: Any) -> Any:
@@ -176,33 +238,77 @@ def _state_of(name: str, owner: Any) -> Any:
     return state_dict()
 
 
-def _unknown_values(content: dict[str, Any]) -> list[tuple[Any, str, Any]]:
-    """Values of types that may or may not load, with their keys and paths, in the order in which they are saved."""
-    unknown: list[tuple[Any, str, Any]] = []
+@dataclass(frozen=True, slots=True)
+class _Unknown:
+    """A value of a type that may or may not load.
+
+    Attributes:
+        entry: Where to leave it out: the keys, and positions in lists and tuples, down to an entry of a dict in one of
+            the states; of a hyperparameter, its name.
+        path: Where it is, for messages.
+        value: Itself.
+    """
+
+    entry: tuple[Any, ...]
+    path: str
+    value: Any
+
+
+def _unknown_values(content: dict[str, Any]) -> list[_Unknown]:
+    """Values of types that may or may not load, in the order in which they are saved."""
+    unknown: list[_Unknown] = []
     seen: set[int] = set()
-    waiting: list[tuple[Any, str, Any]] = []
-    for key, value in reversed(content.items()):
-        path = key if key in {MODULE_KEY, OPTIMIZER_KEY} else f"Hyperparameter {key!r}"
-        waiting += [(key, path, value), (key, f"The name of {path}", key)]
+    for key, value in content.items():
+        is_state = key in _STATES
+        path = str(key) if is_state else f"Hyperparameter {_represented(key)}"
+        roots = [_Unknown((key,), f"The name of {path}", key), _Unknown((key,), path, value)]
+        try:
+            unknown += _unknown_in(roots, is_state, seen)
+        except _ANYTHING:  # nothing is known of a value that cannot be looked at
+            unknown.append(roots[1])
+    return unknown
+
+
+def _unknown_in(roots: list[_Unknown], is_state: bool, seen: set[int]) -> list[_Unknown]:
+    unknown: list[_Unknown] = []
+    waiting = [(root, root.entry, 0) for root in reversed(roots)]  # with the place of each, and how deep that is
     while waiting:
-        key, path, value = waiting.pop()
+        found, place, depth = waiting.pop()
+        value, path = found.value, found.path
         kind = type(value)
         if id(value) in seen:
             continue
-        if kind not in LEAVES and kind not in CONTAINERS:
-            unknown.append((key, path, value))
+        is_known = kind in LEAVES or kind in CONTAINERS
+        if not is_known or (kind is int and value.bit_length() > _LONGEST_INT) or depth > _DEEPEST:
+            unknown.append(found if depth <= _DEEPEST else roots[1])
+            if depth > _DEEPEST:
+                return unknown
             continue
+        inside: list[tuple[_Unknown, tuple[Any, ...]]] = []
         if attributes := getattr(value, "__dict__", None):  # tensors and OrderedDicts are saved with theirs
-            waiting.append((key, f"{path}.__dict__", attributes))
-        if kind in LEAVES:
-            continue
-        seen.add(id(value))
-        if isinstance(value, dict):
-            items = [*((f"a key of {path}", k) for k in value), *((f"{path}[{k!r}]", v) for k, v in value.items())]
-        else:
-            items = [(f"{path}[{index}]", item) for index, item in enumerate(value)]
-        waiting.extend((key, *item) for item in reversed(items))
+            inside.append((_Unknown(found.entry, f"{path}.__dict__", attributes), ()))
+        if kind in CONTAINERS:
+            seen.add(id(value))
+            inside += _items(found, place, is_state)
+        waiting.extend((item, where, depth + 1) for item, where in reversed(inside))
     return unknown
+
+
+def _items(found: _Unknown, place: tuple[Any, ...], is_state: bool) -> list[tuple[_Unknown, tuple[Any, ...]]]:
+    """What a container has, and where; () for a place that cannot be named."""
+    value, path = found.value, found.path
+    if not isinstance(value, dict):
+        named = bool(place) and isinstance(value, list | tuple)
+        return [
+            (_Unknown(found.entry, f"{path}[{index}]", item), (*place, index) if named else ())
+            for index, item in enumerate(value)
+        ]
+    names = {key: (*place, key) if place else () for key in value}
+    entries = {key: names[key] if is_state and place else found.entry for key in value}
+    return [
+        *((_Unknown(entries[key], f"a key of {path}", key), ()) for key in value),
+        *((_Unknown(entries[key], f"{path}[{_represented(key)}]", item), names[key]) for key, item in value.items()),
+    ]
 
 
 def _is_allowed(value: Any) -> bool:
@@ -212,7 +318,7 @@ def _is_allowed(value: Any) -> bool:
     archive = io.BytesIO()
     try:
         torch_save(value, archive)
-    except Exception:  # noqa: BLE001 - pickling runs user code, which may raise anything
+    except _ANYTHING:
         return False
     return _refusal(archive) is None
 
@@ -228,4 +334,6 @@ def _refusal(archive: io.BytesIO) -> str | None:
     except pickle.UnpicklingError as error:
         # Without torch's own advice, which is given whether it helps or not.
         return str(error.__context__ or error).strip().splitlines()[0].split(" Please use ")[0]
+    except _ANYTHING as error:
+        return _sentence(error)
     return None

@@ -31,6 +31,7 @@ __all__ = [
     "RestoredHyperparameters",
     "StateOf",
     "check_names",
+    "name_is_taken",
     "remember_place",
     "remembered_place",
 ]
@@ -356,10 +357,15 @@ def check_names(hyperparameters: Mapping[str, Any]) -> None:
     """
     for reserved in (MODULE_KEY, OPTIMIZER_KEY):
         if reserved in hyperparameters:
-            raise refusal(
-                f"A hyperparameter cannot be named {reserved!r}: the checkpoint keeps the state itself there. "
-                "Rename it; of a checkpoint that was loaded, pass on its .hyperparameters."
-            )
+            raise refusal(name_is_taken(reserved))
+
+
+def name_is_taken(name: str) -> str:
+    """What to say where a hyperparameter has the name of one of the states."""
+    return (
+        f"A hyperparameter cannot be named {name!r}: the checkpoint keeps the state itself there. Rename it; of a "
+        "checkpoint that was loaded, pass on its .hyperparameters."
+    )
 
 
 def _describe(value: object) -> str:

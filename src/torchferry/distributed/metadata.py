@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from torchferry.engine.collector import collector_paused
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, UnsafeCheckpointError
-from torchferry.formats.graph import read_graph
+from torchferry.formats.graph import read_scanned_graph
 from torchferry.formats.item_stream import Written
 from torchferry.formats.opcodes import scan_pickle
 from torchferry.printable import printable
@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 _VERSION = 1  # of what torchferry adds
+_EACH = 32  # bytes that the values of a pickle of DCP's may take for each of its own: they take 17 to 23
 _DCP_VERSION = "1.0.0"  # as the stock writer says since torch 2.8; readers only look whether it is there
 
 _ALLOWED = frozenset(
@@ -135,10 +136,9 @@ def read_metadata(data: bytes, url: str, *, weights_only: bool, is_checked: bool
         CheckpointFormatError: it is something else.
     """
     if not is_checked:
+        scan_pickle(data, url, each=_EACH)
         if weights_only:
-            read_graph(data, url)  # scans it, and looks at what its calls would take
-        else:
-            scan_pickle(data, url)
+            read_scanned_graph(data, url)  # looks at what its calls would take
     try:
         loaded = _Unpickler(io.BytesIO(data), url).load() if weights_only else pickle.loads(data)
     except UnsafeCheckpointError:

@@ -16,7 +16,7 @@ from flyte._internal.runtime import convert, taskrunner
 from flyte._internal.runtime.io import _is_nonzero_rank_clustered_worker
 from flyte.types import TypeEngine, TypeTransformer
 from flyte.types._tuple_dict import PydanticWrappingTransformer
-from flyte.types._type_engine import UnionTransformer
+from flyte.types._type_engine import PydanticTransformer, UnionTransformer
 from flyteidl2.core import literals_pb2, types_pb2
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ __all__ = [
     "is_thrown_away",
     "leave_alone",
     "new_place",
+    "open_models",
     "open_unions",
     "output_name",
     "place",
@@ -228,18 +229,29 @@ def open_unions() -> None:
     setattr(UnionTransformer, "to_python_value", union_to_python_value)  # noqa: B010 - the same
 
 
+def open_models() -> None:
+    """Makes pydantic models pass on the error of a checkpoint in them: pydantic makes one of its own of it."""
+    to_literal = PydanticTransformer.to_literal
+
+    @wraps(to_literal)
+    async def model_to_literal(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return await _telling(to_literal, self, *args, **kwargs)
+
+    setattr(PydanticTransformer, "to_literal", model_to_literal)  # noqa: B010 - it is a method
+
+
 def tell_union(error: Exception) -> None:
-    """Tells the union around a checkpoint, if there is one, why it failed: else it says that nothing fits."""
+    """Tells the union or model around a checkpoint, if there is one, why it failed: else they say something else."""
     errors = _union_errors.get()
     if errors is not None:
         errors.append(error)
 
 
-async def _telling(convert_union: Any, *args: Any, **kwargs: Any) -> Any:
+async def _telling(convert_value: Any, *args: Any, **kwargs: Any) -> Any:
     errors: list[Exception] = []
     token = _union_errors.set(errors)
     try:
-        return await convert_union(*args, **kwargs)
+        return await convert_value(*args, **kwargs)
     except Exception:
         if errors:
             raise errors[0] from errors[0].__cause__

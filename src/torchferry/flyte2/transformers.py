@@ -313,6 +313,7 @@ def _register() -> None:
     hooks.register(ModuleTransformer(), torch.nn.Module)
     hooks.leave_alone(PyTorchCheckpoint)
     hooks.open_unions()
+    hooks.open_models()
     hooks.remember_reports()
 
 

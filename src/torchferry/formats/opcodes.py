@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["CutOffPickleError", "UnusualPickleError", "scan_pickle"]
 
 # A limit is a number for any pickle, and one for each byte of it.
-_MEMORY = (32 << 20, 16)  # bytes of all values; an integer of 3 bytes takes 32, and 8 in its list
+_MEMORY = 32 << 20  # bytes of all values; for each byte of the pickle as many more as scan_pickle is told
 _NODES = (1 << 18, 4)  # values in a tuple, with those of tuples in it each time that they occur
 _HASHED = (1 << 20, 16)  # values that are hashed: keys of dicts, items of sets
 _DEPTH = 2000  # tuples in tuples; a hash takes some 100 bytes of stack for each, and a stack may have 512 KiB
@@ -64,22 +64,23 @@ class _RefusedError(Exception):
     """Says why a pickle is refused."""
 
 
-def scan_pickle(pickled: bytes | mmap.mmap, url: str, start: int = 0) -> int:
+def scan_pickle(pickled: bytes | mmap.mmap, url: str, start: int = 0, *, each: int = 16) -> int:
     """Reads the opcodes of a pickle, and checks what unpickling it would cost; about 6 million opcodes a second.
 
     Args:
         pickled: The pickle; more may follow.
         url: For messages.
         start: Where it begins.
+        each: Bytes that its values may take for each byte of it: an integer of 3 takes 32, and 8 in its list.
 
     Returns:
         Where it ends.
 
     Raises:
-        CheckpointCorruptError: its values would take more than 32 MiB and 16 bytes for each of its own; or it is none.
+        CheckpointCorruptError: its values would take more than that and 32 MiB; or it is none.
         UnusualPickleError: it uses extension codes, which only the process that wrote it can know.
     """
-    machine = _Machine(pickled, start)
+    machine = _Machine(pickled, start, each)
     try:
         stop = machine.run()
     except (IndexError, OverflowError) as error:
@@ -100,8 +101,9 @@ class _Machine:
         uses_extensions: Whether an extension code occurred.
     """
 
-    def __init__(self, data: bytes | mmap.mmap, start: int) -> None:
+    def __init__(self, data: bytes | mmap.mmap, start: int, each: int) -> None:
         self.at = self._start = start
+        self._each = each
         self.uses_extensions = False
         self._data = data
         length = min(len(data) - start, _LONGEST)
@@ -176,7 +178,7 @@ class _Machine:
             else:
                 op = 0
             self.at = at
-            most = _MEMORY[0] + _MEMORY[1] * (at - self._start)
+            most = _MEMORY + self._each * (at - self._start)
             if memory + self._memory > most:
                 raise _RefusedError(f"its values would take more than {most >> 20} MiB")
             if op:
