@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from isal import isal_zlib
 
 from torchferry.errors import CheckpointCorruptError
 from torchferry.formats.archive import LOCAL_HEADER_SIZE, find_directory, parse_directory
 from torchferry.formats.opcodes import scan_pickle
 from torchferry.formats.stand_ins import STORAGE_DTYPES
 
-__all__ = ["Guess", "StoredTensor", "contiguous_strides", "find_tensor"]
+__all__ = ["Guess", "StoredTensor", "contiguous_strides", "find_tensor", "tensor_in"]
 
 _STORAGES = {name: dtype for name, dtype in STORAGE_DTYPES.items() if not name.startswith("Q")}  # not quantized
 
@@ -146,6 +147,34 @@ def find_tensor(  # noqa: PLR0911 - there are many ways not to be one
         return None
     first = record.offset + found.offset * found.dtype.itemsize
     return StoredTensor(found.dtype, found.shape, found.strides, first, record.offset, record.size, record.crc32)
+
+
+def tensor_in(content: bytearray, url: str, *, verify: bool) -> torch.Tensor | None:
+    """The tensor of an archive that is in memory, in that memory; twice as fast as what torch makes of it.
+
+    Args:
+        content: The item.
+        url: For messages.
+        verify: Whether to check its CRC32.
+
+    Returns:
+        None where it is not one plain tensor, or is damaged: torch has to load it, or to say why it cannot.
+
+    Raises:
+        CheckpointCorruptError: the archive is damaged.
+    """
+    data = bytes(content)
+    stored = find_tensor(data, data, len(data), url)
+    if stored is None:
+        return None
+    record = memoryview(content)[stored.record_offset : stored.record_offset + stored.record_size]
+    if verify and stored.crc32 is not None and isal_zlib.crc32(record) != stored.crc32:
+        return None
+    first = (stored.first - stored.record_offset) // stored.dtype.itemsize
+    try:
+        return torch.frombuffer(record, dtype=stored.dtype).as_strided(stored.shape, stored.strides, first)
+    except (RuntimeError, TypeError, ValueError):  # it is empty, or not within its storage
+        return None
 
 
 def _in_tail(tail: bytes, length: int, at: int) -> bytes:

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from torchferry.distributed.archives import Guess, StoredTensor, contiguous_strides
+from torchferry.distributed.archives import Guess, StoredTensor, contiguous_strides, tensor_in
 from torchferry.distributed.checks import PartChecksums, ReadPart, WantedPart
 from torchferry.distributed.metadata import chunk_of
 from torchferry.distributed.slices import Direct, Piece, cut
@@ -105,6 +105,7 @@ class Plan:
         self._guessed: dict[tuple[int, int], tuple[Wanted, Guess]] = {}  # by file, and where the storage begins
         self._contents = contents
         self._stats = stats
+        self._verify = verify
         self._records: list[list[Record]] = [[] for _ in stats]
         self._runs: list[dict[tuple[int, int], WantedPart]] = [{} for _ in stats]
         self._whole: dict[tuple[int, int], bytearray] = {}  # items in memory, by file and offset
@@ -238,11 +239,13 @@ class Plan:
         self._contents[index] = content
 
     def _load(self, want: Wanted, content: bytearray) -> None:
-        """As the stock reader does."""
+        """Fills a target from an item that is in memory: the tensor in it, or what torch makes of it."""
         assert want.target is not None  # noqa: S101 - it is a tensor's
         url = self._stats[want.number].url
         try:
-            tensor = load_bytes(content, url, map_location="cpu")
+            tensor = tensor_in(content, url, verify=self._verify)
+            if tensor is None:
+                tensor = load_bytes(content, url, map_location="cpu")
         except TorchferryError:
             raise
         except Exception as error:
