@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import pickle
@@ -603,3 +604,51 @@ def test_metadata_that_lacks_a_part_is_no_checkpoint(tmp_path: Path, lacking: st
     for call in (torchferry.load, torchferry.inspect, torchferry.verify):
         with pytest.raises(torchferry.CheckpointFormatError, match="not the metadata of a checkpoint"):
             call(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["small", "text", "number", "conjugate", "large"])
+def test_one_flipped_bit_of_a_stock_item_is_found_wherever_it_is(tmp_path: Path, what: str) -> None:
+    """In the tensor or, of what is no tensor and of a large one's strides, in the pickle."""
+    state = {
+        "small": torch.randn(100),
+        "text": "hello world",
+        "number": 0.3141,
+        "conjugate": torch.randn(200_000, dtype=torch.complex64).conj(),
+        "large": torch.randn(512, 512),
+        "behind": torch.randn(512, 512),
+    }
+    dcp.save(state, checkpoint_id=tmp_path)
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    info = next(info for index, info in metadata.storage_data.items() if index.fqn == what)
+    path = tmp_path / info.relative_path
+    data = bytearray(path.read_bytes())
+    item = bytes(data[info.offset : info.offset + info.length])
+    stride = b"M\x00\x02K\x01\x86"  # (512, 1)
+    found = {"text": b"llo world", "number": b"G\x3f\xd4", "large": stride}
+    at = item.index(found[what]) + 1 if what in found else len(item) // 2
+    data[info.offset + at] ^= 1
+    path.write_bytes(data)
+    blank = {
+        name: torch.zeros_like(value) if isinstance(value, torch.Tensor) else None for name, value in state.items()
+    }
+    for load in (torchferry.load, torchferry.verify, lambda url: ferry.load(dict(blank), url)):
+        with pytest.raises(torchferry.CheckpointCorruptError):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("writer", ["ours", "stock"])
+def test_an_item_with_two_targets_gives_each_all_its_bits(tmp_path: Path, writer: str) -> None:
+    saved = torch.randn(400, 1000)
+    if writer == "ours":
+        ferry.save({"x": saved}, tmp_path)
+    else:
+        dcp.save({"x": saved}, checkpoint_id=tmp_path)
+    rough, exact = torch.zeros(400, 1000, dtype=torch.bfloat16), torch.zeros(400, 1000)
+    reader = ferry.StorageReader(tmp_path)
+    metadata = reader.read_metadata()
+    [index] = metadata.storage_data
+    nothing = torch.Size((0, 0))
+    item = ReadItem(LoadItemType.TENSOR, index, nothing, index, nothing, saved.shape)
+    asyncio.run(reader.read_items(metadata, [item, item], [rough, exact], {}))
+    assert torch.equal(rough, saved.to(torch.bfloat16))
+    assert torch.equal(exact, saved)

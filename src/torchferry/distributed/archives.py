@@ -12,12 +12,22 @@ from typing import Any
 import torch
 from isal import isal_zlib
 
+from torchferry.engine.types import Buffer
 from torchferry.errors import CheckpointCorruptError
-from torchferry.formats.archive import LOCAL_HEADER_SIZE, find_directory, parse_directory
+from torchferry.formats.archive import (
+    LOCAL_HEADER_SIZE,
+    SNIFF_SIZE,
+    ZIP_FORMAT,
+    Archive,
+    find_directory,
+    parse_directory,
+    sniff,
+)
+from torchferry.formats.checksum import Checksums
 from torchferry.formats.opcodes import scan_pickle
 from torchferry.formats.stand_ins import STORAGE_DTYPES
 
-__all__ = ["Guess", "StoredTensor", "contiguous_strides", "find_tensor", "tensor_in"]
+__all__ = ["Guess", "StoredTensor", "check_item", "contiguous_strides", "find_tensor", "read_directory", "tensor_in"]
 
 _STORAGES = {name: dtype for name, dtype in STORAGE_DTYPES.items() if not name.startswith("Q")}  # not quantized
 
@@ -116,24 +126,17 @@ def find_tensor(  # noqa: PLR0911 - there are many ways not to be one
         url: For messages.
 
     Returns:
-        None where it is not one plain tensor with one storage: torch has to load it.
+        None where it is not one plain tensor with one storage, or its pickle is damaged: torch has to load it.
 
     Raises:
         CheckpointCorruptError: the archive is damaged.
     """
-    directory = find_directory(tail, length, url)
-    if directory is None or directory.start < length - len(tail):
+    archive = read_directory(head, tail, length, url)
+    pickled = None if archive is None else archive.get("data.pkl")
+    if archive is None or pickled is None or pickled.end > len(head):
         return None
-    start = directory.start - (length - len(tail))
-    archive = parse_directory(tail[start : start + directory.size], directory, url)
-    if archive.unproven:
-        pieces = [head[at : at + LOCAL_HEADER_SIZE] or _in_tail(tail, length, at) for at in archive.unproven]
-        if any(len(piece) != LOCAL_HEADER_SIZE for piece in pieces):
-            return None
-        archive = archive.settle(b"".join(pieces))
-    pickled = archive.get("data.pkl")
-    if pickled is None or pickled.end > len(head):
-        return None
+    if pickled.crc32 is not None and isal_zlib.crc32(head[pickled.offset : pickled.end]) != pickled.crc32:
+        return None  # whoever loads all of it says that it is damaged
     scan_pickle(bytes(head[pickled.offset : pickled.end]), url)
     try:
         found = _Unpickler(io.BytesIO(head[pickled.offset : pickled.end])).load()
@@ -145,20 +148,54 @@ def find_tensor(  # noqa: PLR0911 - there are many ways not to be one
     byteorder = archive.get("byteorder")
     if record is None or (byteorder is not None and head[byteorder.offset : byteorder.end] not in {b"", b"little"}):
         return None
+    if not _is_within(found, record.size):
+        return None
     first = record.offset + found.offset * found.dtype.itemsize
     return StoredTensor(found.dtype, found.shape, found.strides, first, record.offset, record.size, record.crc32)
 
 
-def tensor_in(content: bytearray, url: str, *, verify: bool) -> torch.Tensor | None:
+def read_directory(head: bytes, tail: bytes, length: int, url: str) -> Archive | None:
+    """The directory of an archive whose first and last bytes are known; None where it is not in them, or is none.
+
+    Raises:
+        CheckpointCorruptError: it is damaged.
+    """
+    directory = find_directory(tail, length, url)
+    if directory is None or directory.start < length - len(tail):
+        return None
+    start = directory.start - (length - len(tail))
+    archive = parse_directory(tail[start : start + directory.size], directory, url)
+    if archive.unproven:
+        pieces = [head[at : at + LOCAL_HEADER_SIZE] or _in_tail(tail, length, at) for at in archive.unproven]
+        if any(len(piece) != LOCAL_HEADER_SIZE for piece in pieces):
+            return None
+        archive = archive.settle(b"".join(pieces))
+    return archive
+
+
+def check_item(content: Buffer, url: str) -> None:
+    """Checks every CRC32 of an item that is in memory.
+
+    Raises:
+        CheckpointCorruptError: a record does not match, or the archive is damaged.
+    """
+    data = bytes(content)
+    archive = read_directory(data, data, len(data), url) if sniff(data[:SNIFF_SIZE]) == ZIP_FORMAT else None
+    if archive is not None:
+        checksums = Checksums(archive.records, url)
+        checksums.add(0, data)
+        checksums.finish()
+
+
+def tensor_in(content: bytearray, url: str) -> torch.Tensor | None:
     """The tensor of an archive that is in memory, in that memory; twice as fast as what torch makes of it.
 
     Args:
         content: The item.
         url: For messages.
-        verify: Whether to check its CRC32.
 
     Returns:
-        None where it is not one plain tensor, or is damaged: torch has to load it, or to say why it cannot.
+        None where it is not one plain tensor: torch has to load it.
 
     Raises:
         CheckpointCorruptError: the archive is damaged.
@@ -168,18 +205,25 @@ def tensor_in(content: bytearray, url: str, *, verify: bool) -> torch.Tensor | N
     if stored is None:
         return None
     record = memoryview(content)[stored.record_offset : stored.record_offset + stored.record_size]
-    if verify and stored.crc32 is not None and isal_zlib.crc32(record) != stored.crc32:
-        return None
     first = (stored.first - stored.record_offset) // stored.dtype.itemsize
     try:
         return torch.frombuffer(record, dtype=stored.dtype).as_strided(stored.shape, stored.strides, first)
-    except (RuntimeError, TypeError, ValueError):  # it is empty, or not within its storage
+    except (RuntimeError, TypeError, ValueError):  # it is empty, or of a dtype that this does not take
         return None
 
 
 def _in_tail(tail: bytes, length: int, at: int) -> bytes:
     at -= length - len(tail)
     return tail[at : at + LOCAL_HEADER_SIZE] if at >= 0 else b""
+
+
+def _is_within(found: _Tensor, nbytes: int) -> bool:
+    """Whether all elements lie in a storage of so many bytes."""
+    numbers = (found.offset, *found.shape, *found.strides)
+    if len(found.shape) != len(found.strides) or not all(type(n) is int and n >= 0 for n in numbers):
+        return False
+    last = found.offset + sum((n - 1) * stride for n, stride in zip(found.shape, found.strides, strict=True))
+    return 0 in found.shape or (last + 1) * found.dtype.itemsize <= nbytes
 
 
 @dataclass(frozen=True, slots=True)

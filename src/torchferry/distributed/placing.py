@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from torchferry.distributed.archives import Guess, StoredTensor, contiguous_strides, tensor_in
+from torchferry.distributed.archives import Guess, StoredTensor, check_item, contiguous_strides, tensor_in
 from torchferry.distributed.checks import PartChecksums, ReadPart, WantedPart
 from torchferry.distributed.metadata import chunk_of
 from torchferry.distributed.slices import Direct, Piece, cut
@@ -112,6 +113,7 @@ class Plan:
         self._filled: dict[tuple[int, int], torch.Tensor] = {}  # targets of whole items
         self._later: list[Callable[[], object]] = []
         self.parts: list[tuple[int, Direct | Piece]] = []
+        self._wholes = Counter((want.number, want.info.offset) for want in wanted)
         for index, want in enumerate(wanted):
             self._add(index, want)
         self.nbytes = sum(
@@ -172,10 +174,10 @@ class Plan:
             self._later.append(partial(self._load, want, self._read_whole(want)))
             return
         if request.lengths == chunk.sizes:
-            before = self._filled.setdefault(place, target)
-            if before is not target:
-                self._later.append(partial(target.copy_, before))
+            first = self._first_target(place, target, where.dtype)
+            if first is None:
                 return
+            target = first
             start, size, crc32 = where.record
             if crc32 is not None and size == target.numel() * where.dtype.itemsize:
                 name = f"{request.storage_index.fqn} at {tuple(chunk.offsets)}"
@@ -200,6 +202,17 @@ class Plan:
         ):
             name = f"{request.storage_index.fqn} at {tuple(chunk.offsets)}"
             self._runs[want.number][start, nbytes] = WantedPart(name, (where.record[0], size, crc32))
+
+    def _first_target(self, place: tuple[int, int], target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """What an item is read into, so that each of its targets gets all bits of it; None where it is read already."""
+        is_new = place not in self._filled
+        if is_new:
+            is_exact = self._wholes[place] == 1 or target.dtype == dtype
+            self._filled[place] = target if is_exact else torch.empty(target.shape, dtype=dtype)
+        first = self._filled[place]
+        if first is not target:
+            self._later.append(partial(target.copy_, first))
+        return first if is_new else None
 
     def _add_guess(self, want: Wanted, guess: Guess) -> None:
         """Plans to read what tells whether a guess is right, and to compute the CRC32 of the storage."""
@@ -229,7 +242,9 @@ class Plan:
                 part = Direct(info.offset, memory)
             self.parts.append((want.number, part))
             crc32 = getattr(info, "crc32", None) if getattr(info, "data_offset", None) is None else None
-            if crc32 is not None:
+            if crc32 is None and self._verify:
+                self._later.append(partial(check_item, content, self._stats[want.number].url))
+            elif crc32 is not None:
                 self._records[want.number].append(
                     Record(want.request.storage_index.fqn, info.offset, info.length, crc32)
                 )
@@ -243,7 +258,7 @@ class Plan:
         assert want.target is not None  # noqa: S101 - it is a tensor's
         url = self._stats[want.number].url
         try:
-            tensor = tensor_in(content, url, verify=self._verify)
+            tensor = tensor_in(content, url)
             if tensor is None:
                 tensor = load_bytes(content, url, map_location="cpu")
         except TorchferryError:

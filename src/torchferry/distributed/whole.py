@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-from torchferry.distributed.archives import find_tensor
+from torchferry.distributed.archives import find_tensor, read_directory
 from torchferry.distributed.fetch import Files, fetch
 from torchferry.distributed.metadata import (
     chunk_of,
@@ -46,7 +46,15 @@ from torchferry.errors import (
     UnsupportedOptionError,
     mask,
 )
-from torchferry.formats.archive import LOCAL_HEADER_SIZE, Record, find_directory, parse_directory
+from torchferry.formats.archive import (
+    LOCAL_HEADER_SIZE,
+    SNIFF_SIZE,
+    ZIP_FORMAT,
+    Record,
+    find_directory,
+    parse_directory,
+    sniff,
+)
 from torchferry.formats.checked import load_bytes
 from torchferry.formats.checksum import Checksums
 from torchferry.formats.filling import Found, IncompatibleKeys, Target
@@ -391,7 +399,7 @@ async def checksums_of(
             nbytes = chunk.sizes.numel() * dtype.itemsize
             records.append(Record(index.fqn, info.offset + info.data_offset, nbytes, crc32))
     if unknown:
-        records += await _records_of_archives(found, file, unknown)
+        records += await _records_of_archives(found, file, unknown, only_tensors)
     return await in_thread(partial(Checksums, records, file.url, twice=twice))
 
 
@@ -403,7 +411,7 @@ def _has_bytes(metadata: Metadata, index: MetadataIndex) -> bool:
 
 
 async def _records_of_archives(
-    found: Contents, file: RangeReader, items: Sequence[tuple[MetadataIndex, Any]]
+    found: Contents, file: RangeReader, items: Sequence[tuple[MetadataIndex, Any]], only_tensors: bool
 ) -> list[Record]:
     ends: list[tuple[MetadataIndex, Any, bytearray, bytearray]] = []
     parts: list[tuple[int, Piece]] = []
@@ -421,10 +429,22 @@ async def _records_of_archives(
             parts.append((0, Piece(stop - around, stop, partial(_keep, tail))))
         ends.append((index, info, head, tail))
     await fetch(Files(found.place.backend, [(found.place.at(items[0][1].relative_path), file.stat)]), parts, [None], "")
-    return await in_thread(list, _records_in(ends, file.url))
+    return await in_thread(list, (_storages_in if only_tensors else _records_in)(ends, file.url))
 
 
 def _records_in(ends: Sequence[tuple[MetadataIndex, Any, bytearray, bytearray]], url: str) -> Iterator[Record]:
+    """All records of items."""
+    for index, info, head, tail in ends:
+        if sniff(bytes(head[:SNIFF_SIZE])) != ZIP_FORMAT:
+            continue  # in the legacy format: no CRC32s
+        archive = read_directory(bytes(head), bytes(tail), info.length, url)
+        for record in archive.records if archive is not None else ():
+            name = f"{index.fqn}: {record.name}"
+            yield Record(name, info.offset + record.offset, record.size, record.crc32)
+
+
+def _storages_in(ends: Sequence[tuple[MetadataIndex, Any, bytearray, bytearray]], url: str) -> Iterator[Record]:
+    """The storages of plain tensors."""
     for index, info, head, tail in ends:
         stored = find_tensor(bytes(head), bytes(tail), info.length, url)
         if stored is not None and stored.crc32 is not None:
