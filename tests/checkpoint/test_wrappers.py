@@ -132,3 +132,15 @@ def test_it_does_not_ask_the_module_for_its_state() -> None:
     module = Sharded(2, 2)
     LoadedCheckpoint({"module_state_dict": state}).restore(module=module)
     assert torch.equal(module.weight, state["module.weight"])
+
+
+def test_a_module_on_the_meta_device_takes_the_tensors_of_the_checkpoint() -> None:
+    saved = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    with torch.device("meta"):
+        module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    module[0].weight.requires_grad_(False)
+    LoadedCheckpoint({"module_state_dict": saved.state_dict()}).restore(module=module)
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(module.state_dict()[name], tensor)
+    assert not module[0].weight.requires_grad
+    assert module[0].bias.requires_grad

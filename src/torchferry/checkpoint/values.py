@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any, NamedTuple, Optional, Protocol, TypeVar, Union
 
 import torch
@@ -229,7 +230,8 @@ class LoadedCheckpoint(dict[str, Any], PyTorchCheckpoint):
 
         Keys may differ in what ``DistributedDataParallel`` and ``torch.compile`` put into them (``module.``,
         ``_orig_mod.``): the state of a wrapped module fills a bare one, and the other way round. A module that is
-        sharded over ranks (FSDP2), and its optimizer, get this rank's part of each tensor: call it on every rank.
+        sharded over ranks (FSDP2), and its optimizer, get this rank's part of each tensor: call it on every rank. A
+        module on the meta device takes the tensors of the checkpoint; build its optimizer afterwards.
 
         Args:
             module: Gets ``module_state_dict``.
@@ -295,7 +297,9 @@ def _load(module: torch.nn.Module, saved: dict[str, Any], *, strict: bool) -> tu
     if sharded.is_sharded(module):
         missing, unexpected = sharded.load_module(module, state, strict=strict)
     else:
-        missing, unexpected = module.load_state_dict(state, strict=strict)
+        # What is on the meta device has no memory to copy into: it becomes what was saved.
+        are_meta = any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers()))
+        missing, unexpected = module.load_state_dict(state, strict=strict, assign=are_meta)
     if missing and saved and len(unexpected) == len(saved):
         raise CheckpointKeyError(
             f"Nothing was restored: not one of the {len(saved)} keys in {MODULE_KEY} ({_some(saved)}) is a key of the "
