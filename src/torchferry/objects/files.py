@@ -112,7 +112,7 @@ class RangeFile(io.RawIOBase):
             return
         reader = self._open()
         ranges = reader.plan_into_memory([(start, stop)])
-        run(reader.stream, ranges, _ignore, memory=lambda first, last: view[first - start : last - start])
+        run(reader.stream, ranges, _ignore, memory=lambda first, last: [view[first - start : last - start]])
 
 
 class _Upload:
