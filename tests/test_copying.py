@@ -111,8 +111,8 @@ async def test_what_arrives_damaged_is_copied_again_where_the_store_has_it_whole
     await torchferry.save_async(checkpoint(), source, storage_options=s3_storage_options)
     await torchferry.save_async("old", target, storage_options=s3_storage_options)
     reports: list[torchferry.TransferReport] = []
-    callback = Callback()
     for times in (None, 1):
+        callback = Callback()
         fault = Fault(method="GET", target="source", skip=2, times=times, corrupt_download_byte=1_000_000)
         copying = torchferry.copy_async(
             source,
@@ -130,7 +130,7 @@ async def test_what_arrives_damaged_is_copied_again_where_the_store_has_it_whole
             stat = await copying
     assert read(target, s3_storage_options) == read(source, s3_storage_options)
     (report,) = reports
-    assert callback.value == stat.size
+    assert report.nbytes == callback.value == stat.size
     assert [warning for warning in report.warnings if "Reading it again" in warning]
 
 
