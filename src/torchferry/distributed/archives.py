@@ -7,12 +7,12 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from isal import isal_zlib
 
-from torchferry.engine.types import Buffer
 from torchferry.errors import CheckpointCorruptError
 from torchferry.formats.archive import (
     LOCAL_HEADER_SIZE,
@@ -27,7 +27,7 @@ from torchferry.formats.checksum import Checksums
 from torchferry.formats.opcodes import scan_pickle
 from torchferry.formats.stand_ins import STORAGE_DTYPES
 
-__all__ = ["Guess", "StoredTensor", "check_item", "contiguous_strides", "find_tensor", "read_directory", "tensor_in"]
+__all__ = ["Guess", "Item", "StoredTensor", "contiguous_strides", "find_tensor", "read_directory"]
 
 _STORAGES = {name: dtype for name, dtype in STORAGE_DTYPES.items() if not name.startswith("Q")}  # not quantized
 
@@ -114,9 +114,7 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides[: len(shape)]))
 
 
-def find_tensor(  # noqa: PLR0911 - there are many ways not to be one
-    head: bytes, tail: bytes, length: int, url: str
-) -> StoredTensor | None:
+def find_tensor(head: bytes, tail: bytes, length: int, url: str) -> StoredTensor | None:
     """The tensor of an archive whose first and last bytes are known.
 
     Args:
@@ -132,8 +130,14 @@ def find_tensor(  # noqa: PLR0911 - there are many ways not to be one
         CheckpointCorruptError: the archive is damaged.
     """
     archive = read_directory(head, tail, length, url)
-    pickled = None if archive is None else archive.get("data.pkl")
-    if archive is None or pickled is None or pickled.end > len(head):
+    return None if archive is None else _tensor_of(archive, head, url)
+
+
+def _tensor_of(  # noqa: PLR0911 - there are many ways not to be one
+    archive: Archive, head: bytes | bytearray, url: str
+) -> StoredTensor | None:
+    pickled = archive.get("data.pkl")
+    if pickled is None or pickled.end > len(head):
         return None
     if pickled.crc32 is not None and isal_zlib.crc32(head[pickled.offset : pickled.end]) != pickled.crc32:
         return None  # whoever loads all of it says that it is damaged
@@ -146,7 +150,9 @@ def find_tensor(  # noqa: PLR0911 - there are many ways not to be one
         return None
     record = archive.get(f"data/{found.key}")
     byteorder = archive.get("byteorder")
-    if record is None or (byteorder is not None and head[byteorder.offset : byteorder.end] not in {b"", b"little"}):
+    if record is None or (
+        byteorder is not None and bytes(head[byteorder.offset : byteorder.end]) not in {b"", b"little"}
+    ):
         return None
     if not _is_within(found, record.size):
         return None
@@ -154,7 +160,7 @@ def find_tensor(  # noqa: PLR0911 - there are many ways not to be one
     return StoredTensor(found.dtype, found.shape, found.strides, first, record.offset, record.size, record.crc32)
 
 
-def read_directory(head: bytes, tail: bytes, length: int, url: str) -> Archive | None:
+def read_directory(head: bytes | bytearray, tail: bytes | bytearray, length: int, url: str) -> Archive | None:
     """The directory of an archive whose first and last bytes are known; None where it is not in them, or is none.
 
     Raises:
@@ -173,46 +179,60 @@ def read_directory(head: bytes, tail: bytes, length: int, url: str) -> Archive |
     return archive
 
 
-def check_item(content: Buffer, url: str) -> None:
-    """Checks every CRC32 of an item that is in memory.
-
-    Raises:
-        CheckpointCorruptError: a record does not match, or the archive is damaged.
-    """
-    data = bytes(content)
-    archive = read_directory(data, data, len(data), url) if sniff(data[:SNIFF_SIZE]) == ZIP_FORMAT else None
-    if archive is not None:
-        checksums = Checksums(archive.records, url)
-        checksums.add(0, data)
-        checksums.finish()
-
-
-def tensor_in(content: bytearray, url: str) -> torch.Tensor | None:
-    """The tensor of an archive that is in memory, in that memory; twice as fast as what torch makes of it.
+class Item:
+    """An item that is in memory as a whole.
 
     Args:
-        content: The item.
+        content: Its bytes; complete before anything is asked.
         url: For messages.
 
-    Returns:
-        None where it is not one plain tensor: torch has to load it.
-
-    Raises:
-        CheckpointCorruptError: the archive is damaged.
+    Attributes:
+        content: As above.
     """
-    data = bytes(content)
-    stored = find_tensor(data, data, len(data), url)
-    if stored is None:
-        return None
-    record = memoryview(content)[stored.record_offset : stored.record_offset + stored.record_size]
-    first = (stored.first - stored.record_offset) // stored.dtype.itemsize
-    try:
-        return torch.frombuffer(record, dtype=stored.dtype).as_strided(stored.shape, stored.strides, first)
-    except (RuntimeError, TypeError, ValueError):  # it is empty, or of a dtype that this does not take
-        return None
+
+    def __init__(self, content: bytearray, url: str) -> None:
+        self.content = content
+        self._url = url
+
+    @cached_property
+    def _archive(self) -> Archive | None:
+        content = self.content
+        if sniff(bytes(content[:SNIFF_SIZE])) != ZIP_FORMAT:
+            return None
+        return read_directory(content, content, len(content), self._url)
+
+    def check(self) -> None:
+        """Checks every CRC32.
+
+        Raises:
+            CheckpointCorruptError: a record does not match, or the archive is damaged.
+        """
+        if self._archive is not None:
+            checksums = Checksums(self._archive.records, self._url)
+            checksums.add(0, self.content)
+            checksums.finish()
+
+    def tensor(self) -> torch.Tensor | None:
+        """The tensor, in the item's memory; twice as fast as what torch makes of it.
+
+        Returns:
+            None where it is not one plain tensor: torch has to load it.
+
+        Raises:
+            CheckpointCorruptError: the archive is damaged.
+        """
+        stored = None if self._archive is None else _tensor_of(self._archive, self.content, self._url)
+        if stored is None:
+            return None
+        record = memoryview(self.content)[stored.record_offset : stored.record_offset + stored.record_size]
+        first = (stored.first - stored.record_offset) // stored.dtype.itemsize
+        try:
+            return torch.frombuffer(record, dtype=stored.dtype).as_strided(stored.shape, stored.strides, first)
+        except (RuntimeError, TypeError, ValueError):  # it is empty, or of a dtype that this does not take
+            return None
 
 
-def _in_tail(tail: bytes, length: int, at: int) -> bytes:
+def _in_tail(tail: bytes | bytearray, length: int, at: int) -> bytes | bytearray:
     at -= length - len(tail)
     return tail[at : at + LOCAL_HEADER_SIZE] if at >= 0 else b""
 

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from torchferry.distributed.archives import Guess, StoredTensor, check_item, contiguous_strides, tensor_in
+from torchferry.distributed.archives import Guess, Item, StoredTensor, contiguous_strides
 from torchferry.distributed.checks import PartChecksums, ReadPart, WantedPart
 from torchferry.distributed.metadata import chunk_of
 from torchferry.distributed.slices import Direct, Piece, cut
@@ -109,7 +109,7 @@ class Plan:
         self._verify = verify
         self._records: list[list[Record]] = [[] for _ in stats]
         self._runs: list[dict[tuple[int, int], WantedPart]] = [{} for _ in stats]
-        self._whole: dict[tuple[int, int], bytearray] = {}  # items in memory, by file and offset
+        self._whole: dict[tuple[int, int], Item] = {}  # items in memory, by file and offset
         self._filled: dict[tuple[int, int], torch.Tensor] = {}  # targets of whole items
         self._later: list[Callable[[], object]] = []
         self.parts: list[tuple[int, Direct | Piece]] = []
@@ -229,12 +229,13 @@ class Plan:
             for part in checksum.read if checksum is not None else ():
                 yield (number, part.start), part
 
-    def _read_whole(self, want: Wanted) -> bytearray:
+    def _read_whole(self, want: Wanted) -> Item:
         """Plans to read an item into memory; torch takes it from there."""
         info = want.info
         place = (want.number, info.offset)
         if place not in self._whole:
-            content = self._whole[place] = bytearray(info.length)
+            content = bytearray(info.length)
+            self._whole[place] = Item(content, self._stats[want.number].url)
             memory = memoryview(content)
             if info.length <= BLOCK_SIZE:
                 part: Direct | Piece = Piece(info.offset, info.offset + info.length, partial(copy_bytes, memory))
@@ -243,24 +244,24 @@ class Plan:
             self.parts.append((want.number, part))
             crc32 = getattr(info, "crc32", None) if getattr(info, "data_offset", None) is None else None
             if crc32 is None and self._verify:
-                self._later.append(partial(check_item, content, self._stats[want.number].url))
+                self._later.append(self._whole[place].check)
             elif crc32 is not None:
                 self._records[want.number].append(
                     Record(want.request.storage_index.fqn, info.offset, info.length, crc32)
                 )
         return self._whole[place]
 
-    def _hand_over(self, index: int, content: bytearray) -> None:
-        self._contents[index] = content
+    def _hand_over(self, index: int, item: Item) -> None:
+        self._contents[index] = item.content
 
-    def _load(self, want: Wanted, content: bytearray) -> None:
+    def _load(self, want: Wanted, item: Item) -> None:
         """Fills a target from an item that is in memory: the tensor in it, or what torch makes of it."""
         assert want.target is not None  # noqa: S101 - it is a tensor's
         url = self._stats[want.number].url
         try:
-            tensor = tensor_in(content, url)
+            tensor = item.tensor()
             if tensor is None:
-                tensor = load_bytes(content, url, map_location="cpu")
+                tensor = load_bytes(item.content, url, map_location="cpu")
         except TorchferryError:
             raise
         except Exception as error:
