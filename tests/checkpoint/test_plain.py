@@ -83,6 +83,7 @@ def stored(hyperparameters: Any) -> dict[str, Any]:
     return loaded
 
 
+DAY = date(2026, 1, 2)
 WHEN = datetime(2026, 5, 4, 3, 2, 1, 7, tzinfo=timezone(timedelta(hours=2)))
 
 
@@ -129,6 +130,21 @@ class Box(Generic[T]):
 
 
 @dataclass
+class Labelled(Box[Path], Generic[T]):  # its T is another one than Box's
+    label: T | None = None
+
+
+@dataclass
+class Days(Labelled[date]):
+    kept: Path = Path()
+
+
+class Pair(NamedTuple, Generic[T]):
+    first: T
+    others: list[T] | None = None
+
+
+@dataclass
 class Everything:
     color: Color
     level: Level
@@ -161,16 +177,22 @@ class Everything:
     mapping: Mapping[str, Path]
     either: dict[str, Path] | list[Color]
     generic: Box[Path]
+    nested: Box[Box[date] | None]
+    inherited: Days
+    several: list[Labelled[Color]]
+    pairs: dict[str, Pair[Path]]
     derived: Color = field(default=Color.RED, init=False)
 
 
 def test_a_dataclass_comes_back_whole() -> None:
     everything = Everything(
-        Color.RED, Level.LOW, Kind.ADAM, Bits.A | Bits.B, Where.HERE, Path("/p"), WHEN, date(2026, 1, 2), time(1, 2),
+        Color.RED, Level.LOW, Kind.ADAM, Bits.A | Bits.B, Where.HERE, Path("/p"), WHEN, DAY, time(1, 2),
         Shape(3), Inner(Color.BLUE, Shape(4)), Color.BLUE, "text", Path("n"), [Path("a"), Path("b")],
         (Color.RED, Color.BLUE), {Color.RED}, {Color.RED: Shape(5)}, timedelta(days=1, microseconds=3), UUID(int=3),
         Decimal("0.10"), Fraction(1, 3), Namespace(lr=0.1), SimpleNamespace(lr=0.1), frozenset({Color.RED}),
-        deque([Path("a")]), frozenset({1}), [Path("a")], {"a": Path("a")}, [Color.RED], Box(Path("a"), 1),
+        deque([Path("a")]), frozenset({1}), [Path("a")], {"a": Path("a")}, [Color.RED], Box(Path("a"), Path("b")),
+        Box(Path("a"), Box(Path("b"), DAY)), Days(Path("a"), Path("b"), DAY, Path("c")),
+        [Labelled(Path("a"), Path("b"), Color.BLUE)], {"a": Pair(Path("a"), [Path("b")])},
     )  # fmt: skip
     everything.derived = Color.BLUE
     rebuilt = LoadedCheckpoint(stored(everything)).hyperparameters_as(Everything)
@@ -178,6 +200,14 @@ def test_a_dataclass_comes_back_whole() -> None:
     assert [type(getattr(rebuilt, f.name)) for f in fields(rebuilt)] == [
         type(getattr(everything, f.name)) for f in fields(everything)
     ]
+
+
+def test_a_generic_class_with_its_arguments_can_be_asked_for() -> None:
+    given = Labelled(Path("a"), Path("b"), Color.RED)
+    rebuilt: Any = LoadedCheckpoint(stored(given)).hyperparameters_as(Labelled[Color])
+    assert rebuilt == given
+    with pytest.raises(TypeError, match=r"do not fit Labelled"):
+        LoadedCheckpoint({"other": 1}).hyperparameters_as(Labelled[Color])
 
 
 @pytest.mark.parametrize(

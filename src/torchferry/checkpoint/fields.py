@@ -91,8 +91,11 @@ def _schema(_cls: type, source: Any, _handler: Any, options: tuple[Any, ...] = (
     from pydantic_core import core_schema
 
     t = Annotated[source, *options] if options else source
-    schema: Any = core_schema.no_info_plain_validator_function(
+    # What is no JSON keeps the checkpoint itself: pydantic makes a dict of a dataclass, unless it could be a text.
+    itself = core_schema.any_schema(serialization=core_schema.to_string_ser_schema(when_used="json-unless-none"))
+    schema: Any = core_schema.no_info_before_validator_function(
         partial(_validate, t),
+        itself,
         serialization=core_schema.plain_serializer_function_ser_schema(
             partial(save_field, t), when_used="json-unless-none"
         ),

@@ -73,32 +73,53 @@ def rebuild(cls: type[T], values: Mapping[str, Any]) -> T:
             has one that ``cls`` does not know, or one that is no member of its field's enum, or an annotation names
             what is not there at run time.
     """
-    if is_dataclass(cls):
-        known = {field.name: field.init for field in fields(cls)}
-    elif names := getattr(cls, "_fields", None):
+    made: Any = get_origin(cls) or cls
+    if is_dataclass(made):
+        known = {field.name: field.init for field in fields(made)}
+    elif names := getattr(made, "_fields", None):
         known = dict.fromkeys(names, True)
     else:
         raise TypeError(f"Hyperparameters can be had as a dataclass or a NamedTuple, not as {cls!r}.")
     try:
-        hints = get_type_hints(cls)
+        hints = _field_types(made, get_args(cls))
     except NameError as error:
         raise TypeError(
-            f"The types of {cls.__qualname__}'s fields cannot be told: {error}. Import what they name at run time, not "
-            "under TYPE_CHECKING, and define it in a module."
+            f"The types of {made.__qualname__}'s fields cannot be told: {error}. Import what they name at run time, "
+            "not under TYPE_CHECKING, and define it in a module."
         ) from error
     given = {name: _convert(hints.get(name, Any), value) for name, value in values.items()}
     arguments = {name: value for name, value in given.items() if known.get(name, True)}
     try:
-        inspect.signature(cls).bind(**arguments)
+        inspect.signature(made).bind(**arguments)
     except TypeError as error:
         raise TypeError(
-            f"The hyperparameters ({', '.join(values) or 'none'}) do not fit {cls.__qualname__}"
+            f"The hyperparameters ({', '.join(values) or 'none'}) do not fit {made.__qualname__}"
             f"({', '.join(known)}): {error}."
         ) from error
-    result = cls(**arguments)
+    result: T = made(**arguments)
     for name in given.keys() - arguments.keys():  # fields that __init__ does not take
         object.__setattr__(result, name, given[name])
     return result
+
+
+def _field_types(cls: type[Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """The types of a class's fields, its bases' too, with what the type variables of each stand for."""
+    stand_for = dict(zip(getattr(cls, "__parameters__", ()), arguments, strict=False))
+    hints: dict[str, Any] = {}
+    for base in reversed(vars(cls).get("__orig_bases__", cls.__bases__)):
+        made = get_origin(base) or base
+        if isinstance(made, type):  # NamedTuple is a function
+            hints |= _field_types(made, tuple(_substituted(argument, stand_for) for argument in get_args(base)))
+    own = inspect.get_annotations(cls)
+    resolved = get_type_hints(cls) if own else {}
+    return hints | {name: _substituted(hint, stand_for) for name, hint in resolved.items() if name in own}
+
+
+def _substituted(hint: Any, stand_for: Mapping[Any, Any]) -> Any:
+    if isinstance(hint, TypeVar):
+        return stand_for.get(hint, hint)
+    variables = () if isinstance(hint, type) else getattr(hint, "__parameters__", ())
+    return hint[tuple(stand_for.get(variable, variable) for variable in variables)] if variables else hint
 
 
 def _convert(hint: Any, value: Any) -> Any:
@@ -110,8 +131,8 @@ def _convert(hint: Any, value: Any) -> Any:
         converted = _convert_first(arguments, value)
     elif isinstance(hint, type) and origin is None:
         converted = _convert_to(hint, value)
-    elif isinstance(origin, type) and is_dataclass(origin):  # a generic one, with its arguments
-        converted = _convert_to(origin, value)
+    elif isinstance(value, Mapping) and (is_dataclass(origin) or hasattr(origin, "_fields")):
+        converted = rebuild(hint, value)  # a generic one, with its arguments
     elif isinstance(origin, type) and arguments:
         converted = _convert_container(origin, arguments, value)
     return converted
