@@ -11,7 +11,7 @@ import inspect
 from flytekit import FlyteContextManager
 from flytekit.core import promise
 from flytekit.core.data_persistence import FileAccessProvider
-from flytekit.core.type_engine import DataclassTransformer, TypeEngine
+from flytekit.core.type_engine import DataclassTransformer, TypeEngine, UnionTransformer
 
 from torchferry.flyte import PyTorchCheckpointTransformer, hooks, plugin
 from torchferry.flyte.fields import in_flytekit
@@ -54,6 +54,12 @@ def test_flytekit_prepares_dataclasses_before_it_encodes_them() -> None:
 def test_flytekit_makes_the_dicts_of_a_struct_anew() -> None:
     assert "_fix_val_int" in inspect.getsource(DataclassTransformer)
     assert list(inspect.signature(DataclassTransformer._fix_val_int).parameters) == ["self", "t", "val"]
+
+
+def test_flytekit_tries_every_variant_of_a_union() -> None:
+    to_literal = inspect.unwrap(UnionTransformer.async_to_literal)
+    assert list(inspect.signature(to_literal).parameters) == ["self", "ctx", "python_val", "python_type", "expected"]
+    assert "Ambiguous choice of variant" in inspect.getsource(to_literal)
 
 
 def test_flytekit_binds_what_a_dynamic_passes_on_by_a_function_that_calls_itself() -> None:

@@ -221,6 +221,16 @@ def test_unions_may_hold_one() -> None:
     assert (wf(one=True), wf(one=False)) == (3, 5)
 
 
+@pytest.mark.parametrize("other", [bytes, dict[str, int], typing.Any])
+def test_a_received_checkpoint_is_a_checkpoint_in_any_union(context: FlyteContext, other: Any) -> None:
+    prefix = context.file_access.raw_output_prefix  # flytekit knows the literals of equal values in a process
+    received = LoadedCheckpoint({"module_state_dict": {}, "epochs": 3, "prefix": prefix})
+    for union in (Union[PyTorchCheckpoint, other], Union[other, PyTorchCheckpoint]):  # noqa: UP007
+        literal = TypeEngine.to_literal(context, received, union, TypeEngine.to_literal_type(union))
+        back = TypeEngine.to_python_value(context, literal, union)
+        assert (type(back), back["epochs"]) == (LoadedCheckpoint, 3)
+
+
 def test_options_stand_on_inputs_and_outputs(context: FlyteContext) -> None:
     @task
     def make_tagged() -> Tagged:

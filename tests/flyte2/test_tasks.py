@@ -11,6 +11,7 @@ from typing import Annotated, Any, NamedTuple, Optional, Union
 import flyte
 import pytest
 import torch
+from flyte.types import TypeEngine
 from pydantic import BaseModel
 from runs import Runs
 from samples import Progress, make_checkpoint
@@ -146,6 +147,24 @@ def test_unions_may_hold_one(runs: Runs) -> None:
         return [await look(await either(True)), await look(await either(False))]
 
     assert runs(main) == [3, 5]
+
+
+class Defaults(BaseModel):
+    lr: float = 0.1
+
+
+@pytest.mark.parametrize("other", [Defaults, bytes, dict[str, int], list, typing.Any])
+def test_a_received_checkpoint_is_a_checkpoint_in_any_union(runs: Runs, other: Any) -> None:
+    @env.task
+    async def main() -> list[int]:
+        received = LoadedCheckpoint({"module_state_dict": {"w": torch.ones(2)}, "epochs": 3})
+        epochs = []
+        for union in (Union[PyTorchCheckpoint, other], Union[other, PyTorchCheckpoint]):  # noqa: UP007
+            literal = await TypeEngine.to_literal(received, union, TypeEngine.to_literal_type(union))
+            epochs.append((await TypeEngine.to_python_value(literal, union))["epochs"])
+        return epochs
+
+    assert runs(main) == [3, 3]
 
 
 @dataclass

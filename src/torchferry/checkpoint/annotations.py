@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 from torchferry.checkpoint.adapters import refusal
 from torchferry.options import LoadOptions, SaveOptions
 
-__all__ = ["options_of", "without_annotations"]
+__all__ = ["only_variant", "options_of", "without_annotations"]
 
 OptionsT = TypeVar("OptionsT", LoadOptions, SaveOptions)
 
@@ -30,6 +30,16 @@ def options_of(t: Any, kind: type[OptionsT]) -> OptionsT:
 def without_annotations(t: Any) -> Any:
     """The type that is annotated, if it is."""
     return get_args(t)[0] if hasattr(t, "__metadata__") else t
+
+
+def only_variant(union: Any, kind: type) -> tuple[int, Any] | None:
+    """The one variant of a union that is a ``kind``, and its index; None where none is, or several are."""
+    found: list[tuple[int, Any]] = []
+    for index, variant in enumerate(get_args(without_annotations(union))):
+        declared = without_annotations(variant)
+        if isinstance(declared, type) and issubclass(declared, kind):
+            found.append((index, variant))
+    return found[0] if len(found) == 1 else None
 
 
 def _join(first: OptionsT, second: OptionsT) -> OptionsT:

@@ -22,7 +22,7 @@ from flytekit.models.types import LiteralType
 from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]  # flytekit's, without stubs
 
 from torchferry.checkpoint.adapters import message_of, type_name
-from torchferry.checkpoint.annotations import options_of, without_annotations
+from torchferry.checkpoint.annotations import only_variant, options_of, without_annotations
 from torchferry.checkpoint.content import prepared
 from torchferry.checkpoint.deck import deck_of
 from torchferry.checkpoint.fields import describes_checkpoint, path_in, register_fields
@@ -264,6 +264,7 @@ def _register() -> None:
     register_fields(kind)
     hooks.leave_alone(kind)
     hooks.bind_whole(LoadedCheckpoint)
+    hooks.open_unions(kind, only_variant)
     transformer = PyTorchCheckpointTransformer()
     ours = (PyTorchCheckpoint, LoadedCheckpoint)
     if not taking_over():

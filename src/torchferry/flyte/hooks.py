@@ -10,12 +10,12 @@ import sys
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from flytekit.core.type_engine import DataclassTransformer, TypeEngine, TypeTransformer
+from flytekit.core.type_engine import DataclassTransformer, TypeEngine, TypeTransformer, UnionTransformer
 from flytekit.models.core.types import BlobType
-from flytekit.models.literals import BindingData
+from flytekit.models.literals import BindingData, Literal, Scalar, Union
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from flytekit.core.context_manager import FlyteContext
     from flytekit.models.types import LiteralType
@@ -28,6 +28,7 @@ __all__ = [
     "execution_metadata",
     "is_checkpoint_type",
     "leave_alone",
+    "open_unions",
     "register",
     "register_guesser",
     "rename",
@@ -134,6 +135,28 @@ def bind_whole(kind: type) -> None:
         return BindingData(scalar=literal.scalar)
 
     promise.binding_data_from_python_std = bind_others
+
+
+def open_unions(kind: type, only_variant: Callable[[Any, type], tuple[int, Any] | None]) -> None:
+    """Makes unions take a value of type ``kind`` for nothing else.
+
+    flytekit tries every variant, and finds a checkpoint ambiguous beside what it pickles: ``bytes``, ``Any``.
+    """
+    to_literal = UnionTransformer.async_to_literal
+
+    @wraps(to_literal)
+    async def union_to_literal(
+        self: Any, ctx: FlyteContext, python_val: Any, python_type: Any, expected: LiteralType
+    ) -> Any:
+        found = only_variant(python_type, kind) if isinstance(python_val, kind) else None
+        if found is None:
+            return await to_literal(self, ctx, python_val, python_type, expected)
+        index, variant = found
+        variant_type = expected.union_type.variants[index]
+        literal = await TypeEngine.get_transformer(variant).async_to_literal(ctx, python_val, variant, variant_type)
+        return Literal(scalar=Scalar(union=Union(value=literal, stored_type=variant_type)))
+
+    UnionTransformer.async_to_literal = union_to_literal
 
 
 def _takes_checkpoint(literal_type: LiteralType) -> bool:

@@ -209,13 +209,27 @@ def _torch_is_imported() -> bool:
 # --- unions
 
 
-def open_unions() -> None:
-    """Makes unions, ``Optional`` among them, pass on what they hide of a value of ours: its hash, and its error."""
+def open_unions(kind: type, only_variant: Callable[[Any, type], tuple[int, Any] | None]) -> None:
+    """Makes unions, ``Optional`` among them, pass on what they hide of a value of ours: its hash, and its error.
+
+    And makes them take a value of type ``kind`` for nothing else: what a task received is a dict, too, which a model
+    or a pickle would take as well.
+    """
     to_literal, to_python_value = UnionTransformer.to_literal, UnionTransformer.to_python_value
+
+    async def convert_variant(self: Any, python_val: Any, python_type: Any, expected: types_pb2.LiteralType) -> Any:
+        found = only_variant(python_type, kind) if isinstance(python_val, kind) else None
+        if found is None:
+            return await to_literal(self, python_val, python_type, expected)
+        index, variant = found
+        variant_type = expected.union_type.variants[index]
+        literal = await TypeEngine.get_transformer(variant).to_literal(python_val, variant, variant_type)
+        union = literals_pb2.Union(value=literal, type=variant_type)
+        return literals_pb2.Literal(scalar=literals_pb2.Scalar(union=union))
 
     @wraps(to_literal)
     async def union_to_literal(self: Any, *args: Any, **kwargs: Any) -> Any:
-        literal = await _telling(to_literal, self, *args, **kwargs)
+        literal = await _telling(convert_variant, self, *args, **kwargs)
         inner = literal.scalar.union
         if inner.value.hash and inner.value.scalar.blob.metadata.type.format in _FORMATS:
             literal.hash = inner.value.hash

@@ -19,7 +19,7 @@ from flyteidl2.core import literals_pb2, types_pb2
 from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]  # no stubs exist
 
 from torchferry.checkpoint.adapters import Adapter, register_adapter, type_name
-from torchferry.checkpoint.annotations import options_of, without_annotations
+from torchferry.checkpoint.annotations import only_variant, options_of, without_annotations
 from torchferry.checkpoint.content import content_of, prepared
 from torchferry.checkpoint.deck import deck_of
 from torchferry.checkpoint.fields import describes_checkpoint, path_in, register_fields
@@ -312,7 +312,7 @@ def _register() -> None:
     hooks.register(TensorTransformer(), torch.Tensor)
     hooks.register(ModuleTransformer(), torch.nn.Module)
     hooks.leave_alone(PyTorchCheckpoint)
-    hooks.open_unions()
+    hooks.open_unions(PyTorchCheckpoint, only_variant)
     hooks.open_models()
     hooks.remember_reports()
 
