@@ -21,6 +21,7 @@ from torchferry.formats.archive import (
     Archive,
     find_directory,
     parse_directory,
+    read_archive,
     sniff,
 )
 from torchferry.formats.checksum import Checksums
@@ -196,10 +197,8 @@ class Item:
 
     @cached_property
     def _archive(self) -> Archive | None:
-        content = self.content
-        if sniff(bytes(content[:SNIFF_SIZE])) != ZIP_FORMAT:
-            return None
-        return read_directory(content, content, len(content), self._url)
+        is_archive = sniff(bytes(self.content[:SNIFF_SIZE])) == ZIP_FORMAT
+        return read_archive(self.content, self._url) if is_archive else None
 
     def check(self) -> None:
         """Checks every CRC32.

@@ -47,12 +47,10 @@ from torchferry.errors import (
     mask,
 )
 from torchferry.formats.archive import (
-    LOCAL_HEADER_SIZE,
     SNIFF_SIZE,
     ZIP_FORMAT,
     Record,
-    find_directory,
-    parse_directory,
+    read_archive,
     sniff,
 )
 from torchferry.formats.checked import load_bytes
@@ -214,13 +212,8 @@ async def plain_values(found: Contents) -> dict[str, PlainValue]:
 def _plain_values_in(contents: Mapping[str, bytearray], url: str) -> dict[str, PlainValue]:
     values: dict[str, PlainValue] = {}
     for name, content in contents.items():
-        directory = find_directory(content, len(content), url)
-        if directory is None:
-            continue  # in the legacy format
-        archive = parse_directory(content[directory.start : directory.start + directory.size], directory, url)
-        if archive.unproven:
-            archive = archive.settle(b"".join(content[at : at + LOCAL_HEADER_SIZE] for at in archive.unproven))
-        pickled = archive.get("data.pkl")
+        archive = read_archive(content, url)
+        pickled = None if archive is None else archive.get("data.pkl")  # None: in the legacy format
         if pickled is not None:
             found = read_graph(bytes(content[pickled.offset : pickled.end]), url).plain_values()
             values.update((f"{name}.{key}" if key else name, value) for key, value in found.items())

@@ -56,6 +56,7 @@ __all__ = [
     "Records",
     "find_directory",
     "parse_directory",
+    "read_archive",
     "sniff",
 ]
 
@@ -516,6 +517,24 @@ def sniff(head: bytes) -> str | None:
         ("JSON", text[:1] in {b"{", b"["}),
     )
     return next((name for name, matches in looks if matches), None)
+
+
+def read_archive(content: bytes | bytearray, url: str) -> Archive | None:
+    """The directory of an archive that is in memory as a whole.
+
+    Returns:
+        None if there is no end record: it is no zip archive, or its end is missing.
+
+    Raises:
+        CheckpointCorruptError: it is damaged.
+    """
+    directory = find_directory(content, len(content), url)
+    if directory is None:
+        return None
+    archive = parse_directory(content[directory.start : directory.start + directory.size], directory, url)
+    if archive.unproven:
+        archive = archive.settle(b"".join(content[at : at + LOCAL_HEADER_SIZE] for at in archive.unproven))
+    return archive
 
 
 def find_directory(tail: bytes | bytearray | memoryview, size: int, url: str) -> Directory | None:

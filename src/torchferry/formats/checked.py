@@ -5,15 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
-from torchferry.formats.archive import (
-    LEGACY_FORMAT,
-    LOCAL_HEADER_SIZE,
-    SNIFF_SIZE,
-    ZIP_FORMAT,
-    find_directory,
-    parse_directory,
-    sniff,
-)
+from torchferry.formats.archive import LEGACY_FORMAT, SNIFF_SIZE, ZIP_FORMAT, read_archive, sniff
 from torchferry.formats.graph import read_graph
 from torchferry.formats.legacy import check_legacy
 from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
@@ -50,12 +42,9 @@ def check_bytes(content: Buffer, url: str, *, weights_only: bool) -> None:
         if graph is not None:
             check_allowed(graph)
         return
-    directory = find_directory(data, len(data), url) if looks == ZIP_FORMAT else None
-    if directory is None:
+    archive = read_archive(data, url) if looks == ZIP_FORMAT else None
+    if archive is None:
         return  # torch says what it is not
-    archive = parse_directory(data[directory.start : directory.start + directory.size], directory, url)
-    if archive.unproven:
-        archive = archive.settle(b"".join(data[at : at + LOCAL_HEADER_SIZE] for at in archive.unproven))
     record = archive.get("data.pkl")
     pickled = b"" if record is None else data[record.offset : record.end]
     try:
