@@ -201,3 +201,45 @@ def test_two_saves_at_once_to_one_url_leave_one_of_them(
     left = torchferry.load(s3_url, storage_options=s3_storage_options)
     values = {float(value) for tensor in left.values() for value in tensor.unique()}
     assert values in ({1.0}, {2.0})
+
+
+@pytest.mark.parametrize("how", ["save", "async_save"])
+def test_what_one_rank_cannot_save_fails_on_all_and_never_mixes_with_the_next_save(
+    ranks: Any, tmp_path: Path, how: str
+) -> None:
+    answers = ranks.run("save_after_a_failure", 2, url=str(tmp_path), options={}, how=how)
+    for (said,) in answers:
+        assert "rank 1 of 2 failed: ValueError: no state yet" in said
+    loaded = torchferry.load(tmp_path)
+    assert {name: tensor.unique().tolist() for name, tensor in loaded.items()} == {
+        "rows": [2.0],
+        "columns": [2.0],
+        "replicated": [2.0],
+    }
+
+
+def test_ranks_that_name_several_places_are_refused(ranks: Any, tmp_path: Path) -> None:
+    urls = [str(tmp_path / "a"), str(tmp_path / "b")]
+    for answer in ranks.try_to("save_to_several_places", 2, timeout=TIMEOUT, urls=urls):
+        assert answer.kind == "CheckpointValueError"
+        assert all(url in answer.text for url in urls)
+    assert not list(tmp_path.rglob(".metadata"))
+    assert not list(tmp_path.rglob("*.distcp"))
+    for url in urls:
+        ferry.save({"a": torch.ones(3)}, url, no_dist=True)
+    for answer in ranks.try_to("load_from_several_places", 2, timeout=TIMEOUT, urls=urls):
+        assert answer.kind == "CheckpointValueError"
+
+
+def test_a_group_that_is_destroyed_before_the_save_is_over_is_an_error_and_no_part_of_a_checkpoint(
+    ranks: Any, tmp_path: Path
+) -> None:
+    for said in ranks.run("save_and_destroy_the_group", 2, url=str(tmp_path)):
+        assert said.startswith("RankFailedError")
+        assert "the process group was destroyed" in said
+    assert not (tmp_path / ".metadata").exists()
+
+
+def test_groups_of_our_own_wait_as_long_as_that_of_the_training(ranks: Any) -> None:
+    for answer in ranks.try_to("timeouts_of_groups", 2, timeout=17.0):
+        assert answer == [17.0, 17.0]

@@ -17,19 +17,22 @@ from fsspec.callbacks import Callback
 from s3fs import S3FileSystem
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 import torchferry
 import torchferry.distributed as ferry
+from torchferry.distributed import writer as writer_module
+from torchferry.distributed.place import Place
 from torchferry.distributed.sharing import Broadcast, Shared, cpu_group
 from torchferry.engine.types import MIB
 from torchferry.formats.item_stream import memory_of
 from torchferry.testing.forkserver import python
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 TENSORS = {
     "large": torch.randn(700, 1000),
@@ -652,3 +655,161 @@ def test_an_item_with_two_targets_gives_each_all_its_bits(tmp_path: Path, writer
     asyncio.run(reader.read_items(metadata, [item, item], [rough, exact], {}))
     assert torch.equal(rough, saved.to(torch.bfloat16))
     assert torch.equal(exact, saved)
+
+
+def test_requests_of_one_item_may_have_elements_in_common(tmp_path: Path) -> None:
+    """As only a planner of one's own asks: a part, the whole, and a part that meets the first."""
+    saved = torch.randn(400, 1000)
+    ferry.save({"x": saved}, tmp_path)
+    reader = ferry.StorageReader(tmp_path)
+    metadata = reader.read_metadata()
+    [index] = metadata.storage_data
+    nothing = torch.Size((0, 0))
+    boxes = [((100, 0), (50, 1000)), ((0, 0), (400, 1000)), ((120, 10), (200, 300))]
+    items = [
+        ReadItem(LoadItemType.TENSOR, index, nothing, index, torch.Size(offsets), torch.Size(lengths))
+        for offsets, lengths in boxes
+    ]
+    targets = [torch.zeros(lengths) for _, lengths in boxes]
+    asyncio.run(reader.read_items(metadata, items, targets, {}))
+    for ((row, column), (rows, columns)), target in zip(boxes, targets, strict=True):
+        assert torch.equal(target, saved[row : row + rows, column : column + columns])
+
+
+def test_any_flipped_bit_of_our_metadata_is_found(tmp_path: Path) -> None:
+    ferry.save({"x": torch.arange(1000.0), "y": {"z": [torch.ones(2), "text"]}}, tmp_path)
+    path = tmp_path / ".metadata"
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 11):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        with pytest.raises(torchferry.CheckpointCorruptError, match="damaged"):
+            torchferry.load(tmp_path)
+    path.write_bytes(whole[: -len(b" crc32 by torchferry: ") - 4])
+    with pytest.raises(torchferry.CheckpointCorruptError, match="lacks the CRC32"):
+        torchferry.load(tmp_path)
+
+
+def test_damaged_metadata_of_the_stock_writer_raises_documented_errors_only(tmp_path: Path) -> None:
+    dcp.save({"x": torch.arange(100.0), "y": {"z": [torch.ones(2), "text"]}}, checkpoint_id=tmp_path)
+    path = tmp_path / ".metadata"
+    whole = path.read_bytes()
+    refused = 0
+    for at in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        try:
+            torchferry.load(tmp_path)
+        except torchferry.TorchferryError:
+            refused += 1
+    assert refused > 100
+
+
+def test_metadata_whose_parts_are_not_all_of_a_tensor_is_damaged(tmp_path: Path) -> None:
+    dcp.save({"x": torch.ones(100)}, checkpoint_id=tmp_path)
+    path = tmp_path / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.state_dict_metadata["x"].size = torch.Size((200,))
+    path.write_bytes(pickle.dumps(metadata))
+    loads = (torchferry.load, torchferry.verify, lambda url: ferry.load({"x": torch.zeros(200)}, url))
+    for load in loads:
+        with pytest.raises(torchferry.CheckpointCorruptError, match="have 100 elements, and it has 200"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["all", "first", "last"])
+def test_verify_finds_a_stock_item_that_is_no_file_any_more(tmp_path: Path, where: str) -> None:
+    dcp.save({"x": torch.randn(1000, 100)}, checkpoint_id=tmp_path)
+    [shard] = tmp_path.rglob("*.distcp")
+    data = bytearray(shard.read_bytes())
+    damaged = {"all": slice(None), "first": slice(4096), "last": slice(-4096, None)}[where]
+    data[damaged] = bytes(len(data[damaged]))
+    shard.write_bytes(data)
+    with pytest.raises(torchferry.CheckpointCorruptError):
+        torchferry.verify(tmp_path)
+
+
+class Casting(DefaultSavePlanner):
+    """Stores other tensors than its plan says."""
+
+    def __init__(self, cast: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self._cast = cast
+
+    def transform_object(self, write_item: Any, object: Any) -> Any:  # noqa: A002 - torch's signature
+        value = super().transform_object(write_item, object)
+        return self._cast(value) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int32])
+@pytest.mark.parametrize("rows", [10, 1000])
+def test_a_planner_may_store_another_dtype_than_its_plan_says(tmp_path: Path, dtype: torch.dtype, rows: int) -> None:
+    state = {"x": torch.randn(rows, 300) * 100}
+    ferry.save(state, tmp_path, planner=Casting(lambda tensor: tensor.to(dtype)))
+    right = {"x": torch.zeros(rows, 300)}
+    dcp.load(right, checkpoint_id=tmp_path)
+    filled = {"x": torch.zeros(rows, 300)}
+    ferry.load(filled, tmp_path)
+    assert torch.equal(filled["x"], right["x"])
+    assert torch.equal(torchferry.load(tmp_path)["x"], right["x"])
+    torchferry.verify(tmp_path)
+
+
+def test_what_could_not_be_loaded_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(torchferry.CheckpointValueError, match="x is a sparse tensor"):
+        ferry.save({"x": torch.eye(3).to_sparse()}, tmp_path)
+    with pytest.raises(torchferry.CheckpointValueError, match="its plan says"):
+        ferry.save({"x": torch.eye(3)}, tmp_path, planner=Casting(torch.flatten))
+    assert not (tmp_path / ".metadata").exists()
+
+
+def test_a_quantized_tensor_is_loaded_into_one_that_has_its_scale(tmp_path: Path) -> None:
+    value = torch.quantize_per_tensor(torch.randn(100), 0.1, 3, torch.quint8)
+    ferry.async_save({"x": value}, tmp_path).result(60)
+    loaded = {"x": torch.quantize_per_tensor(torch.zeros(100), 0.1, 3, torch.quint8)}
+    ferry.load(loaded, tmp_path)
+    assert torch.equal(loaded["x"].int_repr(), value.int_repr())
+    with pytest.raises(torchferry.UnsupportedOptionError, match="whose scale is not stored"):
+        torchferry.load(tmp_path)
+
+
+def test_an_asynchronous_save_stores_lazy_conjugates_and_negatives_as_what_they_are(tmp_path: Path) -> None:
+    value = torch.randn(1000, dtype=torch.complex64)
+    ferry.async_save({"a": value.conj(), "b": value.conj().imag}, tmp_path).result(60)
+    loaded = torchferry.load(tmp_path)
+    assert torch.equal(loaded["a"], value.conj().resolve_conj())
+    assert torch.equal(loaded["b"], -value.imag)
+
+
+def test_clean_never_takes_a_save_that_metadata_above_it_names(tmp_path: Path) -> None:
+    ferry.save({"a": torch.ones(3)}, tmp_path)
+    [shard] = tmp_path.rglob("*.distcp")
+    assert torchferry.clean(shard.parent, older_than=0).removed == ()
+    assert torchferry.load(tmp_path)["a"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("when", ["while .metadata is answered", "while the old shards are removed"])
+def test_an_interrupt_after_the_commit_leaves_the_new_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    ferry.save({"a": torch.zeros(3)}, tmp_path)
+    if when == "while .metadata is answered":
+        put = Place.put
+
+        async def put_and_stop(self: Place, relative_path: str, data: bytes) -> Any:
+            await put(self, relative_path, data)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Place, "put", put_and_stop)
+    else:
+
+        async def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(writer_module, "remove_before", stop)
+    with pytest.raises(KeyboardInterrupt):
+        ferry.save({"a": torch.ones(3)}, tmp_path)
+    assert torchferry.load(tmp_path)["a"].tolist() == [1, 1, 1]
+    torchferry.verify(tmp_path)

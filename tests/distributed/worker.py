@@ -11,6 +11,7 @@ import pickle
 import signal
 import socket
 import sys
+import threading
 import traceback
 import warnings
 import zlib
@@ -33,6 +34,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import torchferry
 import torchferry.distributed as ferry
+from torchferry.distributed import api
+from torchferry.series.ranks import Ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -260,6 +263,65 @@ def save_two_at_once(url: str, options: dict[str, Any], world: int) -> None:  # 
         ferry.save(state, url, storage_options=options, process_group=halves[mine])
 
 
+class Broken:
+    """A part of a training's state that cannot be saved."""
+
+    def state_dict(self) -> dict[str, Any]:
+        raise ValueError("no state yet")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: Any) -> Broken:
+        raise ValueError("no state yet")
+
+
+def save_after_a_failure(url: str, options: dict[str, Any], world: int, how: str) -> list[str]:
+    """The last rank cannot save step 1; all of them save step 2. Returns the error of step 1, on each rank."""
+    said = []
+    for step in (1.0, 2.0):
+        state: dict[str, Any] = _sharded(world, 1 << 20, step)
+        if step == 1 and dist.get_rank() == world - 1:
+            state["broken"] = Broken()
+        try:
+            if how == "save":
+                ferry.save(state, url, storage_options=options)
+            else:
+                ferry.async_save(state, url, storage_options=options).result(60)
+        except torchferry.TorchferryError as error:
+            said.append(str(error))
+    return said
+
+
+def save_to_several_places(urls: list[str], world: int) -> None:  # noqa: ARG001 - as all jobs
+    """Each rank saves to another URL."""
+    ferry.save({"a": torch.ones(3), "of": {str(dist.get_rank()): torch.ones(3)}}, urls[dist.get_rank()])
+
+
+def load_from_several_places(urls: list[str], world: int) -> None:  # noqa: ARG001 - as all jobs
+    """Each rank loads from another URL."""
+    ferry.load({"a": torch.ones(3)}, urls[dist.get_rank()])
+
+
+def save_and_destroy_the_group(url: str, world: int) -> str:  # noqa: ARG001 - as all jobs
+    """Destroys the process group before the background has begun to save; returns what the save's result raises."""
+    begin = threading.Event()
+    api._uploads.executor.submit(begin.wait)
+    saving = ferry.async_save({"rank": {str(dist.get_rank()): torch.ones(3)}, "a": torch.ones(3)}, url)
+    dist.barrier()
+    dist.destroy_process_group()
+    begin.set()
+    error = saving.upload_completion.exception(60)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the end of the job
+    return f"{type(error).__name__}: {error}"
+
+
+def timeouts_of_groups(world: int) -> list[float]:  # noqa: ARG001 - as all jobs
+    """Seconds that the groups of background saves and of series wait."""
+    made = [api._group_for_saves(None), Ranks()._group]
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in made]
+
+
 def _die(when: str) -> None:
     from torchferry.distributed import writer
 
@@ -271,7 +333,7 @@ def _die(when: str) -> None:
     elif when == "during its shard":
         writer.ItemStream.__anext__ = die
     elif when == "after its shard":
-        writer._results = die
+        writer.storage_info = die
     elif when == "before .metadata":
         writer.write_metadata = die
     elif when == "after .metadata":

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -20,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.stateful import Stateful
 
 from torchferry.distributed.checks import check_parts
-from torchferry.distributed.errors import portable, ranks_as_errors
+from torchferry.distributed.errors import is_uncommitted, portable, ranks_as_errors
 from torchferry.distributed.planner import SafeLoadPlanner
 from torchferry.distributed.reader import StorageReader
 from torchferry.distributed.staging import Stager
@@ -28,13 +30,18 @@ from torchferry.distributed.writer import StorageWriter
 from torchferry.engine.cancellation import ThreadPool
 from torchferry.engine.loops import run
 from torchferry.engine.transfer import TransferReport
-from torchferry.errors import mask
+from torchferry.errors import RankFailedError, mask
+from torchferry.formats.torch_hooks import new_gloo_group
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
 __all__ = ["AsyncSave", "async_save", "load", "save"]
+
+logger = logging.getLogger("torchferry.distributed")
+
+T = TypeVar("T")
 
 _uploads = ThreadPool(1, "torchferry-sharded")  # one save after the other, in the same order on every rank
 _stager = Stager()
@@ -122,7 +129,9 @@ def save(
         callback=callback,
         report=report,
     )
-    return save_with(writer, state_dict, planner=planner, process_group=process_group, no_dist=no_dist)
+    alone = _is_alone(no_dist)
+    values = _on_all_ranks(f"save {writer.checkpoint_id}", lambda: _without_owners(state_dict), process_group, alone)
+    return save_with(writer, values, planner=planner, process_group=process_group, alone=alone)
 
 
 def save_with(
@@ -131,11 +140,10 @@ def save_with(
     *,
     planner: SavePlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
-    no_dist: bool = False,
+    alone: bool,
 ) -> Metadata:
     """``dcp.save`` with torchferry's own errors; removes what this rank wrote where nothing was committed."""
-    alone = _is_alone(no_dist)
-    with ranks_as_errors(f"save {writer.checkpoint_id}", _world_size(process_group, alone)):
+    with ranks_as_errors(f"save {writer.checkpoint_id}", writer.ranks or _world_size(process_group, alone)):
         try:
             with _quiet(alone):
                 metadata: Metadata = dcp_save(
@@ -146,7 +154,7 @@ def save_with(
                     no_dist=alone,
                 )
         except CheckpointException as error:
-            if not any(getattr(failure, "committing", False) for failure, _ in error.failures.values()):
+            if is_uncommitted(error):
                 writer.discard()
             raise
     return metadata
@@ -205,15 +213,60 @@ def async_save(
     if _last:
         wait(_last)  # its outcome is its caller's to look at
         _last.clear()
-    values = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state_dict.items()}
-    staged = _stager.stage(values)
-    del values
-    upload = _uploads.executor.submit(save_with, writer, staged, planner=planner, process_group=group, no_dist=alone)
+    what = f"save {writer.checkpoint_id}"
+    staged = _on_all_ranks(what, lambda: _stager.stage(_without_owners(state_dict)), group, alone)
+    writer.ranks = _world_size(group, alone)
+    upload = _uploads.executor.submit(_save_later, writer, staged, planner=planner, process_group=group, alone=alone)
     del staged
+    upload.add_done_callback(partial(_log_failure, what))
     _last.append(upload)
     staging: Future[None] = Future()
     staging.set_result(None)
     return AsyncSave(writer.checkpoint_id, staging, upload)
+
+
+def _save_later(writer: StorageWriter, staged: dict[str, Any], *, alone: bool, **options: Any) -> Metadata:
+    """:func:`save_with` in the thread of the uploads, while the training may end its process group."""
+    try:
+        return save_with(writer, staged, alone=alone, **options)
+    except Exception as error:
+        if alone or dist.is_initialized():
+            raise
+        raise RankFailedError(
+            f"{writer.checkpoint_id} was not saved: the process group was destroyed meanwhile. Wait for result() of "
+            "async_save() before dist.destroy_process_group()."
+        ) from error
+
+
+def _without_owners(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The states of the objects in it in their places."""
+    return {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state_dict.items()}
+
+
+def _on_all_ranks(what: str, prepare: Callable[[], T], group: dist.ProcessGroup | None, alone: bool) -> T:
+    """What ``prepare()`` returns; where it fails on one rank, all fail: the others would go on to wait for that rank.
+
+    And that rank's next save would be taken for a part of this one.
+    """
+    if alone:
+        return prepare()
+    failure: BaseException | None = None
+    try:
+        prepared = prepare()
+    except BaseException as error:  # noqa: BLE001 - raised on every rank
+        failure = portable(error)
+    told: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(told, failure, group=group)
+    with ranks_as_errors(what, len(told)):
+        if failures := {rank: _wrap_exception(error) for rank, error in enumerate(told) if error is not None}:
+            raise CheckpointException("prepare", failures)
+    return prepared
+
+
+def _log_failure(what: str, upload: Future[Metadata]) -> None:
+    """Says what may never be asked for."""
+    if not upload.cancelled() and (error := upload.exception()) is not None:
+        logger.error("Could not %s in the background: %s: %s", what, type(error).__name__, error)
 
 
 def _group_for_saves(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
@@ -221,7 +274,7 @@ def _group_for_saves(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     of = group or dist.group.WORLD
     assert of is not None  # noqa: S101 - there is a process group
     if of not in _groups:
-        _groups[of] = dist.new_group(dist.get_process_group_ranks(of), backend="gloo", use_local_synchronization=True)
+        _groups[of] = new_gloo_group(of)
     return _groups[of]
 
 
@@ -313,7 +366,7 @@ def _read_and_tell(reader: StorageReader, group: dist.ProcessGroup | None, alone
     if not alone:
         dist.broadcast_object_list(told, src=dist.get_global_rank(group, 0) if group else 0, group=group)
     if isinstance(told[0], BaseException):
-        raise told[0]
+        raise CheckpointException("read", {0: _wrap_exception(told[0])})
     if not is_reader:
         reader.use(told[0], is_checked=True)
 

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from torchferry.errors import RankFailedError, TorchferryError, mask
 
-__all__ = ["portable", "ranks_as_errors", "with_portable_errors"]
+__all__ = ["is_uncommitted", "portable", "ranks_as_errors", "with_portable_errors"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,7 +31,11 @@ def portable(error: BaseException) -> BaseException:
 
 
 def with_portable_errors(func: Callable[P, T]) -> Callable[P, T]:
-    """What a method that DCP calls raises can be sent to the other ranks."""
+    """What a method that DCP calls raises can be sent to the other ranks.
+
+    Where the method's object ``may_be_committed``, the errors do not say that nothing is: an interrupt can come while
+    the answer of the store is on its way.
+    """
 
     @wraps(func)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -39,11 +43,18 @@ def with_portable_errors(func: Callable[P, T]) -> Callable[P, T]:
             return func(*args, **kwargs)
         except BaseException as error:
             sent = portable(error)
+            if not getattr(args[0], "may_be_committed", False):
+                sent.uncommitted = True  # type: ignore[attr-defined]  # an attribute of our own
             if sent is error:
                 raise
             raise sent from error
 
     return call
+
+
+def is_uncommitted(error: CheckpointException) -> bool:
+    """Whether a save is known to have committed nothing: each rank that failed says so."""
+    return all(getattr(failure, "uncommitted", False) for failure, _ in error.failures.values())
 
 
 @contextmanager

@@ -64,6 +64,12 @@ async def stale_saves(backend: Backend, prefix: str) -> list[StaleSave]:
     stale: list[StaleSave] = []
     for directory, saves in found.items():
         place = Place(backend, directory, backend.url(directory))
+        if not f"{directory}/".startswith(prefix):  # only some of the directory was listed
+            metadata[directory] = [
+                name
+                async for each in backend.list(f"{directory}/")
+                if (name := each.path.removeprefix(f"{directory}/")).endswith(METADATA) and "/" not in name
+            ]
         named = await _named(place, metadata.get(directory, ()))
         if named is None:
             continue

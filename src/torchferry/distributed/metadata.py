@@ -3,15 +3,19 @@
 It is a pickle of ``torch.distributed.checkpoint.metadata.Metadata``. Its ``storage_data`` says where each item is:
 ``_StorageInfo(relative_path, offset, length)``. torchferry adds attributes that stock readers unpickle and ignore:
 
-* to each ``_StorageInfo``: ``data_offset`` and ``crc32``, as in :class:`~torchferry.formats.item_stream.Written`;
+* to a ``_StorageInfo``: ``data_offset`` and ``crc32``, as in :class:`~torchferry.formats.item_stream.Written`;
 * to ``storage_meta``: ``torchferry``, a dict: ``version``, ``url`` (where it was saved, without secrets), and
   ``shards``, which has size and ETag of each, by relative path.
+
+After the pickle comes its CRC32, which readers that unpickle it do not get to.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +23,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -46,6 +51,7 @@ __all__ = [
 
 _VERSION = 1  # of what torchferry adds
 _EACH = 32  # bytes that the values of a pickle of DCP's may take for each of its own: they take 17 to 23
+_CRC32 = b" crc32 by torchferry: "  # and four bytes, little-endian, of what comes before
 _DCP_VERSION = "1.0.0"  # as the stock writer says since torch 2.8; readers only look whether it is there
 
 _ALLOWED = frozenset(
@@ -99,10 +105,14 @@ class Extras:
     shards: Mapping[str, tuple[int, str | None]] = field(default_factory=dict)
 
 
-def storage_info(relative_path: str, written: Written) -> _StorageInfo:
-    """Where an item is, as stock readers want to know it, and what torchferry adds."""
+def storage_info(relative_path: str, written: Written, *, is_as_planned: bool = True) -> _StorageInfo:
+    """Where an item is, as stock readers want to know it, and what torchferry adds.
+
+    Nothing is added to one that is another tensor than its plan says: its archive tells what it is.
+    """
     info = _StorageInfo(relative_path, written.offset, written.length)
-    vars(info).update(data_offset=written.data_offset, crc32=written.crc32)
+    if is_as_planned:
+        vars(info).update(data_offset=written.data_offset, crc32=written.crc32)
     return info
 
 
@@ -117,7 +127,8 @@ def write_metadata(
     meta = StorageMeta(checkpoint_id=url, save_id=save)
     vars(meta)["torchferry"] = {"version": _VERSION, "url": url, "shards": dict(shards)}
     metadata.storage_meta = meta
-    return pickle.dumps(metadata)
+    pickled = pickle.dumps(metadata)
+    return pickled + _CRC32 + zlib.crc32(pickled).to_bytes(4, "little")
 
 
 @collector_paused()
@@ -135,12 +146,30 @@ def read_metadata(data: bytes, url: str, *, weights_only: bool, is_checked: bool
         CheckpointCorruptError: it is damaged.
         CheckpointFormatError: it is something else.
     """
+    pickled = _without_crc32(data, url)
     if not is_checked:
-        scan_pickle(data, url, each=_EACH)
+        scan_pickle(pickled, url, each=_EACH)
         if weights_only:
-            read_scanned_graph(data, url)  # looks at what its calls would take
+            read_scanned_graph(pickled, url)  # looks at what its calls would take
+    loaded = _unpickled(pickled, url, weights_only=weights_only)
     try:
-        loaded = _Unpickler(io.BytesIO(data), url).load() if weights_only else pickle.loads(data)
+        if not is_checked:
+            _check_items(loaded)
+        _check_places(loaded)
+    except CheckpointFormatError:
+        raise
+    except Exception as error:
+        raise CheckpointCorruptError(f"{url} is damaged: {printable(str(error))}") from error
+    if getattr(loaded, "storage_meta", None) is None:
+        loaded.storage_meta = StorageMeta()
+    if pickled is data and getattr(loaded.storage_meta, "torchferry", None) is not None:
+        raise CheckpointCorruptError(f"{url} is damaged: it lacks the CRC32 that torchferry gave it.")
+    return loaded
+
+
+def _unpickled(pickled: bytes, url: str, *, weights_only: bool) -> Metadata:
+    try:
+        loaded = _Unpickler(io.BytesIO(pickled), url).load() if weights_only else pickle.loads(pickled)
     except UnsafeCheckpointError:
         raise
     except Exception as error:
@@ -150,14 +179,51 @@ def read_metadata(data: bytes, url: str, *, weights_only: bool, is_checked: bool
         raise CheckpointFormatError(
             f"{url} is not the metadata of a checkpoint that torch.distributed.checkpoint wrote."
         )
-    for path in shards_of(loaded):
-        if not isinstance(path, str) or not path or path.startswith(("/", "\\")) or ".." in path.split("/"):
-            raise CheckpointFormatError(
-                f"{url} names a shard that is not within the checkpoint: {printable(str(path))}"
-            )
-    if getattr(loaded, "storage_meta", None) is None:
-        loaded.storage_meta = StorageMeta()
     return loaded
+
+
+def _without_crc32(data: bytes, url: str) -> bytes:
+    """The pickle alone, which is checked; ``data`` itself where it has no CRC32."""
+    end = len(data) - len(_CRC32) - 4
+    if data[max(end, 0) : -4] != _CRC32:
+        return data
+    if zlib.crc32(data[:end]) != int.from_bytes(data[-4:], "little"):
+        raise CheckpointCorruptError(f"{url} is damaged: its CRC32 does not match.")
+    return data[:end]
+
+
+def _check_items(metadata: Metadata) -> None:
+    """Raises what says so, where an item is not what DCP makes of one: a flipped bit can change any of it."""
+    for name, stored in metadata.state_dict_metadata.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{name!r} is no name of an item.")
+        if not isinstance(stored, BytesStorageMetadata):
+            _check_tensor(name, stored)
+
+
+def _check_tensor(name: str, stored: Any) -> None:
+    if not isinstance(stored, TensorStorageMetadata) or not isinstance(stored.properties.dtype, torch.dtype):
+        raise TypeError(f"{name} is neither a tensor nor bytes.")
+    held = 0
+    for chunk in stored.chunks:
+        places = zip(chunk.offsets, chunk.sizes, stored.size, strict=True)
+        if not all(offset >= 0 and size >= 0 and offset + size <= whole for offset, size, whole in places):
+            raise ValueError(f"{name} has a part that is not within it.")
+        held += math.prod(chunk.sizes)
+    if held != math.prod(stored.size):
+        raise ValueError(f"the parts of {name} have {held} elements, and it has {math.prod(stored.size)}.")
+
+
+def _check_places(metadata: Metadata) -> None:
+    """The same where a place is not within the checkpoint."""
+    for index, info in metadata.storage_data.items():
+        if index.fqn not in metadata.state_dict_metadata:
+            raise ValueError(f"{index.fqn!r} is stored, and is no item.")
+        if min(info.offset, info.length) < 0:
+            raise ValueError(f"{index.fqn} is stored nowhere.")
+    for path in shards_of(metadata):
+        if not isinstance(path, str) or not path or path.startswith(("/", "\\")) or ".." in path.split("/"):
+            raise CheckpointFormatError(f"The metadata names a shard that is not within the checkpoint: {path!r}")
 
 
 def extras_of(metadata: Metadata) -> Extras:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +20,7 @@ from torchferry.engine.loops import run_on
 from torchferry.engine.reader import RangeReader
 from torchferry.engine.tasks import task_group
 from torchferry.engine.types import MIB, Buffer, Chunk, ObjectStat
-from torchferry.errors import UnsupportedURLError, mask
+from torchferry.errors import CheckpointValueError, UnsupportedURLError, mask
 from torchferry.storage.base import Backend
 from torchferry.storage.local import LocalBackend
 from torchferry.storage.registry import open_backend
@@ -28,7 +28,7 @@ from torchferry.storage.registry import open_backend
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["METADATA", "Place", "bytes_of", "delete_several", "inside", "new_save_name", "save_name_of"]
+__all__ = ["METADATA", "Place", "bytes_of", "delete_several", "inside", "new_save_name", "require_one", "save_name_of"]
 
 METADATA = ".metadata"
 """The object whose appearance makes a checkpoint: it names all shards."""
@@ -69,6 +69,11 @@ class Place:
         return await in_thread(partial(cls.open, url, **options))
 
     @property
+    def whole_url(self) -> str:
+        """The full URL, without secrets: of a relative path too."""
+        return mask(self.url_of(""))
+
+    @property
     def is_local(self) -> bool:
         """Whether it is a directory of this machine."""
         return isinstance(self.backend, LocalBackend)
@@ -102,6 +107,15 @@ class Place:
             for directory in {str(Path(path).parent) for path in paths} - {self.path}:
                 with suppress(OSError):  # somebody's file is in there
                     await in_thread(os.rmdir, directory)
+
+
+def require_one(urls: Collection[str], verb: str) -> None:
+    """Raises a CheckpointValueError where the ranks have not all the same URL."""
+    if len(urls) > 1:
+        raise CheckpointValueError(
+            f"The ranks {verb} several places as if they were one: {', '.join(sorted(urls))}. Give all of them one "
+            "URL; where it is a relative path, they must have one working directory."
+        )
 
 
 async def delete_several(backend: Backend, paths: Iterable[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from torchferry.distributed.checks import ReadPart
 from torchferry.distributed.errors import with_portable_errors
 from torchferry.distributed.fetch import Files, fetch
 from torchferry.distributed.metadata import chunk_of, extras_of, read_metadata
-from torchferry.distributed.place import METADATA, Place
+from torchferry.distributed.place import METADATA, Place, require_one
 from torchferry.distributed.placing import Plan, Wanted
 from torchferry.distributed.sharing import Broadcast, Shared, cpu_group, said_by_all, share
 from torchferry.distributed.slices import Piece
@@ -141,12 +142,15 @@ class StorageReader(DcpStorageReader):
         del is_coordinator, args, kwargs
         self._metadata = metadata
 
+    @with_portable_errors
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Leaves the plan as it is."""
-        return plan
+        """Notes in the plan where this rank loads from."""
+        return replace(plan, storage_data=run(self._place).whole_url)
 
+    @with_portable_errors
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Leaves the plans as they are, but for who reads what all ranks have."""
+        require_one({plan.storage_data for plan in plans}, "load from")
         if not self._broadcast or len(plans) == 1 or not dist.is_initialized():
             return plans
         if len(plans) != dist.get_world_size(self._group):
@@ -299,6 +303,14 @@ class StorageReader(DcpStorageReader):
         contents: dict[int, bytearray],
         guess: bool = True,
     ) -> None:
+        first, later = _apart(requests)
+        if later:
+            for chosen in (first, later):
+                found: dict[int, bytearray] = {}
+                some = [requests[number] for number in chosen], [targets[number] for number in chosen]
+                await self._read_items(place, metadata, *some, found, guess)
+                contents.update((chosen[index], content) for index, content in found.items())
+            return
         infos = [_info(metadata, request.storage_index, place.url) for request in requests]
         paths = list(dict.fromkeys(info.relative_path for info in infos))
         with current().stage("opening"):
@@ -446,6 +458,33 @@ def _info(metadata: Metadata, index: MetadataIndex, url: str) -> Any:
             "stock reader loads it."
         )
     return info
+
+
+def _apart(requests: Sequence[ReadItem]) -> tuple[list[int], list[int]]:
+    """The numbers of requests that have no element in common, but for those that are for the same part of an item.
+
+    Returns:
+        Theirs; and those of the rest, which only a planner of somebody's own asks for.
+    """
+    taken: dict[MetadataIndex, set[tuple[torch.Size, torch.Size]]] = {}
+    first: list[int] = []
+    later: list[int] = []
+    for number, request in enumerate(requests):
+        part = request.storage_offsets, request.lengths
+        parts = taken.setdefault(request.storage_index, set())
+        if part in parts or not any(_meet(part, other) for other in parts):
+            parts.add(part)
+            first.append(number)
+        else:
+            later.append(number)
+    return first, later
+
+
+def _meet(one: tuple[torch.Size, torch.Size], other: tuple[torch.Size, torch.Size]) -> bool:
+    return all(
+        max(start, other_start) < min(start + length, other_start + other_length)
+        for start, length, other_start, other_length in zip(*one, *other, strict=True)
+    )
 
 
 def _check_lengths(wanted: Sequence[Wanted], stats: Sequence[ObjectStat]) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torchferry.engine.memory import BLOCK_SIZE, EVERYTHING_ELSE, Claim
 from torchferry.engine.types import MIB
 from torchferry.formats.item_stream import is_plain
+from torchferry.formats.torch_hooks import new_gloo_group
 
 __all__ = ["Broadcast", "Shared", "cpu_group", "said_by_all", "share"]
 
@@ -81,7 +82,7 @@ def cpu_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     if dist.get_backend(of) == "gloo":
         return of
     if of not in _groups:
-        _groups[of] = dist.new_group(dist.get_process_group_ranks(of), backend="gloo", use_local_synchronization=True)
+        _groups[of] = new_gloo_group(of)
     return _groups[of]
 
 
@@ -132,8 +133,8 @@ class Broadcast:
     def _look(self, item: ReadItem, number: int) -> tuple[Any, ...]:
         target = self._targets[number]
         if item.type == LoadItemType.BYTE_IO or target is None:
-            return ("bytes", self._sizes[number])
-        return (target.dtype, tuple(target.shape), _is_straight(target))
+            return (*_key(item), "bytes", self._sizes[number])
+        return (*_key(item), target.dtype, tuple(target.shape), _is_straight(target))
 
     def exchange(self, contents: dict[int, bytearray]) -> None:
         """Sends what this rank has read, and receives the rest into the targets.

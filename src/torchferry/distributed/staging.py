@@ -11,6 +11,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE
 from torch.distributed.tensor import DTensor
 
+from torchferry.formats.item_stream import is_plain
 from torchferry.formats.snapshot import Snapshots
 
 __all__ = ["Stager"]
@@ -83,9 +84,9 @@ def _mapped(  # noqa: PLR0911 - one for each kind of value
         return staged
     if isinstance(value, torch.Tensor):
         tensor = value.detach()
-        if type(tensor) is torch.Tensor and tensor.layout is torch.strided:
+        if is_plain(tensor) and not (tensor.is_conj() or tensor.is_neg()):
             return of_tensor(tensor)
-        return tensor.to("cpu", copy=True)
+        return tensor.resolve_conj().resolve_neg().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: _mapped(item, of_tensor) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -47,9 +47,11 @@ from torchferry.errors import (
     mask,
 )
 from torchferry.formats.archive import (
+    LEGACY_FORMAT,
     SNIFF_SIZE,
     ZIP_FORMAT,
     Record,
+    find_directory,
     read_archive,
     sniff,
 )
@@ -80,6 +82,7 @@ __all__ = [
     "verify_contents",
 ]
 
+_QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 _ALIGNMENT = 64  # of tensors in the load buffer
 _SMALL = 256 << 10  # a stock item up to this size is looked into when it is there
 
@@ -165,7 +168,10 @@ async def load_whole(
         return values
     state: dict[str, Any] = {}
     for name in names:
-        set_element(state, paths.get(name, (name,)), values[name])
+        try:
+            set_element(state, paths.get(name, (name,)), values[name])
+        except (TypeError, IndexError, KeyError, AttributeError) as error:
+            raise CheckpointCorruptError(f"{url}: the metadata gives {printable(name)} no place.") from error
     return state
 
 
@@ -250,6 +256,12 @@ def _allocate(metadata: Metadata, names: Sequence[str], device: torch.device, ur
     stored = {
         name: entry for name in names if isinstance(entry := metadata.state_dict_metadata[name], TensorStorageMetadata)
     }
+    for name, entry in stored.items():
+        if entry.properties.dtype in _QUANTIZED:
+            raise UnsupportedOptionError(
+                f"{url}: {printable(name)} is a quantized tensor, whose scale is not stored. Load it into a state dict "
+                "that has it: torchferry.distributed.load(state_dict, url)."
+            )
     if device.type == "meta":
         return {
             name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta") for name, entry in stored.items()
@@ -413,7 +425,10 @@ async def _records_of_archives(
         if isinstance(found.metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
             dtype, chunk = chunk_of(found.metadata, index)
             nbytes = chunk.sizes.numel() * dtype.itemsize
-        around = info.length if info.length <= _SMALL else min(max(info.length - nbytes, 1), BLOCK_SIZE // 2)
+        left = info.length - nbytes
+        if left <= 0 or info.length <= _SMALL:  # not more than the tensor: it was stored as another dtype
+            left = info.length
+        around = min(left, BLOCK_SIZE // 2) if info.length > _SMALL else info.length
         head = bytearray(around)
         tail = head if around == info.length else bytearray(around)
         stop = info.offset + info.length
@@ -428,8 +443,13 @@ async def _records_of_archives(
 def _records_in(ends: Sequence[tuple[MetadataIndex, Any, bytearray, bytearray]], url: str) -> Iterator[Record]:
     """All records of items."""
     for index, info, head, tail in ends:
-        if sniff(bytes(head[:SNIFF_SIZE])) != ZIP_FORMAT:
-            continue  # in the legacy format: no CRC32s
+        looks = sniff(bytes(head[:SNIFF_SIZE]))
+        if looks == LEGACY_FORMAT or getattr(info, "transform_descriptors", None):
+            continue  # no CRC32s
+        if looks != ZIP_FORMAT or find_directory(bytes(tail), info.length, url) is None:
+            raise CheckpointCorruptError(
+                f"{url}: {printable(index.fqn)} is damaged: it is no file of torch's any more."
+            )
         archive = read_directory(bytes(head), bytes(tail), info.length, url)
         for record in archive.records if archive is not None else ():
             name = f"{index.fqn}: {record.name}"

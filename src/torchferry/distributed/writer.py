@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter as DcpStorageWriter
 from torch.distributed.checkpoint.storage import WriteResult
@@ -20,12 +20,12 @@ from torch.futures import Future
 
 from torchferry.distributed.errors import with_portable_errors
 from torchferry.distributed.metadata import read_metadata, shards_of, storage_info, write_metadata
-from torchferry.distributed.place import METADATA, Place, new_save_name
+from torchferry.distributed.place import METADATA, Place, new_save_name, require_one
 from torchferry.distributed.staging import Stager
 from torchferry.engine.loops import own_loop, run, run_on
 from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import ObjectStat
-from torchferry.errors import CheckpointNotFoundError, CheckpointValueError, TorchferryError, mask
+from torchferry.errors import CheckpointNotFoundError, CheckpointValueError, RankFailedError, TorchferryError, mask
 from torchferry.formats.item_stream import Item, ItemStream
 
 if TYPE_CHECKING:
@@ -62,9 +62,11 @@ class _ShardResult(WriteResult):
 
     Attributes:
         shard: Relative path, size and ETag.
+        directory: The URL that the rank saved to.
     """
 
     shard: tuple[str, int, str | None] = ("", 0, None)
+    directory: str = ""
 
 
 class StorageWriter(Stager, DcpStorageWriter):
@@ -88,6 +90,10 @@ class StorageWriter(Stager, DcpStorageWriter):
         give_up_after: Seconds without progress after which failed requests are not repeated any more; 120 by default.
         callback: Told the size of this rank's shard, and of bytes as the store acknowledges them.
         report: Called with the :class:`~torchferry.TransferReport` of this rank's shard.
+
+    Attributes:
+        may_be_committed: Whether ``.metadata`` was sent: the checkpoint may be there, whatever was answered.
+        ranks: How many must save together; None for any number.
     """
 
     def __init__(
@@ -114,6 +120,8 @@ class StorageWriter(Stager, DcpStorageWriter):
         self._rank: int | None = None
         self._use_collectives = True
         self._written: list[str] = []  # shards of this rank that no metadata names, as far as it knows
+        self.may_be_committed = False
+        self.ranks: int | None = None
 
     # --- called by DCP
 
@@ -143,6 +151,7 @@ class StorageWriter(Stager, DcpStorageWriter):
         self._rank = kwargs.get("rank")
         self._use_collectives = kwargs.get("use_collectives", True)
         self._written.clear()
+        self.may_be_committed = False
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Leaves the plan as it is."""
@@ -151,6 +160,11 @@ class StorageWriter(Stager, DcpStorageWriter):
     @with_portable_errors
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Chooses the save's name, and where each rank's shard goes."""
+        if self.ranks not in {None, len(plans)}:
+            raise RankFailedError(
+                f"Of {self.ranks} ranks, {len(plans)} came to save: the process group has changed since the save "
+                "began. Wait for its result before you destroy the group."
+            )
         if not self._overwrite:
             run(self._require_nothing_there)
         save = new_save_name()
@@ -222,8 +236,9 @@ class StorageWriter(Stager, DcpStorageWriter):
         self, place: Place, relative_path: str, plan: SavePlan, planner: SavePlanner
     ) -> list[WriteResult]:
         ordered = sorted(plan.items, key=lambda item: item.type != WriteItemType.BYTE_IO)  # small ones side by side
+        unlike: set[MetadataIndex] = set()
         items = [
-            Item(_nbytes(item), partial(_resolve, planner, item), held_by=partial(_held_by, planner, item))
+            Item(_nbytes(item), partial(_resolve, planner, item, unlike), held_by=partial(_held_by, planner, item))
             for item in ordered
         ]
         stream = ItemStream(
@@ -239,30 +254,33 @@ class StorageWriter(Stager, DcpStorageWriter):
             stat = await place.backend.write(place.at(relative_path), stream, plan=stream.plan)
             transfer.set_size(stat.size)
             transfer.moved_at_least(stat.size)
-        return _results(relative_path, stat, ordered, stream)
+        places = [
+            storage_info(relative_path, written, is_as_planned=item.index not in unlike)
+            for item, written in zip(ordered, stream.written, strict=True)
+        ]
+        results = [WriteResult(item.index, info.length, info) for item, info in zip(ordered, places, strict=True)]
+        first = results[0]
+        shard = (relative_path, stat.size, stat.etag)
+        return [
+            _ShardResult(first.index, first.size_in_bytes, first.storage_data, shard, place.whole_url),
+            *results[1:],
+        ]
 
     async def _commit(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         place = await self._place()
         storage_data = {result.index: result.storage_data for of_rank in results for result in of_rank}
-        shards = {
-            path: (size, etag)
-            for of_rank in results
-            for result in of_rank
-            if isinstance(result, _ShardResult)
-            for path, size, etag in [result.shard]
-        }
+        written = [result for of_rank in results for result in of_rank if isinstance(result, _ShardResult)]
+        require_one({place.whole_url, *(result.directory for result in written)}, "save to")
+        shards = {path: (size, etag) for path, size, etag in (result.shard for result in written)}
         name = self._metadata_name
         save = next(iter(shards), new_save_name()).partition("/")[0]
-        before = await shards_before(place, name)
-        data = write_metadata(metadata, storage_data, place.url, save, shards)
         with Transfer("save", mask(place.url_of(name)), give_up_after=self._give_up_after).running(None):
-            try:
-                stat = await place.put(name, data)
-            except BaseException as error:
-                error.committing = True  # type: ignore[attr-defined]  # it may be there all the same
-                raise
-        self._written.clear()
-        await remove_before(place, name, stat, [path for path in before if path not in shards])
+            before = await shards_before(place, name)
+            data = write_metadata(metadata, storage_data, place.url, save, shards)
+            self.may_be_committed = True
+            stat = await place.put(name, data)
+            self._written.clear()
+            await remove_before(place, name, stat, [path for path in before if path not in shards])
 
 
 _used: set[str] = set()  # shards that this process has written
@@ -276,9 +294,25 @@ def _nbytes(item: WriteItem) -> int:
     return data.chunk.sizes.numel() * data.properties.dtype.itemsize
 
 
-def _resolve(planner: SavePlanner, item: WriteItem) -> torch.Tensor | memoryview:
+def _resolve(planner: SavePlanner, item: WriteItem, unlike: set[MetadataIndex]) -> torch.Tensor | memoryview:
+    """What is stored of an item; notes in ``unlike`` those that are other tensors than their plan says."""
     data = planner.resolve_data(item)
-    return data.getbuffer() if isinstance(data, io.BytesIO) else data
+    if isinstance(data, io.BytesIO):
+        return data.getbuffer()
+    if data.layout is not torch.strided:
+        raise CheckpointValueError(
+            f"{item.index.fqn} is a sparse tensor ({data.layout}), of which torch.distributed.checkpoint loads "
+            "nothing: save what to_dense() makes of it."
+        )
+    said = item.tensor_data
+    if said is not None and data.shape != said.chunk.sizes:
+        raise CheckpointValueError(
+            f"The planner gives {item.index.fqn} as {list(data.shape)}, and its plan says {list(said.chunk.sizes)}: "
+            "nothing could load it."
+        )
+    if said is not None and data.dtype != said.properties.dtype:
+        unlike.add(item.index)
+    return data
 
 
 def _held_by(planner: SavePlanner, item: WriteItem) -> Iterable[torch.Tensor]:
@@ -292,16 +326,6 @@ def _held_by(planner: SavePlanner, item: WriteItem) -> Iterable[torch.Tensor]:
         return ()
     with torch.no_grad():  # else its version is one of its own
         return whole, whole.to_local()
-
-
-def _results(relative_path: str, stat: ObjectStat, items: list[WriteItem], stream: ItemStream) -> list[WriteResult]:
-    results = [
-        WriteResult(item.index, written.length, storage_info(relative_path, written))
-        for item, written in zip(items, stream.written, strict=True)
-    ]
-    first = results[0]
-    shard = (relative_path, stat.size, stat.etag)
-    return [_ShardResult(first.index, first.size_in_bytes, first.storage_data, shard), *results[1:]]
 
 
 async def shards_before(place: Place, name: str) -> list[str]:

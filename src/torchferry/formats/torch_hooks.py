@@ -13,7 +13,7 @@ import pickle
 import re
 import struct
 import sys
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +39,15 @@ if TYPE_CHECKING:
     import mmap
     from collections.abc import Iterator
 
+    import torch.distributed as dist
+
 __all__ = [
     "LOADS_IN_PLACE",
     "NO_MODES",
     "TorchModes",
     "crc32_option_is_of_the_context",
     "load_in_place",
+    "new_gloo_group",
     "torch_errors",
     "torch_load",
     "torch_save",
@@ -357,3 +360,20 @@ def _is_of_others(file: str, function: str) -> bool:
     is_pythons = file.startswith((_STDLIB, "<frozen ")) and _PACKAGES.search(file) is None
     is_known = is_pythons or file.startswith(_DIRECTORIES)
     return function in _OTHERS or function.endswith(_ENDS_OF_OTHERS) or not is_known
+
+
+def new_gloo_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
+    """A new gloo group of the same ranks, which waits for them as long as ``group`` does: ``None`` is that of all.
+
+    Collective. A new group of torch's own accord waits for 30 minutes.
+    """
+    import torch.distributed as dist
+
+    of = group or dist.group.WORLD
+    assert of is not None  # noqa: S101 - there is a process group
+    timeout = None
+    with suppress(AttributeError, IndexError, RuntimeError):  # of a backend of its own kind
+        timeout = of._get_backend(of._device_types[0]).options._timeout  # noqa: SLF001
+    ranks = dist.get_process_group_ranks(of)
+    new: Any = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+    return new  # type: ignore[no-any-return]  # torch's annotation is missing

@@ -31,8 +31,9 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         import torch.distributed as dist
 
-        members = None if group is None else dist.get_process_group_ranks(group)
-        self._group: Any = dist.new_group(members, backend="gloo", use_local_synchronization=members is not None)
+        from torchferry.formats.torch_hooks import new_gloo_group
+
+        self._group: Any = new_gloo_group(group)
         self.rank = dist.get_rank(self._group)
         self.size = dist.get_world_size(self._group)
 
