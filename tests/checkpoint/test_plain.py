@@ -14,7 +14,7 @@ from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
-from typing import Annotated, Any, Generic, NamedTuple, TypeVar
+from typing import Annotated, Any, Final, Generic, NamedTuple, NewType, NotRequired, TypedDict, TypeVar
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
@@ -531,3 +531,110 @@ def test_what_cannot_be_pickled_of_a_state_is_left_out_and_the_weights_are_not()
     )
     assert "0._extra_state" in model.state_dict()  # the user's own is as it was
     assert "fn" in optimizer.state_dict()["param_groups"][0]
+
+
+Name = NewType("Name", PurePosixPath)
+
+
+class Options(TypedDict):
+    where: Path
+    days: NotRequired[date]
+
+
+@dataclass
+class Adam:
+    lr: float
+    decay: float = 0.0
+    where: Path = Path()
+
+
+@dataclass
+class Sgd:
+    lr: float
+    decay: float = 0.0
+
+
+@dataclass
+class Momentum:
+    lr: float
+    decay: float = 0.0
+
+
+@dataclass
+class Scaled:
+    lr: float
+    name: Name
+    kept: Final[Path]
+    options: Options
+    ordered: OrderedDict[str, Path]
+    optimizer: Adam | Sgd
+
+    def __post_init__(self) -> None:
+        self.lr *= 2
+
+
+def test_what_comes_back_is_what_was_saved_whatever_a_class_makes_of_its_arguments() -> None:
+    given = Scaled(
+        0.1, Name(PurePosixPath("a")), Path("b"), {"where": Path("c"), "days": DAY}, OrderedDict(x=Path("d")), Sgd(0.1)
+    )
+    rebuilt = LoadedCheckpoint(stored(given)).hyperparameters_as(Scaled)
+    assert rebuilt == given
+    assert rebuilt.lr == 0.2
+    assert type(rebuilt.ordered) is OrderedDict
+
+
+def test_of_classes_with_the_same_fields_nothing_tells_which_it_was() -> None:
+    config = make_dataclass("Config", [("optimizer", Sgd | Momentum)])
+    with pytest.raises(TypeError, match="Sgd and Momentum have the same fields"):
+        LoadedCheckpoint(stored(config(Momentum(0.1)))).hyperparameters_as(config)
+
+
+@dataclass
+class Linked:
+    lr: float
+    broken: Any = None
+    later: float = field(init=False)
+
+
+class Raises:
+    """What has no state, and is no value either."""
+
+    def state_dict(self) -> dict[str, Any]:
+        raise ValueError("not consolidated")
+
+    def __getattr__(self, name: str) -> Any:
+        raise ValueError("not now")
+
+
+def test_a_field_that_cannot_be_had_is_left_out_alone() -> None:
+    linked = Linked(0.1)
+    linked.broken = linked  # holds itself
+    ready = prepared(PyTorchCheckpoint(hyperparameters=linked))
+    assert ready.content == {"lr": 0.1}
+    assert ready.left_out == ("broken",)
+    assert "broken" in str(ready.error("file:///x"))
+
+
+@pytest.mark.parametrize("part", ["module", "optimizer"])
+def test_a_state_that_cannot_be_had_leaves_the_rest(part: str) -> None:
+    module = torch.nn.Linear(1, 1)
+    parts: dict[str, Any] = {"module": module, "optimizer": torch.optim.SGD(module.parameters()), part: Raises()}
+    ready = prepared(PyTorchCheckpoint(**parts, hyperparameters={"lr": 0.1}))
+    assert ready.content.keys() == {"lr", "module_state_dict", "optimizer_state_dict"} - {f"{part}_state_dict"}
+    assert f"{part}_state_dict cannot be had: ValueError: not consolidated" in str(ready.error("file:///x"))
+    with pytest.raises(ValueError, match="not consolidated"):
+        content_of(PyTorchCheckpoint(**{part: Raises()}))
+
+
+def test_a_state_may_stand_for_its_owner() -> None:
+    state = torch.nn.Linear(1, 1).state_dict()
+    given: Any = {"module": state}
+    assert content_of(PyTorchCheckpoint(**given))["module_state_dict"] is state
+
+
+def test_what_cannot_be_pickled_is_left_out_of_a_trusted_checkpoint_too() -> None:
+    ready = prepared(
+        PyTorchCheckpoint(hyperparameters={"act": lambda x: x, "kept": Inner(Color.RED, Shape(1))}), trusted=True
+    )
+    assert ready.content == {"kept": Inner(Color.RED, Shape(1))}
+    assert "weights_only=False" in str(ready.error("file:///x"))

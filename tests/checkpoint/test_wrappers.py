@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def test_it_does_not_ask_the_module_for_its_state() -> None:
     assert torch.equal(module.weight, state["module.weight"])
 
 
-def test_a_module_on_the_meta_device_takes_the_tensors_of_the_checkpoint() -> None:
+def test_what_is_on_the_meta_device_gets_memory_of_its_own() -> None:
     saved = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     with torch.device("meta"):
         module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
@@ -142,5 +143,58 @@ def test_a_module_on_the_meta_device_takes_the_tensors_of_the_checkpoint() -> No
     LoadedCheckpoint({"module_state_dict": saved.state_dict()}).restore(module=module)
     for name, tensor in saved.state_dict().items():
         assert torch.equal(module.state_dict()[name], tensor)
+        assert module.state_dict()[name].data_ptr() != tensor.data_ptr()
     assert not module[0].weight.requires_grad
     assert module[0].bias.requires_grad
+
+
+class Tied(torch.nn.Module):
+    """Two names of one weight, of another dtype than was saved, and a buffer that no state has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(4, 4, bias=False, dtype=torch.float64)
+        self.second = torch.nn.Linear(4, 4, bias=False, dtype=torch.float64)
+        self.second.weight = self.first.weight
+        self.register_buffer("scratch", torch.ones(2), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def test_an_optimizer_of_a_module_on_the_meta_device_trains_what_was_restored() -> None:
+    with torch.device("meta"):
+        module = Tied()
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+    saved = Tied()
+    trained = torch.optim.Adam(saved.parameters(), lr=0.1)
+    checkpoint = LoadedCheckpoint(
+        {"module_state_dict": saved.to(torch.float32).state_dict(), "optimizer_state_dict": trained.state_dict()}
+    )
+    checkpoint.restore(module, optimizer)
+    assert module.first.weight is module.second.weight
+    assert module.first.weight.dtype == torch.float64
+    before = module.first.weight.detach().clone()
+    module(torch.ones(1, 4, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(module.first.weight, before)
+    assert torch.equal(checkpoint.module_state_dict["first.weight"].double(), before)
+
+
+def test_training_changes_no_checkpoint_that_was_restored() -> None:
+    module = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(module.parameters())
+
+    def step() -> None:
+        module(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+    step()
+    checkpoint = LoadedCheckpoint(
+        {"module_state_dict": module.state_dict(), "optimizer_state_dict": deepcopy(optimizer.state_dict())}
+    )
+    checkpoint.restore(optimizer=optimizer)
+    before = deepcopy(checkpoint.optimizer_state_dict)
+    step()
+    for name in ("step", "exp_avg"):
+        assert torch.equal(checkpoint.optimizer_state_dict["state"][0][name], before["state"][0][name])

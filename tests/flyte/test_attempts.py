@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import make_checkpoint
-from flytekit import FlyteContext, FlyteContextManager
+from flytekit import FlyteContext, FlyteContextManager, map_task, task, workflow
 from flytekit.core.checkpointer import SyncCheckpoint
 from flytekit.core.type_engine import TypeEngine
 
@@ -62,6 +62,27 @@ def test_attempt_goes_on_from_the_last_attempt_that_saved_something(attempt: Att
         checkpoints.save(3, {"step": 3})
         checkpoints.wait_until_finished()
         assert checkpoints.resume() == {"step": 3}
+
+
+@task
+def last_step_of(k: int) -> int:
+    """Goes on from what is there, and saves ``k`` steps."""
+    with task_checkpoints() as checkpoints:
+        found = checkpoints.resume()
+        step = 0 if found is None else int(found["epochs"])
+        for each in range(step + 1, step + k + 1):
+            checkpoints.save(each, PyTorchCheckpoint(hyperparameters={"epochs": each}))
+    return step + k
+
+
+@workflow
+def sweep() -> list[int]:
+    return map_task(last_step_of)(k=[1, 2, 3])
+
+
+@pytest.mark.usefixtures("context")
+def test_elements_of_a_map_that_runs_locally_never_go_on_from_each_other() -> None:
+    assert sweep() == [1, 2, 3]
 
 
 def test_checkpoint_that_the_task_has_stored_is_not_uploaded_again_as_its_output(attempt: Attempt) -> None:

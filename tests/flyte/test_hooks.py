@@ -10,7 +10,9 @@ import inspect
 
 from flytekit import FlyteContextManager
 from flytekit.core import promise
+from flytekit.core.array_node_map_task import ArrayNodeMapTask
 from flytekit.core.data_persistence import FileAccessProvider
+from flytekit.core.python_function_task import PythonFunctionTask
 from flytekit.core.type_engine import DataclassTransformer, TypeEngine, UnionTransformer
 
 from torchferry.flyte import PyTorchCheckpointTransformer, hooks, plugin
@@ -54,6 +56,12 @@ def test_flytekit_prepares_dataclasses_before_it_encodes_them() -> None:
 def test_flytekit_makes_the_dicts_of_a_struct_anew() -> None:
     assert "_fix_val_int" in inspect.getsource(DataclassTransformer)
     assert list(inspect.signature(DataclassTransformer._fix_val_int).parameters) == ["self", "t", "val"]
+
+
+def test_flytekit_executes_the_elements_of_a_local_map_one_by_one() -> None:
+    source = inspect.getsource(inspect.unwrap(ArrayNodeMapTask._raw_execute))
+    assert "self._run_task.execute(**single_instance_inputs)" in source
+    assert inspect.unwrap(PythonFunctionTask.execute) is not PythonFunctionTask.execute
 
 
 def test_flytekit_tries_every_variant_of_a_union() -> None:

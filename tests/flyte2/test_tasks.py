@@ -379,6 +379,30 @@ def test_modules_are_values_of_tasks(runs: Runs) -> None:
     assert [uri.rsplit("/", 1)[1] for uri in runs.stored()] == ["module.pt"]
 
 
+def test_a_module_whose_class_cannot_be_imported_is_stored_by_value(runs: Runs) -> None:
+    class Local(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) * 2
+
+    @env.task
+    async def make_local() -> torch.nn.Module:
+        module = Local()
+        module.scale = lambda x: x * 3  # type: ignore[assignment]  # no pickle takes it
+        return module
+
+    @env.task
+    async def look(module: torch.nn.Module) -> bool:
+        x = torch.ones(1, 4)
+        assert type(module).__name__ == "Local"
+        return torch.equal(module(x), module.layer(x) * 2) and module.scale(2) == 6  # type: ignore[operator]
+
+    @env.task
+    async def main() -> bool:
+        return await look(await make_local())
+
+    assert runs(main)
+
+
 class Odd(Net):
     extra: Any = None
 

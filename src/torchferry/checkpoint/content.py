@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -18,50 +19,65 @@ from torchferry.checkpoint.values import (
     OPTIMIZER_KEY,
     LoadedCheckpoint,
     PyTorchCheckpoint,
-    check_names,
     name_is_taken,
 )
 from torchferry.errors import CheckpointValueError
 from torchferry.formats.torch_hooks import torch_load, torch_save
+from torchferry.formats.torch_pickle import pickle_object
 
 __all__ = ["Loadable", "content_of", "loadable", "prepared"]
 
 _ANYTHING = (Exception, SystemExit)  # what user code may raise that pickling, repr() and comparing run
 _STATES = {MODULE_KEY, OPTIMIZER_KEY}
+_SIMPLE = frozenset({bool, bytes, complex, float, str, type(None)})
 _LONGEST_INT = 2000  # bits; from 2,040 on, torch's weights_only unpickler refuses them
 _DEEPEST = 100  # containers in containers: pickle takes some 490, less where the caller is deep in calls already
 _LONGEST_TEXT = 300  # characters of a name or an error in a message
 
 
-def content_of(checkpoint: PyTorchCheckpoint, left_out: list[str] | None = None) -> dict[str, Any]:
+def content_of(checkpoint: PyTorchCheckpoint, failed: dict[str, BaseException] | None = None) -> dict[str, Any]:
     """The dict that is saved for a checkpoint, in the order of flytekit's own transformer.
 
     Calls ``state_dict()``, which may take long: run it in a worker thread.
 
     Args:
         checkpoint: A checkpoint, or an object of another class with the same three fields: flytekit has one.
-        left_out: Given the hyperparameters that are left out, as they have the name of one of the states.
+        failed: Given the error of each part that cannot be had, by its name: of a state, of a hyperparameter.
 
     Raises:
-        CheckpointValueError: there is nothing to save, or there is such a hyperparameter and no ``left_out``.
+        CheckpointValueError: there is nothing to save, or there is a hyperparameter with the name of a state.
+        Exception: what else keeps a part from being had; only without ``failed``, or where nothing else is left.
     """
     if isinstance(checkpoint, LoadedCheckpoint):
-        content = dict(checkpoint)
-    else:
-        content = {}
-        if checkpoint.module is not None:
-            content[MODULE_KEY] = _state_of("module", checkpoint.module)
-        hyperparameters = as_dict(checkpoint.hyperparameters)
-        if left_out is None:
-            check_names(hyperparameters)
-        else:
-            left_out += _STATES & hyperparameters.keys()
-        content.update((key, value) for key, value in hyperparameters.items() if key not in _STATES)
-        if checkpoint.optimizer is not None:
-            content[OPTIMIZER_KEY] = _state_of("optimizer", checkpoint.optimizer)
-    if not content:
-        raise refusal(f"There is nothing to save in {checkpoint!r}.")
-    return content
+        return dict(checkpoint) or _refuse_nothing(checkpoint)
+    errors: dict[str, BaseException] = {}
+    content: dict[str, Any] = {}
+    _put_state(content, "module", checkpoint.module, errors)
+    hyperparameters = as_dict(checkpoint.hyperparameters, errors)
+    for name in _STATES & hyperparameters.keys():
+        errors[name] = refusal(name_is_taken(name))
+        del hyperparameters[name]
+    content.update(hyperparameters)
+    _put_state(content, "optimizer", checkpoint.optimizer, errors)
+    if errors and (failed is None or not content):
+        raise next(iter(errors.values()))
+    if failed is not None:
+        failed.update(errors)
+    return content or _refuse_nothing(checkpoint)
+
+
+def _refuse_nothing(checkpoint: PyTorchCheckpoint) -> NoReturn:
+    raise refusal(f"There is nothing to save in {checkpoint!r}.")
+
+
+def _put_state(content: dict[str, Any], name: str, owner: Any, errors: dict[str, BaseException]) -> None:
+    if owner is None:
+        return
+    key = f"{name}_state_dict"
+    try:
+        content[key] = _state_of(name, owner)
+    except _ANYTHING as error:
+        errors[key] = error
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +117,24 @@ def prepared(checkpoint: Any, *, trusted: bool = False) -> Loadable:
     Raises:
         CheckpointValueError: as :func:`content_of` and :func:`loadable` do.
     """
-    names: list[str] = []
-    content = content_of(checkpoint, names)
-    ready = Loadable(content) if trusted else loadable(content)
-    if not names:
+    failed: dict[str, BaseException] = {}
+    content = content_of(checkpoint, failed)
+    ready = _picklable(content) if trusted else loadable(content)
+    if not failed:
         return ready
-    return replace(ready, refused=ready.refused or name_is_taken(names[0]), left_out=(*ready.left_out, *names))
+    name, error = next(iter(failed.items()))
+    is_ours = isinstance(error, CheckpointValueError)
+    said = str(error) if is_ours else f"{name} cannot be had: {type(error).__name__}: {_sentence(error)}"
+    return replace(ready, refused=ready.refused or said, left_out=(*ready.left_out, *failed))
+
+
+def _picklable(content: dict[str, Any]) -> Loadable:
+    """The content without what cannot be pickled."""
+    try:
+        pickle_object(content)
+    except _ANYTHING:
+        return _without_unsaved(content, trusted=True)
+    return Loadable(content)
 
 
 def loadable(content: dict[str, Any]) -> Loadable:
@@ -123,7 +151,10 @@ def loadable(content: dict[str, Any]) -> Loadable:
     """
     if not _unknown_values(content):
         return Loadable(content)
-    plain = _made_plain(content)
+    return _without_unsaved(_made_plain(content), trusted=False)
+
+
+def _without_unsaved(plain: dict[str, Any], *, trusted: bool) -> Loadable:
     refused: list[str] = []
     left_out: dict[tuple[Any, ...], None] = {}
     needs_trust = False
@@ -138,7 +169,7 @@ def loadable(content: dict[str, Any]) -> Loadable:
             refused.append(f"{unknown.path} is a {_kind(unknown.value)}, and cannot be saved: {_sentence(error)}")
             refused[-1] += " Save a plain value in its place."
             continue
-        if (reason := _refusal(archive)) is not None:
+        if not trusted and (reason := _refusal(archive)) is not None:
             needs_trust = True
             refused.append(_advice(unknown.path, unknown.value, archive, reason))
     if not refused:
@@ -147,7 +178,8 @@ def loadable(content: dict[str, Any]) -> Loadable:
         plain = _without(plain, entry)
     if not plain:
         raise refusal(refused[0])
-    return Loadable(plain, refused[0], tuple(".".join(map(_shown, entry)) for entry in left_out), needs_trust)
+    names = tuple(".".join(map(_shown, entry)) for entry in left_out)
+    return Loadable(plain, refused[0], names, needs_trust or trusted)
 
 
 def _without(container: Any, entry: tuple[Any, ...]) -> Any:
@@ -207,7 +239,7 @@ def _kind(value: Any, *, short: bool = False) -> str:
 
 def _sentence(message: object) -> str:
     try:
-        text = str(message)
+        text = repr(message) if isinstance(message, SystemExit) else str(message)
     except _ANYTHING:
         text = type(message).__name__
     return f"{_shortened(text).rstrip('. ')}."
@@ -229,10 +261,12 @@ def _shortened(text: str) -> str:
 
 
 def _state_of(name: str, owner: Any) -> Any:
+    if isinstance(owner, Mapping):
+        return owner
     state_dict = getattr(owner, "state_dict", None)
     if not callable(state_dict) or isinstance(owner, type):
         raise refusal(
-            f"The {name} of a PyTorchCheckpoint is an object with a state_dict(); given: "
+            f"The {name} of a PyTorchCheckpoint is an object with a state_dict(), or such a state; given: "
             f"{owner if isinstance(owner, type) else type(owner)}."
         )
     return state_dict()
@@ -302,13 +336,24 @@ def _items(found: _Unknown, place: tuple[Any, ...], is_state: bool) -> list[tupl
         return [
             (_Unknown(found.entry, f"{path}[{index}]", item), (*place, index) if named else ())
             for index, item in enumerate(value)
+            if not _is_simple(item)
         ]
-    names = {key: (*place, key) if place else () for key in value}
-    entries = {key: names[key] if is_state and place else found.entry for key in value}
-    return [
-        *((_Unknown(entries[key], f"a key of {path}", key), ()) for key in value),
-        *((_Unknown(entries[key], f"{path}[{_represented(key)}]", item), names[key]) for key, item in value.items()),
-    ]
+    inside: list[tuple[_Unknown, tuple[Any, ...]]] = []
+    items: list[tuple[_Unknown, tuple[Any, ...]]] = []
+    for key, item in value.items():
+        if _is_simple(key) and _is_simple(item):
+            continue
+        name = (*place, key) if place else ()
+        entry = name if is_state and place else found.entry
+        inside.append((_Unknown(entry, f"a key of {path}", key), ()))
+        items.append((_Unknown(entry, f"{path}[{_represented(key)}]", item), name))
+    return inside + items
+
+
+def _is_simple(value: Any) -> bool:
+    """Whether it is known to load, and nothing is in it: most values are."""
+    kind = type(value)
+    return kind in _SIMPLE or (kind is int and value.bit_length() <= _LONGEST_INT)
 
 
 def _is_allowed(value: Any) -> bool:

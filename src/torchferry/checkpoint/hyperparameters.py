@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import sys
 from argparse import Namespace
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -18,7 +18,19 @@ from enum import Enum
 from fractions import Fraction
 from pathlib import PurePath
 from types import SimpleNamespace, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    NotRequired,
+    Required,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 from uuid import UUID
 
 __all__ = ["as_dict", "is_dataclass_instance", "is_named_tuple", "rebuild"]
@@ -40,15 +52,30 @@ def is_named_tuple(value: object) -> bool:
     return isinstance(value, tuple) and hasattr(value, "_fields")
 
 
-def as_dict(hyperparameters: Any) -> dict[str, Any]:
-    """Hyperparameters in whatever form, as a new dict by name."""
+def as_dict(hyperparameters: Any, failed: dict[str, BaseException] | None = None) -> dict[str, Any]:
+    """Hyperparameters in whatever form, as a new dict by name.
+
+    Args:
+        hyperparameters: Those.
+        failed: Given the errors of fields that cannot be had, by their names; without, the first is raised.
+    """
     if hyperparameters is None:
         return {}
     if is_named_tuple(hyperparameters):
-        return dict(hyperparameters._asdict())
-    if is_dataclass_instance(hyperparameters):
-        return {field.name: _plain(getattr(hyperparameters, field.name)) for field in fields(hyperparameters)}
-    return dict(hyperparameters)
+        return dict(zip(hyperparameters._fields, hyperparameters, strict=True))
+    if not is_dataclass_instance(hyperparameters):
+        return dict(dict.items(hyperparameters) if isinstance(hyperparameters, dict) else hyperparameters)
+    values: dict[str, Any] = {}
+    for field in fields(hyperparameters):
+        if not field.init and not hasattr(hyperparameters, field.name):  # and nobody has set it
+            continue
+        try:
+            values[field.name] = _plain(getattr(hyperparameters, field.name))
+        except (Exception, SystemExit) as error:
+            if failed is None:
+                raise
+            failed[field.name] = error
+    return values
 
 
 def _plain(value: Any) -> Any:
@@ -97,8 +124,9 @@ def rebuild(cls: type[T], values: Mapping[str, Any]) -> T:
             f"({', '.join(known)}): {error}."
         ) from error
     result: T = made(**arguments)
-    for name in given.keys() - arguments.keys():  # fields that __init__ does not take
-        object.__setattr__(result, name, given[name])
+    if is_dataclass(made):
+        for name, value in given.items():  # __init__ does not take all of them, and __post_init__ may change them again
+            object.__setattr__(result, name, value)
     return result
 
 
@@ -123,12 +151,16 @@ def _substituted(hint: Any, stand_for: Mapping[Any, Any]) -> Any:
 
 
 def _convert(hint: Any, value: Any) -> Any:
+    hint = getattr(hint, "__supertype__", hint)  # of a NewType
     origin, arguments = get_origin(hint), get_args(hint)
     converted = value
-    if origin is Annotated:
+    if origin in {Annotated, Final, Required, NotRequired}:
         converted = _convert(arguments[0], value)
     elif origin in {Union, UnionType}:
         converted = _convert_first(arguments, value)
+    elif is_typeddict(hint) and isinstance(value, dict):
+        hints = get_type_hints(hint)
+        converted = {key: _convert(hints.get(key, Any), item) for key, item in value.items()}
     elif isinstance(hint, type) and origin is None:
         converted = _convert_to(hint, value)
     elif isinstance(value, Mapping) and (is_dataclass(origin) or hasattr(origin, "_fields")):
@@ -142,12 +174,12 @@ def _convert_container(kind: Any, arguments: tuple[Any, ...], value: Any) -> Any
     """The items as the arguments of a hint, such as ``list[Path]`` or ``Mapping[str, Path]``, say."""
     given = type(value)
     saved_as = _SAVED_AS.get(kind, kind)
-    if given not in {dict, list, set, tuple} or not issubclass(given, saved_as):
+    if given not in {dict, OrderedDict, list, set, tuple} or not issubclass(given, saved_as):
         return value
-    if given is dict:
+    if issubclass(given, dict):
         if len(arguments) != 2:  # noqa: PLR2004 - of the keys and of the items
             return value
-        return {_convert(arguments[0], key): _convert(arguments[1], item) for key, item in value.items()}
+        return given((_convert(arguments[0], key), _convert(arguments[1], item)) for key, item in value.items())
     if given is tuple:
         hints = arguments if len(arguments) == len(value) and Ellipsis not in arguments else arguments[:1] * len(value)
         return tuple(_convert(item_hint, item) for item_hint, item in zip(hints, value, strict=True))
@@ -202,6 +234,8 @@ def _from_text(cls: Any, value: str) -> Any:
 def _convert_first(hints: tuple[Any, ...], value: Any) -> Any:
     if type(value) in hints:  # str | Path: what was saved as a text may have been one
         return value
+    if isinstance(value, Mapping):
+        hints = _of_these_fields(hints, value)
     inexact = value
     for hint in hints:
         try:
@@ -213,6 +247,28 @@ def _convert_first(hints: tuple[Any, ...], value: Any) -> Any:
             return converted
         inexact = converted if inexact is value else inexact
     return inexact
+
+
+def _of_these_fields(hints: tuple[Any, ...], values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The hints of a union, without the classes that have other fields where one has exactly these.
+
+    Raises:
+        TypeError: several have exactly these: nothing tells which of them it was.
+    """
+    exact = [hint for hint in hints if _field_names(hint) == {*values}]
+    if len(exact) > 1:
+        names = " and ".join(getattr(hint, "__qualname__", str(hint)) for hint in exact)
+        raise TypeError(f"{names} have the same fields ({', '.join(values)}): nothing tells which of them was saved.")
+    return tuple(hint for hint in hints if hint in exact or _field_names(hint) is None) if exact else hints
+
+
+def _field_names(hint: Any) -> set[str] | None:
+    """Those of a dataclass or a NamedTuple; None of anything else."""
+    cls = get_origin(hint) or hint
+    if is_dataclass(cls):
+        return {field.name for field in fields(cls)}
+    names = getattr(cls, "_fields", None)
+    return None if names is None else {*names}
 
 
 def _text_of(value: Any) -> str:

@@ -12,13 +12,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields
-from itertools import chain
 from typing import Any, NamedTuple, Optional, Protocol, TypeVar, Union
 
 import torch
 
 from torchferry.checkpoint import sharded
 from torchferry.checkpoint.adapters import refusal
+from torchferry.checkpoint.devices import give_memory
 from torchferry.checkpoint.hyperparameters import as_dict, is_dataclass_instance, is_named_tuple, rebuild
 from torchferry.checkpoint.wrappers import matched_to
 from torchferry.errors import CheckpointKeyError
@@ -230,8 +230,8 @@ class LoadedCheckpoint(dict[str, Any], PyTorchCheckpoint):
 
         Keys may differ in what ``DistributedDataParallel`` and ``torch.compile`` put into them (``module.``,
         ``_orig_mod.``): the state of a wrapped module fills a bare one, and the other way round. A module that is
-        sharded over ranks (FSDP2), and its optimizer, get this rank's part of each tensor: call it on every rank. A
-        module on the meta device takes the tensors of the checkpoint; build its optimizer afterwards.
+        sharded over ranks (FSDP2), and its optimizer, get this rank's part of each tensor: call it on every rank. What
+        is on the meta device gets memory, on the device of what was saved; an optimizer that has it already keeps it.
 
         Args:
             module: Gets ``module_state_dict``.
@@ -257,7 +257,9 @@ class LoadedCheckpoint(dict[str, Any], PyTorchCheckpoint):
             if module is not None and sharded.is_sharded(module):
                 sharded.load_optimizer(module, optimizer, optimizer_state)
             else:
-                optimizer.load_state_dict(optimizer_state)
+                optimizer.load_state_dict(
+                    deepcopy(optimizer_state)
+                )  # torch takes the tensors themselves, to change them
         return RestoredHyperparameters(self.hyperparameters, missing, unexpected)
 
     def _part(self, key: str) -> dict[str, Any]:
@@ -297,9 +299,8 @@ def _load(module: torch.nn.Module, saved: dict[str, Any], *, strict: bool) -> tu
     if sharded.is_sharded(module):
         missing, unexpected = sharded.load_module(module, state, strict=strict)
     else:
-        # What is on the meta device has no memory to copy into: it becomes what was saved.
-        are_meta = any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers()))
-        missing, unexpected = module.load_state_dict(state, strict=strict, assign=are_meta)
+        give_memory(module, state)
+        missing, unexpected = module.load_state_dict(state, strict=strict)
     if missing and saved and len(unexpected) == len(saved):
         raise CheckpointKeyError(
             f"Nothing was restored: not one of the {len(saved)} keys in {MODULE_KEY} ({_some(saved)}) is a key of the "

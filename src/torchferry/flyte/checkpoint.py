@@ -265,6 +265,7 @@ def _register() -> None:
     hooks.leave_alone(kind)
     hooks.bind_whole(LoadedCheckpoint)
     hooks.open_unions(kind, only_variant)
+    hooks.number_elements()
     transformer = PyTorchCheckpointTransformer()
     ours = (PyTorchCheckpoint, LoadedCheckpoint)
     if not taking_over():

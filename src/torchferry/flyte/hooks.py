@@ -7,9 +7,13 @@ these is still what it was. This module imports no torch.
 from __future__ import annotations
 
 import sys
+from contextvars import ContextVar
 from functools import wraps
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from flytekit.core.array_node_map_task import ArrayNodeMapTask
+from flytekit.core.python_function_task import PythonFunctionTask
 from flytekit.core.type_engine import DataclassTransformer, TypeEngine, TypeTransformer, UnionTransformer
 from flytekit.models.core.types import BlobType
 from flytekit.models.literals import BindingData, Literal, Scalar, Union
@@ -28,6 +32,7 @@ __all__ = [
     "execution_metadata",
     "is_checkpoint_type",
     "leave_alone",
+    "number_elements",
     "open_unions",
     "register",
     "register_guesser",
@@ -36,6 +41,9 @@ __all__ = [
 
 CHECKPOINT_FORMAT = "PyTorchCheckpoint"
 """The blob format of a checkpoint: flytekit's name for it."""
+
+_numbers: ContextVar[count[int] | None] = ContextVar("torchferry_numbers", default=None)
+_element: ContextVar[int | None] = ContextVar("torchferry_element", default=None)
 
 
 def blob_type() -> BlobType:
@@ -90,7 +98,37 @@ def checkpoint_folders(ctx: FlyteContext) -> tuple[str, str | None] | None:
     if destination is None:
         return None
     source = (checkpoint._checkpoint_src or "").strip('"')  # what a template leaves where there was no attempt before
-    return str(destination), source or None
+    element = _element.get()  # all elements of a map that runs locally have the place of the map
+    place = str(destination) if element is None else f"{destination}/{element}"
+    return place, source or None
+
+
+def number_elements() -> None:
+    """Makes the elements of a ``map_task`` that runs locally know their numbers: in a pod each is a task of its own."""
+    execute_all, execute = ArrayNodeMapTask._raw_execute, PythonFunctionTask.execute
+
+    @wraps(execute_all)
+    def execute_numbered(self: Any, **kwargs: Any) -> Any:
+        token = _numbers.set(count())
+        try:
+            return execute_all(self, **kwargs)
+        finally:
+            _numbers.reset(token)
+
+    @wraps(execute)
+    def execute_one(self: Any, **kwargs: Any) -> Any:
+        numbers = _numbers.get()
+        if numbers is None:
+            return execute(self, **kwargs)
+        all_numbers, element = _numbers.set(None), _element.set(next(numbers))  # not for what an element calls
+        try:
+            return execute(self, **kwargs)
+        finally:
+            _numbers.reset(all_numbers)
+            _element.reset(element)
+
+    ArrayNodeMapTask._raw_execute = execute_numbered
+    PythonFunctionTask.execute = execute_one
 
 
 def leave_alone(kind: type) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, TypeVar, cast
 
+import cloudpickle  # type: ignore[import-untyped]  # no stubs exist
 import flyte.report
 import msgpack  # type: ignore[import-untyped]  # no stubs exist
 import torch
@@ -30,6 +31,7 @@ from torchferry.errors import StorageUnavailableError, TorchferryError
 from torchferry.flyte2 import hooks
 from torchferry.flyte2.transfer import Stored, download, once, upload
 from torchferry.flyte2.values import Flyte2CheckpointValueError, LoadedCheckpoint, PyTorchCheckpoint, flyte_error
+from torchferry.formats.torch_pickle import pickle_object
 from torchferry.options import LoadOptions, SaveOptions
 
 __all__ = [
@@ -240,7 +242,8 @@ class ModuleTransformer(_BlobTransformer[torch.nn.Module]):
     """A ``torch.nn.Module`` as a value of tasks: the module whole, with its class.
 
     ``torch.load`` cannot build a module with ``weights_only=True``, so it is loaded without: as with everything that
-    Flyte pickles, a task trusts what the tasks before it returned.
+    Flyte pickles, a task trusts what the tasks before it returned. What pickle finds no class to import for, as in a
+    notebook or for a class within a function, cloudpickle stores by value, as Flyte does by itself.
     """
 
     FORMAT = hooks.MODULE_FORMAT
@@ -250,11 +253,31 @@ class ModuleTransformer(_BlobTransformer[torch.nn.Module]):
         super().__init__("PyTorch Module", torch.nn.Module)
 
     async def _save(self, value: Any, save_options: SaveOptions, load_options: LoadOptions) -> Stored:  # noqa: ARG002 - the one signature
-        return await upload(value, value, save_options, name=self.FILE_NAME)
+        content = await in_thread(_by_value, value)
+        return await upload(value, content, save_options, name=self.FILE_NAME)
 
     async def _load(self, uri: str, options: LoadOptions) -> Any:
         trusting = replace(options, weights_only=False, keys=None, exclude=None)
         return await download(uri, trusting, lambda value: _checked(value, torch.nn.Module, uri))
+
+
+class _ByValue:
+    """Pickled, it becomes what cloudpickle makes of a value: unpickled, the value again."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __reduce__(self) -> tuple[Any, tuple[bytes]]:
+        return cloudpickle.loads, (cloudpickle.dumps(self._value),)
+
+
+def _by_value(module: torch.nn.Module) -> Any:
+    """The module, where pickle takes it; else what pickles it by value, a second time in memory."""
+    try:
+        pickle_object(module)
+    except Exception:  # noqa: BLE001 - what keeps it from being pickled
+        return _ByValue(module)
+    return module
 
 
 async def _report(checkpoint: Any, content: dict[str, Any], stored: Stored) -> None:
