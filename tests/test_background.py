@@ -363,6 +363,54 @@ def test_the_interpreter_finishes_saves_when_it_ends(tmp_path: Path) -> None:
     assert torchferry.load(tmp_path / "x.pt")[0][-1] == (4 << 20) - 1
 
 
+BEGUN_WHERE = {
+    "in a daemon thread": "thread = threading.Thread(target=save, daemon=True); thread.start(); thread.join()",
+    "in a function of atexit": "atexit.register(save)",
+}
+
+
+@pytest.mark.parametrize("begin", BEGUN_WHERE.values(), ids=BEGUN_WHERE)
+def test_the_interpreter_finishes_saves_wherever_they_began(tmp_path: Path, begin: str) -> None:
+    ended = run_python(
+        f"""
+        import atexit, sys, threading, torch, torchferry
+
+        def save():
+            torchferry.save_in_background([torch.arange(4 << 20)], sys.argv[1])
+
+        {begin}
+        """,
+        str(tmp_path / "x.pt"),
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert torchferry.load(tmp_path / "x.pt")[0][-1] == (4 << 20) - 1
+
+
+def test_ctrl_c_cancels_a_save_that_began_at_exit(tmp_path: Path) -> None:
+    script = """
+        import asyncio, atexit, signal, sys, torch, torchferry
+        from torchferry.storage.local import LocalBackend
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+
+        async def write(*args, **options):
+            print("writing", flush=True)
+            await asyncio.Event().wait()
+
+        LocalBackend.write = write
+        atexit.register(torchferry.save_in_background, [1], sys.argv[1])
+    """
+    command = [*python(), "-c", textwrap.dedent(script), str(tmp_path / "x.pt")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        while process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(3)
+    assert list(tmp_path.iterdir()) == []
+
+
 CANCELLED_AT_EXIT = """
     import sys, threading, torch, torchferry
     from fsspec.callbacks import Callback

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torchferry.engine.transfer import TransferReport
     from torchferry.engine.types import ObjectStat
 
-__all__ = ["BackgroundSave", "free_snapshots", "save_in_background"]
+__all__ = ["BackgroundSave", "begin_save", "free_snapshots", "save_in_background"]
 
 _EXIT_TICK = 0.2  # seconds between two looks whether the main thread has ended
 _RELEASE_SECONDS = 1.0  # that the threads of a save that is over may take to let go of what they have sent
@@ -194,7 +194,8 @@ class _Work:
         self._call = call = Call(func, self._ended.set)
         _under_way[self] = None
         try:
-            threading.Thread(target=self._wait, args=(call,), name="torchferry-background").start()
+            # No daemon, even if the thread that saves is one: the interpreter waits for it.
+            threading.Thread(target=self._wait, args=(call,), name="torchferry-background", daemon=False).start()
             call.start()  # last: once the loop is busy, this thread waits 5 ms for each turn
         except BaseException:
             call.cancel()
@@ -286,6 +287,8 @@ def save_in_background(
     Who changes them in another way and does not say so (:meth:`BackgroundSave.copy_rest`) makes the save fail with a
     :class:`~torchferry.ChangedWhileSavingError`.
 
+    In a function that is registered with ``atexit`` it returns when the save is over.
+
     One snapshot is in memory at a time, or as many as fit the MiB that ``TORCHFERRY_SNAPSHOTS`` says. The memory is
     kept for the next one; :func:`torchferry.background.free_snapshots` gives it back.
 
@@ -318,6 +321,49 @@ def save_in_background(
     """
     if when_busy not in {"wait", "refuse"}:
         raise ValueError(f'when_busy= is "wait" or "refuse", not {when_busy!r}.')
+    return begin_save(
+        obj,
+        url,
+        until=until,
+        abandoned=lambda: when_busy == "refuse",
+        at_exit=at_exit,
+        storage_options=storage_options,
+        filesystem=filesystem,
+        part_size=part_size,
+        metadata=metadata,
+        give_up_after=give_up_after,
+        shards=shards,
+        callback=callback,
+        report=report,
+    )
+
+
+def begin_save(
+    obj: Any,
+    url: str | os.PathLike[str],
+    *,
+    abandoned: Callable[[], bool],
+    until: Any = None,
+    at_exit: Literal["finish", "cancel"] = "finish",
+    shards: bool = False,
+    **saving: Any,
+) -> BackgroundSave:
+    """:func:`save_in_background` for who may stop waiting for room.
+
+    Args:
+        obj: As there, and so all that is not named here.
+        url: The same.
+        abandoned: Asked while there is no room for another snapshot: whether not to wait for it. After a change, call
+            ``SNAPSHOTS.wake()``.
+        until: The same.
+        at_exit: The same.
+        shards: The same.
+        **saving: The arguments of :func:`torchferry.save_async`.
+
+    Raises:
+        SaveUnderWayError: it was abandoned.
+        Exception: as there.
+    """
     if at_exit not in {"finish", "cancel"}:
         raise ValueError(f'at_exit= is "finish" or "cancel", not {at_exit!r}.')
     refuse_own_loop()
@@ -325,31 +371,22 @@ def save_in_background(
     announcers = announcers_of(until) if until is not None else []
     with parts_allowed(shards), collector_paused():
         pickled = pickle_object(obj)
-    claim = _claim(size_of_copies(pickled.storages), when_busy)
+    claim = _claim(size_of_copies(pickled.storages), abandoned)
     try:
         _raise_unseen(os.fspath(url))  # of the save that this one has waited for
         snapshot, released = _snapshot(pickled, mask(os.fspath(url)), lends=until is not None and _may_lend())
         del pickled
         work = _Work(mask(os.fspath(url)), claim, at_exit, snapshot.copied, snapshot.lent, released)
         work.listen_to(announcers)
-        save = partial(
-            save_async,
-            snapshot,
-            url,
-            storage_options=storage_options,
-            filesystem=filesystem,
-            part_size=part_size,
-            metadata=metadata,
-            give_up_after=give_up_after,
-            callback=callback,
-            report=report,
-        )
+        save = partial(save_async, snapshot, url, **saving)
         del snapshot
         with TorchModes.carried():
             work.start(save)
     except BaseException:
         claim.close()
         raise
+    if threading.current_thread() is threading.main_thread() and not threading.main_thread().is_alive():
+        wait_for(work.future)  # in a function of atexit: the interpreter has waited for threads, and does not again
     return BackgroundSave(work)
 
 
@@ -406,9 +443,9 @@ def _lendable(storages: Sequence[torch.UntypedStorage]) -> dict[int, torch.Untyp
     return found
 
 
-def _claim(nbytes: int, when_busy: str) -> Claim:
+def _claim(nbytes: int, abandoned: Callable[[], bool]) -> Claim:
     try:
-        return SNAPSHOTS.claim(nbytes, abandoned=lambda: when_busy == "refuse")
+        return SNAPSHOTS.claim(nbytes, abandoned=abandoned)
     except InterruptedError:
         busy = ", ".join(sorted(work.url for work in _under_way))
         raise SaveUnderWayError(
