@@ -13,6 +13,7 @@ import textwrap
 import threading
 import uuid
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import torchferry
 from torchferry import CheckpointManager
+from torchferry import manager as manager_module
+from torchferry.background import begin_save
+from torchferry.engine.memory import SNAPSHOTS
 from torchferry.series.retention import Best, Retention
+from torchferry.series.steps import url_of
 from torchferry.testing import victims
 from torchferry.testing.faultproxy import Fault
 from torchferry.testing.forkserver import python
@@ -195,19 +200,10 @@ def test_sharded_save_that_cannot_begin_is_an_error_and_nothing_waits_for_it(tmp
 
 
 async def test_a_cancel_ends_the_wait_for_a_save_and_not_the_save() -> None:
-    begun, may_end = threading.Event(), threading.Event()
-
-    class Held(MemoryFileSystem):
-        cachable = False
-
-        def cp_file(self, *args: Any, **options: Any) -> None:
-            begun.set()
-            may_end.wait()
-            super().cp_file(*args, **options)
-
-    manager = CheckpointManager(f"memory://{uuid.uuid4().hex}", filesystem=Held())
+    store = Held()
+    manager = CheckpointManager(f"memory://{uuid.uuid4().hex}", filesystem=store)
     await manager.save_async(1, state(1))
-    await asyncio.to_thread(begun.wait)
+    await asyncio.to_thread(store.begun.wait)
     waiting = asyncio.create_task(manager.wait_until_finished_async())
     await asyncio.sleep(0)
     waiting.cancel()
@@ -216,9 +212,123 @@ async def test_a_cancel_ends_the_wait_for_a_save_and_not_the_save() -> None:
         assert done
         assert waiting.cancelled()
     finally:
-        may_end.set()
+        store.may_end.set()
     await manager.close_async()
     assert await manager.all_steps_async() == [1]
+
+
+async def test_a_cancel_while_a_save_waits_for_room_begins_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = threading.Event()
+
+    def begin(*args: Any, abandoned: Callable[[], bool], **options: Any) -> Any:
+        def asked() -> bool:
+            waits.set()
+            return abandoned()
+
+        return begin_save(*args, abandoned=asked, **options)
+
+    monkeypatch.setattr(manager_module, "begin_save", begin)
+    manager = CheckpointManager(tmp_path)
+    room = SNAPSHOTS.claim(1)
+    try:
+        saving = asyncio.create_task(manager.save_async(1, state(1)))
+        await asyncio.to_thread(waits.wait)
+        saving.cancel()
+        done, _ = await asyncio.wait([saving], timeout=10)
+        assert done
+        assert saving.cancelled()
+    finally:
+        room.close()
+    await manager.close_async()
+    assert await manager.all_steps_async() == []
+
+
+async def test_a_save_that_had_begun_when_its_caller_was_cancelled_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_return = threading.Event(), threading.Event()
+
+    def begin(*args: Any, **options: Any) -> Any:
+        saving = begin_save(*args, **options)
+        begun.set()
+        may_return.wait()
+        return saving
+
+    monkeypatch.setattr(manager_module, "begin_save", begin)
+    manager = CheckpointManager(tmp_path)
+    saving = asyncio.create_task(manager.save_async(1, state(1), {"loss": 1}))
+    await asyncio.to_thread(begun.wait)
+    saving.cancel()
+    may_return.set()
+    with pytest.raises(asyncio.CancelledError):
+        await saving
+    await manager.close_async()
+    assert await manager.metrics_async(1) == {"loss": 1}
+
+
+class Held(MemoryFileSystem):
+    """Publishes nothing until :attr:`may_end` is set; then fails, where it is to."""
+
+    cachable = False
+
+    def __init__(self, *, fails: bool = False) -> None:
+        super().__init__()
+        self.fails = fails
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def cp_file(self, path1: str, path2: str, **options: Any) -> None:
+        self.begun.set()
+        self.may_end.wait()
+        if self.fails:
+            raise OSError(f"no room for {path2}")
+        super().cp_file(path1, path2, **options)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_is_interrupted_while_waiting_can_wait_again(fails: bool) -> None:
+    class Interrupt(BaseException):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise Interrupt
+
+    store = Held(fails=fails)
+    manager = CheckpointManager(f"memory://{uuid.uuid4().hex}", filesystem=store)
+    manager.save(1, state(1))
+    store.begun.wait()
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    thread = threading.Thread(target=lambda: signal.pthread_kill(threading.get_ident(), signal.SIGUSR1))
+    try:
+        with pytest.raises(Interrupt):
+            thread.start()
+            manager.wait_until_finished()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        store.may_end.set()
+    with pytest.raises(torchferry.StorageError, match="no room") if fails else nullcontext():
+        manager.close()
+    assert manager.all_steps() == ([] if fails else [1])
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_close_waits_for_every_save_and_raises_all_their_errors(
+    monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    monkeypatch.setattr(SNAPSHOTS, "limit", 16 << 20)
+    store = Held(fails=True)
+    manager = CheckpointManager(f"memory://{uuid.uuid4().hex}", filesystem=store)
+    manager.save(1, state(1))
+    manager.save(2, state(2))
+    store.may_end.set()
+    with pytest.raises(torchferry.StorageError, match=r"no room for .*0001\.pt") as caught:
+        if asynchronous:
+            asyncio.run(manager.close_async())
+        else:
+            manager.close()
+    assert [note for note in caught.value.__notes__ if "0002.pt" in note]
+    manager.close()
 
 
 def test_error_of_the_block_is_not_hidden_by_that_of_the_last_save(tmp_path: Path) -> None:
@@ -244,6 +354,8 @@ def test_error_of_the_block_is_not_hidden_by_that_of_the_last_save(tmp_path: Pat
         {"best": ("loss",)},
         {"best": "loss"},
         {"best": (3, "min")},
+        {"part_size": "5MiB"},
+        {"give_up_after": -1},
     ],
     ids=str,
 )
@@ -255,23 +367,64 @@ def test_nonsense_is_refused_at_once(arguments: dict[str, Any]) -> None:
 def test_an_empty_url_is_refused_and_never_means_the_root() -> None:
     with pytest.raises(ValueError, match="The URL of a series is empty"):
         CheckpointManager("")
+    with pytest.raises(TypeError, match="A URL is a string or a path: not None"):
+        CheckpointManager(None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["run", "run-2026-11-28T10:00", "a~b"])
 @pytest.mark.parametrize("kind", [str, Path])
 def test_relative_url_means_one_directory_wherever_the_process_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable[[str], str | Path]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable[[str], str | Path], name: str
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(tmp_path)
-    with CheckpointManager(kind("run"), max_to_keep=1) as manager:
+    with CheckpointManager(kind(name), max_to_keep=1) as manager:
         manager.save(1, state(1))
         monkeypatch.chdir(elsewhere)
         manager.save(2, state(2))
         manager.wait_until_finished()
         assert manager.all_steps() == [2]
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-0000000002.pt"]
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["step-0000000002.pt"]
     assert not list(elsewhere.iterdir())
+
+
+def test_protocol_without_slashes_is_refused_and_no_local_directory() -> None:
+    manager = CheckpointManager("s3:bucket/run")
+    with pytest.raises(torchferry.UnsupportedURLError, match="use s3://bucket/run"):
+        manager.all_steps()
+
+
+@pytest.mark.parametrize(
+    ("directory", "place"),
+    [
+        ("run", "run/NAME"),
+        ("/", "/NAME"),
+        ("s3://bucket", "s3://bucket/NAME"),
+        ("s3://bucket/run/", "s3://bucket/run/NAME"),
+        ("s3://bucket/run::7", "s3://bucket/run::7/NAME"),
+        ("memory://", "memory://NAME"),
+        ("memory:///", "memory:///NAME"),
+        ("dir://run::file:///d", "dir://run/NAME::file:///d"),
+        ("simplecache::file:///d", "simplecache::file:///d/NAME"),
+        ("simplecache::dir://run::file:///d", "simplecache::dir://run/NAME::file:///d"),
+    ],
+)
+def test_name_goes_into_the_directory_that_a_url_names(directory: str, place: str) -> None:
+    assert url_of(directory, "NAME") == place
+
+
+@pytest.mark.parametrize("url", ["dir://run::file://{}", "simplecache::file://{}/run", "dir://run::memory://{}"])
+def test_series_in_a_chain_is_listed_restored_and_deleted(tmp_path: Path, url: str) -> None:
+    with CheckpointManager(url.format(tmp_path), max_to_keep=2) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, state(step), {"loss": step})
+        manager.wait_until_finished()
+        assert manager.all_steps() == [2, 3]
+        assert manager.restore()["step"] == 3
+        assert manager.metrics(2) == {"loss": 2}
+        manager.delete(3)
+        assert manager.all_steps() == [2]
 
 
 @pytest.mark.parametrize("step", [np.int64(5), np.uint8(5), torch.tensor(5)], ids=repr)
@@ -511,6 +664,14 @@ def test_metrics_that_cannot_be_stored_are_an_error_that_says_that_the_checkpoin
         assert manager.metrics(1) == {"loss": 1}
 
 
+def test_metrics_that_are_told_are_a_copy(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, state(1), {"loss": {"train": 1}})
+        manager.wait_until_finished()
+        manager.metrics(1)["loss"]["train"] = 2
+        assert manager.metrics(1) == {"loss": {"train": 1}}
+
+
 def test_metrics_larger_than_any_float_are_compared(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path, max_to_keep=1, best=("count", "max")) as manager:
         for step, count in enumerate([1, 10**400, float("inf"), 2]):
@@ -558,6 +719,33 @@ def test_restore_raises_the_error_of_the_latest_where_all_are_damaged(tmp_path: 
     with pytest.raises(torchferry.CheckpointCorruptError, match="0002") as caught:
         manager.restore()
     assert "0001" in caught.value.__notes__[-1]
+
+
+def test_all_that_are_damaged_are_an_error_each_time_and_never_an_empty_series(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path / "before") as before:
+        before.save(5, state(5))
+    with CheckpointManager(tmp_path / "now") as manager:
+        manager.save(1, state(1, 1000))
+    damage(tmp_path / "now" / "step-0000000001.pt")
+    manager = CheckpointManager(tmp_path / "now", start_from=tmp_path / "before")
+    for _ in range(2):
+        with pytest.raises(torchferry.CheckpointCorruptError, match="0001"):
+            manager.resume()
+    assert manager.latest_step() is None
+
+
+def test_damaged_checkpoint_stays_damaged_where_the_save_that_replaces_it_fails(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            manager.save(step, state(step, 1000))
+    damage(tmp_path / "step-0000000002.pt")
+    manager = CheckpointManager(tmp_path, max_to_keep=1)
+    with pytest.warns(UserWarning, match="instead of"):
+        manager.resume()
+    with pytest.raises(AttributeError):
+        manager.save(2, {"unpicklable": lambda: 0})
+    assert manager.all_steps() == [1]
+    assert manager.should_save(2)
 
 
 def test_damaged_checkpoints_never_count_among_those_that_are_kept(tmp_path: Path) -> None:

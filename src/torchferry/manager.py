@@ -7,11 +7,12 @@ Listing is the truth: there is no index. A checkpoint that is listed is whole, b
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -21,10 +22,11 @@ from weakref import WeakSet
 
 from fsspec.asyn import get_loop
 
-from torchferry.arguments import whole_number
-from torchferry.background import BackgroundSave, save_in_background
+from torchferry.arguments import require_nbytes, require_path, require_seconds, whole_number
+from torchferry.background import BackgroundSave, begin_save
 from torchferry.engine.cancellation import in_thread, wait_in_thread
-from torchferry.engine.loops import keep_running, run
+from torchferry.engine.loops import keep_running, run, wait_for
+from torchferry.engine.memory import SNAPSHOTS
 from torchferry.engine.tasks import task_group
 from torchferry.errors import (
     CheckpointNotFoundError,
@@ -38,6 +40,7 @@ from torchferry.series.ranks import Ranks
 from torchferry.series.restoring import Candidate, Restorer
 from torchferry.series.retention import Best, Retention
 from torchferry.series.steps import Series, SeriesListing, as_step, encode_metrics, name_of, url_of
+from torchferry.storage.registry import begins_with_a_protocol
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -108,20 +111,19 @@ class CheckpointManager:
         give_up_after: float | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        numbers = {"max_to_keep": max_to_keep, "keep_period": keep_period, "save_interval_steps": save_interval_steps}
-        for name, number in numbers.items():
-            if number is None and name != "save_interval_steps":
-                continue
-            if (whole_number(number) or 0) < 1:
-                raise ValueError(f"{name} is a whole number, at least 1; given: {number!r}.")
+        kept = None if max_to_keep is None else _positive("max_to_keep", max_to_keep)
+        period = None if keep_period is None else _positive("keep_period", keep_period)
         if best is not None and not _says_what_is_best(best):
             raise ValueError(f'best is a metric and "min" or "max", such as ("loss", "min"); given: {best!r}.')
+        require_path(url)
+        require_nbytes("part_size", part_size)
+        require_seconds("give_up_after", give_up_after)
         if not os.fspath(url):
             raise ValueError('The URL of a series is empty. Give a directory: "." is the current one.')
         self.url = _anchored(url) if filesystem is None else url
         self.restored_step: int | None = None
-        self._retention = Retention(max_to_keep, keep_period, Best(*best) if best else None)
-        self._interval = save_interval_steps
+        self._retention = Retention(kept, period, Best(*best) if best else None)
+        self._interval = _positive("save_interval_steps", save_interval_steps)
         self._background = background
         self._sharded = sharded
         self._start_from = _anchored(start_from) if start_from is not None and filesystem is None else start_from
@@ -137,7 +139,7 @@ class CheckpointManager:
         self._knows_latest = False
         self._damaged: dict[int, str] = {}  # the versions that restore has found damaged, by step
         self._metrics: dict[int, tuple[str, dict[str, Any]]] = {}  # with the version that they are of
-        self._under_way: list[Future[None]] = []  # saves whose outcome nobody has looked at
+        self._under_way: list[Future[BaseException | None]] = []  # saves whose error, or None, nobody has looked at
         self._retaining: Future[None] | None = None
         self._to_retain: int | None = None  # the step after which to look again for what goes
         self._turn = threading.Lock()
@@ -201,15 +203,15 @@ class CheckpointManager:
         if self._passes(step, force) or not await self._begins(step, force):
             return False
         with self._asking_again_after_a_failure():
-            encoded, url = encode_metrics(metrics), url_of(self.url, name_of(step))
-            options = await in_thread(self._options, encoded)
+            encoded = encode_metrics(metrics)
             if self._background:
-                saving = await in_thread(partial(save_in_background, obj, url, until=until, **options))
-                self._follow(step, saving, encoded)
+                await self._begin_async(step, obj, until, encoded)
                 if self._ends:
                     await self._wait_async()
             else:
-                await self._finish(step, await save_async(obj, url, **options), encoded)
+                options = await in_thread(self._options, encoded)
+                stat = await save_async(obj, url_of(self.url, name_of(step)), **options)
+                await self._finish(step, stat, encoded)
         return True
 
     def reached_preemption(self) -> bool:
@@ -258,10 +260,9 @@ class CheckpointManager:
 
     async def latest_step_async(self) -> int | None:
         """The asynchronous twin of :meth:`latest_step`."""
-        if steps := self._good(await self._list()):
-            return steps[-1]
-        start = await self._start()
-        steps = self._good(await self._list(start)) if start is not None else []
+        listing = await self._list()
+        start = await self._start() if not listing.steps else None
+        steps = self._good(listing if start is None else await self._list(start))
         return steps[-1] if steps else None
 
     def best_step(self) -> int | None:
@@ -294,7 +295,7 @@ class CheckpointManager:
         listing = await self._list()
         if step not in listing.steps:
             raise CheckpointNotFoundError(f"{self._said()} has no checkpoint of step {step}.")
-        return dict((await self._metrics_of(listing, [step]))[step])
+        return copy.deepcopy((await self._metrics_of(listing, [step]))[step])
 
     # --- loading and deleting
 
@@ -436,32 +437,39 @@ class CheckpointManager:
     def _passes(self, step: int, force: bool) -> bool:
         """Whether there is nothing to do, which every rank knows by itself; raises the error of the save before."""
         if self._ranks is None:
-            self._raise_failure()
+            self._raise_failures()
         else:
             self.reached_preemption()
         return not self._wants(step, force)
 
     def _wait(self) -> None:
-        """Waits for what this process has begun."""
-        while self._under_way:
-            self._under_way.pop(0).result()
+        """Waits for what this process has begun. Where that is interrupted, the next call waits for all of it."""
+        self._wait_for_saves()
         if self._retaining is not None:
-            self._retaining.result()
+            wait_for(self._retaining)
+        self._raise_failures()
+
+    def _wait_for_saves(self) -> None:
+        for over in tuple(self._under_way):
+            wait_for(over)
 
     async def _wait_async(self) -> None:
-        while self._under_way:
-            over = self._under_way[0]
-            try:
-                await asyncio.shield(asyncio.wrap_future(over))
-            finally:
-                if over.done() and over in self._under_way:
-                    self._under_way.remove(over)
+        for over in tuple(self._under_way):
+            await asyncio.shield(asyncio.wrap_future(over))
         if self._retaining is not None:
             await asyncio.shield(asyncio.wrap_future(self._retaining))
+        self._raise_failures()
 
-    def _raise_failure(self) -> None:
-        while self._under_way and self._under_way[0].done():
-            self._under_way.pop(0).result()
+    def _raise_failures(self) -> None:
+        """Raises the first error of the saves that are over; the others are notes of it."""
+        over = [each for each in self._under_way if each.done()]
+        for each in over:
+            self._under_way.remove(each)
+        failures = [error for each in over if (error := each.result()) is not None]
+        for failure in failures[1:]:
+            failures[0].add_note(f"Another save failed, too: {type(failure).__name__}: {failure}")
+        if failures:
+            raise failures[0]
 
     async def _begins(self, step: int, force: bool) -> bool:
         """Whether this step is to be saved; from now on it is the latest."""
@@ -469,7 +477,6 @@ class CheckpointManager:
             await self._warn_of_later(step)
             return False
         self._latest = max(step, -1 if self._latest is None else self._latest)
-        self._damaged.pop(step, None)
         return True
 
     @contextmanager
@@ -501,26 +508,44 @@ class CheckpointManager:
             )
 
     def _save(self, step: int, obj: Any, metrics: Mapping[str, Any] | None, force: bool, until: Any) -> bool:
-        self._raise_failure()
+        self._raise_failures()
         if not run(self._begins, step, force):
             return False
         with self._asking_again_after_a_failure():
-            encoded, url = encode_metrics(metrics), url_of(self.url, name_of(step))
-            options = self._options(encoded)
+            encoded = encode_metrics(metrics)
             if self._background:
-                self._follow(step, save_in_background(obj, url, until=until, **options), encoded)
+                self._begin(step, obj, until, encoded)
                 if self._ends:
                     self._wait()
             else:
-                run(self._finish, step, save(obj, url, **options), encoded)
+                stat = save(obj, url_of(self.url, name_of(step)), **self._options(encoded))
+                run(self._finish, step, stat, encoded)
         return True
+
+    def _begin(
+        self, step: int, obj: Any, until: Any, metrics: str | None, abandoned: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Begins to save in the background; raises a SaveUnderWayError if it is abandoned while it waits for room."""
+        url = url_of(self.url, name_of(step))
+        saving = begin_save(obj, url, abandoned=abandoned, until=until, **self._options(metrics))
+        self._follow(step, saving, metrics)
+
+    async def _begin_async(self, step: int, obj: Any, until: Any, metrics: str | None) -> None:
+        """:meth:`_begin` in a thread. A cancel ends the wait for room; a save that has begun by then is followed."""
+        abandoned = threading.Event()
+
+        def abandon() -> None:
+            abandoned.set()
+            SNAPSHOTS.wake()
+
+        await in_thread(self._begin, step, obj, until, metrics, abandoned.is_set, interrupt=abandon)
 
     def _save_sharded(self, step: int, obj: Any, metrics: Mapping[str, Any] | None, force: bool) -> bool:
         """Saves on every rank; the first decides, and stores what goes beside."""
         from torchferry import distributed
 
-        while self._under_way:  # its error is raised on every rank, at the same step
-            self._under_way.pop(0).result()
+        self._wait_for_saves()
+        self._raise_failures()  # on every rank, at the same step
         encoded = encode_metrics(metrics)
         if not (run(self._begins, step, force) if self._ranks is None else self._begins_on_all(step, force)):
             return False
@@ -531,7 +556,7 @@ class CheckpointManager:
                 distributed.save(obj, url, **options)
                 self._on_first_rank_or_here(lambda: run(self._finish_sharded, step, encoded))
             return True
-        over = Future[None]()
+        over = Future[BaseException | None]()
 
         def finish(saved: Future[Any]) -> None:
             try:
@@ -540,7 +565,7 @@ class CheckpointManager:
                     run(self._finish_sharded, step, encoded)
             except BaseException as error:  # noqa: BLE001 - goes on from the future
                 self._forget_latest()
-                over.set_exception(error)
+                over.set_result(error)
             else:
                 over.set_result(None)
 
@@ -566,6 +591,7 @@ class CheckpointManager:
             series = await self._series()
             with _only_metrics_are_missing(step):
                 await series.write_metrics(step, await series.stat_sharded(step), metrics)
+        self._damaged.pop(step, None)
         if self._retention.max_to_keep is not None:
             self._retain_soon(step)
 
@@ -586,7 +612,7 @@ class CheckpointManager:
 
     def _follow(self, step: int, saving: BackgroundSave, metrics: str | None) -> None:
         """Has what belongs to a save done when it is over, in the thread that waits for it."""
-        over = Future[None]()
+        over = Future[BaseException | None]()
         self._under_way.append(over)
 
         def finish(saved: BackgroundSave) -> None:
@@ -597,8 +623,9 @@ class CheckpointManager:
                 run(self._finish, step, stat, metrics)
             except BaseException as error:  # noqa: BLE001 - goes on from the future
                 self._forget_latest()
-                logger.error("%s %d of %s: not saved: %s", what, step, self._said(), error)  # noqa: TRY400
-                over.set_exception(error)
+                said = str(error) or type(error).__name__
+                logger.error("%s %d of %s: not saved: %s", what, step, self._said(), said)  # noqa: TRY400
+                over.set_result(error)
             else:
                 over.set_result(None)
 
@@ -610,6 +637,7 @@ class CheckpointManager:
         if metrics is not None and series.metadata_for(metrics) is None:
             with _only_metrics_are_missing(step):
                 await series.write_metrics(step, stat, metrics)
+        self._damaged.pop(step, None)
         if self._retention.max_to_keep is not None:
             self._retain_soon(step)
 
@@ -680,7 +708,7 @@ class CheckpointManager:
                 step = as_step(step)
                 steps = [step] if step in listing.steps else []
             else:
-                steps = self._good(listing)[::-1]
+                steps = (self._good(listing) or list(listing.steps))[::-1]  # where all are damaged, it says so again
             if steps:
                 stored = [listing.steps[each] for each in steps]
                 return [Candidate(url, each.step, each.sharded, each.version) for each in stored]
@@ -729,8 +757,8 @@ class CheckpointManager:
         self._opening, self._turn = threading.Lock(), threading.Lock()
         self._retaining, self._to_retain = None, None
         if any(each._state == "PENDING" for each in self._under_way):  # noqa: SLF001 - done() takes a lock, maybe held
-            left = Future[None]()
-            left.set_exception(
+            left = Future[BaseException | None]()
+            left.set_result(
                 TorchferryError(f"The save to {self._said()} goes on in the process that this one was forked from.")
             )
             self._under_way = [left]
@@ -749,6 +777,13 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def _positive(name: str, given: Any) -> int:
+    number = whole_number(given)
+    if number is None or number < 1:
+        raise ValueError(f"{name} is a whole number, at least 1; given: {given!r}.")
+    return number
+
+
 def _says_what_is_best(best: Any) -> bool:
     match best:
         case (str(), "min" | "max"):
@@ -761,7 +796,9 @@ def _anchored(url: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """A relative path as it is now: the process may change its directory while the manager is used."""
     if isinstance(url, os.PathLike):
         return Path(url).absolute() if "://" not in os.fspath(url) else url
-    return os.path.abspath(url) if not any(mark in url for mark in ":~") else url  # noqa: PTH100 - a str stays one
+    if "::" in url or url.startswith("~") or begins_with_a_protocol(url):
+        return url
+    return os.path.abspath(url)  # noqa: PTH100 - a str stays one
 
 
 @contextmanager

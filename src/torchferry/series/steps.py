@@ -21,7 +21,7 @@ from torchferry.engine.transfer import Transfer
 from torchferry.engine.types import Chunk, ObjectStat
 from torchferry.errors import CheckpointNotFoundError, mask
 from torchferry.storage.local import LocalBackend
-from torchferry.storage.registry import open_backend
+from torchferry.storage.registry import is_chain, open_backend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -243,10 +243,18 @@ def name_of(step: int, *, sharded: bool = False) -> str:
 
 
 def url_of(url: str | os.PathLike[str], name: str) -> str | os.PathLike[str]:
-    """The URL of what has this name in a directory."""
-    if isinstance(url, str):
-        return f"{url.rstrip('/')}/{name}" if not url.endswith("://") else f"{url}{name}"
-    return Path(url) / name
+    """The URL of what has this name in a directory.
+
+    Of a chain, the directory is in the first layer that has a path: ``dir://run/NAME::file:///d``.
+    """
+    if not isinstance(url, str):
+        return Path(url) / name
+    layers = url.split("::") if "://" in url and is_chain(url) else [url]
+    place = next((number for number, layer in enumerate(layers) if "://" in layer), -1)
+    start, protocol_ends, path = layers[place].rpartition("://")
+    path = f"{path.rstrip('/')}/{name}" if path else name
+    layers[place] = f"{start}{protocol_ends}{path}"
+    return "::".join(layers)
 
 
 def encode_metrics(metrics: Mapping[str, Any] | None) -> str | None:

@@ -36,7 +36,14 @@ from torchferry.storage.translate import generic_error
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["ENTRY_POINT_GROUP", "open_backend", "open_backend_async", "protocol_of"]
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "begins_with_a_protocol",
+    "is_chain",
+    "open_backend",
+    "open_backend_async",
+    "protocol_of",
+]
 
 ENTRY_POINT_GROUP = "torchferry.storage_backends"
 
@@ -192,7 +199,7 @@ def _make(url: str, storage_options: Mapping[str, Any], *, is_path: bool) -> tup
 
 
 def _make_any(url: str, protocol: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
-    if not _is_chain(url):
+    if not is_chain(url):
         return _make_one(url, protocol, storage_options)
     if _protocol_in(url.rpartition("::")[2]) in _entry_points():
         return _make_on_store(url, storage_options)
@@ -265,7 +272,12 @@ def _is_object_store(fs: AbstractFileSystem) -> bool:
 # --- what "::" and "%20" mean
 
 
-def _is_chain(url: str) -> bool:
+def begins_with_a_protocol(url: str) -> bool:
+    """Whether a URL begins with the name of a protocol and a colon, with or without ``//``: else it is a local path."""
+    return _URL.match(url) is not None or url.partition(":")[0] in _protocols()
+
+
+def is_chain(url: str) -> bool:
     """Whether a URL with a protocol somewhere is a chain of URLs (``zip://x.pt::s3://bucket/x.zip``), or only one.
 
     A chain is one of filesystems that lie on others; only the last may be a store of its own, or a local path. The
