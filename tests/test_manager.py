@@ -31,6 +31,7 @@ from torchferry.background import begin_save
 from torchferry.engine.memory import SNAPSHOTS
 from torchferry.series.retention import Best, Retention
 from torchferry.series.steps import url_of
+from torchferry.storage.local import LocalBackend
 from torchferry.testing import victims
 from torchferry.testing.faultproxy import Fault
 from torchferry.testing.forkserver import python
@@ -687,6 +688,116 @@ def test_metrics_of_another_version_of_a_checkpoint_are_not_taken_for_its_own(tm
         manager.save(1, state(1), force=True)  # without metrics
         manager.wait_until_finished()
         assert manager.metrics(1) == {}
+
+
+@pytest.mark.parametrize("after", [{"loss": 9.0}, {"loss": 9.0, "note": "x" * 2000}, None], ids=["short", "long", "no"])
+@pytest.mark.parametrize("before", [{"loss": 0.1}, {"loss": 0.1, "note": "y" * 2000}], ids=["short", "long"])
+def test_metrics_of_a_checkpoint_of_the_same_content_are_replaced_with_it(
+    s3_url: str, s3_storage_options: dict[str, Any], before: dict[str, Any], after: dict[str, Any] | None
+) -> None:
+    """On S3 the same content is the same version."""
+    with CheckpointManager(s3_url, storage_options=s3_storage_options) as manager:
+        manager.save(1, state(1), before)
+        manager.wait_until_finished()
+        assert manager.metrics(1) == before
+        manager.save(1, state(1), after, force=True)
+        manager.wait_until_finished()
+        assert manager.metrics(1) == (after or {})
+    assert CheckpointManager(s3_url, storage_options=s3_storage_options).metrics(1) == (after or {})
+
+
+def test_metrics_of_a_replaced_checkpoint_go_with_it(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, state(1), {"loss": 1})
+        manager.save(1, state(1), force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000000001.pt"]
+
+
+@pytest.mark.parametrize("background", [True, False], ids=["background", "foreground"])
+def test_what_ends_between_a_checkpoint_and_its_metrics_loses_none(background: bool) -> None:
+    class EndsBetween(MemoryFileSystem):
+        cachable = False
+
+        def cp_file(self, path1: str, path2: str, **options: Any) -> None:
+            if path2.endswith(".json") and self.exists(path2.replace(".metrics.json", ".pt")):
+                raise OSError("the end")
+            super().cp_file(path1, path2, **options)
+
+    url, store = f"memory://{uuid.uuid4().hex}", EndsBetween()
+    manager = CheckpointManager(url, filesystem=store, background=background)
+    with pytest.raises(torchferry.StorageError, match="the end"):
+        manager.save(1, state(1), {"loss": 1})
+        manager.wait_until_finished()
+    assert CheckpointManager(url, filesystem=store).metrics(1) == {"loss": 1}
+
+
+def test_metrics_of_a_checkpoint_that_was_never_stored_are_not_those_of_the_next_one(tmp_path: Path) -> None:
+    left = tmp_path / "step-0000000001.metrics.json"
+    left.write_text('{"etag": null, "size": null, "metrics": {"loss": 9}}')
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, state(1))
+        manager.wait_until_finished()
+        assert manager.metrics(1) == {}
+    assert not left.exists()
+
+
+def test_metrics_that_are_written_again_while_they_are_read_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, state(1), {"loss": 1})
+    changes = [torchferry.CheckpointChangedError("written again")]
+    read = LocalBackend.read
+
+    async def read_changed(*arguments: Any) -> Any:
+        if changes:
+            raise changes.pop()
+        return await read(*arguments)
+
+    monkeypatch.setattr(LocalBackend, "read", read_changed)
+    assert CheckpointManager(tmp_path).metrics(1) == {"loss": 1}
+    assert not changes
+
+
+# --- a step that is there twice
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["to sharded", "to plain"])
+def test_forced_save_replaces_a_checkpoint_of_the_other_kind(place: tuple[str, dict[str, Any]], sharded: bool) -> None:
+    url, store = place
+    with CheckpointManager(url, sharded=not sharded, **store) as manager:
+        manager.save(1, state(1), {"loss": 1})
+    with CheckpointManager(url, sharded=sharded, **store) as manager:
+        manager.save(1, state(2), {"loss": 2}, force=True)
+        manager.wait_until_finished()
+        assert manager.restore(1)["step"] == 2
+        assert manager.metrics(1) == {"loss": 2}
+        manager.delete(1)
+        assert manager.all_steps() == []
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "plain"])
+def test_later_of_two_checkpoints_of_one_step_counts_and_both_are_deleted(tmp_path: Path, sharded: bool) -> None:
+    for kind in (True, False):
+        with CheckpointManager(tmp_path / str(kind), sharded=kind) as manager:
+            manager.save(1, state(kind))
+    (tmp_path / "False" / "step-0000000001.pt").rename(tmp_path / "True" / "step-0000000001.pt")
+    os.utime(tmp_path / "True" / "step-0000000001.pt", (0, 0) if sharded else None)
+    os.utime(tmp_path / "True" / "step-0000000001" / ".metadata", None if sharded else (0, 0))
+    manager = CheckpointManager(tmp_path / "True")
+    assert manager.all_steps() == [1]
+    assert manager.restore()["step"] == sharded
+    manager.delete(1)
+    assert list((tmp_path / "True").iterdir()) == []
+
+
+def test_digits_of_other_scripts_make_no_checkpoint(tmp_path: Path) -> None:
+    foreign = tmp_path / f"step-{chr(0xFF10) * 9}{chr(0xFF11)}.pt"
+    foreign.write_bytes(b"x")
+    with CheckpointManager(tmp_path, max_to_keep=1) as manager:
+        assert manager.all_steps() == []
+        manager.save(2, state(2))
+    assert foreign.exists()
 
 
 # --- what is restored

@@ -343,18 +343,20 @@ def begin_save(
     url: str | os.PathLike[str],
     *,
     abandoned: Callable[[], bool],
+    first: Callable[[], Coroutine[Any, Any, object]] | None = None,
     until: Any = None,
     at_exit: Literal["finish", "cancel"] = "finish",
     shards: bool = False,
     **saving: Any,
 ) -> BackgroundSave:
-    """:func:`save_in_background` for who may stop waiting for room.
+    """:func:`save_in_background` for who may stop waiting for room, or has something to do before.
 
     Args:
         obj: As there, and so all that is not named here.
         url: The same.
         abandoned: Asked while there is no room for another snapshot: whether not to wait for it. After a change, call
             ``SNAPSHOTS.wake()``.
+        first: What to await before anything is sent.
         until: The same.
         at_exit: The same.
         shards: The same.
@@ -378,7 +380,7 @@ def begin_save(
         del pickled
         work = _Work(mask(os.fspath(url)), claim, at_exit, snapshot.copied, snapshot.lent, released)
         work.listen_to(announcers)
-        save = partial(save_async, snapshot, url, **saving)
+        save = partial(_save_after, first, snapshot, url, **saving)
         del snapshot
         with TorchModes.carried():
             work.start(save)
@@ -388,6 +390,17 @@ def begin_save(
     if threading.current_thread() is threading.main_thread() and not threading.main_thread().is_alive():
         wait_for(work.future)  # in a function of atexit: the interpreter has waited for threads, and does not again
     return BackgroundSave(work)
+
+
+async def _save_after(
+    first: Callable[[], Coroutine[Any, Any, object]] | None,
+    snapshot: Pickled,
+    url: str | os.PathLike[str],
+    **saving: Any,
+) -> ObjectStat:
+    if first is not None:
+        await first()
+    return await save_async(snapshot, url, **saving)
 
 
 def free_snapshots() -> None:

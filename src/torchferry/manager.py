@@ -14,7 +14,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -55,6 +56,21 @@ __all__ = ["CheckpointManager"]
 _OPENING_PATIENCE = 0.5  # seconds that a cancel waits for a filesystem that is being made
 
 logger = logging.getLogger("torchferry")
+
+
+@dataclass(frozen=True, slots=True)
+class _New:
+    """A checkpoint that is being saved.
+
+    Attributes:
+        step: Its step.
+        metrics: As JSON; None where there are none.
+        replaces: Whether a checkpoint of this step may be there already.
+    """
+
+    step: int
+    metrics: str | None
+    replaces: bool
 
 
 class CheckpointManager:
@@ -139,6 +155,7 @@ class CheckpointManager:
         self._knows_latest = False
         self._damaged: dict[int, str] = {}  # the versions that restore has found damaged, by step
         self._metrics: dict[int, tuple[str, dict[str, Any]]] = {}  # with the version that they are of
+        self._orphans: set[int] = set()  # steps that had metrics and no checkpoint when the series was listed last
         self._under_way: list[Future[BaseException | None]] = []  # saves whose error, or None, nobody has looked at
         self._retaining: Future[None] | None = None
         self._to_retain: int | None = None  # the step after which to look again for what goes
@@ -203,15 +220,15 @@ class CheckpointManager:
         if self._passes(step, force) or not await self._begins(step, force):
             return False
         with self._asking_again_after_a_failure():
-            encoded = encode_metrics(metrics)
+            new = self._new(step, metrics, force)
             if self._background:
-                await self._begin_async(step, obj, until, encoded)
+                await self._begin_async(new, obj, until)
                 if self._ends:
                     await self._wait_async()
             else:
-                options = await in_thread(self._options, encoded)
-                stat = await save_async(obj, url_of(self.url, name_of(step)), **options)
-                await self._finish(step, stat, encoded)
+                await self._write_metrics_first(new)
+                options = await in_thread(self._options, new)
+                await self._finish(new, await save_async(obj, url_of(self.url, name_of(step)), **options))
         return True
 
     def reached_preemption(self) -> bool:
@@ -493,7 +510,9 @@ class CheckpointManager:
 
     async def _is_later(self, step: int) -> bool:
         if not self._knows_latest:
-            self._latest = max(self._good(await self._list()), default=None)
+            listing = await self._list()
+            self._latest = max(self._good(listing), default=None)
+            self._orphans = set(listing.metrics) - set(listing.steps)
             self._knows_latest = True
         return self._latest is None or step > self._latest
 
@@ -512,25 +531,26 @@ class CheckpointManager:
         if not run(self._begins, step, force):
             return False
         with self._asking_again_after_a_failure():
-            encoded = encode_metrics(metrics)
+            new = self._new(step, metrics, force)
             if self._background:
-                self._begin(step, obj, until, encoded)
+                self._begin(new, obj, until)
                 if self._ends:
                     self._wait()
             else:
-                stat = save(obj, url_of(self.url, name_of(step)), **self._options(encoded))
-                run(self._finish, step, stat, encoded)
+                run(self._write_metrics_first, new)
+                run(self._finish, new, save(obj, url_of(self.url, name_of(step)), **self._options(new)))
         return True
 
-    def _begin(
-        self, step: int, obj: Any, until: Any, metrics: str | None, abandoned: Callable[[], bool] = lambda: False
-    ) -> None:
-        """Begins to save in the background; raises a SaveUnderWayError if it is abandoned while it waits for room."""
-        url = url_of(self.url, name_of(step))
-        saving = begin_save(obj, url, abandoned=abandoned, until=until, **self._options(metrics))
-        self._follow(step, saving, metrics)
+    def _new(self, step: int, metrics: Mapping[str, Any] | None, force: bool) -> _New:
+        return _New(step, encode_metrics(metrics), replaces=force or step in self._damaged)
 
-    async def _begin_async(self, step: int, obj: Any, until: Any, metrics: str | None) -> None:
+    def _begin(self, new: _New, obj: Any, until: Any, abandoned: Callable[[], bool] = lambda: False) -> None:
+        """Begins to save in the background; raises a SaveUnderWayError if it is abandoned while it waits for room."""
+        url = url_of(self.url, name_of(new.step))
+        first = partial(self._write_metrics_first, new)
+        self._follow(new, begin_save(obj, url, abandoned=abandoned, first=first, until=until, **self._options(new)))
+
+    async def _begin_async(self, new: _New, obj: Any, until: Any) -> None:
         """:meth:`_begin` in a thread. A cancel ends the wait for room; a save that has begun by then is followed."""
         abandoned = threading.Event()
 
@@ -538,7 +558,7 @@ class CheckpointManager:
             abandoned.set()
             SNAPSHOTS.wake()
 
-        await in_thread(self._begin, step, obj, until, metrics, abandoned.is_set, interrupt=abandon)
+        await in_thread(self._begin, new, obj, until, abandoned.is_set, interrupt=abandon)
 
     def _save_sharded(self, step: int, obj: Any, metrics: Mapping[str, Any] | None, force: bool) -> bool:
         """Saves on every rank; the first decides, and stores what goes beside."""
@@ -546,15 +566,15 @@ class CheckpointManager:
 
         self._wait_for_saves()
         self._raise_failures()  # on every rank, at the same step
-        encoded = encode_metrics(metrics)
-        if not (run(self._begins, step, force) if self._ranks is None else self._begins_on_all(step, force)):
+        new = self._new(step, metrics, force)
+        if not self._on_first_rank(lambda: run(self._begins_sharded, new, force)):
             return False
         url = url_of(self.url, name_of(step, sharded=True))
         options = {**self._store, "part_size": self._part_size, "process_group": self._group}
         if not self._background:
             with self._asking_again_after_a_failure():
                 distributed.save(obj, url, **options)
-                self._on_first_rank_or_here(lambda: run(self._finish_sharded, step, encoded))
+                self._on_first_rank(lambda: run(self._finish_sharded, new))
             return True
         over = Future[BaseException | None]()
 
@@ -562,7 +582,7 @@ class CheckpointManager:
             try:
                 saved.result()
                 if self._leads:
-                    run(self._finish_sharded, step, encoded)
+                    run(self._finish_sharded, new)
             except BaseException as error:  # noqa: BLE001 - goes on from the future
                 self._forget_latest()
                 over.set_result(error)
@@ -577,27 +597,24 @@ class CheckpointManager:
                 self._wait()
         return True
 
-    def _begins_on_all(self, step: int, force: bool) -> bool:
-        return self._on_first_rank(lambda: run(self._begins, step, force))
+    async def _begins_sharded(self, new: _New, force: bool) -> bool:
+        if not await self._begins(new.step, force):
+            return False
+        await self._write_metrics_first(new)
+        return True
 
-    def _on_first_rank_or_here(self, func: Any) -> None:
-        if self._ranks is None:
-            func()
-        else:
-            self._on_first_rank(func)
-
-    async def _finish_sharded(self, step: int, metrics: str | None) -> None:
-        if metrics is not None:
-            series = await self._series()
-            with _only_metrics_are_missing(step):
-                await series.write_metrics(step, await series.stat_sharded(step), metrics)
-        self._damaged.pop(step, None)
-        if self._retention.max_to_keep is not None:
-            self._retain_soon(step)
+    async def _finish_sharded(self, new: _New) -> None:
+        series = await self._series()
+        await self._delete_replaced(series, new, keeps_metrics=new.metrics is not None)
+        if new.metrics is not None:
+            with _only_metrics_are_missing(new.step):
+                await series.write_metrics(new.step, await series.stat_sharded(new.step), new.metrics)
+        self._is_there(new)
 
     def _on_first_rank(self, func: Any) -> bool:
         """Does it on the first rank; all learn what it returned or raised."""
-        assert self._ranks is not None  # noqa: S101 - asked before
+        if self._ranks is None:
+            return bool(func())
         outcome, error = False, None
         if self._ranks.rank == 0:
             try:
@@ -606,11 +623,11 @@ class CheckpointManager:
                 error = failure
         return bool(self._ranks.from_first(outcome, error))
 
-    def _options(self, metrics: str | None) -> dict[str, Any]:
+    def _options(self, new: _New) -> dict[str, Any]:
         series = self._open(self.url)
-        return {**self._store, "part_size": self._part_size, "metadata": series.metadata_for(metrics)}
+        return {**self._store, "part_size": self._part_size, "metadata": series.metadata_for(new.metrics)}
 
-    def _follow(self, step: int, saving: BackgroundSave, metrics: str | None) -> None:
+    def _follow(self, new: _New, saving: BackgroundSave) -> None:
         """Has what belongs to a save done when it is over, in the thread that waits for it."""
         over = Future[BaseException | None]()
         self._under_way.append(over)
@@ -620,26 +637,50 @@ class CheckpointManager:
             try:
                 stat = saved.result()
                 what = "The metrics of step"
-                run(self._finish, step, stat, metrics)
+                run(self._finish, new, stat)
             except BaseException as error:  # noqa: BLE001 - goes on from the future
                 self._forget_latest()
                 said = str(error) or type(error).__name__
-                logger.error("%s %d of %s: not saved: %s", what, step, self._said(), said)  # noqa: TRY400
+                logger.error("%s %d of %s: not saved: %s", what, new.step, self._said(), said)  # noqa: TRY400
                 over.set_result(error)
             else:
                 over.set_result(None)
 
         saving.add_done_callback(finish)
 
-    async def _finish(self, step: int, stat: ObjectStat, metrics: str | None) -> None:
+    async def _write_metrics_first(self, new: _New) -> None:
+        """Stores metrics that go beside a checkpoint before it: who is killed in between does not lose them."""
+        series = await self._series()
+        if new.metrics is not None and not new.replaces and self._go_beside(series, new):
+            with suppress(Exception):  # what is wrong is told when they are written again
+                await series.write_metrics(new.step, None, new.metrics)
+
+    def _go_beside(self, series: Series, new: _New) -> bool:
+        """Whether there are metrics that will be an object of their own."""
+        return new.metrics is not None and (self._sharded or series.metadata_for(new.metrics) is None)
+
+    async def _finish(self, new: _New, stat: ObjectStat) -> None:
         """Stores what goes beside a checkpoint that is there, and begins to delete what goes."""
         series = await self._series()
-        if metrics is not None and series.metadata_for(metrics) is None:
-            with _only_metrics_are_missing(step):
-                await series.write_metrics(step, stat, metrics)
-        self._damaged.pop(step, None)
+        beside = self._go_beside(series, new)
+        await self._delete_replaced(series, new, keeps_metrics=beside)
+        if new.metrics is not None and beside:
+            with _only_metrics_are_missing(new.step):
+                await series.write_metrics(new.step, stat, new.metrics)
+        self._is_there(new)
+
+    async def _delete_replaced(self, series: Series, new: _New, *, keeps_metrics: bool) -> None:
+        self._damaged.pop(new.step, None)
+        if new.replaces or new.step in self._orphans:
+            try:
+                await series.delete_replaced(new.step, sharded=self._sharded, keeps_metrics=keeps_metrics)
+            except Exception as error:  # noqa: BLE001 - what is there is right without it
+                logger.warning("What step %d of %s replaces is still there: %s", new.step, self._said(), error)
+
+    def _is_there(self, new: _New) -> None:
+        self._metrics.pop(new.step, None)
         if self._retention.max_to_keep is not None:
-            self._retain_soon(step)
+            self._retain_soon(new.step)
 
     def _retain_soon(self, step: int) -> None:
         """Has what goes deleted; nobody waits for it. What is being done now looks again when it is through."""

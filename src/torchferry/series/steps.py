@@ -19,7 +19,7 @@ from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import own_loop, run_on
 from torchferry.engine.transfer import Transfer
 from torchferry.engine.types import Chunk, ObjectStat
-from torchferry.errors import CheckpointNotFoundError, mask
+from torchferry.errors import CheckpointChangedError, CheckpointNotFoundError, mask
 from torchferry.storage.local import LocalBackend
 from torchferry.storage.registry import is_chain, open_backend
 
@@ -39,7 +39,7 @@ LAST = 10**10 - 1
 
 METADATA_NAME = "torchferrymetrics"  # letters alone: every store takes that
 _MOST_METADATA = 1024  # bytes; S3 takes 2 KiB with all names
-_NAME = re.compile(r"step-(\d{10})(?:\.pt|(/\.metadata)|(\.metrics\.json))")
+_NAME = re.compile(r"step-([0-9]{10})(?:\.pt|(/\.metadata)|(\.metrics\.json))")
 _OF_A_SHARDED = re.compile(r"\.metadata|(?:[^/]+/)*[^/]+\.distcp")
 
 
@@ -64,6 +64,11 @@ class StoredStep:
     modified: datetime | None = None
 
     @property
+    def object_path(self) -> str:
+        """The path of the object whose version counts: of a sharded one, ``.metadata``."""
+        return f"{self.path}/.metadata" if self.sharded else self.path
+
+    @property
     def version(self) -> str:
         """Tells this version from others of the same step."""
         return f"{self.etag} {self.size} {self.modified}"
@@ -76,10 +81,12 @@ class SeriesListing:
     Attributes:
         steps: The whole checkpoints, by step, in order.
         metrics: The paths of metrics that are objects of their own, by step.
+        older: Where a step is there as an object and as a directory: the one that was written before the other.
     """
 
     steps: dict[int, StoredStep] = field(default_factory=dict)
     metrics: dict[int, str] = field(default_factory=dict)
+    older: dict[int, StoredStep] = field(default_factory=dict)
 
 
 class Series:
@@ -112,15 +119,29 @@ class Series:
         """Deletes a checkpoint, and then its metrics; what is not there (any more) is no error."""
         await self._run("delete", partial(self._delete, listing, step))
 
+    async def delete_replaced(self, step: int, *, sharded: bool, keeps_metrics: bool) -> None:
+        """Deletes what belongs to earlier checkpoints of a step, now that a new one is there.
+
+        Args:
+            step: The step.
+            sharded: Whether the new one is sharded: an older one of the other kind goes.
+            keeps_metrics: Whether the metrics that are an object of their own are those of the new one.
+        """
+        await self._run("delete", partial(self._delete_replaced, step, sharded, keeps_metrics))
+
     def metadata_for(self, metrics: str | None) -> dict[str, str] | None:
         """The metadata to save an object with, where the store keeps it and it is not too long."""
         if metrics is None or not self._backend.keeps_metadata or len(metrics) > _MOST_METADATA:
             return None
         return {METADATA_NAME: metrics}
 
-    async def write_metrics(self, step: int, stat: ObjectStat, metrics: str) -> None:
-        """Stores metrics as an object of their own, with the version of the checkpoint that they are of."""
-        data = f'{{"etag": {json.dumps(stat.etag)}, "size": {stat.size}, "metrics": {metrics}}}'.encode()
+    async def write_metrics(self, step: int, stat: ObjectStat | None, metrics: str) -> None:
+        """Stores metrics as an object of their own, with the version of the checkpoint that they are of.
+
+        Where that is None, they count for whatever version will be there.
+        """
+        etag, size = (None, None) if stat is None else (stat.etag, stat.size)
+        data = f'{{"etag": {json.dumps(etag)}, "size": {json.dumps(size)}, "metrics": {metrics}}}'.encode()
         await self._run("write", partial(self._write, f"{self._path}/step-{step:010}.metrics.json", data))
 
     async def stat_sharded(self, step: int) -> ObjectStat:
@@ -148,7 +169,7 @@ class Series:
             return await run_on(own_loop(self._backend.loop), func)
 
     async def _list(self) -> SeriesListing:
-        found: dict[int, StoredStep] = {}
+        found: list[StoredStep] = []
         metrics: dict[int, str] = {}
         try:
             async for each in self._backend.list(f"{self._path}/step-"):
@@ -160,18 +181,35 @@ class Series:
                     metrics[step] = each.path
                 else:
                     path = each.path.removesuffix(match[2] or "")
-                    found[step] = StoredStep(step, path, sharded, each.size, each.etag, each.modified)
+                    found.append(StoredStep(step, path, sharded, each.size, each.etag, each.modified))
         except CheckpointNotFoundError:
             if not self._backend.has_directories:  # it is the bucket that is missing
                 raise
-        return SeriesListing(dict(sorted(found.items())), metrics)
+        found.sort(key=lambda each: (each.step, each.modified.timestamp() if each.modified else 0.0))
+        steps = {each.step: each for each in found}  # of two, the later
+        older = {each.step: each for each in found if each is not steps[each.step]}
+        return SeriesListing(steps, metrics, older)
 
     async def _delete(self, listing: SeriesListing, step: int) -> None:
-        stored = listing.steps.get(step)
-        if stored is not None:
-            await (self._delete_sharded(stored.path) if stored.sharded else self._backend.delete(stored.path))
+        for stored in (listing.older.get(step), listing.steps.get(step)):
+            if stored is not None:
+                await self._delete_stored(stored)
         if step in listing.metrics:
             await self._backend.delete(listing.metrics[step])
+
+    async def _delete_replaced(self, step: int, sharded: bool, keeps_metrics: bool) -> None:
+        listing = await self._list()
+        there = [each for each in (listing.steps.get(step), listing.older.get(step)) if each is not None]
+        if all(each.sharded != sharded for each in there):  # somebody has deleted the new one: then nothing is sure
+            return
+        for stored in there:
+            if stored.sharded != sharded:
+                await self._delete_stored(stored)
+        if step in listing.metrics and not keeps_metrics:
+            await self._backend.delete(listing.metrics[step])
+
+    async def _delete_stored(self, stored: StoredStep) -> None:
+        await (self._delete_sharded(stored.path) if stored.sharded else self._backend.delete(stored.path))
 
     async def _delete_sharded(self, directory: str) -> None:
         """Deletes a sharded checkpoint: what makes it one first, so that a part of it is never taken for a whole."""
@@ -190,27 +228,30 @@ class Series:
 
     async def _read_metrics(self, listing: SeriesListing, step: int) -> dict[str, Any]:
         stored = listing.steps[step]
-        if step in listing.metrics:
-            with suppress(CheckpointNotFoundError):  # deleted meanwhile
-                said = _decode(await self._read(listing.metrics[step]), self._said(step))
-                etag = stored.etag or (await self._backend.stat(stored.path)).etag
-                if isinstance(said.get("metrics"), dict) and (said.get("etag"), said.get("size")) == (
-                    etag,
-                    stored.size,
-                ):
-                    return dict(said["metrics"])
-        if not self._backend.keeps_metadata or stored.sharded:
-            return {}
+        etag = stored.etag
         try:
-            text = (await self._backend.stat(stored.path)).metadata.get(METADATA_NAME)
-        except CheckpointNotFoundError:
-            return {}
-        return _decode(text, self._said(step)) if text else {}
+            if etag is None or (self._backend.keeps_metadata and not stored.sharded):
+                stat = await self._backend.stat(stored.object_path)
+                etag = stat.etag
+                if text := stat.metadata.get(METADATA_NAME):
+                    return _decode(text, self._said(step))
+            if step in listing.metrics:
+                data = await self._read(listing.metrics[step])
+                return _metrics_of(_decode(data, self._said(step)), etag, stored.size)
+        except CheckpointNotFoundError:  # deleted meanwhile
+            pass
+        return {}
 
     def _said(self, step: int) -> str:
         return f"step {step} in {self.url}"
 
     async def _read(self, path: str) -> bytes:
+        try:
+            return await self._read_version(path)
+        except CheckpointChangedError:  # written again meanwhile
+            return await self._read_version(path)
+
+    async def _read_version(self, path: str) -> bytes:
         stat = await self._backend.stat(path)
         return bytes(await self._backend.read(path, 0, stat.size, stat))
 
@@ -278,6 +319,13 @@ def encode_metrics(metrics: Mapping[str, Any] | None) -> str | None:
         raise ValueError(f"A metric is a number or text; given: {value!r}.")
 
     return json.dumps(dict(metrics), default=plain)
+
+
+def _metrics_of(said: Mapping[str, Any], etag: str | None, size: int) -> dict[str, Any]:
+    """What an object of metrics says of this version; empty where it is of another one."""
+    metrics, version = said.get("metrics"), (said.get("etag"), said.get("size", -1))
+    is_of_it = version in ((None, None), (etag, size))  # no set: what JSON has need not be hashable
+    return metrics if isinstance(metrics, dict) and is_of_it else {}
 
 
 def _decode(data: str | bytes, said: str) -> dict[str, Any]:
