@@ -33,7 +33,8 @@ def train(steps: int) -> PyTorchCheckpoint:
         saved = checkpoint = checkpoints.resume()
         step = 0 if saved is None else saved.restore(model, optimizer)["step"]
         print(f"starts from step {step}", flush=True)
-        while step < steps and not checkpoints.reached_preemption():
+        ends = False
+        while step < steps and not ends:
             step += 1
             batch = torch.randn(16, 32, generator=torch.Generator().manual_seed(step))
             loss = (model(batch) - batch.sum(1, keepdim=True)).square().mean()
@@ -41,6 +42,7 @@ def train(steps: int) -> PyTorchCheckpoint:
             loss.backward()
             optimizer.step()
             checkpoint = PyTorchCheckpoint(module=model, hyperparameters={"step": step}, optimizer=optimizer)
+            ends = checkpoints.reached_preemption()  # before the save, which then sees any SIGTERM that ends the loop
             checkpoints.save(step, checkpoint)
             if saved is None and step == 25:  # a node that is lost
                 checkpoints.wait_until_finished()

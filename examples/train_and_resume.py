@@ -27,7 +27,8 @@ def train(url: str, steps: int, every: int, keep: int | None) -> float:
             optimizer.load_state_dict(saved["optimizer"])
             step, value = saved["step"], saved["loss"]
             print(f"resumed from step {step}", flush=True)
-        while step < steps and not checkpoints.reached_preemption():
+        ends = False
+        while step < steps and not ends:
             step += 1
             batch = torch.randn(16, 32, generator=torch.Generator().manual_seed(step))
             loss = (model(batch) - batch.sum(1, keepdim=True)).square().mean()
@@ -36,6 +37,7 @@ def train(url: str, steps: int, every: int, keep: int | None) -> float:
             optimizer.step()
             value = loss.item()
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "loss": value}
+            ends = checkpoints.reached_preemption()  # before the save, which then sees any SIGTERM that ends the loop
             checkpoints.save(step, state, metrics={"loss": value})
     print(f"step {step}: loss {value:.6f}")
     return value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import itertools
 import json
 import logging
 import os
@@ -37,7 +39,7 @@ from torchferry.testing.faultproxy import Fault
 from torchferry.testing.forkserver import python
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.conftest import FaultyS3
 
@@ -968,6 +970,113 @@ def test_sigterm_saves_the_next_step_and_is_told_and_previous_handlers_are_kept(
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def sigterm() -> Iterator[list[int]]:
+    """The handler of SIGTERM is that of a user, who notes here what comes; afterwards it is what it was."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    yield seen
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_handler_of_the_user_is_back_in_whichever_order_managers_are_closed(
+    tmp_path: Path, sigterm: list[int], order: tuple[int, ...]
+) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    managers = [CheckpointManager(tmp_path / str(number), handle_preemption=True) for number in range(3)]
+    for closed, number in enumerate(order):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert len(sigterm) == closed + 1
+        managers[number].close()
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_manager_that_is_closed_hears_no_sigterm_and_the_one_below_it_does(tmp_path: Path, sigterm: list[int]) -> None:
+    one, other = (CheckpointManager(tmp_path / name, handle_preemption=True) for name in "ab")
+    thread = threading.Thread(target=other.close)
+    thread.start()
+    thread.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert (one.reached_preemption(), other.reached_preemption()) == (True, False)
+    one.close()
+    assert len(sigterm) == 1
+
+
+def test_manager_that_is_dropped_puts_the_handler_back(tmp_path: Path, sigterm: list[int]) -> None:  # noqa: ARG001
+    handler = signal.getsignal(signal.SIGTERM)
+    manager = CheckpointManager(tmp_path, handle_preemption=True)
+    assert signal.getsignal(signal.SIGTERM) is not handler
+    del manager
+    gc.collect()
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+async def test_manager_that_handles_preemption_is_made_in_the_main_thread(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="make the manager there"):
+        await asyncio.to_thread(CheckpointManager, tmp_path, handle_preemption=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_sigterm_ends_a_forked_child_and_one_with_a_manager_of_its_own_goes_on(tmp_path: Path) -> None:
+    program = """
+        import os, signal, sys, warnings
+        from torchferry import CheckpointManager
+
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of any fork beside threads
+
+        def end_of_child(act):
+            child = os.fork()
+            if not child:
+                act()
+                os._exit(7)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+        def get_sigterm():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def get_sigterm_with_a_manager():
+            with CheckpointManager(sys.argv[1], handle_preemption=True) as own:
+                get_sigterm()
+                assert own.reached_preemption()
+
+        def get_sigterm_after_a_manager():
+            get_sigterm_with_a_manager()
+            get_sigterm()
+
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        managers = [CheckpointManager(sys.argv[1], handle_preemption=True) for _ in range(2)]
+        managers[0].close()
+        for act in (get_sigterm, get_sigterm_with_a_manager, get_sigterm_after_a_manager):
+            print(end_of_child(act))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with CheckpointManager(sys.argv[1], handle_preemption=True):
+            print(end_of_child(get_sigterm))
+    """
+    command = [*python(), "-c", textwrap.dedent(program), str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (ended.stdout.split(), ended.stderr) == ([str(-signal.SIGTERM), "7", str(-signal.SIGTERM), "7"], "")
+
+
+@pytest.mark.parametrize("moment", ["before the question", "before the save", "after the save"])
+def test_loop_that_sigterm_ends_has_saved_its_last_step(tmp_path: Path, sigterm: list[int], moment: str) -> None:
+    def comes(now: str) -> None:
+        if now == moment and step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with CheckpointManager(tmp_path, save_interval_steps=100, handle_preemption=True) as manager:
+        step, ends = 0, False
+        while step < 50 and not ends:
+            step += 1
+            comes("before the question")
+            ends = manager.reached_preemption()
+            comes("before the save")
+            manager.save(step, state(step))
+            comes("after the save")
+        assert sigterm
+        assert manager.restore()["step"] == step < 5
 
 
 async def test_sigterm_is_listened_to_until_an_asynchronous_block_ends(tmp_path: Path) -> None:

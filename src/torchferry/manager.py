@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 from fsspec.asyn import get_loop
 
@@ -93,8 +93,8 @@ class CheckpointManager:
         background: Whether ``save`` returns when the object has been copied (:func:`torchferry.save_in_background`), or
             when it is stored.
         handle_preemption: Whether to listen to SIGTERM: the save that is under way goes on, the next call of ``save``
-            saves whatever its step is, and waits for it, and ``reached_preemption`` tells. To be used in the main
-            thread. With several ranks each of these calls asks them all.
+            saves whatever its step is, and waits for it, and ``reached_preemption`` tells. Only for a manager that is
+            made in the main thread. With several ranks each of these calls asks them all.
         sharded: Save with ``torch.distributed.checkpoint``, each rank its own part, instead of one object on the first.
         start_from: The URL of another series, which ``restore`` and ``latest_step`` look into while this one is empty.
             It is only read.
@@ -165,6 +165,8 @@ class CheckpointManager:
         self._group = process_group
         self._ranks = Ranks.find(process_group)
         self._preemption = Preemption() if handle_preemption else None
+        if self._preemption is not None:
+            finalize(self, self._preemption.close).atexit = False  # for who does not close the manager
         _managers.add(self)
 
     # --- saving
@@ -232,7 +234,10 @@ class CheckpointManager:
         return True
 
     def reached_preemption(self) -> bool:
-        """Whether SIGTERM has come, to this rank or another one; always False without ``handle_preemption``."""
+        """Whether SIGTERM has come, to this rank or another one; always False without ``handle_preemption``.
+
+        Ask before the ``save`` of a step, and end the training after it: then that save has seen the SIGTERM.
+        """
         if self._preemption is not None:
             reached = self._preemption.reached
             self._ends = self._ranks.any(reached) if self._ranks is not None else reached
@@ -434,11 +439,13 @@ class CheckpointManager:
     # --- how it is done
 
     def _end(self) -> None:
-        if self._preemption is not None:
-            self._preemption.close()
-        if self._ranks is not None:
-            self._ranks.close()
-            self._ranks = None
+        try:
+            if self._preemption is not None:
+                self._preemption.close()
+        finally:
+            if self._ranks is not None:
+                self._ranks.close()
+                self._ranks = None
 
     @property
     def _leads(self) -> bool:
