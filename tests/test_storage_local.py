@@ -330,19 +330,47 @@ async def test_other_save_of_this_process_is_never_touched(store: LocalStore) ->
     assert (store.raw_read(path), store.raw_read(other)) == (b"12", b"new")
 
 
-async def test_a_directory_that_cannot_be_listed_is_an_error_and_not_left_out(tmp_path: Path) -> None:
-    """As one whose path is longer than the system takes, which not even root can list."""
-    fd = os.open(tmp_path, os.O_RDONLY)
+def make_unlistable(directory: Path) -> None:
+    """Fills a directory so that it cannot be listed, not even by root: one in it has too long a path."""
+    directory.mkdir(exist_ok=True)
+    fd = os.open(directory, os.O_RDONLY)
     for _ in range(17):
         os.mkdir("d" * 250, dir_fd=fd)
         below = os.open("d" * 250, os.O_RDONLY, dir_fd=fd)
         os.close(fd)
         fd = below
     os.close(fd)
+
+
+async def test_a_directory_that_cannot_be_listed_is_an_error_and_not_left_out(tmp_path: Path) -> None:
+    make_unlistable(tmp_path)
     backend = LocalBackend()
     for verb in (backend.list, backend.leftovers):
         with pytest.raises(StorageError, match="Cannot list"):
             [found async for found in verb(f"{tmp_path}/")]
+
+
+async def test_listing_looks_only_at_names_that_begin_with_its_prefix(tmp_path: Path) -> None:
+    make_unlistable(tmp_path / "lost+found")
+    (tmp_path / "step-1.pt").write_bytes(b"1")
+    (tmp_path / "step-2").mkdir()
+    (tmp_path / "step-2" / "shard").write_bytes(b"2")
+    listed = [found.path async for found in LocalBackend().list(f"{tmp_path}/step-")]
+    assert sorted(listed) == [f"{tmp_path}/step-1.pt", f"{tmp_path}/step-2/shard"]
+    make_unlistable(tmp_path / "step-3")
+    with pytest.raises(StorageError, match="Cannot list"):
+        [found async for found in LocalBackend().list(f"{tmp_path}/step-")]
+
+
+async def test_listing_passes_over_links_that_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "good").write_bytes(b"x")
+    (tmp_path / "link").symlink_to("good")
+    (tmp_path / "broken").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "through a file").symlink_to("good/x")
+    (tmp_path / "too long").symlink_to("x" * 300)
+    listed = [found.path async for found in LocalBackend().list(f"{tmp_path}/")]
+    assert sorted(listed) == [f"{tmp_path}/good", f"{tmp_path}/link"]
 
 
 async def test_leftover_that_this_machine_cannot_judge_stays_until_it_is_discarded(store: LocalStore) -> None:

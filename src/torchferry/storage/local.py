@@ -130,15 +130,17 @@ class LocalBackend(Backend):
         await in_thread(self._delete, path)
 
     async def list(self, prefix: str) -> AsyncIterator[ListedObject]:
-        """Lists files; the directory that ``prefix`` lies in is walked."""
-        for path, result in await in_thread(self._walk, prefix):
-            if path.startswith(prefix) and not _TEMPORARY.search(path):
+        """Lists files; in the directory that ``prefix`` lies in, only names that begin with its end are looked at."""
+        directory, begins = os.path.split(prefix)
+        for path, result in await in_thread(self._walk, directory, begins):
+            if not _TEMPORARY.search(path):
                 found = self._object_stat(path, result)
                 yield ListedObject(path, found.url, found.size, found.etag, _modified(result))
 
     async def leftovers(self, prefix: str) -> AsyncIterator[Leftover]:
         """Lists temporary files of writers below the directory that ``prefix`` lies in."""
-        for path, result in await in_thread(self._walk, prefix):
+        directory, _ = os.path.split(prefix)  # their names say nothing of the target's
+        for path, result in await in_thread(self._walk, directory, ""):
             if _TEMPORARY.search(path):
                 yield Leftover(path, self.url(path), "temporary file", modified=_modified(result))
 
@@ -156,18 +158,20 @@ class LocalBackend(Backend):
             os.unlink(path)  # noqa: PTH108 - a path like fsspec's, not a Path
         return True
 
-    def _walk(self, prefix: str) -> Sequence[tuple[str, os.stat_result]]:
-        top = os.path.dirname(f"{prefix}x")  # noqa: PTH120 - a path like fsspec's, not a Path
+    def _walk(self, top: str, begins: str) -> Sequence[tuple[str, os.stat_result]]:
+        """The files below a directory; of its own entries, those whose names begin so."""
         found = []
-        with _translated(self.url(prefix), "list"):
+        with _translated(self.url(f"{top}/{begins}"), "list"):
             os.scandir(top).close()  # raises where there is no such directory
-            for directory, _, names in os.walk(top, onerror=_raise_unless_gone):
+            for directory, directories, names in os.walk(top, onerror=_raise_unless_gone):
+                if directory == top:
+                    directories[:] = [name for name in directories if name.startswith(begins)]
+                    names = [name for name in names if name.startswith(begins)]  # noqa: PLW2901 - as the line above
                 for name in names:
-                    path = os.path.join(directory, name)  # noqa: PTH118 - the same
-                    with suppress(FileNotFoundError):  # gone meanwhile
-                        result = os.stat(path)  # noqa: PTH116 - the same
-                        if stat_module.S_ISREG(result.st_mode):
-                            found.append((path, result))
+                    path = os.path.join(directory, name)  # noqa: PTH118 - a path like fsspec's, not a Path
+                    result = _stat_unless_gone(path)
+                    if result is not None and stat_module.S_ISREG(result.st_mode):
+                        found.append((path, result))
         return found
 
     def _stat(self, path: str) -> ObjectStat:
@@ -222,6 +226,18 @@ class LocalBackend(Backend):
     def _delete(self, path: str) -> None:
         with _translated(self.url(path), "delete"), suppress(FileNotFoundError):
             os.unlink(path)  # noqa: PTH108 - a path like fsspec's, not a Path
+
+
+def _stat_unless_gone(path: str) -> os.stat_result | None:
+    """What ``path`` is; None where it is gone, or a link that leads nowhere."""
+    try:
+        return os.stat(path)  # noqa: PTH116 - a path like fsspec's, not a Path
+    except FileNotFoundError:
+        return None
+    except OSError:
+        if os.path.islink(path):  # noqa: PTH114 - the same
+            return None
+        raise
 
 
 def _raise_unless_gone(error: OSError) -> None:
