@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 from weakref import WeakSet, finalize
 
 from fsspec.asyn import get_loop
@@ -56,6 +56,8 @@ __all__ = ["CheckpointManager"]
 _OPENING_PATIENCE = 0.5  # seconds that a cancel waits for a filesystem that is being made
 
 logger = logging.getLogger("torchferry")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,15 +251,7 @@ class CheckpointManager:
         Raises:
             Exception: what the save raises. What cannot be deleted is not an error; it is tried again after the next.
         """
-        error: Exception | None = None
-        try:
-            self._wait()
-        except Exception as failure:  # noqa: BLE001 - raised on every rank
-            error = failure
-        if self._ranks is not None:
-            self._ranks.agree(error)
-        elif error is not None:
-            raise error
+        self._on_all_ranks(self._wait)
 
     async def wait_until_finished_async(self) -> None:
         """The asynchronous twin of :meth:`wait_until_finished`. A cancel ends the wait, and not the save."""
@@ -572,8 +566,8 @@ class CheckpointManager:
         from torchferry import distributed
 
         self._wait_for_saves()
-        self._raise_failures()  # on every rank, at the same step
-        new = self._new(step, metrics, force)
+        self._on_all_ranks(self._raise_failures)
+        new = self._on_all_ranks(lambda: self._new(step, metrics, force))
         if not self._on_first_rank(lambda: run(self._begins_sharded, new, force)):
             return False
         url = url_of(self.url, name_of(step, sharded=True))
@@ -617,6 +611,19 @@ class CheckpointManager:
             with _only_metrics_are_missing(new.step):
                 await series.write_metrics(new.step, await series.stat_sharded(new.step), new.metrics)
         self._is_there(new)
+
+    def _on_all_ranks(self, func: Callable[[], T]) -> T:
+        """What it returns; where it fails on one rank, it fails on all: none goes on alone to where others wait."""
+        error: Exception | None = None
+        try:
+            result = func()
+        except Exception as failure:  # noqa: BLE001 - raised on every rank
+            error = failure
+        if self._ranks is not None:
+            self._ranks.agree(error)
+        if error is not None:
+            raise error
+        return result
 
     def _on_first_rank(self, func: Any) -> bool:
         """Does it on the first rank; all learn what it returned or raised."""

@@ -79,6 +79,14 @@ def test_a_manager_keeps_a_series_of_sharded_checkpoints(
     assert second == ([], 4.0, 4)
 
 
+def test_what_fails_on_one_rank_of_a_series_fails_on_all_and_the_next_step_is_saved(ranks: Any, tmp_path: Path) -> None:
+    for said, latest in ranks.run("manage_with_failures", 2, url=str(tmp_path)):
+        first, second = said
+        assert "not today" in first
+        assert "A metric is a number or text" in second
+        assert latest == 3
+
+
 def test_a_part_of_a_tensor_is_refused_as_one_object(ranks: Any, tmp_path: Path) -> None:
     """It would look complete. A replicated tensor is whole, and whoever means a part says so."""
     for said in ranks.run("save_one_object", 2, path=str(tmp_path)):

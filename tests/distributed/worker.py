@@ -35,6 +35,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import torchferry
 import torchferry.distributed as ferry
 from torchferry.distributed import api
+from torchferry.series import steps
 from torchferry.series.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -240,11 +241,34 @@ def manage(url: str, options: dict[str, Any], world: int, background: bool) -> t
                 tensor.to_local().fill_(step)
             manager.save(step, state, {"loss": 1.0 / step})
         manager.wait_until_finished()
-        steps = manager.all_steps() if dist.get_rank() == 0 else []
+        there = manager.all_steps() if dist.get_rank() == 0 else []
         manager.restore(into=state)
         values = {float(value) for tensor in state.values() for value in tensor.to_local().unique()}
         assert len(values) == 1
-        return steps, values.pop(), manager.restored_step
+        return there, values.pop(), manager.restored_step
+
+
+def manage_with_failures(url: str, world: int) -> tuple[list[str], int | None]:
+    """The first rank cannot store metrics of step 1, the last has none that can be stored of step 2."""
+    state = _sharded(world, 1 << 20, 1.0)
+    rank, said = dist.get_rank(), []
+    with torchferry.CheckpointManager(url, sharded=True) as manager:
+        for step in (1, 2, 3):
+            stat_sharded = steps.Series.stat_sharded
+            if step == 1 and rank == 0:
+                steps.Series.stat_sharded = _refuse
+            metrics: Any = {"loss": object() if step == 2 and rank == world - 1 else 0.5}
+            try:
+                manager.save(step, state, metrics)
+                manager.wait_until_finished()
+            except Exception as error:  # noqa: BLE001 - the test looks at it
+                said.append(str(error))
+            steps.Series.stat_sharded = stat_sharded
+        return said, manager.latest_step()
+
+
+async def _refuse(*_: Any) -> Any:
+    raise torchferry.StorageError("not today")
 
 
 def save_and_die(url: str, options: dict[str, Any], world: int, when: str, victim: int) -> None:
