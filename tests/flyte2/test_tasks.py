@@ -379,6 +379,33 @@ def test_modules_are_values_of_tasks(runs: Runs) -> None:
     assert [uri.rsplit("/", 1)[1] for uri in runs.stored()] == ["module.pt"]
 
 
+class Labelled(torch.Tensor):
+    """A tensor that weights_only=True does not know."""
+
+
+def test_a_tensor_of_another_class_is_a_value_of_tasks_and_refused_where_options_say_so(runs: Runs) -> None:
+    @env.task
+    async def make_labelled() -> torch.Tensor:
+        return torch.ones(3).as_subclass(Labelled)
+
+    @env.task
+    async def look(tensor: torch.Tensor) -> str:
+        return type(tensor).__name__
+
+    @env.task
+    async def look_closely(tensor: Annotated[torch.Tensor, LoadOptions(verify=False)]) -> str:
+        return type(tensor).__name__
+
+    @env.task
+    async def main(closely: bool) -> str:
+        tensor = await make_labelled()
+        return await look_closely(tensor) if closely else await look(tensor)
+
+    assert runs(main, closely=False) == "Labelled"
+    with pytest.raises(Exception, match="weights_only"):
+        runs(main, closely=True)
+
+
 def test_a_module_whose_class_cannot_be_imported_is_stored_by_value(runs: Runs) -> None:
     class Local(Net):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

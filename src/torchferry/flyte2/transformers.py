@@ -27,7 +27,7 @@ from torchferry.checkpoint.fields import describes_checkpoint, path_in, register
 from torchferry.checkpoint.summary import remember_summary
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import run
-from torchferry.errors import StorageUnavailableError, TorchferryError
+from torchferry.errors import StorageUnavailableError, TorchferryError, UnsafeCheckpointError
 from torchferry.flyte2 import hooks
 from torchferry.flyte2.transfer import Stored, download, once, upload
 from torchferry.flyte2.values import Flyte2CheckpointValueError, LoadedCheckpoint, PyTorchCheckpoint, flyte_error
@@ -223,7 +223,11 @@ class PyTorchCheckpointTransformer(_BlobTransformer[PyTorchCheckpoint]):
 
 
 class TensorTransformer(_BlobTransformer[torch.Tensor]):
-    """A ``torch.Tensor`` as a value of tasks; loaded with ``weights_only=True``, unless the annotation says no."""
+    """A ``torch.Tensor`` as a value of tasks; loaded with ``weights_only=True``, unless the annotation says no.
+
+    One that needs other classes, as subclasses do, is loaded without where the annotation has no ``LoadOptions``: as
+    with everything that Flyte pickles, a task trusts what the tasks before it returned.
+    """
 
     FORMAT = hooks.TENSOR_FORMAT
     FILE_NAME = "tensor.pt"
@@ -235,7 +239,15 @@ class TensorTransformer(_BlobTransformer[torch.Tensor]):
         return await upload(value, value, save_options, name=self.FILE_NAME)
 
     async def _load(self, uri: str, options: LoadOptions) -> Any:
-        return await download(uri, options, lambda value: _checked(value, torch.Tensor, uri))
+        def tensor_of(value: Any) -> Any:
+            return _checked(value, torch.Tensor, uri)
+
+        try:
+            return await download(uri, options, tensor_of)
+        except UnsafeCheckpointError:
+            if options != LoadOptions():
+                raise
+        return await download(uri, LoadOptions(weights_only=False), tensor_of)
 
 
 class ModuleTransformer(_BlobTransformer[torch.nn.Module]):
