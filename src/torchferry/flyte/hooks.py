@@ -12,8 +12,6 @@ from functools import wraps
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from flytekit.core.array_node_map_task import ArrayNodeMapTask
-from flytekit.core.python_function_task import PythonFunctionTask
 from flytekit.core.type_engine import DataclassTransformer, TypeEngine, TypeTransformer, UnionTransformer
 from flytekit.models.core.types import BlobType
 from flytekit.models.literals import BindingData, Literal, Scalar, Union
@@ -105,6 +103,10 @@ def checkpoint_folders(ctx: FlyteContext) -> tuple[str, str | None] | None:
 
 def number_elements() -> None:
     """Makes the elements of a ``map_task`` that runs locally know their numbers: in a pod each is a task of its own."""
+    # Here: this module is imported while flytekit is.
+    from flytekit.core.array_node_map_task import ArrayNodeMapTask
+    from flytekit.core.python_function_task import PythonFunctionTask
+
     execute_all, execute = ArrayNodeMapTask._raw_execute, PythonFunctionTask.execute
 
     @wraps(execute_all)
