@@ -21,6 +21,7 @@ import torch
 
 import torchferry
 from torchferry.cli import main
+from torchferry.cli.printing import print_json
 from torchferry.testing.faultproxy import Fault
 
 
@@ -623,3 +624,14 @@ def test_a_prefix_in_place_of_a_checkpoint_is_told_with_what_to_do(
 def test_one_object_is_called_one_object(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rm", "--dry-run", checkpoint]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("1 object,")
+
+
+@pytest.mark.parametrize("texts", [["a", "b"], ["}, {", "b"], ["a", '"}, {"'], ["a"] * 2500])
+def test_json_has_a_line_for_each_entry_whatever_its_texts_are(
+    texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = {"records": [{"name": text, "size": 1} for text in texts], "mixed": [{"x": 1}, [*texts[:2]]], "empty": []}
+    print_json(value)
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == value
+    assert len(printed.splitlines()) == len(texts) + 9

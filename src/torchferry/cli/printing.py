@@ -19,6 +19,7 @@ __all__ = ["Table", "age", "escaped", "is_terminal", "one_line", "print_json", "
 
 _WIDEST = 200  # characters that a column is filled up to
 _MOST_BY_RICH = 1000  # rows: it takes a millisecond each
+_TOGETHER = 1000  # objects of a list that are encoded at once
 _PIECES = 4096  # of JSON that are written at once
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 _AGES = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
@@ -71,16 +72,25 @@ def _json_lines(value: Any, levels: int = 2, indent: str = "") -> Iterator[str]:
     if not levels or not value or not isinstance(value, (dict, list)):
         yield json.dumps(value)
         return
-    opening, closing = "{}" if isinstance(value, dict) else "[]"
-    yield opening
-    for number, part in enumerate(value):
-        yield f"{',' if number else ''}\n{indent}  "
-        if isinstance(value, dict):
-            yield f"{json.dumps(part)}: "
-            yield from _json_lines(value[part], levels - 1, f"{indent}  ")
-        else:
-            yield json.dumps(part)
-    yield f"\n{indent}{closing}"
+    line = f",\n{indent}  "
+    if isinstance(value, list):
+        for start in range(0, len(value), _TOGETHER):
+            yield f"{line if start else '[' + line[1:]}{_joined(value[start : start + _TOGETHER], line)}"
+        yield f"\n{indent}]"
+        return
+    for number, (name, part) in enumerate(value.items()):
+        yield f"{line if number else '{' + line[1:]}{json.dumps(name)}: "
+        yield from _json_lines(part, levels - 1, f"{indent}  ")
+    yield f"\n{indent}}}"
+
+
+def _joined(parts: list[Any], line: str) -> str:
+    """The JSON of each, with ``line`` between them. Of objects, all at once: that takes a third of the time."""
+    text = json.dumps(parts)
+    are_objects = all(isinstance(part, dict) for part in parts)
+    if are_objects and text.count("}, {") == len(parts) - 1:  # between them, and nowhere in a text
+        return text[1:-1].replace("}, {", f"}}{line}{{")
+    return line.join(map(json.dumps, parts))
 
 
 class Table:
