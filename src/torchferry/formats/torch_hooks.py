@@ -374,6 +374,7 @@ def new_gloo_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
     timeout = None
     with suppress(AttributeError, IndexError, RuntimeError):  # of a backend of its own kind
         timeout = of._get_backend(of._device_types[0]).options._timeout  # noqa: SLF001
-    ranks = dist.get_process_group_ranks(of)
-    new: Any = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+    ranks = None if group is None else dist.get_process_group_ranks(of)
+    # Where only some ranks come, they must do without the others; names of such groups are used again after their end.
+    new: Any = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=ranks is not None)
     return new  # type: ignore[no-any-return]  # torch's annotation is missing
