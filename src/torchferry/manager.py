@@ -566,8 +566,12 @@ class CheckpointManager:
         from torchferry import distributed
 
         self._wait_for_saves()
-        self._on_all_ranks(self._raise_failures)
-        new = self._on_all_ranks(lambda: self._new(step, metrics, force))
+
+        def next_one() -> _New:
+            self._raise_failures()
+            return self._new(step, metrics, force)
+
+        new = self._on_all_ranks(next_one)
         if not self._on_first_rank(lambda: run(self._begins_sharded, new, force)):
             return False
         url = url_of(self.url, name_of(step, sharded=True))

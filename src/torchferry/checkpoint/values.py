@@ -257,9 +257,8 @@ class LoadedCheckpoint(dict[str, Any], PyTorchCheckpoint):
             if module is not None and sharded.is_sharded(module):
                 sharded.load_optimizer(module, optimizer, optimizer_state)
             else:
-                optimizer.load_state_dict(
-                    deepcopy(optimizer_state)
-                )  # torch takes the tensors themselves, to change them
+                # A copy: torch takes the tensors themselves, and training changes them.
+                optimizer.load_state_dict(deepcopy(optimizer_state))
         return RestoredHyperparameters(self.hyperparameters, missing, unexpected)
 
     def _part(self, key: str) -> dict[str, Any]:

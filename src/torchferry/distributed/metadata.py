@@ -15,12 +15,12 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from isal import isal_zlib
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -128,7 +128,7 @@ def write_metadata(
     vars(meta)["torchferry"] = {"version": _VERSION, "url": url, "shards": dict(shards)}
     metadata.storage_meta = meta
     pickled = pickle.dumps(metadata)
-    return pickled + _CRC32 + zlib.crc32(pickled).to_bytes(4, "little")
+    return pickled + _CRC32 + isal_zlib.crc32(pickled).to_bytes(4, "little")
 
 
 @collector_paused()
@@ -155,7 +155,7 @@ def read_metadata(data: bytes, url: str, *, weights_only: bool, is_checked: bool
     try:
         if not is_checked:
             _check_items(loaded)
-        _check_places(loaded)
+        _check_places(loaded, url)
     except CheckpointFormatError:
         raise
     except Exception as error:
@@ -187,7 +187,7 @@ def _without_crc32(data: bytes, url: str) -> bytes:
     end = len(data) - len(_CRC32) - 4
     if data[max(end, 0) : -4] != _CRC32:
         return data
-    if zlib.crc32(data[:end]) != int.from_bytes(data[-4:], "little"):
+    if isal_zlib.crc32(data[:end]) != int.from_bytes(data[-4:], "little"):
         raise CheckpointCorruptError(f"{url} is damaged: its CRC32 does not match.")
     return data[:end]
 
@@ -214,7 +214,7 @@ def _check_tensor(name: str, stored: Any) -> None:
         raise ValueError(f"the parts of {name} have {held} elements, and it has {math.prod(stored.size)}.")
 
 
-def _check_places(metadata: Metadata) -> None:
+def _check_places(metadata: Metadata, url: str) -> None:
     """The same where a place is not within the checkpoint."""
     for index, info in metadata.storage_data.items():
         if index.fqn not in metadata.state_dict_metadata:
@@ -223,7 +223,9 @@ def _check_places(metadata: Metadata) -> None:
             raise ValueError(f"{index.fqn} is stored nowhere.")
     for path in shards_of(metadata):
         if not isinstance(path, str) or not path or path.startswith(("/", "\\")) or ".." in path.split("/"):
-            raise CheckpointFormatError(f"The metadata names a shard that is not within the checkpoint: {path!r}")
+            raise CheckpointFormatError(
+                f"{url} names a shard that is not within the checkpoint: {printable(str(path))}"
+            )
 
 
 def extras_of(metadata: Metadata) -> Extras:

@@ -425,10 +425,10 @@ async def _records_of_archives(
         if isinstance(found.metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
             dtype, chunk = chunk_of(found.metadata, index)
             nbytes = chunk.sizes.numel() * dtype.itemsize
-        left = info.length - nbytes
-        if left <= 0 or info.length <= _SMALL:  # not more than the tensor: it was stored as another dtype
-            left = info.length
-        around = min(left, BLOCK_SIZE // 2) if info.length > _SMALL else info.length
+        around = info.length
+        if info.length > _SMALL:
+            beside = info.length - nbytes  # where that is nothing, the tensor was stored as another dtype
+            around = min(beside if beside > 0 else info.length, BLOCK_SIZE // 2)
         head = bytearray(around)
         tail = head if around == info.length else bytearray(around)
         stop = info.offset + info.length
