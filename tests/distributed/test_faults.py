@@ -240,6 +240,11 @@ def test_a_group_that_is_destroyed_before_the_save_is_over_is_an_error_and_no_pa
     assert not (tmp_path / ".metadata").exists()
 
 
+def test_a_series_of_a_part_of_the_ranks_is_opened_again_and_no_rank_hangs(ranks: Any, tmp_path: Path) -> None:
+    for answer in ranks.try_to("series_of_a_part_of_the_ranks", 4, url=str(tmp_path), timeout=20.0):
+        assert answer == ([0, 1, 2], 3)
+
+
 def test_groups_of_our_own_wait_as_long_as_that_of_the_training(ranks: Any) -> None:
     for answer in ranks.try_to("timeouts_of_groups", 2, timeout=17.0):
         assert answer == [17.0, 17.0]

@@ -35,6 +35,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import torchferry
 import torchferry.distributed as ferry
 from torchferry.distributed import api
+from torchferry.formats import torch_hooks
 from torchferry.series import steps
 from torchferry.series.ranks import Ranks
 
@@ -340,9 +341,29 @@ def save_and_destroy_the_group(url: str, world: int) -> str:  # noqa: ARG001 - a
     return f"{type(error).__name__}: {error}"
 
 
+def series_of_a_part_of_the_ranks(url: str, world: int) -> tuple[list[int | None], int]:  # noqa: ARG001 - as all jobs
+    """Each half of the ranks opens a series of its own, closes it, and opens it again, three times.
+
+    Returns:
+        The latest step each time; how many names their groups had: under a name that was there before, a rank that
+        comes early waits for the last group's addresses.
+    """
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = dist.get_rank() // 2
+    latest, names = [], set()
+    for step in range(3):
+        with torchferry.CheckpointManager(f"{url}/{mine}", process_group=halves[mine]) as manager:
+            assert manager._ranks is not None
+            names.add(manager._ranks._group.group_name)
+            manager.save(step, {"a": torch.full((1000,), float(step))})
+            manager.wait_until_finished()
+            latest.append(manager.latest_step())
+    return latest, len(names)
+
+
 def timeouts_of_groups(world: int) -> list[float]:  # noqa: ARG001 - as all jobs
     """Seconds that the groups of background saves and of series wait."""
-    made = [api._group_for_saves(None), Ranks()._group]
+    made = [torch_hooks.kept_gloo_group("saves"), Ranks()._group]
     return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in made]
 
 

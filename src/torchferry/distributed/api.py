@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
@@ -31,7 +30,7 @@ from torchferry.engine.cancellation import ThreadPool
 from torchferry.engine.loops import run
 from torchferry.engine.transfer import TransferReport
 from torchferry.errors import RankFailedError, mask
-from torchferry.formats.torch_hooks import new_gloo_group
+from torchferry.formats.torch_hooks import kept_gloo_group
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -46,7 +45,6 @@ T = TypeVar("T")
 _uploads = ThreadPool(1, "torchferry-sharded")  # one save after the other, in the same order on every rank
 _stager = Stager()
 _last: list[Future[Metadata]] = []
-_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +207,7 @@ def async_save(
         report=report,
     )
     alone = _is_alone(no_dist)
-    group = None if alone else _group_for_saves(process_group)
+    group = None if alone else kept_gloo_group("saves", process_group)
     if _last:
         wait(_last)  # its outcome is its caller's to look at
         _last.clear()
@@ -267,15 +265,6 @@ def _log_failure(what: str, upload: Future[Metadata]) -> None:
     """Says what may never be asked for."""
     if not upload.cancelled() and (error := upload.exception()) is not None:
         logger.error("Could not %s in the background: %s: %s", what, type(error).__name__, error)
-
-
-def _group_for_saves(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """A gloo group of the same ranks, for saves that are under way while the training uses ``group``."""
-    of = group or dist.group.WORLD
-    assert of is not None  # noqa: S101 - there is a process group
-    if of not in _groups:
-        _groups[of] = new_gloo_group(of)
-    return _groups[of]
 
 
 def load(

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -16,15 +15,13 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torchferry.engine.memory import BLOCK_SIZE, EVERYTHING_ELSE, Claim
 from torchferry.engine.types import MIB
 from torchferry.formats.item_stream import is_plain
-from torchferry.formats.torch_hooks import new_gloo_group
+from torchferry.formats.torch_hooks import kept_gloo_group
 
 __all__ = ["Broadcast", "Shared", "cpu_group", "said_by_all", "share"]
 
 _LONGEST = 64 * MIB  # of one broadcast out of a tensor's own memory
 _UNDER_WAY = 4  # broadcasts at once
 _SPARE = 3  # blocks beside those: one that is filled, and what is held for a moment more
-
-_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +76,7 @@ def cpu_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """A group of the same ranks that moves memory of the CPU: the same one where it is gloo's."""
     of = group or dist.group.WORLD
     assert of is not None  # noqa: S101 - there is a process group
-    if dist.get_backend(of) == "gloo":
-        return of
-    if of not in _groups:
-        _groups[of] = new_gloo_group(of)
-    return _groups[of]
+    return of if dist.get_backend(of) == "gloo" else kept_gloo_group("broadcasts", group)
 
 
 def said_by_all(group: dist.ProcessGroup, word: str | None) -> set[str | None]:

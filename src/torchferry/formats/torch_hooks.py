@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import _weights_only_unpickler, overrides, serialization
@@ -46,6 +47,7 @@ __all__ = [
     "NO_MODES",
     "TorchModes",
     "crc32_option_is_of_the_context",
+    "kept_gloo_group",
     "load_in_place",
     "new_gloo_group",
     "torch_errors",
@@ -362,6 +364,24 @@ def _is_of_others(file: str, function: str) -> bool:
     return function in _OTHERS or function.endswith(_ENDS_OF_OTHERS) or not is_known
 
 
+_kept_groups: WeakKeyDictionary[dist.ProcessGroup, dict[str, dist.ProcessGroup]] = WeakKeyDictionary()
+
+
+def kept_gloo_group(purpose: str, group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
+    """The gloo group of the same ranks that serves one purpose alone: nothing gets between its collectives.
+
+    Collective the first time, when it is made; it stays as long as ``group`` does, of which ``None`` is that of all.
+    """
+    import torch.distributed as dist
+
+    of = group or dist.group.WORLD
+    assert of is not None  # noqa: S101 - there is a process group
+    kept = _kept_groups.setdefault(of, {})
+    if purpose not in kept:
+        kept[purpose] = new_gloo_group(group)
+    return kept[purpose]
+
+
 def new_gloo_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
     """A new gloo group of the same ranks, which waits for them as long as ``group`` does: ``None`` is that of all.
 
@@ -374,7 +394,8 @@ def new_gloo_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
     timeout = None
     with suppress(AttributeError, IndexError, RuntimeError):  # of a backend of its own kind
         timeout = of._get_backend(of._device_types[0]).options._timeout  # noqa: SLF001
-    ranks = None if group is None else dist.get_process_group_ranks(of)
-    # Where only some ranks come, they must do without the others; names of such groups are used again after their end.
+    ranks = None if dist.get_world_size(of) == dist.get_world_size() else dist.get_process_group_ranks(of)
+    # Where only some ranks come, they must do without the others. Such a group must not be destroyed alone: torch would
+    # give its name to the next one, which would meet the addresses of the first in the store, and wait for them.
     new: Any = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=ranks is not None)
     return new  # type: ignore[no-any-return]  # torch's annotation is missing

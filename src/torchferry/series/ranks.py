@@ -65,10 +65,10 @@ class Ranks:
             raise error or _error(said, failed, self.size)
 
     def close(self) -> None:
-        """Ends the group."""
+        """Ends the group; one of some ranks stays (see ``new_gloo_group``)."""
         import torch.distributed as dist
 
-        if dist.is_initialized():
+        if dist.is_initialized() and self.size == dist.get_world_size():
             dist.destroy_process_group(self._group)
 
     def _extreme(self, number: int, which: str) -> int:
