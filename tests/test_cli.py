@@ -479,6 +479,72 @@ def test_the_quick_verbs_import_no_torch(arguments: list[str], tmp_path: Path) -
     assert not [line for line in done.stderr.splitlines() if line.rpartition("|")[2].strip() == "torch"]
 
 
+def test_diff_says_that_they_differ_also_to_a_reader_that_has_enough(tmp_path: Path) -> None:
+    for number in (1, 2):
+        torch.save({f"t{at}": torch.tensor(at * number) for at in range(1, 500)}, tmp_path / f"{number}.pt")
+    diff = f"{sys.executable} -m torchferry diff {tmp_path / '1.pt'} {tmp_path / '2.pt'}"
+    command = f"{diff} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("1\n", "")
+
+
+@pytest.mark.parametrize(
+    ("closed", "verb", "status"), [("1>&-", "ls", 0), ("2>&-", "verify", 1), ("0<&-", "rm -r", 130)]
+)
+def test_it_works_with_closed_streams(tmp_path: Path, closed: str, verb: str, status: int) -> None:
+    for name in ("a.pt", "b.pt"):
+        torch.save({}, tmp_path / name)
+    command = f"{sys.executable} -m torchferry {verb} {tmp_path} {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["ls"], "Missing argument 'URL'. See torchferry ls --help."),
+        (["nosuch"], "No such command 'nosuch'. See torchferry --help."),
+        (["inspect", "x.pt", "-o", "a=1", "-o", "a.b=2"], "a.b is given below a, which has a value of its own."),
+        (["convert", "a", "b", "--max-shard-size", "1.2.3"], "'1.2.3' is no size such as 5GB or 500MiB."),
+        (["convert", "a", "b", "--max-shard-size", "9" * 400], "is no size such as 5GB or 500MiB."),
+    ],
+)
+def test_wrong_arguments_are_one_line_on_standard_error(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert says in printed.err
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("verb", "status"), [("verify", 1), ("diff", 2)])
+def test_a_fault_of_its_own_is_one_line_and_no_difference(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, status: int
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("inside")
+
+    monkeypatch.setattr(torchferry, verb, fail)
+    arguments = [verb, "a.pt", "b.pt"][: 1 + status]
+    assert main(arguments) == status
+    assert "unexpected KeyError" in capsys.readouterr().err
+    with pytest.raises(KeyError):
+        main([*arguments, "--debug"])
+
+
+def test_json_has_no_numbers_that_json_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"loss": float("nan"), "best": {"high": float("inf"), "low": [-float("inf"), 1.5]}}
+    torch.save(values, tmp_path / "x.pt")
+    assert main(["inspect", str(tmp_path / "x.pt"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["values"]
+    assert found["loss"] == "NaN"
+    assert found["best.high"] == "Infinity"
+
+
 def test_head_ends_it_without_an_error(tmp_path: Path) -> None:
     for number in range(1000):
         (tmp_path / f"{'long' * 40}-{number}.pt").touch()  # more than a pipe holds

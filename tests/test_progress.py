@@ -49,6 +49,26 @@ def test_a_bar_is_closed_when_the_transfer_fails(tmp_path: Path, number: int) ->
     assert (callback._progress if number == 0 else callback._bar) is None
 
 
+def test_a_bar_says_what_it_is_told_whatever_brackets_that_has(tmp_path: Path) -> None:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=100)
+    torchferry.save([torch.ones(10)], tmp_path / "a.pt", callback=RichCallback("copying run[/last]", console=console))
+    assert "copying run[/last]" in output.getvalue()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_transfer_of_no_tensors_leaves_a_bar_ready_for_the_next(tmp_path: Path, number: int) -> None:
+    callback = bars()[0][number]
+    torchferry.save({}, tmp_path / "a.safetensors", callback=callback)
+    assert callback.value == 0
+
+
+def test_a_callback_never_hears_of_more_bytes_than_there_are(tmp_path: Path) -> None:
+    told = Callback()
+    torchferry.save({"a": torch.ones(10)}, tmp_path / "a.safetensors", callback=told)
+    assert told.size == told.value
+
+
 def test_manifest_and_report_have_a_short_repr_and_tables_for_notebooks(tmp_path: Path) -> None:
     reports: list[torchferry.TransferReport] = []
     names = {f"<b>{i}": torch.ones(2, 3) for i in range(50)}

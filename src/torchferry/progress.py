@@ -16,6 +16,9 @@ class _Bar(Callback):  # type: ignore[misc]
     May be used for several transfers, one after the other, or as a context manager around one that may fail.
     """
 
+    size: int | None
+    value: int
+
     def __init__(self, description: str = "") -> None:
         super().__init__()
         self.description = description
@@ -23,6 +26,7 @@ class _Bar(Callback):  # type: ignore[misc]
     def call(self, hook_name: str | None = None, **kwargs: Any) -> None:  # noqa: ARG002 - fsspec's signature
         """Called by fsspec after each change."""
         if not self.size:
+            self.value = 0
             return
         self._show(self.size, min(self.value, self.size))
         if self.value >= self.size:
@@ -60,11 +64,18 @@ class RichCallback(_Bar):
     def _show(self, size: int, value: int) -> None:
         if self._progress is None:
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
 
             console = self._console or Console(stderr=True)
             columns = (
-                "{task.description}",
+                TextColumn("{task.description}", markup=False),  # names may have brackets
                 BarColumn(),
                 DownloadColumn(),
                 TransferSpeedColumn(),

@@ -219,3 +219,26 @@ def test_it_can_be_pickled_as_launchers_do_and_is_a_plugin_of_either_package() -
     assert isinstance(pickle.loads(pickle.dumps(TorchferryCheckpointIO())), TorchferryCheckpointIO)
     assert isinstance(TorchferryCheckpointIO(), CheckpointIO)
     assert pytorch_lightning.Trainer(plugins=[TorchferryCheckpointIO()], logger=False, accelerator="cpu")
+
+
+@pytest.mark.parametrize("background", [True, False], ids=["background", "foreground"])
+def test_a_link_to_the_last_checkpoint_is_made_and_a_later_run_does_not_write_through_it(
+    tmp_path: Path, background: bool
+) -> None:
+    place = tmp_path / "not" / "there yet"
+
+    def fit(epochs: int, save_last: Any, resumed: Path | None = None) -> None:
+        kept = ModelCheckpoint(place, filename="{epoch}", monitor="loss", save_top_k=-1, save_last=save_last)
+        run = trainer(TorchferryCheckpointIO(background=background), tmp_path, epochs, kept)
+        run.fit(Model(), ckpt_path=resumed, weights_only=False)
+
+    fit(2, "link")
+    assert (place / "last.ckpt").resolve().name == "epoch=1.ckpt"
+    fit(4, True, place / "last.ckpt")
+    assert {path.name: torchferry.load(path, weights_only=False)["epoch"] for path in place.iterdir()} == {
+        "epoch=0.ckpt": 0,
+        "epoch=1.ckpt": 1,
+        "epoch=2.ckpt": 2,
+        "epoch=3.ckpt": 3,
+        "last.ckpt": 3,
+    }

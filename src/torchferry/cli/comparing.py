@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from torchferry.cli.printing import escaped, print_json, progress, say
+from torchferry.cli.printing import escaped, nobody_reads, print_json, progress, say
 from torchferry.cli.store import storage_options_for, store_options
 
 if TYPE_CHECKING:
@@ -38,10 +39,14 @@ def diff(first: str, second: str, quiet: bool, as_json: bool, **given: Any) -> i
             second_storage_options=storage_options_for(second, given, is_target=True),
             callback=callback,
         )
-    if as_json:
-        print_json(_as_json(found))
-    elif not quiet:
-        _print(found)
+    try:
+        if as_json:
+            print_json(_as_json(found))
+        elif not quiet:
+            _print(found)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the exit status still says what was found
+        nobody_reads()
     return int(bool(found))
 
 

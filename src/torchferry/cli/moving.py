@@ -27,7 +27,7 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         """Reads "5GB" as a number of bytes."""
-        matched = re.fullmatch(r"([0-9.]+)\s*([kmg]i?)?b?", str(value).lower())
+        matched = re.fullmatch(r"(\d{1,15}(?:\.\d*)?)\s*([kmg]i?)?b?", str(value).lower(), re.ASCII)
         if matched is None:
             self.fail(f"{value!r} is no size such as 5GB or 500MiB", param, ctx)
         return int(float(matched[1]) * _UNITS[matched[2] or ""])

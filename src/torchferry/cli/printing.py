@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -15,12 +18,24 @@ from torchferry.printable import escaped
 if TYPE_CHECKING:
     from fsspec.callbacks import Callback
 
-__all__ = ["Table", "age", "escaped", "is_terminal", "one_line", "print_json", "progress", "say", "size"]
+__all__ = [
+    "Table",
+    "age",
+    "escaped",
+    "is_terminal",
+    "nobody_reads",
+    "one_line",
+    "print_json",
+    "progress",
+    "say",
+    "size",
+]
 
 _WIDEST = 200  # characters that a column is filled up to
 _MOST_BY_RICH = 1000  # rows: it takes a millisecond each
 _TOGETHER = 1000  # objects of a list that are encoded at once
 _PIECES = 4096  # of JSON that are written at once
+_NARROWEST = 40  # columns of a terminal that rich fits a table into
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 _AGES = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -55,13 +70,21 @@ def is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
+def nobody_reads() -> None:
+    """Called where a pipe was closed: whoever reads has enough, as ``| head``. What is still to be printed is not."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def say(text: str = "") -> None:
     """Prints a line."""
     print(text)
 
 
 def print_json(value: Any) -> None:
-    """Prints a value for programs; each entry of a list that it has on a line of its own."""
+    """Prints a value for programs; each entry of a list that it has on a line of its own.
+
+    JSON has no NaN and no infinite numbers: they are the texts "NaN", "Infinity" and "-Infinity".
+    """
     pieces = _json_lines(value)
     while some := "".join(islice(pieces, _PIECES)):
         sys.stdout.write(some)
@@ -70,7 +93,7 @@ def print_json(value: Any) -> None:
 
 def _json_lines(value: Any, levels: int = 2, indent: str = "") -> Iterator[str]:
     if not levels or not value or not isinstance(value, (dict, list)):
-        yield json.dumps(value)
+        yield _dumps(value)
         return
     line = f",\n{indent}  "
     if isinstance(value, list):
@@ -86,11 +109,26 @@ def _json_lines(value: Any, levels: int = 2, indent: str = "") -> Iterator[str]:
 
 def _joined(parts: list[Any], line: str) -> str:
     """The JSON of each, with ``line`` between them. Of objects, all at once: that takes a third of the time."""
-    text = json.dumps(parts)
+    text = _dumps(parts)
     are_objects = all(isinstance(part, dict) for part in parts)
     if are_objects and text.count("}, {") == len(parts) - 1:  # between them, and nowhere in a text
         return text[1:-1].replace("}, {", f"}}{line}{{")
-    return line.join(map(json.dumps, parts))
+    return line.join(map(_dumps, parts))
+
+
+def _dumps(value: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Table:
@@ -111,8 +149,9 @@ class Table:
         self._rows.append(cells)
 
     def show(self) -> None:
-        """Prints it: on a terminal by rich, as wide as that is; into a pipe, or where it is long, by itself."""
-        if is_terminal() and len(self._rows) <= _MOST_BY_RICH:
+        """Prints it: on a terminal by rich, as wide as that is; into a pipe, or where it does not fit, by itself."""
+        is_wide = shutil.get_terminal_size().columns >= _NARROWEST
+        if is_terminal() and is_wide and len(self._rows) <= _MOST_BY_RICH:
             self._show_by_rich()
             return
         rows = [self._columns, *self._rows]

@@ -140,6 +140,8 @@ def _set(options: dict[str, Any], key: str, value: Any) -> None:
     *path, last = key.split(".")
     for part in path:
         options = options.setdefault(part, {})
+        if not isinstance(options, dict):
+            raise click.UsageError(f"{key} is given below {part}, which has a value of its own.")
     options[last] = value
 
 

@@ -241,7 +241,7 @@ class Transfer:
         if self._callback is None:
             return
         with self._lock:
-            moved = self._moved if complete else min(self._moved, self._size - 1)
+            moved = min(self._moved, self._size - (not complete))
             news = max(0, moved - self._told)
             self._told += news
         if news:

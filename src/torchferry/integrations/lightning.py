@@ -13,7 +13,10 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fsspec.implementations.local import LocalFileSystem
 
 from torchferry.background import BackgroundSave, save_in_background
 from torchferry.engine.loops import run
@@ -21,6 +24,7 @@ from torchferry.errors import TorchferryError, mask
 from torchferry.integrations.folders import delete_async
 from torchferry.loading import load
 from torchferry.saving import save
+from torchferry.storage.registry import protocol_of
 
 if TYPE_CHECKING:
     from torchferry.engine.transfer import TransferReport
@@ -100,6 +104,7 @@ class TorchferryCheckpointIO(_base()):  # type: ignore[misc]  # one of two class
         self._wait()
         if os.fspath(path) in self._to_remove:
             self._to_remove.remove(os.fspath(path))
+        _make_way(path)
         options = {**self._store, **self._saving}
         if storage_options:
             options["storage_options"] = {**(options["storage_options"] or {}), **storage_options}
@@ -183,3 +188,16 @@ class TorchferryCheckpointIO(_base()):  # type: ignore[misc]  # one of two class
             except (TorchferryError, OSError) as error:
                 logger.warning("%s stays until the next checkpoint is saved: %s", mask(path), error)
                 failed.append(path)
+
+
+def _make_way(path: str | os.PathLike[str]) -> None:
+    """Makes the directory of a local checkpoint, and takes away a link in its place, as Lightning itself does.
+
+    With ``save_last="link"`` Lightning makes its link beside a checkpoint as soon as that is "saved"; a later run with
+    ``save_last=True`` would write through the link, into the checkpoint that it names.
+    """
+    if protocol_of(os.fspath(path)) in {"file", "local"}:
+        local = Path(LocalFileSystem._strip_protocol(os.fspath(path)))  # noqa: SLF001 - fsspec's way to say so
+        local.parent.mkdir(parents=True, exist_ok=True)
+        if local.is_symlink():
+            local.unlink()

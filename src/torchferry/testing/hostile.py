@@ -33,7 +33,7 @@ import torch
 import torchferry
 from torchferry.checkpoint.deck import deck_of
 from torchferry.checkpoint.values import LoadedCheckpoint
-from torchferry.cli import main as command
+from torchferry.cli import run as command
 from torchferry.formats.opcodes import scan_pickle
 
 __all__ = [
