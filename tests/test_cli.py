@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import socket
 import struct
 import subprocess
 import sys
@@ -488,9 +489,7 @@ def test_diff_says_that_they_differ_also_to_a_reader_that_has_enough(tmp_path: P
     assert (done.stdout, done.stderr) == ("1\n", "")
 
 
-@pytest.mark.parametrize(
-    ("closed", "verb", "status"), [("1>&-", "ls", 0), ("2>&-", "verify", 1), ("0<&-", "rm -r", 130)]
-)
+@pytest.mark.parametrize(("closed", "verb", "status"), [("1>&-", "ls", 0), ("2>&-", "verify", 1), ("0<&-", "rm -r", 1)])
 def test_it_works_with_closed_streams(tmp_path: Path, closed: str, verb: str, status: int) -> None:
     for name in ("a.pt", "b.pt"):
         torch.save({}, tmp_path / name)
@@ -519,6 +518,16 @@ def test_wrong_arguments_are_one_line_on_standard_error(
     assert not printed.out
     assert says in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_the_patience_with_a_store_can_be_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # and not listened on
+        endpoint = f"http://127.0.0.1:{held.getsockname()[1]}"
+        options = ["--endpoint-url", endpoint, "-o", "key=a", "-o", "secret=b", "--give-up-after", "0"]
+        for arguments in (["ls", "s3://b/x"], ["inspect", "s3://b/x.pt"], ["copy", "s3://b/x.pt", "y.pt"]):
+            assert main([*arguments, *options]) == 1
+    assert capsys.readouterr().err.count("is not available, after all retries") == 3
 
 
 @pytest.mark.parametrize(("verb", "status"), [("verify", 1), ("diff", 2)])

@@ -533,6 +533,16 @@ def test_best_are_kept_and_the_latest_in_any_case(place: tuple[str, dict[str, An
         CheckpointManager(url, **store).best_step()
 
 
+def test_a_metric_that_best_does_not_find_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with CheckpointManager(tmp_path, max_to_keep=2, best=("loss", "min")) as manager:
+        for step in range(3):
+            manager.save(step, state(step), {"los": 1.0})
+    said = [record.message for record in caplog.records if "by which best=" in record.message]
+    assert said == [
+        "Step 0 has no metric 'loss', by which best= chooses; given: 'los'. It is worse than all that have it."
+    ]
+
+
 def test_retention_keeps_what_it_says_whatever_is_there() -> None:
     randomly = random.Random(1)
     for _ in range(500):

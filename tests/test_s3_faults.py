@@ -26,6 +26,7 @@ from s3fs import S3FileSystem
 
 import torchferry
 from torchferry import TransferReport
+from torchferry.engine.retry import Transient, retrying
 from torchferry.engine.transfer import Transfer
 from torchferry.engine.types import MIB, Chunk, ObjectStat
 from torchferry.errors import (
@@ -267,6 +268,23 @@ async def test_server_that_is_not_there_is_unavailable(s3_url: str) -> None:
                 await store.write(path, stream(DATA[:size], MIB))
         with pytest.raises(StorageUnavailableError, match=s3_url), impatient():
             await store.read(path, 0, 5, ObjectStat("", 5, '"x"'))
+
+
+async def test_what_fails_is_tried_again_as_long_as_it_is_said_and_not_shorter() -> None:
+    tried: list[float] = []
+
+    async def fail() -> None:
+        tried.append(time.monotonic())
+        raise ConnectionError("not today")
+
+    begun = time.monotonic()
+    with impatient(0.3), pytest.raises(ConnectionError):
+        await retrying(fail, lambda _: Transient(), "Cannot try")
+    assert tried[-1] - begun >= 0.3
+    tried.clear()
+    with impatient(0.3), pytest.raises(ConnectionError):
+        await retrying(fail, lambda _: Transient(after=60.0), "Cannot try")
+    assert len(tried) == 1  # the store asks for more patience than there is
 
 
 # --- cancels

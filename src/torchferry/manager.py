@@ -156,6 +156,7 @@ class CheckpointManager:
         self._latest: int | None = None  # the highest step that is there, or being saved
         self._knows_latest = False
         self._damaged: dict[int, str] = {}  # the versions that restore has found damaged, by step
+        self._warned_of_best = False
         self._metrics: dict[int, tuple[str, dict[str, Any]]] = {}  # with the version that they are of
         self._orphans: set[int] = set()  # steps that had metrics and no checkpoint when the series was listed last
         self._under_way: list[Future[BaseException | None]] = []  # saves whose error, or None, nobody has looked at
@@ -543,6 +544,16 @@ class CheckpointManager:
         return True
 
     def _new(self, step: int, metrics: Mapping[str, Any] | None, force: bool) -> _New:
+        best = self._retention.best
+        if best is not None and best.metric not in (metrics or {}) and not self._warned_of_best:
+            self._warned_of_best = True
+            given = ", ".join(map(repr, metrics or ())) or "none"
+            logger.warning(
+                "Step %d has no metric %r, by which best= chooses; given: %s. It is worse than all that have it.",
+                step,
+                best.metric,
+                given,
+            )
         return _New(step, encode_metrics(metrics), replaces=force or step in self._damaged)
 
     def _begin(self, new: _New, obj: Any, until: Any, abandoned: Callable[[], bool] = lambda: False) -> None:

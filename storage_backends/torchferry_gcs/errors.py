@@ -119,7 +119,9 @@ def translate(what: str, error: Exception) -> StorageError:
     reason = str(error) or type(error).__name__
     code = error.code if isinstance(error, GcsAnswerError) else ""
     if isinstance(error, NoSuchBucketError) or code == "NoSuchBucket":
-        return CheckpointNotFoundError(f"{what}: the bucket does not exist.")
+        return CheckpointNotFoundError(
+            f"{what}: the bucket does not exist: make it, or look at its name and the endpoint."
+        )
     if code == "NoSuchUpload":
         return upload_gone(what, reason)
     if is_missing(error):

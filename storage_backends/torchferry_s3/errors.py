@@ -85,14 +85,19 @@ def translate(what: str, error: Exception) -> StorageError:
     code, status = code_and_status(error)
     reason = str(error) or type(error).__name__
     if isinstance(error, NoSuchBucketError) or code == "NoSuchBucket":
-        return CheckpointNotFoundError(f"{what}: the bucket does not exist.")
+        return CheckpointNotFoundError(
+            f"{what}: the bucket does not exist: make it, or look at its name and the endpoint."
+        )
     if code == "NoSuchUpload":
         return upload_gone(what, reason)
     if status == HTTPStatus.NOT_FOUND:
         return CheckpointNotFoundError(f"{what}: there is no such object.")
     # A FileNotFoundError that S3 did not answer: a token's file, or the program of a credential_process.
     if isinstance(error, (FileNotFoundError, *_CREDENTIAL_ERRORS)):
-        return StoragePermissionError(f"{what}: no usable credentials. {reason}")
+        return StoragePermissionError(
+            f"{what}: no usable credentials. {reason.rstrip('.')}. They come from AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, from AWS_PROFILE, or from key= and secret=; anon=True goes without."
+        )
     if code in _PERMISSION_CODES:
         status = HTTPStatus.FORBIDDEN
     unanswered = code in _UNAVAILABLE_CODES or (isinstance(error, _connection_errors()) and not _is_tls_refusal(error))

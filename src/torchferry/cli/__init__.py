@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from contextvars import copy_context
 
 __all__ = ["main", "run"]
 
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed: the next file or socket would get its number
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: PTH123, SIM115 - open to the end
     try:
-        return run(given)
+        return copy_context().run(run, given)  # which --give-up-after changes
     except Exception as error:
         if "--debug" in given:
             raise
@@ -70,7 +71,10 @@ def run(given: Sequence[str]) -> int:  # noqa: C901, PLR0911 - one for each way 
         help_ = f" See {of.command_path} --help." if of is not None else ""
         print(f"torchferry: {one_line(error.format_message()).removesuffix('.')}.{help_}", file=sys.stderr)
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
+        if isinstance(error, click.Abort) and not sys.stdin.isatty():
+            print("torchferry: not answered: --yes removes without asking.", file=sys.stderr)
+            return 1
         print("torchferry: interrupted", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:

@@ -11,6 +11,7 @@ from torchferry.cli.comparing import diff
 from torchferry.cli.inspecting import inspect
 from torchferry.cli.listing import clean, ls, rm
 from torchferry.cli.moving import convert, copy, verify
+from torchferry.engine.transfer import GIVE_UP_AFTER
 
 __all__ = ["cli"]
 
@@ -46,7 +47,23 @@ def completion(shell: str) -> None:
     click.echo(kind(cli, {}, "torchferry", "_TORCHFERRY_COMPLETE").source())
 
 
+def _give_up_after(context: click.Context, option: click.Parameter, seconds: float | None) -> None:
+    del context, option
+    if seconds is not None:
+        GIVE_UP_AFTER.set(seconds)
+
+
 for _command in (ls, inspect, diff, verify, copy, convert, clean, rm):
+    _command.params.append(
+        click.Option(
+            ["--give-up-after"],
+            type=click.FloatRange(min=0),
+            metavar="SECONDS",
+            expose_value=False,
+            callback=_give_up_after,
+            help="How long failed requests are tried again while nothing moves; 120 by default.",
+        )
+    )
     cli.add_command(_command)
 for _verb in cli.commands.values():
     _verb.params.append(

@@ -2,7 +2,8 @@
 
 Exponential backoff with full jitter (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/): before
 repetition number n, a random time between 0 and 0.1 s x 2^n, at most 10 s; longer where ``Retry-After`` says so.
-Repeated until nothing of the transfer has moved for ``give_up_after`` seconds (120 by default).
+Repeated until nothing of the transfer has moved for ``give_up_after`` seconds (120 by default), the last time at their
+end.
 """
 
 from __future__ import annotations
@@ -111,9 +112,10 @@ async def retrying(
             if hint is None:
                 raise
             backoff = random.uniform(0, min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2**failures))  # noqa: S311 - no secret
-            delay = max(backoff, hint.after)
-            if monotonic() + delay - max(begun, transfer.last_progress) > transfer.give_up_after:
+            left = max(begun, transfer.last_progress) + transfer.give_up_after - monotonic()
+            if left <= 0 or hint.after > left:
                 raise
+            delay = min(max(backoff, hint.after), left)
             reason = mask(f"{type(error).__name__}: {error}")
         failures += 1
         transfer.count("retries")

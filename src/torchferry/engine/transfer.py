@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GIVE_UP_AFTER", "Transfer", "TransferReport", "current"]
 
-GIVE_UP_AFTER = 120.0
+GIVE_UP_AFTER: ContextVar[float] = ContextVar("give_up_after", default=120.0)
 """Seconds without progress after which requests are not repeated any more, where the user chose no other."""
 
 _TICK = 0.1  # seconds between two calls of the user's callback
@@ -138,7 +138,7 @@ class Transfer:
     ) -> None:
         require_callback(callback)
         require_seconds("give_up_after", give_up_after)
-        self.give_up_after = GIVE_UP_AFTER if give_up_after is None else give_up_after
+        self.give_up_after = GIVE_UP_AFTER.get() if give_up_after is None else give_up_after
         self.last_progress = monotonic()
         self._verb = verb
         self._url = url

@@ -31,6 +31,12 @@ _ELSEWHERE = {"ShardedCheckpoint": "sharded", "task_checkpoints": "attempts"}
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"torchferry.flyte.{_ELSEWHERE.get(name, 'checkpoint')}"), name)
+    try:
+        value = getattr(import_module(f"torchferry.flyte.{_ELSEWHERE.get(name, 'checkpoint')}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "flytekit":
+            raise
+        message = "flytekit is not installed: pip install 'torchferry[flyte]'"
+        raise ModuleNotFoundError(message, name="flytekit") from None
     globals()[name] = value
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Awaitable, Callable, Mapping
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from torchferry.series.ranks import Ranks
 
 __all__ = ["Candidate", "Restorer"]
+
+logger = logging.getLogger("torchferry")
 
 _FALLS_BACK = (CheckpointFormatError, CheckpointNotFoundError, CheckpointChangedError)
 
@@ -157,7 +160,9 @@ class Restorer:
                 damaged(candidate)
                 continue
             for failed, failure in failures:
-                warnings.warn(f"{failure} Restored {candidate} instead of {failed}.", stacklevel=2)
+                message = f"{failure} Restored {candidate} instead of {failed}."
+                logger.warning("%s", message)
+                warnings.warn(message, stacklevel=2)
             return loaded, candidate
         if not failures:
             return None
