@@ -1139,3 +1139,15 @@ def test_first_of_several_ranks_decides_and_an_error_of_one_is_raised_on_all(tmp
         "after SIGTERM": [True, True],
         "preempted": [8],
     }
+
+
+def test_what_a_sharded_manager_cannot_fill_is_said_and_no_damage(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(2, {"a": torch.ones(3)})
+    with CheckpointManager(tmp_path, sharded=True) as manager:
+        with pytest.raises(torchferry.CheckpointValueError, match="is one object"):
+            manager.restore(into={"a": torch.zeros(3)})
+        assert manager.latest_step() == 2
+        for given in ({"into": torch.nn.Linear(1, 1)}, {"into": {"a": torch.zeros(3)}, "keys": "a"}):
+            with pytest.raises(TypeError, match="into= of a sharded manager"):
+                manager.restore(**given)

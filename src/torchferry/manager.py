@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -752,9 +752,15 @@ class CheckpointManager:
             self._metrics.pop(each, None)
 
     async def _restore_anywhere(self, step: int | None, *, into: Any, **loading: Any) -> tuple[Any, Candidate] | None:
-        await self._wait_async()
+        fills = self._sharded and into is not None
+        if fills and (loading.get("keys") is not None or not isinstance(into, MutableMapping)):
+            raise TypeError(
+                "into= of a sharded manager is a dict (of state dicts, tensors, modules), and keys= does not go with "
+                "it: leave out of the dict what is not to be loaded."
+            )
+        await self.wait_until_finished_async()
         restorer = Restorer(self._candidates, self._store, self._ranks, self._group)
-        if self._sharded and into is not None:
+        if fills:
             found = await restorer.fill(step, into, loading["weights_only"], self._note_damaged)
         else:
             found = await restorer.load(step, loading | ({} if into is None else {"into": into}), self._note_damaged)

@@ -245,6 +245,23 @@ def test_a_series_of_a_part_of_the_ranks_is_opened_again_and_no_rank_hangs(ranks
         assert answer == ([0, 1, 2], 3)
 
 
+def test_what_fails_on_one_rank_before_or_after_a_load_fails_on_all(ranks: Any, tmp_path: Path) -> None:
+    for said in ranks.try_to("load_into_what_fails", 2, url=str(tmp_path), timeout=20.0):
+        assert len(said) == 2
+        assert "rank 1 of 2 failed: ValueError: no state yet" in said[0]
+        assert "rank 1 of 2 failed: ValueError: not with ['x']" in said[1]
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_ranks_restore_one_version_or_say_that_it_was_replaced(ranks: Any, tmp_path: Path, times: int) -> None:
+    first, second = ranks.try_to("restore_what_is_replaced", 2, url=str(tmp_path), times=times, timeout=20.0)
+    assert first == second
+    if times == 1:
+        assert first == [1.0, 1.0]
+    else:
+        assert "was replaced while the ranks loaded it" in first
+
+
 def test_groups_of_our_own_wait_as_long_as_that_of_the_training(ranks: Any) -> None:
     for answer in ranks.try_to("timeouts_of_groups", 2, timeout=17.0):
         assert answer == [17.0, 17.0]

@@ -38,6 +38,7 @@ from torchferry.distributed import api
 from torchferry.formats import torch_hooks
 from torchferry.series import steps
 from torchferry.series.ranks import Ranks
+from torchferry.series.restoring import Restorer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -359,6 +360,55 @@ def series_of_a_part_of_the_ranks(url: str, world: int) -> tuple[list[int | None
             manager.wait_until_finished()
             latest.append(manager.latest_step())
     return latest, len(names)
+
+
+class Reluctant(Broken):
+    """A part of a training's state that says what it has, and takes nothing on the last rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"x": torch.zeros(3)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            raise ValueError(f"not with {sorted(state)}")
+
+
+def load_into_what_fails(url: str, world: int) -> list[str]:
+    """Loads into objects of which one fails on the last rank: as it is asked for its state, or given one."""
+    ferry.save({"part": {"x": torch.ones(3)}}, url)
+    said = []
+    for part in (Broken() if dist.get_rank() == world - 1 else {"x": torch.zeros(3)}, Reluctant()):
+        try:
+            ferry.load({"part": part}, url)
+        except torchferry.TorchferryError as error:
+            said.append(str(error))
+    return said
+
+
+def restore_what_is_replaced(url: str, world: int, times: int) -> list[float] | str:  # noqa: ARG001 - as all jobs
+    """Restores a step that another job replaces after the first rank has loaded it, so many times."""
+    path = f"{url}/step-0000000001.pt"
+    if dist.get_rank() == 0:
+        torchferry.save(torch.zeros(2), path)
+    dist.barrier()
+    load = Restorer._load
+    loads = 0
+
+    async def load_and_replace(self: Restorer, options: Any, candidate: Any) -> Any:
+        nonlocal loads
+        loaded = await load(self, options, candidate)
+        if dist.get_rank() == 0 and loads < times:
+            loads += 1
+            await torchferry.save_async(torch.full((2,), float(loads)), path)
+        return loaded
+
+    Restorer._load = load_and_replace  # type: ignore[method-assign]
+    try:
+        return torchferry.CheckpointManager(url).restore().tolist()
+    except torchferry.CheckpointChangedError as error:
+        return str(error)
+    finally:
+        Restorer._load = load  # type: ignore[method-assign]
 
 
 def timeouts_of_groups(world: int) -> list[float]:  # noqa: ARG001 - as all jobs

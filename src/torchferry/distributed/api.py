@@ -241,6 +241,16 @@ def _without_owners(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state_dict.items()}
 
 
+def _hand_over(values: Mapping[str, Any], state_dict: dict[str, Any]) -> None:
+    """Gives the objects in it their states, and takes the others' values."""
+    for key, value in values.items():
+        owner = state_dict[key]
+        if isinstance(owner, Stateful):
+            owner.load_state_dict(value)
+        else:
+            state_dict[key] = value
+
+
 def _on_all_ranks(what: str, prepare: Callable[[], T], group: dist.ProcessGroup | None, alone: bool) -> T:
     """What ``prepare()`` returns; where it fails on one rank, all fail: the others would go on to wait for that rank.
 
@@ -326,11 +336,13 @@ def load(
         process_group=process_group,
     )
     alone = _is_alone(no_dist)
-    with ranks_as_errors(f"load {mask(os.fspath(url))}", _world_size(process_group, alone)):
+    what = f"load {mask(os.fspath(url))}"
+    values = _on_all_ranks(what, lambda: _without_owners(state_dict), process_group, alone)
+    with ranks_as_errors(what, _world_size(process_group, alone)):
         _read_and_tell(reader, process_group, alone)
         with _quiet(alone):
             dcp_load(
-                state_dict,
+                values,
                 storage_reader=reader,
                 planner=planner or SafeLoadPlanner(weights_only=weights_only),
                 process_group=process_group,
@@ -338,6 +350,7 @@ def load(
             )
         if verify:
             _check_together(reader, process_group, alone)
+    _on_all_ranks(what, lambda: _hand_over(values, state_dict), process_group, alone)
 
 
 def _read_and_tell(reader: StorageReader, group: dist.ProcessGroup | None, alone: bool) -> None:

@@ -15,6 +15,7 @@ from torchferry.errors import (
     CheckpointChangedError,
     CheckpointFormatError,
     CheckpointNotFoundError,
+    CheckpointValueError,
     TorchferryError,
     mask,
 )
@@ -30,6 +31,7 @@ __all__ = ["Candidate", "Restorer"]
 
 logger = logging.getLogger("torchferry")
 
+_TRIES = 3  # of the ranks to load one version
 _FALLS_BACK = (CheckpointFormatError, CheckpointNotFoundError, CheckpointChangedError)
 
 
@@ -53,6 +55,11 @@ class Candidate:
     def place(self) -> str | os.PathLike[str]:
         """Its own URL."""
         return url_of(self.url, name_of(self.step, sharded=self.sharded))
+
+    @property
+    def directory(self) -> str:
+        """Where it would be as a sharded one, without secrets."""
+        return mask(os.fspath(url_of(self.url, name_of(self.step, sharded=True))))
 
     def __str__(self) -> str:
         return mask(os.fspath(self.place))
@@ -98,10 +105,35 @@ class Restorer:
         """
         if self._ranks is None:
             return await self._load_first(await self._candidates(step), step, partial(self._load, options), damaged)
+        tried = 0
+        while True:
+            found = await self._load_on_all(self._ranks, step, options, damaged)
+            if found is None or await self._is_still_there(self._ranks, found[1]):
+                return found
+            tried += 1
+            if tried == _TRIES:
+                raise CheckpointChangedError(f"{found[1]} was replaced while the ranks loaded it, {tried} times.")
+
+    async def _is_still_there(self, ranks: Ranks, candidate: Candidate) -> bool:
+        """Whether it is the version that was there before the first rank loaded it: then all have loaded that one."""
+        is_there: bool | None = None
+        error: Exception | None = None
+        if ranks.rank == 0:
+            try:
+                is_there = _said(candidate) in map(_said, await self._candidates(candidate.step))
+            except CheckpointNotFoundError:
+                is_there = False
+            except Exception as failure:  # noqa: BLE001 - raised on every rank
+                error = failure
+        return bool(await in_thread(ranks.from_first, is_there, error))
+
+    async def _load_on_all(
+        self, ranks: Ranks, step: int | None, options: Mapping[str, Any], damaged: Callable[[Candidate], None]
+    ) -> tuple[Any, Candidate] | None:
         loaded: Any = None
         said: Any = None
         error: Exception | None = None
-        if self._ranks.rank == 0:
+        if ranks.rank == 0:
             try:
                 candidates = await self._candidates(step)
                 found = await self._load_first(candidates, step, partial(self._load, options), damaged)
@@ -109,16 +141,16 @@ class Restorer:
                     loaded, said = found[0], _said(found[1])
             except Exception as failure:  # noqa: BLE001 - raised on every rank
                 error = failure
-        said = await in_thread(self._ranks.from_first, said, error)
+        said = await in_thread(ranks.from_first, said, error)
         if said is None:
             return None
         candidate = Candidate(*said)
-        if self._ranks.rank != 0:
+        if ranks.rank != 0:
             try:
                 loaded = await self._load(options, candidate)
             except Exception as failure:  # noqa: BLE001 - the same
                 error = failure
-        await in_thread(self._ranks.agree, error)
+        await in_thread(ranks.agree, error)
         return loaded, candidate
 
     async def fill(
@@ -179,6 +211,11 @@ class Restorer:
     async def _fill(self, into: Any, weights_only: bool, candidate: Candidate) -> Any:
         from torchferry import distributed
 
+        if not candidate.sharded:
+            raise CheckpointValueError(
+                f"{candidate} is one object, which fills no sharded tensors: restore it without into=, or make it a "
+                f"sharded one: torchferry convert {candidate} {candidate.directory}/"
+            )
         load = partial(distributed.load, into, candidate.place, weights_only=weights_only, process_group=self._group)
         await wait_in_thread(partial(load, **self._store))
         return into
