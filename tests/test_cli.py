@@ -347,6 +347,15 @@ def test_rm_removes_a_checkpoint_with_its_shards_and_asks_before_it_removes_many
     assert "removed 4 objects" in capsys.readouterr().out
 
 
+def test_rm_removes_all_files_that_an_index_names(tmp_path: Path) -> None:
+    for name in ("a-1.safetensors", "b.safetensors", "c.safetensors"):
+        torchferry.save({"w": torch.ones(3)}, tmp_path / name)
+    index = tmp_path / "model.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"weight_map": {"v": "a-1.safetensors", "w": "b.safetensors"}}))
+    assert main(["rm", "--yes", str(index)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
+
+
 def test_copy_and_verify_across_stores(
     checkpoint: str, s3_url: str, s3_storage_options: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

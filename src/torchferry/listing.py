@@ -19,7 +19,7 @@ from torchferry.errors import (
     TorchferryError,
     mask,
 )
-from torchferry.formats.safetensors import INDEX_SUFFIX, LONGEST_INDEX, parse_index
+from torchferry.formats.safetensors import LONGEST_INDEX, parse_index
 from torchferry.locating import locate
 from torchferry.storage.base import ListedObject
 from torchferry.storage.local import LocalBackend
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torchferry.storage.base import Backend
 
 __all__ = ["delete", "has_below", "list_objects", "objects_of", "stat"]
+
+_INDEX_SUFFIX = ".json"  # an index may have any name: model.safetensors.index.fp16.json
 
 
 async def _list_objects(
@@ -103,12 +105,13 @@ async def _parts(backend: Backend, path: str) -> list[ListedObject]:
             raise
         return parts
     objects = [ListedObject(path, stat.url, stat.size, stat.etag)]
-    if path.endswith(INDEX_SUFFIX) and stat.size <= LONGEST_INDEX:
+    if path.endswith(_INDEX_SUFFIX) and stat.size <= LONGEST_INDEX:
         data = await RangeReader(backend, path, stat).read(0, stat.size)
         with suppress(CheckpointFormatError):
             folder = path[: path.rfind("/") + 1]
             names = dict.fromkeys(parse_index(data, stat.url).files.values())
-            there = {item.path: item async for item in backend.list(path.removesuffix(INDEX_SUFFIX))}
+            common = os.path.commonprefix([*names])  # noqa: RUF071 - of names; there are no folders in them
+            there = {item.path: item async for item in backend.list(folder + common)}
             objects += [there[folder + name] for name in names if folder + name in there]
     return objects
 
@@ -145,7 +148,7 @@ async def _delete(
     """
     backend, _ = await open_backend_async(url, storage_options=storage_options, directory=True)
     paths = [item.path for item in objects]
-    heads = (f"/{METADATA}", INDEX_SUFFIX)
+    heads = (f"/{METADATA}", _INDEX_SUFFIX)
     await delete_several(backend, [path for path in paths if path.endswith(heads)])
     await delete_several(backend, [path for path in paths if not path.endswith(heads)])
     if isinstance(backend, LocalBackend):
