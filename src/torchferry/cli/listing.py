@@ -12,6 +12,7 @@ import rich_click as click
 
 from torchferry.cli.printing import Table, age, escaped, print_json, say, size
 from torchferry.cli.store import pointing_below, storage_options_for, store_options
+from torchferry.formats.safetensors import parse_shard_name
 
 if TYPE_CHECKING:
     from torchferry.storage.base import ListedObject
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["clean", "ls", "rm"]
 
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".index.json", ".torch", ".tar")
-_SHARD = re.compile(r"(.*?)(?:-[0-9a-f]{8})?-\d{5}-of-\d{5}\.safetensors")
 _INDEX = ".safetensors.index.json"
 _METADATA = ".metadata"
 _SHARDED = "sharded"
@@ -95,11 +95,11 @@ def _checkpoints(found: list[tuple[str, ListedObject]]) -> list[_Row]:
     rows: dict[str, _Row] = {}
     for name, item in found:
         folder = next((above for above in _folders_above(name) if above in folders), None)
-        shard = _SHARD.fullmatch(name)
+        stem, _ = parse_shard_name(name) or (None, None)
         if folder is not None:
             key, shown, url = folder + _METADATA, folder or "./", item.url[: len(item.url) - len(name) + len(folder)]
-        elif shard is not None and shard[1] in stems:
-            key = shown = stems[shard[1]]
+        elif stem in stems:
+            key = shown = stems[stem]
             url = item.url[: len(item.url) - len(name)] + key
         elif name.endswith(_SUFFIXES):
             key, shown, url = name, name, item.url

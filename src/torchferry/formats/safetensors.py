@@ -287,7 +287,7 @@ def stem_of(index: str) -> str:
     """What the paths of an index's shards begin with: "model" for model.safetensors.index.json."""
     if found := _INDEX_NAME.search(index):
         return index[: found.start()] + (found[1] or "")
-    return index.removesuffix(SUFFIX).removesuffix(".json")
+    return index.removesuffix(SUFFIX if index.endswith(SUFFIX) else ".json")
 
 
 def shard_names(stem: str, count: int, *, apart: bool = False) -> list[str]:
