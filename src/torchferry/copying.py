@@ -118,7 +118,7 @@ class _Order:
 async def _copy(reader: Backend, source_path: str, verify: bool, order: _Order) -> ObjectStat:
     transfer = current()
     with transfer.reading_side():
-        source = await open_object(reader, source_path)
+        source = await open_object(reader, source_path, may_be_empty=not verify)
         if isinstance(source, RangeReader) and order.path.endswith("/"):
             target = mask(order.writer.url(order.path))
             raise UnsupportedURLError(f"{target} names a directory: add the name of a file.")

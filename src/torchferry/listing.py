@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
@@ -37,7 +38,11 @@ _INDEX_SUFFIX = ".json"  # an index may have any name: model.safetensors.index.f
 async def _list_objects(
     url: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
 ) -> list[tuple[str, ListedObject]]:
-    """The objects below a prefix, a bucket or a directory, with their names in it, in order."""
+    """The objects below a prefix, a bucket or a directory, with their names in it, in order.
+
+    Raises:
+        CheckpointNotFoundError: there is no such bucket or directory, or nothing below the prefix.
+    """
     backend, path = await open_backend_async(url, storage_options=storage_options, directory=True)
     return await run_on(own_loop(backend.loop), _below, backend, path)
 
@@ -45,6 +50,11 @@ async def _list_objects(
 async def _below(backend: Backend, path: str) -> list[tuple[str, ListedObject]]:
     folder = f"{path}/"
     found = [item async for item in backend.list(folder)]
+    if not found and "/" in path and not backend.has_directories:  # a bucket may be empty; a prefix is its objects
+        with suppress(CheckpointNotFoundError):
+            stat = await run_on(backend.loop, backend.stat, path)
+            raise StorageError(errno.ENOTDIR, f"{stat.url} is an object: nothing is below it.")
+        raise CheckpointNotFoundError(errno.ENOENT, f"There is nothing below {mask(backend.url(path))}.")
     return sorted(((item.path[len(folder) :], item) for item in found if item.path.startswith(folder)), key=_name)
 
 

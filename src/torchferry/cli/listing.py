@@ -15,6 +15,7 @@ from torchferry.cli.store import pointing_below, storage_options_for, store_opti
 from torchferry.formats.safetensors import parse_shard_name
 
 if TYPE_CHECKING:
+    import torchferry
     from torchferry.storage.base import ListedObject
 
 __all__ = ["clean", "ls", "rm"]
@@ -132,10 +133,21 @@ def _look_into(rows: list[_Row], options: dict[str, Any] | None) -> None:
             manifest = torchferry.inspect(row.url.rstrip("/"), storage_options=options)
         except torchferry.UnsafeCheckpointError:
             continue  # of a sharded one: nothing of it is run
-        except torchferry.CheckpointFormatError as error:
-            row.format = "damaged" if isinstance(error, torchferry.CheckpointCorruptError) else "other"
+        except torchferry.StorageUnavailableError:
+            raise
+        except torchferry.TorchferryError as error:  # of this one: the others are listed
+            row.format = _described(error)
             continue
         row.format, row.tensors = manifest.format, len(manifest.tensors)
+
+
+def _described(error: torchferry.TorchferryError) -> str:
+    """What a row says in place of a format."""
+    import torchferry
+
+    if isinstance(error, torchferry.CheckpointCorruptError | torchferry.CheckpointNotFoundError):
+        return "damaged"  # a file that its index names may be missing
+    return "other" if isinstance(error, torchferry.CheckpointFormatError) else "unreadable"
 
 
 def _as_json(row: _Row) -> dict[str, Any]:
