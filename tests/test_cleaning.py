@@ -178,6 +178,49 @@ def test_clean_of_what_is_not_there_says_so(tmp_path: Path) -> None:
         torchferry.clean(tmp_path / "x.pt")
 
 
+def test_clean_removes_the_shards_of_a_killed_save_that_no_index_names_and_nobody_elses(tmp_path: Path) -> None:
+    """Those that have the time of a save in their names. Plain ones may be anybody's, and others do not look so."""
+    tensors = {f"w{i}": torch.ones(100) for i in range(2)}
+
+    def save(name: str) -> set[str]:
+        before = {path.name for path in tmp_path.iterdir()}
+        torchferry.save(tensors, tmp_path / name, max_shard_size=400)
+        return {path.name for path in tmp_path.iterdir()} - before
+
+    save("m.safetensors")
+    kept = tmp_path / "kept.index.json"
+    (tmp_path / "m.safetensors.index.json").rename(kept)  # another name: it goes on to name the plain shards
+    left = save("m.safetensors") - {"m.safetensors.index.json"}
+    (tmp_path / "m.safetensors.index.json").unlink()  # as a kill before the index leaves it
+    save("m.safetensors")
+    torchferry.copy(kept, tmp_path / "n", verify=False)
+    torchferry.copy(kept, tmp_path / "n", verify=False)  # an index by the name of a file, of shards with a time
+    for name in ("x-20240101-00001-of-00002.safetensors", "x-00001-of-00002.safetensors", "m.pt"):
+        (tmp_path / name).write_bytes(b"x")
+    assert len(left) == 2
+    assert {Path(each.path).name for each in torchferry.clean(tmp_path).younger} == left
+    (tmp_path / "damaged.json").write_text("{")
+    assert not torchferry.clean(tmp_path, older_than=0).removed
+    (tmp_path / "damaged.json").unlink()
+    before = {path.name for path in tmp_path.iterdir()}
+    assert {Path(each.path).name for each in torchferry.clean(tmp_path, older_than=0).removed} == left
+    assert before - {path.name for path in tmp_path.iterdir()} == left
+    for index in (kept, tmp_path / "m.safetensors.index.json", tmp_path / "n"):
+        assert len(torchferry.load(index)) == 2
+
+
+@pytest.mark.parametrize("older_than", [float("nan"), "1h", -5])
+def test_an_age_that_is_no_number_of_seconds_is_refused(tmp_path: Path, older_than: Any) -> None:
+    with pytest.raises(torchferry.UnsupportedOptionError, match="older_than= is a number of seconds"):
+        torchferry.clean(tmp_path, older_than=older_than)
+
+
+@pytest.mark.parametrize("older_than", [float("inf"), 1e12])
+def test_nothing_is_as_old_as_an_age_before_all_dates(tmp_path: Path, older_than: float) -> None:
+    (tmp_path / ".torchferry-1.tmp").touch()
+    assert not torchferry.clean(tmp_path, older_than=older_than).removed
+
+
 def test_command_cleans_and_says_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     left = tmp_path / ".torchferry-0123456789abcdef.tmp"
     left.write_bytes(b"x")

@@ -348,6 +348,15 @@ def test_rm_removes_a_checkpoint_with_its_shards_and_asks_before_it_removes_many
     assert "removed 4 objects" in capsys.readouterr().out
 
 
+def test_rm_removes_all_files_that_an_index_names(tmp_path: Path) -> None:
+    for name in ("a-1.safetensors", "b.safetensors", "c.safetensors"):
+        torchferry.save({"w": torch.ones(3)}, tmp_path / name)
+    index = tmp_path / "model.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"weight_map": {"v": "a-1.safetensors", "w": "b.safetensors"}}))
+    assert main(["rm", "--yes", str(index)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
+
+
 def test_copy_and_verify_across_stores(
     checkpoint: str, s3_url: str, s3_storage_options: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -379,6 +388,109 @@ def test_a_prefix_is_copied_with_the_stores_options_and_then_only_what_is_missin
     assert "2 checkpoints" in capsys.readouterr().out
     assert main(["rm", "-r", "-y", f"{s3_url}/all", *options]) == 0
     assert "removed 3 objects" in capsys.readouterr().out
+
+
+def test_a_prefix_is_copied_as_far_as_it_can_be_and_what_cannot_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "from"
+    source.mkdir()
+    for name in ("a.pt", "d.pt", "z.pt"):
+        torchferry.save({"w": torch.ones(300)}, source / name)
+    data = bytearray((source / "d.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (source / "d.pt").write_bytes(data)
+    (source / "b.zip").write_bytes(b"PK\3\4 but no zip")
+    (source / "empty").touch()
+    (source / "notes.txt").write_text("x")
+    (source / "pytorch_model.bin").write_text("x")
+    (source / "pytorch_model.bin.index.json").write_text('{"metadata": {}, "weight_map": {"w": "pytorch_model.bin"}}')
+    assert main(["copy", "-r", str(source), str(tmp_path / "to")]) == 1
+    captured = capsys.readouterr()
+    failed = [line.split(": ")[2] for line in captured.err.splitlines()]
+    assert "d.pt" in failed
+    assert {path.name for path in (tmp_path / "to").iterdir()} == {path.name for path in source.iterdir()} - {*failed}
+    assert {*failed} <= {"d.pt", "b.zip"}
+    assert all(line.startswith("torchferry: not copied: ") for line in captured.err.splitlines())
+
+
+def test_a_copied_prefix_never_mixes_two_versions_of_an_index(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "from", tmp_path / "to"
+    index = "m.safetensors.index.json"
+
+    def put(value: float, extra: int = 0) -> None:
+        tensors = {"a": torch.full((100,), value), "b": torch.full((100 + extra,), value)}
+        torchferry.save(tensors, source / "m.safetensors", max_shard_size=420)
+
+    def values() -> set[float]:
+        return {tensor[0].item() for tensor in torchferry.load(target / index).values()}
+
+    copy = ["copy", "-r", str(source), str(target)]
+    put(1)
+    assert main(copy) == 0
+    assert "3 copied" in capsys.readouterr().out
+    put(2, extra=3)  # one shard of another size
+    assert main([*copy, "--missing"]) == 0
+    assert values() == {2.0}
+    assert "3 copied" in capsys.readouterr().out
+    assert main([*copy, "--missing"]) == 0
+    assert "0 copied, 0 bytes; 3 there already" in capsys.readouterr().out
+    put(3, extra=3)
+    (shard,) = source.glob("*-00002-of-00002.safetensors")
+    torchferry.save({"b": torch.zeros(1)}, shard)
+    (source / index).write_text((source / index).read_text().replace('"b"', '"c"'))  # now the two are not whole
+    assert main(copy) == 1
+    assert values() == {2.0}
+    put(4)
+    assert main(copy) == 0
+    assert values() == {4.0}
+    assert len(list(target.iterdir())) == 3
+
+
+def test_missing_knows_a_sharded_checkpoint_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_sharded({"w": torch.ones(3)}, tmp_path / "a")
+    copy = ["copy", "--missing", str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main(copy) == 0
+    assert "there already" not in capsys.readouterr().out
+    assert main(copy) == 0
+    assert "there already" in capsys.readouterr().out
+    save_sharded({"w": torch.ones(300)}, tmp_path / "a")
+    assert main(copy) == 0
+    assert "there already" not in capsys.readouterr().out
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+
+
+def test_folder_markers_are_not_copied_and_nothing_below_a_prefix_is_a_failure(
+    tmp_path: Path, s3_url: str, s3_storage_options: dict[str, Any], s3_client: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--storage-options", json.dumps(s3_storage_options)]
+    torchferry.save({"w": torch.ones(3)}, f"{s3_url}/r/x.pt", storage_options=s3_storage_options)
+    bucket, _, prefix = s3_url.removeprefix("s3://").partition("/")
+    for marker in ("r/", "r/sub/"):
+        s3_client.put_object(Bucket=bucket, Key=f"{prefix}/{marker}", Body=b"")
+    assert main(["copy", "-r", f"{s3_url}/r", str(tmp_path / "to"), *options]) == 0
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["x.pt"]
+    for name, message in (("r/x.pt", "is an object"), ("nosuch", "There is nothing below")):
+        verbs = (["ls"], ["rm", "-r", "-y"], ["copy", "-r"])
+        for verb in verbs:
+            capsys.readouterr()
+            to = [str(tmp_path / "other")] if verb[0] == "copy" else []
+            assert main([*verb, f"{s3_url}/{name}", *to, *options]) == 1
+            assert message in capsys.readouterr().err
+    assert main(["ls", f"s3://{bucket}", *options]) == 0
+
+
+def test_one_broken_checkpoint_does_not_hide_the_others_from_ls(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torchferry.save({"w": torch.ones(3)}, tmp_path / "a.pt")
+    (tmp_path / "m.safetensors.index.json").write_text('{"weight_map": {"w": "gone.safetensors"}}')
+    assert main(["ls", "-l", str(tmp_path)]) == 0
+    rows = {line.split()[-1]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert "damaged" in rows["m.safetensors.index.json"]
+    assert "torch" in rows["a.pt"]
 
 
 def test_an_error_names_options_and_not_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

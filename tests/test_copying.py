@@ -245,3 +245,92 @@ def test_the_synchronous_copy_is_the_same(place: Any) -> None:
     torchferry.save([1, 2], source)
     torchferry.copy(source, target)
     assert torchferry.load(target) == [1, 2]
+
+
+# Several files
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def in_shards(value: float, folder: Path, name: str = INDEX) -> dict[str, torch.Tensor]:
+    tensors = {f"layer.{i}": torch.full((1 << 18,), value + i) for i in range(4)}
+    torchferry.save(tensors, folder / name, max_shard_size=1 << 20)
+    return tensors
+
+
+def loads(url: Path, tensors: dict[str, torch.Tensor]) -> bool:
+    loaded = torchferry.load(url)
+    return loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+class Failing(Callback):  # type: ignore[misc]
+    """Ends a copy after so many bytes."""
+
+    def __init__(self, after: int, error: BaseException) -> None:
+        super().__init__()
+        self._after, self._error = after, error
+
+    def call(self, *_: Any, **__: Any) -> None:
+        if self.value > self._after:
+            raise self._error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt()], ids=type)
+@pytest.mark.parametrize("target", ["renamed.safetensors.index.json", INDEX])
+def test_a_failed_copy_within_a_folder_takes_only_its_own_files_back(
+    tmp_path: Path, target: str, error: BaseException
+) -> None:
+    tensors = in_shards(1, tmp_path)
+    before = names_in(tmp_path)
+    with pytest.raises(type(error)):
+        torchferry.copy(tmp_path / INDEX, tmp_path / target, callback=Failing(2 << 20, error))
+    assert names_in(tmp_path) == before
+    assert loads(tmp_path / INDEX, tensors)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_files_of_an_index_are_called_after_the_target(tmp_path: Path, verify: bool) -> None:
+    """So that models of one file name each, in folders of their own, can go into one folder."""
+    copies = {}
+    for number in (1, 2):
+        (tmp_path / f"run{number}").mkdir()
+        copies[f"run{number}.safetensors.index.json"] = in_shards(number * 10, tmp_path / f"run{number}")
+        target = tmp_path / "best" / f"run{number}.safetensors.index.json"
+        torchferry.copy(tmp_path / f"run{number}" / INDEX, target, verify=verify)
+    copies[INDEX] = in_shards(50, tmp_path / "best")
+    for name in ("x.json", "y.safetensors.index.fp16.json"):
+        torchferry.copy(tmp_path / "run1" / INDEX, tmp_path / "best" / name, verify=verify)
+        torchferry.copy(tmp_path / "run2" / INDEX, tmp_path / "best" / name, verify=verify)
+        copies[name] = copies["run2.safetensors.index.json"]
+    for name, tensors in copies.items():
+        assert loads(tmp_path / "best" / name, tensors)
+    assert len(names_in(tmp_path / "best")) == 5 * 5
+
+
+def test_a_copy_of_an_index_to_the_same_name_is_the_same_bytes(tmp_path: Path) -> None:
+    in_shards(1, tmp_path)
+    torchferry.copy(tmp_path / INDEX, tmp_path / "to" / INDEX)
+    assert names_in(tmp_path / "to") == [name for name in names_in(tmp_path) if name != "to"]
+    assert (tmp_path / "to" / INDEX).read_bytes() == (tmp_path / INDEX).read_bytes()
+
+
+def test_an_index_of_other_files_is_copied_unverified_as_it_is(tmp_path: Path) -> None:
+    text = '{"metadata": {}, "weight_map": {"a": "pytorch_model.bin"}}'
+    (tmp_path / "x.json").write_text(text)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    torchferry.copy(tmp_path / "x.json", tmp_path / "y.json", verify=False)
+    assert (tmp_path / "y.json").read_text() == text
+    assert len(names_in(tmp_path)) == 3
+
+
+def test_a_failed_copy_of_a_sharded_checkpoint_leaves_none_of_its_shards(tmp_path: Path) -> None:
+    torchferry.save({"a": torch.ones(1 << 20)}, tmp_path / "x.pt")
+    torchferry.convert(tmp_path / "x.pt", f"{tmp_path}/sharded/")
+    with pytest.raises(RuntimeError):
+        torchferry.copy(tmp_path / "sharded", tmp_path / "copy", callback=Failing(1 << 20, RuntimeError("x")))
+    assert not list((tmp_path / "copy").rglob("*"))

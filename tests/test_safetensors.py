@@ -205,6 +205,59 @@ def test_saving_over_shards_leaves_the_old_ones_whole_until_the_index_is_there(t
     assert len(list(tmp_path.iterdir())) == 6
 
 
+def test_a_save_over_an_index_removes_its_own_shards_alone(tmp_path: Path) -> None:
+    for name in ("other.safetensors", "m2-00001-of-00002.safetensors", "m-00001-of-00002.safetensors"):
+        save_file({"a": torch.ones(1)}, tmp_path / name)
+    (tmp_path / "precious.pt").write_bytes(b"x")
+    named = [path.name for path in tmp_path.iterdir()]
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {f"{i}": name for i, name in enumerate(named)}}))
+    torchferry.save(shards(), tmp_path / "m.safetensors", max_shard_size=4 << 20)
+    assert {*named} - {path.name for path in tmp_path.iterdir()} == {"m-00001-of-00002.safetensors"}
+    assert same(torchferry.load(index), shards())
+
+
+def test_a_save_takes_no_name_of_a_shard_that_is_there(tmp_path: Path) -> None:
+    torchferry.save(shards(), tmp_path / "model.safetensors", max_shard_size=2 << 20)
+    (tmp_path / "model.safetensors.index.json").rename(tmp_path / "run1.index.json")
+    other = {name: tensor + 1 for name, tensor in shards().items()}
+    torchferry.save(other, tmp_path / "model.safetensors", max_shard_size=2 << 20)
+    assert same(torchferry.load(tmp_path / "run1.index.json"), shards())
+    assert same(torchferry.load(tmp_path / "model.safetensors.index.json"), other)
+
+
+@pytest.mark.parametrize("source", ["", "x.pt", "x.dcp"])
+def test_with_max_shard_size_the_other_form_of_the_name_does_not_stay(tmp_path: Path, source: str) -> None:
+    """Neither may go on to load by a name that was saved to."""
+    state = shards()
+    if source == "x.dcp":
+        torchferry.save(state, tmp_path / "x.pt")
+        torchferry.convert(tmp_path / "x.pt", tmp_path / "x.dcp", format="sharded")
+    elif source:
+        torchferry.save(state, tmp_path / source)
+
+    def put(name: str, most: int | None) -> set[str]:
+        if source:
+            torchferry.convert(tmp_path / source, tmp_path / "to" / name, max_shard_size=most)
+        else:
+            torchferry.save(state, tmp_path / "to" / name, max_shard_size=most)
+        return {path.name for path in (tmp_path / "to").iterdir()}
+
+    several = {"m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors", "m.safetensors.index.json"}
+    assert put("m.safetensors", None) == {"m.safetensors"}
+    assert put("m.safetensors", 4 << 20) == several
+    assert put("m.safetensors", 1 << 30) == {"m.safetensors"}
+    assert put("m.safetensors.index.json", 4 << 20) == several
+    assert put("m.safetensors", None) == {*several, "m.safetensors"}
+
+
+def test_a_save_to_an_index_writes_one_whatever_the_size(tmp_path: Path) -> None:
+    index = tmp_path / "m.safetensors.index.json"
+    torchferry.save(shards(), index)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m-00001-of-00001.safetensors", index.name]
+    assert same(torchferry.load(index), shards())
+
+
 @pytest.mark.parametrize(
     ("index", "error"),
     [

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from torchferry.arguments import require_seconds
 from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import Transfer
-from torchferry.errors import CheckpointNotFoundError, mask
-from torchferry.storage.base import Backend, Leftover
+from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, CheckpointNotFoundError, mask
+from torchferry.formats.safetensors import INDEX_SUFFIX, parse_shard_name, stem_of
+from torchferry.objects.safetensors_opening import named_by
+from torchferry.storage.base import Backend, Leftover, ListedObject
 from torchferry.storage.registry import open_backend_async
 
 if TYPE_CHECKING:
@@ -23,8 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = ["CleanReport", "clean", "clean_async"]
 
+logger = logging.getLogger("torchferry")
+
 OLDER_THAN = 3600.0
 _AT_ONCE = 16
+_SHARD = "shard of an unfinished save"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +62,9 @@ async def clean_async(
     """Removes what saves that were killed have left at ``url`` and below: nothing that anybody can load.
 
     Multipart uploads (S3, Google Cloud Storage), uncommitted blocks where there is no blob (Azure), temporary files
-    (local, and other fsspec filesystems), and shards of sharded checkpoints that no ``.metadata`` beside them names.
-    Other objects are left alone, whatever they are.
+    (local, and other fsspec filesystems), shards of sharded checkpoints that no ``.metadata`` beside them names, and
+    shards of safetensors that have the time of a save in their names and that no index beside them names. Other objects
+    are left alone, whatever they are: so are shards with Hugging Face's plain names, which may be anybody's.
 
     A save that is under way is not touched: what it stages changes every few seconds, and a local file is locked
     by its process besides. Ages are by the store's times and this machine's clock.
@@ -70,17 +79,26 @@ async def clean_async(
 
     Raises:
         CheckpointNotFoundError: there is no such bucket, container or directory.
+        UnsupportedOptionError: ``older_than`` is no number of seconds.
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
+    require_seconds("older_than", older_than)
     backend, path = await open_backend_async(
         url, storage_options=storage_options, filesystem=filesystem, directory=True
     )
-    latest = datetime.now(UTC) - timedelta(seconds=older_than) if older_than else None
+    latest = _ago(older_than) if older_than else None
     with Transfer("clean", mask(os.fspath(url)), give_up_after=give_up_after).running(None):
         return await run_on(own_loop(backend.loop), _clean, backend, path, latest, dry_run)
 
 
 clean = synchronous(clean_async)
+
+
+def _ago(seconds: float) -> datetime:
+    try:
+        return datetime.now(UTC) - timedelta(seconds=seconds)
+    except OverflowError:  # nothing is as old as that
+        return datetime.min.replace(tzinfo=UTC)
 
 
 async def _clean(backend: Backend, path: str, latest: datetime | None, dry_run: bool) -> CleanReport:
@@ -89,6 +107,9 @@ async def _clean(backend: Backend, path: str, latest: datetime | None, dry_run: 
     younger: list[Leftover] = []
     kept: list[Leftover] = []
     slots = anyio.Semaphore(_AT_ONCE)
+
+    def is_younger(modified: datetime | None) -> bool:
+        return latest is not None and (modified is None or modified > latest)
 
     async def discard(leftover: Leftover) -> None:
         try:
@@ -99,20 +120,69 @@ async def _clean(backend: Backend, path: str, latest: datetime | None, dry_run: 
     async with task_group() as tasks:
         async for leftover in backend.leftovers(below if backend.has_directories else path):
             if leftover.path == path or leftover.path.startswith(below):
-                if latest is not None and (leftover.modified is None or leftover.modified > latest):
+                if is_younger(leftover.modified):
                     younger.append(leftover)
                 else:
                     await slots.acquire()
                     tasks.start_soon(discard, leftover)
-    with suppress(CheckpointNotFoundError, ImportError):  # no directory; a torch without torch.distributed
+    async for leftover, remove in _shards(backend, below):
+        if is_younger(leftover.modified):
+            younger.append(leftover)
+            continue
+        if not dry_run:
+            await remove()
+        removed.append(leftover)
+    return CleanReport(tuple(removed), tuple(younger), tuple(kept))
+
+
+async def _shards(backend: Backend, below: str) -> AsyncIterator[tuple[Leftover, Callable[[], Awaitable[None]]]]:
+    """The shards of unfinished saves below a prefix, and what removes each."""
+    with suppress(CheckpointNotFoundError):  # no directory
+        for leftover in await _unnamed_shards(backend, below):
+            yield leftover, partial(run_on, backend.loop, backend.delete, leftover.path)
+    with suppress(CheckpointNotFoundError, ImportError):  # a torch without torch.distributed
         from torchferry.distributed.leftovers import remove_stale_save, stale_saves
 
         for stale in await stale_saves(backend, below):
             leftover = Leftover(stale.paths[0], stale.url, "shards of an unfinished save", modified=stale.modified)
-            if latest is not None and stale.modified > latest:
-                younger.append(leftover)
-                continue
-            if not dry_run:
-                await remove_stale_save(backend, stale)
-            removed.append(leftover)
-    return CleanReport(tuple(removed), tuple(younger), tuple(kept))
+            yield leftover, partial(remove_stale_save, backend, stale)
+
+
+async def _unnamed_shards(backend: Backend, below: str) -> list[Leftover]:
+    """The shards of safetensors that saves of torchferry wrote and that no index beside them names."""
+    saves: dict[str, dict[tuple[str, str], list[ListedObject]]] = {}
+    others: dict[str, list[str]] = {}
+    async for item in backend.list(below):
+        folder = item.path.rpartition("/")[0]
+        stem, save = parse_shard_name(item.path) or ("", None)
+        if save is None:
+            others.setdefault(folder, []).append(item.path)
+        else:
+            saves.setdefault(folder, {}).setdefault((stem, save), []).append(item)
+    found: list[Leftover] = []
+    for folder, shards in saves.items():
+        stems = {stem for stem, _ in shards}
+        # An index may have come since, and one with the name of a file: as a copy may call it.
+        indexes = {path for path in others.get(folder, ()) if path.endswith(".json") or stem_of(path) in stems}
+        named = await _named(backend, indexes | {stem + INDEX_SUFFIX for stem in stems})
+        if named is None:
+            continue
+        for items in shards.values():
+            modified = max((item.modified for item in items if item.modified is not None), default=None)
+            if named.isdisjoint(item.path for item in items):
+                found += [Leftover(item.path, item.url, _SHARD, modified=modified) for item in items]
+    return found
+
+
+async def _named(backend: Backend, indexes: Collection[str]) -> set[str] | None:
+    """The paths that these name, whichever are indexes; None where one is damaged: then nothing is known."""
+    named: set[str] = set()
+    for index in indexes:
+        try:
+            named |= await named_by(backend, index)
+        except CheckpointCorruptError as error:
+            logger.warning("What saves have left beside it is left alone: %s", error)
+            return None
+        except (CheckpointNotFoundError, CheckpointFormatError):
+            continue
+    return named

@@ -26,7 +26,7 @@ from torchferry.formats.keys import Keys, KeysArgument, as_keys
 from torchferry.formats.lazy import LazyTensors
 from torchferry.formats.picking import leaves, pick
 from torchferry.formats.places import TensorPlace, place_of
-from torchferry.formats.safetensors import INDEX_SUFFIX, SUFFIX, item_size, lay_out, split
+from torchferry.formats.safetensors import INDEX_SUFFIX, SUFFIX, item_size, lay_out
 from torchferry.formats.safetensors_dtypes import dtype_name, torch_dtype
 from torchferry.formats.safetensors_stream import view_bytes
 from torchferry.formats.stand_ins import is_tensor_leaf
@@ -34,7 +34,7 @@ from torchferry.formats.torch_stream import TorchStream, fills_crc32s
 from torchferry.locating import locate, open_object
 from torchferry.objects.requests import LoadRequest
 from torchferry.objects.safetensors_files import load_safetensors
-from torchferry.objects.safetensors_opening import File, open_file, open_files, publish_files
+from torchferry.objects.safetensors_opening import File, open_file, open_files, publish
 from torchferry.objects.streaming import Extent, ExtentStream
 from torchferry.objects.torch_files import load_torch, read_pickle, require_archive
 from torchferry.printable import printable
@@ -358,19 +358,19 @@ def _flat(value: Any, name: str = "") -> dict[str, torch.Tensor]:
 async def _to_safetensors(tensors: Sequence[_Tensor], checksums: Checksums, order: _Order) -> ObjectStat:
     total = sum(tensor.nbytes for tensor in tensors)
     current().set_size(total)
-    most = order.max_shard_size
-    if most is None or (total <= most and not order.path.endswith(INDEX_SUFFIX)):
-        stat = await _write_file(tensors, order.path, checksums, order, is_last=True)
-        current().moved_at_least(total)
-        return stat
     by_name = {tensor.name: tensor for tensor in tensors}
-    shards = split({tensor.name: tensor.nbytes for tensor in tensors}, most)
+    left = len(by_name)
 
     async def write(file: str, members: Sequence[str]) -> ObjectStat:
+        nonlocal left
+        left -= len(members)
         part = [by_name[member] for member in members]
-        return await _write_file(part, file, checksums, order, is_last=members is shards[-1])
+        return await _write_file(part, file, checksums, order, is_last=not left)
 
-    return await publish_files(order.writer, order.path, shards, total, write)
+    sizes = {tensor.name: tensor.nbytes for tensor in tensors}
+    stat = await publish(order.writer, order.path, sizes, order.max_shard_size, write)
+    current().moved_at_least(total)
+    return stat
 
 
 async def _write_file(

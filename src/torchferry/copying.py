@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torchferry.engine.cancellation import in_thread
+from torchferry.engine.cancellation import in_thread, run_shielded
 from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.memory import BLOCK_SIZE, EVERYTHING_ELSE
 from torchferry.engine.reader import RangeReader
@@ -18,16 +18,16 @@ from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, Uns
 from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, sniff
 from torchferry.formats.checksum import Checksums
 from torchferry.formats.opcodes import UnusualPickleError
+from torchferry.formats.safetensors import SUFFIX
 from torchferry.locating import locate, open_object
 from torchferry.objects.opening import memory_errors, read_archive, read_legacy_format
 from torchferry.objects.safetensors_opening import (
-    File,
-    delete_all,
+    NamedFile,
+    find_files,
     open_file,
     open_files,
-    prepare,
     publish_index,
-    take_back,
+    publish_shards,
 )
 from torchferry.objects.streaming import Extent, ExtentStream
 from torchferry.storage.base import Backend
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from torchferry.distributed.whole import Contents
 
 __all__ = ["copy", "copy_async"]
+
+_ABORT_PATIENCE = 0.7  # seconds that a cancel waits for shards to be deleted
 
 
 async def copy_async(
@@ -60,14 +62,16 @@ async def copy_async(
     """Copies a checkpoint, byte for byte, from any store to any other.
 
     It appears at ``target`` when all of it is there and every record has matched its CRC32, or not at all. Safetensors
-    have no CRC32s: their structure is checked; of several files the index is copied last. Takes at most 208 MiB of
-    memory, together with all copies and verifications of the process.
+    have no CRC32s: their structure is checked. Of several files the index is copied last; the others are called after
+    ``target``, and where that are other names than at the source, the index is written anew with them. Takes at most
+    208 MiB of memory, together with all copies and verifications of the process.
 
     Args:
         source: The URL or local path of the checkpoint.
         target: Where to.
-        verify: Check every record's CRC32. Without, any object is copied, whatever it is. Of a checkpoint in the
-            legacy format, which carries none, what can be is checked, and a warning is logged and in the report.
+        verify: Check every record's CRC32. Without, any object is copied, whatever it is; with an index of safetensors
+            its files, too. Of a checkpoint in the legacy format, which carries no CRC32s, what can be is checked, and a
+            warning is logged and in the report.
         source_storage_options: Arguments for the fsspec filesystem of ``source``.
         target_storage_options: Arguments for that of ``target``.
         source_filesystem: An fsspec filesystem to use as it is, instead of ``source_storage_options``.
@@ -114,21 +118,20 @@ class _Order:
 async def _copy(reader: Backend, source_path: str, verify: bool, order: _Order) -> ObjectStat:
     transfer = current()
     with transfer.reading_side():
-        source = await open_object(reader, source_path)
+        source = await open_object(reader, source_path, may_be_empty=not verify)
         if isinstance(source, RangeReader) and order.path.endswith("/"):
             target = mask(order.writer.url(order.path))
             raise UnsupportedURLError(f"{target} names a directory: add the name of a file.")
         if isinstance(source, RangeReader):
             looks = sniff(await source.read(0, min(source.stat.size, SNIFF_SIZE)))
-            if verify and looks == INDEX_FORMAT:
-                files = await open_files(reader, source_path, source)
-            elif verify and looks == SAFETENSORS_FORMAT:
+            files = await _files(reader, source_path, source, verify) if looks == INDEX_FORMAT else None
+            if verify and looks == SAFETENSORS_FORMAT:
                 await open_file(source, source_path)  # its structure: it has no checksums
     async with transfer.telling():
         if not isinstance(source, RangeReader):
             return await _copy_sharded(source, verify, order)
-        if verify and looks == INDEX_FORMAT:
-            return await _copy_files(source, files, order)
+        if files is not None:
+            return await _copy_files(source, *files, order)
         checksums = None if not verify or looks == SAFETENSORS_FORMAT else await _checksums(source)
         transfer.set_size(source.stat.size)
         return await _copy_object(source, checksums, order.path, order)
@@ -166,37 +169,49 @@ async def _copy_sharded(found: Contents, verify: bool, order: _Order) -> ObjectS
     with current().reading_side():
         sharded = await ShardedCopy.begin(found, order.writer, order.path, verify=verify)
     current().set_size(sum(file.stat.size for _, _, file, _ in sharded.shards))
-    for number, (_, path, file, checksums) in enumerate(sharded.shards):
-        sharded.copied(number, await _copy_object(file, checksums, path, replace(order, metadata={})))
-    return await sharded.commit()
-
-
-async def _copy_files(source: RangeReader, files: Sequence[File], order: _Order) -> ObjectStat:
-    """Copies the files of an index, and then the index; what is at the target stays whole until then."""
-    sizes = sum(file.source.stat.size for file in files)
-    current().set_size(sizes)
-    chosen, index, replaced = await prepare(order.writer, order.path, len(files))
-    folder = index[: index.rfind("/") + 1]
-    paths = chosen if replaced else [folder + file.name for file in files]
-    written: list[str] = []
     try:
-        for file, path in zip(files, paths, strict=True):
-            written.append(path)
-            await _copy_object(file.source, None, path, order)
-        names = [path[len(folder) :] for path in paths]
-        pairs = [(entry.name, name) for file, name in zip(files, names, strict=True) for entry in file.entries]
-        total = sum(entry.stop - entry.start for file in files for entry in file.entries)
-        same = order.path == index and not replaced
-        stat = (
-            await publish_index(order.writer, order.path, pairs, total)
-            if not same
-            else await _copy_object(source, None, order.path, order)
-        )
+        for number, (_, path, file, checksums) in enumerate(sharded.shards):
+            sharded.copied(number, await _copy_object(file, checksums, path, replace(order, metadata={})))
+        return await sharded.commit()
     except BaseException:
-        await take_back(order.writer, written)
+        await run_shielded(sharded.take_back, patience=_ABORT_PATIENCE)
         raise
-    await delete_all(order.writer, replaced - {*paths})
-    return stat
+
+
+async def _files(reader: Backend, path: str, source: RangeReader, verify: bool) -> tuple[list[NamedFile], int] | None:
+    """The files of an index, in the order of their names, and how many bytes their tensors have.
+
+    Unverified, their headers are not looked at: the bytes are those of the files. None if they are not safetensors.
+    """
+    if verify:
+        opened = await open_files(reader, path, source)
+        files = [NamedFile(file.name, file.source, [entry.name for entry in file.entries]) for file in opened]
+        total = sum(entry.stop - entry.start for file in opened for entry in file.entries)
+    else:
+        try:
+            files = await find_files(reader, path, source)
+        except CheckpointFormatError:  # any object is copied
+            return None
+        if not all(file.name.endswith(SUFFIX) for file in files):
+            return None
+        total = sum(file.source.stat.size for file in files)
+    return sorted(files, key=lambda file: file.name), total
+
+
+async def _copy_files(source: RangeReader, files: Sequence[NamedFile], total: int, order: _Order) -> ObjectStat:
+    """Copies the files of an index, under names of the target's, and then the index."""
+    current().set_size(sum(file.source.stat.size for file in files))
+
+    async def write(number: int, path: str) -> None:
+        await _copy_object(files[number].source, None, path, order)
+
+    async def publish_it(names: Sequence[str]) -> ObjectStat:
+        if list(names) == [file.name for file in files]:
+            return await _copy_object(source, None, order.path, order)
+        pairs = [(tensor, name) for file, name in zip(files, names, strict=True) for tensor in file.tensors]
+        return await publish_index(order.writer, order.path, pairs, total)
+
+    return await publish_shards(order.writer, order.path, len(files), write, publish_it)
 
 
 async def _copy_object(source: RangeReader, checksums: Checksums | None, path: str, order: _Order) -> ObjectStat:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +20,7 @@ from torchferry.errors import (
     TorchferryError,
     mask,
 )
-from torchferry.formats.safetensors import INDEX_SUFFIX, LONGEST_INDEX, parse_index
+from torchferry.formats.safetensors import LONGEST_INDEX, parse_index
 from torchferry.locating import locate
 from torchferry.storage.base import ListedObject
 from torchferry.storage.local import LocalBackend
@@ -31,11 +32,17 @@ if TYPE_CHECKING:
 
 __all__ = ["delete", "has_below", "list_objects", "objects_of", "stat"]
 
+_INDEX_SUFFIX = ".json"  # an index may have any name: model.safetensors.index.fp16.json
+
 
 async def _list_objects(
     url: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
 ) -> list[tuple[str, ListedObject]]:
-    """The objects below a prefix, a bucket or a directory, with their names in it, in order."""
+    """The objects below a prefix, a bucket or a directory, with their names in it, in order.
+
+    Raises:
+        CheckpointNotFoundError: there is no such bucket or directory, or nothing below the prefix.
+    """
     backend, path = await open_backend_async(url, storage_options=storage_options, directory=True)
     return await run_on(own_loop(backend.loop), _below, backend, path)
 
@@ -43,6 +50,11 @@ async def _list_objects(
 async def _below(backend: Backend, path: str) -> list[tuple[str, ListedObject]]:
     folder = f"{path}/"
     found = [item async for item in backend.list(folder)]
+    if not found and "/" in path and not backend.has_directories:  # a bucket may be empty; a prefix is its objects
+        with suppress(CheckpointNotFoundError):
+            stat = await run_on(backend.loop, backend.stat, path)
+            raise StorageError(errno.ENOTDIR, f"{stat.url} is an object: nothing is below it.")
+        raise CheckpointNotFoundError(errno.ENOENT, f"There is nothing below {mask(backend.url(path))}.")
     return sorted(((item.path[len(folder) :], item) for item in found if item.path.startswith(folder)), key=_name)
 
 
@@ -103,12 +115,13 @@ async def _parts(backend: Backend, path: str) -> list[ListedObject]:
             raise
         return parts
     objects = [ListedObject(path, stat.url, stat.size, stat.etag)]
-    if path.endswith(INDEX_SUFFIX) and stat.size <= LONGEST_INDEX:
+    if path.endswith(_INDEX_SUFFIX) and stat.size <= LONGEST_INDEX:
         data = await RangeReader(backend, path, stat).read(0, stat.size)
         with suppress(CheckpointFormatError):
             folder = path[: path.rfind("/") + 1]
             names = dict.fromkeys(parse_index(data, stat.url).files.values())
-            there = {item.path: item async for item in backend.list(path.removesuffix(INDEX_SUFFIX))}
+            common = os.path.commonprefix([*names])  # noqa: RUF071 - of names; there are no folders in them
+            there = {item.path: item async for item in backend.list(folder + common)}
             objects += [there[folder + name] for name in names if folder + name in there]
     return objects
 
@@ -145,7 +158,7 @@ async def _delete(
     """
     backend, _ = await open_backend_async(url, storage_options=storage_options, directory=True)
     paths = [item.path for item in objects]
-    heads = (f"/{METADATA}", INDEX_SUFFIX)
+    heads = (f"/{METADATA}", _INDEX_SUFFIX)
     await delete_several(backend, [path for path in paths if path.endswith(heads)])
     await delete_several(backend, [path for path in paths if not path.endswith(heads)])
     if isinstance(backend, LocalBackend):

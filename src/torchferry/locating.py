@@ -38,7 +38,9 @@ async def locate(
     return backend, f"{path}/" if is_directory else path
 
 
-async def open_object(backend: Backend, path: str, *, weights_only: bool = True) -> RangeReader | Contents:
+async def open_object(
+    backend: Backend, path: str, *, weights_only: bool = True, may_be_empty: bool = False
+) -> RangeReader | Contents:
     """Opens an object; or the sharded checkpoint, where there is a directory of that name that has one.
 
     Raises:
@@ -47,7 +49,7 @@ async def open_object(backend: Backend, path: str, *, weights_only: bool = True)
     """
     try:
         _refuse_directory(backend, path)
-        return await open_reader(backend, path)
+        return await open_reader(backend, path, may_be_empty=may_be_empty)
     except StorageUnavailableError:
         raise
     except (StorageError, UnsupportedURLError):  # stores say in several ways that there is no object of such a name

@@ -61,6 +61,8 @@ async def save_async(
         format: "torch" or "safetensors"; by default that of the URL: safetensors if it ends in ".safetensors".
         max_shard_size: Bytes of a file of safetensors. A larger checkpoint becomes several files and an index
             (``model-00001-of-00003.safetensors``, ``model.safetensors.index.json``), which appears when all are there.
+            Where there are files of such names already, the new ones have the time of the save in theirs. What is there
+            in the other form, one file or several, is then removed: else its URL would go on to load it.
         part_size: Bytes in a part of a multipart upload, instead of 16 MiB (5 MiB where most of it is copied; more
             where the size needs it).
         metadata: User metadata to store with the object, where the store can: names that HTTP takes for a field, and

@@ -12,14 +12,15 @@ import rich_click as click
 
 from torchferry.cli.printing import Table, age, escaped, print_json, say, size
 from torchferry.cli.store import pointing_below, storage_options_for, store_options
+from torchferry.formats.safetensors import parse_shard_name
 
 if TYPE_CHECKING:
+    import torchferry
     from torchferry.storage.base import ListedObject
 
 __all__ = ["clean", "ls", "rm"]
 
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".index.json", ".torch", ".tar")
-_SHARD = re.compile(r"(.*?)(?:-[0-9a-f]{8})?-\d{5}-of-\d{5}\.safetensors")
 _INDEX = ".safetensors.index.json"
 _METADATA = ".metadata"
 _SHARDED = "sharded"
@@ -95,11 +96,11 @@ def _checkpoints(found: list[tuple[str, ListedObject]]) -> list[_Row]:
     rows: dict[str, _Row] = {}
     for name, item in found:
         folder = next((above for above in _folders_above(name) if above in folders), None)
-        shard = _SHARD.fullmatch(name)
+        stem, _ = parse_shard_name(name) or (None, None)
         if folder is not None:
             key, shown, url = folder + _METADATA, folder or "./", item.url[: len(item.url) - len(name) + len(folder)]
-        elif shard is not None and shard[1] in stems:
-            key = shown = stems[shard[1]]
+        elif stem in stems:
+            key = shown = stems[stem]
             url = item.url[: len(item.url) - len(name)] + key
         elif name.endswith(_SUFFIXES):
             key, shown, url = name, name, item.url
@@ -132,10 +133,21 @@ def _look_into(rows: list[_Row], options: dict[str, Any] | None) -> None:
             manifest = torchferry.inspect(row.url.rstrip("/"), storage_options=options)
         except torchferry.UnsafeCheckpointError:
             continue  # of a sharded one: nothing of it is run
-        except torchferry.CheckpointFormatError as error:
-            row.format = "damaged" if isinstance(error, torchferry.CheckpointCorruptError) else "other"
+        except torchferry.StorageUnavailableError:
+            raise
+        except torchferry.TorchferryError as error:  # of this one: the others are listed
+            row.format = _described(error)
             continue
         row.format, row.tensors = manifest.format, len(manifest.tensors)
+
+
+def _described(error: torchferry.TorchferryError) -> str:
+    """What a row says in place of a format."""
+    import torchferry
+
+    if isinstance(error, torchferry.CheckpointCorruptError | torchferry.CheckpointNotFoundError):
+        return "damaged"  # a file that its index names may be missing
+    return "other" if isinstance(error, torchferry.CheckpointFormatError) else "unreadable"
 
 
 def _as_json(row: _Row) -> dict[str, Any]:

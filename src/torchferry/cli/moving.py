@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from torchferry.cli.printing import escaped, progress, say, size
+from torchferry.cli.printing import escaped, one_line, progress, say, size
 from torchferry.cli.store import pointing_below, storage_options_for, store_options
 from torchferry.errors import mask
 
 if TYPE_CHECKING:
     from torchferry.engine.transfer import TransferReport
     from torchferry.engine.types import ObjectStat
+    from torchferry.storage.base import ListedObject
 
 __all__ = ["convert", "copy", "verify"]
 
@@ -55,8 +58,11 @@ def verify(url: str, **given: Any) -> None:
 @click.option("--missing", is_flag=True, help="Only those that the target lacks, or has in another size.")
 @click.option("--no-verify", is_flag=True, help="Copy whatever it is, without checking.")
 @store_options(target=True)
-def copy(source: str, target: str, recursive: bool, missing: bool, no_verify: bool, **given: Any) -> None:
+def copy(source: str, target: str, recursive: bool, missing: bool, no_verify: bool, **given: Any) -> int:
     """Copy a checkpoint from one store to another, checked on the way; or all below a prefix.
+
+    With -r, what cannot be copied is named at the end, and the exit status is 1. What is no checkpoint is copied
+    unchecked. An index of safetensors and its files are one checkpoint.
 
     The options of the store are for both sides; for the target alone: --target-endpoint-url, --target-profile,
     --target-anon, --target-region, --target-option and --target-storage-options.
@@ -65,13 +71,15 @@ def copy(source: str, target: str, recursive: bool, missing: bool, no_verify: bo
         storage_options_for(source, given), storage_options_for(target, given, is_target=True), not no_verify
     )
     if recursive:
-        _copy_all(source, target, stores, missing=missing)
-    elif missing and (there := _size(target, stores.target)) is not None and there == _size(source, stores.source):
-        say(f"{escaped(target)}: there already, {size(there)}.")
+        return _copy_all(source, target, stores, missing=missing)
+    there = _objects(target, stores.target) if missing else []
+    if there and _sizes(there) == _sizes(_objects(source, stores.source)):
+        say(f"{escaped(target)}: there already, {size(sum(part.size for part in there))}.")
     else:
         with pointing_below(source, stores.source, "-r copies all of them."):
             done = stores.copy(source, target, "copying")
         say(f"{escaped(mask(done.url))}: {size(done.size)}, {stores.outcome(done.url)}.")
+    return 0
 
 
 @dataclass(slots=True)
@@ -106,43 +114,124 @@ class _Stores:
         return "its structure is whole" if is_safetensors else "every record matches its CRC32"
 
 
-def _size(url: str, options: dict[str, Any] | None) -> int | None:
-    from torchferry.errors import CheckpointNotFoundError
-    from torchferry.listing import stat
+def _objects(url: str, options: dict[str, Any] | None) -> list[ListedObject]:
+    """Those that a checkpoint is made of, first what names the others; none where there is none that is whole."""
+    from torchferry.errors import StorageUnavailableError, TorchferryError
+    from torchferry.listing import objects_of
 
     try:
-        return stat(url, storage_options=options).size
-    except CheckpointNotFoundError:
-        return None
+        return objects_of(url, storage_options=options)
+    except StorageUnavailableError:
+        raise
+    except TorchferryError:
+        return []
 
 
-def _copy_all(source: str, target: str, stores: _Stores, *, missing: bool) -> None:
-    from torchferry.errors import CheckpointFormatError, CheckpointNotFoundError
+def _sizes(objects: Sequence[ListedObject]) -> list[int]:
+    """What tells whether a copy is there. What names others is not the same size in a copy: they have other names."""
+    return sorted(item.size for item in (objects[1:] or objects))
+
+
+@dataclass(slots=True)
+class _Item:
+    """Something below a prefix that is copied as one: an object, or an index with its files.
+
+    Attributes:
+        name: Below the prefix.
+        url: Of the object, or of the index.
+        objects: All that are copied.
+    """
+
+    name: str
+    url: str
+    objects: list[ListedObject]
+
+    @property
+    def size(self) -> int:
+        return sum(item.size for item in self.objects)
+
+    @property
+    def is_index(self) -> bool:
+        return len(self.objects) > 1
+
+
+def _items(source: str, options: dict[str, Any] | None) -> list[_Item]:
+    """What there is to copy, and last what makes other objects a checkpoint."""
+    from torchferry.listing import list_objects
+
+    found = list_objects(source, storage_options=options)
+    listed = [_Item(name, item.url, [item]) for name, item in found if item.size or not _is_folder(name)]
+    for item in listed:
+        if item.name.endswith(".json"):
+            objects = _objects(item.url, options)
+            if all(file.path.endswith(".safetensors") for file in objects[1:]):
+                item.objects = objects or item.objects
+    files = {file.path for item in listed for file in item.objects[1:]}
+    items = [item for item in listed if item.objects[0].path not in files]
+    return sorted(items, key=lambda item: (_is_last(item.name), item.name))
+
+
+def _is_folder(name: str) -> bool:
+    """Whether an empty object of this name only shows a folder, as consoles of stores make them."""
+    return not name or name.endswith("/")
+
+
+def _copy_all(source: str, target: str, stores: _Stores, *, missing: bool) -> int:
+    from torchferry.errors import CheckpointNotFoundError, StorageUnavailableError, TorchferryError
     from torchferry.listing import list_objects
 
     present: dict[str, int] = {}
     if missing:
         with suppress(CheckpointNotFoundError):
             present = {name: found.size for name, found in list_objects(target, storage_options=stores.target)}
-    listed = list_objects(source, storage_options=stores.source)
-    todo = [(name, found) for name, found in listed if present.get(name) != found.size]
-    unchecked = 0
-    for name, found in sorted(todo, key=lambda pair: (_is_last(pair[0]), pair[0])):
-        to, verb = f"{target.rstrip('/')}/{name}", f"copying {escaped(name)}"
-        if name.endswith(".json"):  # its files are in the list, too
-            stores.copy(found.url, to, verb, verify=False)
-            continue
+    copied: list[_Item] = []
+    failures: list[str] = []
+    there = unchecked = 0
+    for item in _items(source, stores.source):
+        to = f"{target.rstrip('/')}/{item.name}"
         try:
-            stores.copy(found.url, to, verb)
-        except CheckpointFormatError as error:
-            if "carries no checksums" not in str(error):
-                raise
-            stores.copy(found.url, to, verb, verify=False)
-            unchecked += 1
-    notes = [f"{len(todo):,} copied, {size(sum(found.size for _, found in todo))}"]
-    notes += [f"{len(listed) - len(todo):,} there already"] if len(todo) < len(listed) else []
+            if item.name in present and _is_there(item, present, to, stores):
+                there += len(item.objects)
+                continue
+            unchecked += not _copy_one(item, to, stores)
+            copied.append(item)
+        except TorchferryError as error:
+            failures.append(f"{escaped(item.name)}: {one_line(str(error))}")
+            if isinstance(error, StorageUnavailableError):  # nor would it answer for the others
+                failures.append("what comes after it was not tried")
+                break
+    number = sum(len(item.objects) for item in copied)
+    notes = [f"{number:,} copied, {size(sum(item.size for item in copied))}"]
+    notes += [f"{there:,} there already"] if there else []
     notes += [f"{unchecked:,} carried no checksums"] if unchecked else []
     say(f"{escaped(target)}: {'; '.join(notes)}.")
+    for failure in failures:
+        print(f"torchferry: not copied: {failure}", file=sys.stderr)
+    return int(bool(failures))
+
+
+def _is_there(item: _Item, present: dict[str, int], to: str, stores: _Stores) -> bool:
+    if item.is_index:
+        return _sizes(_objects(to, stores.target)) == _sizes(item.objects)
+    return present[item.name] == item.size
+
+
+def _copy_one(item: _Item, to: str, stores: _Stores) -> bool:
+    """Copies something, unchecked where it is no checkpoint; returns False where it could have been one."""
+    from torchferry.errors import CheckpointCorruptError, CheckpointFormatError
+
+    verb = f"copying {escaped(item.name)}"
+    if item.name.endswith(".json") and not item.is_index:
+        stores.copy(item.url, to, verb, verify=False)
+        return True
+    try:
+        stores.copy(item.url, to, verb)
+    except CheckpointCorruptError:
+        raise
+    except CheckpointFormatError:
+        stores.copy(item.url, to, verb, verify=False)
+        return False
+    return True
 
 
 def _is_last(name: str) -> bool:

@@ -40,13 +40,13 @@ from torchferry.formats.checksum import Checksums
 from torchferry.formats.graph import read_graph
 from torchferry.formats.item_stream import Written, is_plain
 from torchferry.formats.load_buffer import LoadBuffer
-from torchferry.formats.safetensors import INDEX_SUFFIX, SUFFIX, lay_out, split
+from torchferry.formats.safetensors import SUFFIX, lay_out
 from torchferry.formats.safetensors_dtypes import dtype_name
 from torchferry.formats.selection import check_graph
 from torchferry.formats.torch_hooks import torch_errors
 from torchferry.objects.opening import open_reader, read_archive
 from torchferry.objects.requests import LoadRequest
-from torchferry.objects.safetensors_opening import publish_files
+from torchferry.objects.safetensors_opening import publish
 from torchferry.printable import printable
 from torchferry.storage.base import Backend
 from torchferry.storage.registry import open_backend_async
@@ -303,7 +303,7 @@ async def _make_safetensors(shards: Shards, names: Sequence[str], order: Order) 
             raise _doubled(found, called)
         stored[called] = name
     sizes = {called: tensors[name][1].numel() * tensors[name][0].itemsize for called, name in stored.items()}
-    total, most = sum(sizes.values()), order.max_shard_size
+    total = sum(sizes.values())
     current().set_size(total)
 
     async def write(path: str, members: Sequence[str]) -> ObjectStat:
@@ -311,11 +311,9 @@ async def _make_safetensors(shards: Shards, names: Sequence[str], order: Order) 
         script = await in_thread(_safetensors_script, described, stored, order.metadata)
         return await _write_part(shards, [stored[called] for called in members], script, path, order)
 
-    if most is None or (total <= most and not order.path.endswith(INDEX_SUFFIX)):
-        stat = await write(order.path, list(stored))
-        current().moved_at_least(total)
-        return stat
-    return await publish_files(order.writer, order.path, split(sizes, most), total, write)
+    stat = await publish(order.writer, order.path, sizes, order.max_shard_size, write)
+    current().moved_at_least(total)
+    return stat
 
 
 def _safetensors_script(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -486,6 +487,7 @@ class ShardedCopy:
         self._target = target
         self._save = save
         self._stats: dict[str, tuple[int, str | None]] = {}
+        self._may_be_committed = False
 
     @classmethod
     async def begin(cls, found: Contents, writer: Backend, target: str, *, verify: bool) -> ShardedCopy:
@@ -525,6 +527,13 @@ class ShardedCopy:
         metadata = copy(self._found.metadata)
         before = await shards_before(self._target, METADATA)
         data = write_metadata(metadata, infos, self._target.url, self._save, self._stats)
+        self._may_be_committed = True
         stat = await self._target.put(METADATA, data)
         await remove_before(self._target, METADATA, stat, before)
         return stat
+
+    async def take_back(self) -> None:
+        """Removes the shards of a copy that failed; not if its metadata was sent, which may be there."""
+        if not self._may_be_committed:
+            with suppress(StorageError):  # the copy's own error goes on
+                await self._target.delete(f"{self._save}/__{number}_0.distcp" for number in range(len(self.shards)))

@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import secrets
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, CheckpointValueError
@@ -32,12 +34,15 @@ __all__ = [
     "Index",
     "header_size",
     "index_bytes",
+    "index_of",
     "item_size",
     "lay_out",
     "parse_header",
     "parse_index",
+    "parse_shard_name",
     "shard_names",
     "split",
+    "stem_of",
 ]
 
 SUFFIX = ".safetensors"
@@ -50,6 +55,8 @@ LONGEST_INDEX = 64 << 20
 _LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
 _METADATA = "__metadata__"
 _MOST_DIMENSIONS = 1000  # as in the pickle of torch.save
+_INDEX_NAME = re.compile(r"\.safetensors\.index(\.[^./]+)?\.json")  # with a variant: model.safetensors.index.fp16.json
+_SHARD_NAME = re.compile(r"(.*?)(?:-(\d{8}T\d{6}Z-[0-9a-f]{8}))?-\d{5,}-of-\d{5,}\.safetensors", re.DOTALL)
 _FILE_NAME = re.compile(r"(?!\.\.?$)[^/\\:\0]{1,255}")
 
 _ITEM_SIZES = {
@@ -271,10 +278,29 @@ def split(sizes: Mapping[str, int], most: int) -> list[list[str]]:
     return shards or [[]]
 
 
-def shard_names(path: str, count: int) -> tuple[list[str], str]:
-    """The paths of so many shards, and that of their index, for the path of a file or an index."""
-    stem = path.removesuffix(INDEX_SUFFIX).removesuffix(SUFFIX)
-    return [f"{stem}-{number:05}-of-{count:05}{SUFFIX}" for number in range(1, count + 1)], stem + INDEX_SUFFIX
+def index_of(path: str) -> str:
+    """The path of the index of a checkpoint that is saved to a path: of a file, or of the index itself."""
+    return path if path.endswith(INDEX_SUFFIX) else path.removesuffix(SUFFIX) + INDEX_SUFFIX
+
+
+def stem_of(index: str) -> str:
+    """What the paths of an index's shards begin with: "model" for model.safetensors.index.json."""
+    if found := _INDEX_NAME.search(index):
+        return index[: found.start()] + (found[1] or "")
+    return index.removesuffix(SUFFIX if index.endswith(SUFFIX) else ".json")
+
+
+def shard_names(stem: str, count: int, *, apart: bool = False) -> list[str]:
+    """The names of so many shards: Hugging Face's; or, ``apart``, names that no other save has."""
+    if apart:
+        stem = f"{stem}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    return [f"{stem}-{number:05}-of-{count:05}{SUFFIX}" for number in range(1, count + 1)]
+
+
+def parse_shard_name(name: str) -> tuple[str, str | None] | None:
+    """The stem of a shard's name, and what tells its save from others, where it has that; None for another name."""
+    found = _SHARD_NAME.fullmatch(name)
+    return None if found is None else (found[1], found[2])
 
 
 def index_bytes(files: Iterable[tuple[str, str]], total: int) -> bytes:

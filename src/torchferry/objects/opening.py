@@ -59,17 +59,19 @@ def memory_errors(url: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-async def open_reader(backend: Backend, path: str) -> RangeReader:
+async def open_reader(backend: Backend, path: str, *, may_be_empty: bool = False) -> RangeReader:
     """Looks an object up and reads its head and its tail, side by side.
 
     A checkpoint of torch has its pickle at the head and its directory at the tail.
 
     Raises:
-        CheckpointFormatError: the object is empty.
+        CheckpointFormatError: the object is empty, and ``may_be_empty`` is not set.
     """
     with current().stage("opening"):
         source = RangeReader(backend, path, await run_on(backend.loop, backend.stat, path))
         size = source.stat.size
+        if not size and may_be_empty:
+            return source
         if not size:
             raise CheckpointFormatError(f"{source.url} is empty: not a checkpoint.")
         probe = size if size <= _WHOLE else min(max(size // _PROBE_SHARE, _PROBE[0]), _PROBE[1])

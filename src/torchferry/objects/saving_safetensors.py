@@ -7,14 +7,10 @@ from typing import TYPE_CHECKING, Any
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.transfer import current
 from torchferry.engine.types import ObjectStat
-from torchferry.formats.safetensors import (
-    INDEX_SUFFIX,
-    lay_out,
-    split,
-)
+from torchferry.formats.safetensors import lay_out
 from torchferry.formats.safetensors_dtypes import dtype_name
 from torchferry.formats.safetensors_stream import SafetensorsStream, check_tensors
-from torchferry.objects.safetensors_opening import publish_files
+from torchferry.objects.safetensors_opening import publish
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,15 +47,13 @@ async def save_safetensors(
     transfer = current()
     async with transfer.telling():
         transfer.set_size(total)
-        if max_shard_size is None or (total <= max_shard_size and not path.endswith(INDEX_SUFFIX)):
-            return await _write_file(tensors, backend, path, part_size, metadata)
-        shards = split({name: tensor.nbytes for name, tensor in tensors.items()}, max_shard_size)
 
         async def write(file: str, members: Sequence[str]) -> ObjectStat:
             part = {member: tensors[member] for member in members}
             return await _write_file(part, backend, file, part_size, metadata)
 
-        return await publish_files(backend, path, shards, total, write)
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        return await publish(backend, path, sizes, max_shard_size, write)
 
 
 async def _write_file(
