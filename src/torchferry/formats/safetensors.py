@@ -235,14 +235,14 @@ def lay_out(
         order: The place of each in the file; by default the library's order.
 
     Raises:
-        CheckpointValueError: a name that safetensors has for something else.
+        CheckpointValueError: a name that safetensors has for something else, or that is no text.
     """
     described: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     entries: list[Entry] = []
     at = 0
     if _METADATA in tensors:
         raise CheckpointValueError(f"safetensors has no room for a tensor named {_METADATA!r}: rename it.")
-    by_library = {name: (-_ORDER[dtype], name.encode()) for name, (dtype, _) in tensors.items()}
+    by_library = {name: (-_ORDER[dtype], _encoded(name)) for name, (dtype, _) in tensors.items()}
     for name in sorted(tensors, key=by_library.__getitem__ if order is None else order.__getitem__):
         dtype, shape = tensors[name]
         size = math.prod(shape) * _ITEM_SIZES[dtype]
@@ -256,6 +256,15 @@ def lay_out(
     start = LENGTH_SIZE + len(text)
     placed = tuple(entry._replace(start=start + entry.start, stop=start + entry.stop) for entry in entries)
     return len(text).to_bytes(LENGTH_SIZE, "little") + text, Header(placed, dict(metadata), start)
+
+
+def _encoded(name: str) -> bytes:
+    try:
+        return name.encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointValueError(
+            f"safetensors stores names as UTF-8, which {printable(name)!r} cannot be: rename it."
+        ) from error
 
 
 def split(sizes: Mapping[str, int], most: int) -> list[list[str]]:
