@@ -256,21 +256,6 @@ class Graph:
                     held += size
                     stack.append((size, _contents_of(name, value, aspect)))
 
-    def places(self) -> dict[str, TensorPlace]:
-        """How tensors lie in their storages, by the names of :meth:`tensors`.
-
-        Without those whose values are not simply what lies there: quantized, conjugated, of a subclass.
-
-        Raises:
-            CheckpointCorruptError: as :meth:`tensors`.
-        """
-        with self.damage_told():
-            return {
-                path.key() if path else "": place
-                for path, leaf in _walk(self.root, into_tensors=False)
-                if (place := place_of(leaf)) is not None and place.is_plain
-            }
-
     def plain_values(self) -> dict[str, bool | int | float | str | None]:
         """The first 1000 plain values in dicts, short lists and tuples, by name: no bytes, and no long strings."""
         found: dict[str, bool | int | float | str | None] = {}
