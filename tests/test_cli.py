@@ -162,6 +162,74 @@ def test_diff_compares_elements_and_not_how_they_are_stored(tmp_path: Path) -> N
         assert sorted(torchferry.diff(tmp_path / first, tmp_path / "d.pt").changed) == ["turned", "view"]
 
 
+_ROW = torch.arange(100.0)
+_SHARED = {"w": torch.ones(2)}
+_TIED = torch.nn.Parameter(torch.ones(2))
+_PLACES = torch.tensor([[0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "where"),
+    [
+        ({"losses": [0.0] * 20}, {"losses": [0.0] * 19 + [5.0]}, "losses.19"),
+        (
+            {"v": dict.fromkeys(map(str, range(1200)), 1)},
+            {"v": dict.fromkeys(map(str, range(1200)), 1) | {"1100": 2}},
+            "v.1100",
+        ),
+        ({"text": "a" * 300}, {"text": "a" * 299 + "b"}, "text"),
+        ({"data": b"a"}, {"data": b"b"}, "data.0"),
+        ({"number": 1 << 70}, {"number": 1 << 71}, "number"),
+        ({"set": {1, 2}}, {"set": {1, 3}}, "set.1"),
+        ({"flag": True}, {"flag": 1}, "flag"),
+        ({"number": 1}, {"number": 1.0}, "number"),
+        ({"empty": {}, "n": 1}, {"n": 1}, "empty"),
+        ({"kind": [torch.ones(2)]}, {"kind": (torch.ones(2),)}, "kind"),
+        ({"key": {0: torch.ones(2)}}, {"key": {"0": torch.ones(2)}}, "key.0"),
+        ({(0, 1): 1}, {(0, 2): 1}, "tuple (its key).1"),
+        ({"a": torch.ones(2)}, {"a": torch.ones(2, device="meta")}, "a"),
+        ({"model": _SHARED, "ema": _SHARED}, {"model": _SHARED}, "ema.w"),
+        ({"a": _TIED, "b": _TIED}, {"a": _TIED}, "b"),
+        (
+            {"s": torch.sparse_coo_tensor(_PLACES, torch.ones(2), (5,), check_invariants=True)},
+            {"s": torch.sparse_coo_tensor(_PLACES, torch.ones(2), (500,), check_invariants=True)},
+            "s.2.0.0",
+        ),
+        (
+            {"a.b": torch.zeros(2), "a": {"b": torch.ones(2)}},
+            {"a.b": torch.zeros(2), "a": {"b": torch.zeros(2)}},
+            "a.b [2]",
+        ),
+        ({"a.b": torch.zeros(2), "a": {"b": 1}}, {"a.b": torch.zeros(2), "a": {"b": 2}}, "a.b"),
+        ({(0, 1): torch.zeros(2), (0, 2): _ROW}, {(0, 1): torch.ones(2), (0, 2): _ROW}, "tuple"),
+    ],
+)
+def test_diff_looks_at_everything(tmp_path: Path, first: Any, second: Any, where: str) -> None:
+    for name, value in (("a", first), ("b", second)):
+        torch.save(value, tmp_path / f"{name}.pt")
+        assert not torchferry.diff(tmp_path / f"{name}.pt", tmp_path / f"{name}.pt")
+    for found in (
+        torchferry.diff(tmp_path / "a.pt", tmp_path / "b.pt"),
+        torchferry.diff(tmp_path / "b.pt", tmp_path / "a.pt"),
+    ):
+        assert {*found.added, *found.removed, *found.reshaped, *found.changed, *found.values} == {where}
+    assert main(["diff", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]) == 1
+
+
+def test_diff_takes_nan_and_other_orders_for_the_same(tmp_path: Path) -> None:
+    torch.save({"a": float("nan"), "b": {"x": 1, "y": {"u", "v", "w"}}}, tmp_path / "a.pt")
+    torch.save({"b": {"y": {"w", "v", "u"}, "x": 1}, "a": float("nan")}, tmp_path / "b.pt")
+    assert not torchferry.diff(tmp_path / "a.pt", tmp_path / "b.pt")
+
+
+def test_diff_fails_where_it_cannot_look_at_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    round_and_round: dict[str, Any] = {"w": torch.ones(2)}
+    round_and_round["self"] = round_and_round
+    torch.save(round_and_round, tmp_path / "a.pt")
+    assert main(["diff", str(tmp_path / "a.pt"), str(tmp_path / "a.pt")]) == 2
+    assert "too often, or themselves" in capsys.readouterr().err
+
+
 class Scaled(torch.Tensor):
     """A tensor of a class of its own."""
 
@@ -172,7 +240,6 @@ def _with_attribute(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-_ROW = torch.arange(100.0)
 _COMPLEX = torch.complex(_ROW, _ROW + 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ from fsspec.callbacks import Callback
 from safetensors.torch import load_file, save_file
 
 import torchferry
-from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, CheckpointValueError
+from torchferry.engine.types import Chunk
+from torchferry.errors import (
+    CheckpointCorruptError,
+    CheckpointFormatError,
+    CheckpointKeyError,
+    CheckpointValueError,
+    TorchferryError,
+)
+from torchferry.formats.item_stream import memory_of
+from torchferry.formats.lazy import LazyTensors
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -85,6 +95,98 @@ def test_what_safetensors_cannot_hold_is_refused_with_what_to_do(tmp_path: Path)
     torch.save({"a": torch.eye(3).to_sparse()}, tmp_path / "x.pt")
     with pytest.raises(CheckpointValueError, match="also has 'a'"):
         torchferry.convert(tmp_path / "x.pt", tmp_path / "y.safetensors")
+
+
+def test_conjugated_and_negated_tensors_are_stored_by_their_values(tmp_path: Path) -> None:
+    """Contiguous ones, too: their memory is that of other values."""
+    numbers = torch.complex(torch.arange(4.0), torch.arange(4.0, 8.0))
+    tensors = {"conj": numbers.conj(), "turned": numbers.clone().reshape(2, 2).mH}
+    tensors["negated"] = torch._neg_view(torch.arange(3.0))  # there is no public way to one that is contiguous
+    torch.save(tensors, tmp_path / "x.pt")
+    torchferry.convert(tmp_path / "x.pt", tmp_path / "x.safetensors")
+    assert same(load_file(tmp_path / "x.safetensors"), tensors)
+
+
+def test_memory_that_is_not_a_tensors_values_is_never_read() -> None:
+    for tensor in (torch.ones(2, dtype=torch.complex64).conj(), torch._neg_view(torch.ones(2))):
+        with pytest.raises(ValueError, match="not its values"):
+            memory_of(tensor)
+
+
+def test_tensors_that_are_not_contiguous_are_converted_from_any_container(tmp_path: Path) -> None:
+    first, second, third = (torch.rand(2, 3).T for _ in range(3))
+    torch.save({"layers": [first, second], "by": {0: third, None: torch.rand(2, 3).T}}, tmp_path / "x.pt")
+    torchferry.convert(tmp_path / "x.pt", tmp_path / "x.safetensors")
+    stored = load_file(tmp_path / "x.safetensors")
+    assert sorted(stored) == ["by.0", "by.NoneType", "layers.0", "layers.1"]
+    assert all(torch.equal(stored[name], value) for name, value in (("layers.1", second), ("by.0", third)))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"a.b": torch.zeros(2), "a": {"b": torch.ones(2)}},
+        {1: torch.zeros(2), "1": torch.ones(2)},
+        {(0, 1): torch.zeros(2), (0, 2): torch.ones(2)},
+    ],
+    ids=["a.b", "1", "tuple"],
+)
+@pytest.mark.parametrize("target", ["y.safetensors", "sharded/"])
+def test_two_values_of_one_name_are_refused(tmp_path: Path, state: Any, target: str) -> None:
+    torch.save(state, tmp_path / "x.pt")
+    if target == "sharded/" and (0, 1) in state:
+        torchferry.convert(tmp_path / "x.pt", tmp_path / "sharded", format="sharded")
+        assert [*torchferry.load(tmp_path / "sharded")] == [*state]  # there they have other names
+        return
+    with pytest.raises(TorchferryError, match=r"'?(a\.b|1|tuple)'?.* names"):
+        torchferry.convert(tmp_path / "x.pt", f"{tmp_path}/{target}")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+
+
+@pytest.mark.parametrize("crc32s", ["streamed", "computed"])
+def test_two_tensors_that_would_have_one_name_are_refused_before_anything_is_written(
+    tmp_path: Path, crc32s: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if crc32s == "computed":  # as by a torch that does it itself
+        monkeypatch.setattr("torchferry.converting.fills_crc32s", lambda: False)
+    save_file({"model.w": torch.ones(4), "w": torch.zeros(4)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointValueError, match="two values would be called 'w'"):
+        torchferry.convert(tmp_path / "x.safetensors", tmp_path / "x.pt", strip_prefix="model.")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_untouched_memory_is_never_taken_for_a_tensors() -> None:
+    lazy = LazyTensors([("a", torch.float32, (4,)), ("b", torch.float32, (4,))])
+    addresses = [lazy.tensors[name].data_ptr() for name in "ab"]
+
+    async def nothing() -> AsyncIterator[Chunk]:
+        return
+        yield Chunk(b"")
+
+    take = lazy.reading(nothing())
+    outside = torch.ones(4)
+    assert take(outside.data_ptr(), 16) is None
+    for address, nbytes in ((addresses[1], 16), (addresses[0] + 4, 12)):
+        with pytest.raises(RuntimeError, match="in another order, or in pieces"):
+            lazy.reading(nothing())(address, nbytes)
+    assert take(addresses[0], 16) is not None
+    assert lazy.left == 1
+
+
+def test_a_key_that_takes_nothing_is_named_with_those_that_would(tmp_path: Path) -> None:
+    save_file({"model.w": torch.ones(4)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointKeyError, match=r"has no key 'nope'; its keys are 'model\.w'"):
+        torchferry.convert(tmp_path / "x.safetensors", tmp_path / "x.pt", keys="nope")
+
+
+def test_a_name_that_is_no_text_is_refused_by_its_name(tmp_path: Path) -> None:
+    state = {"\ud800": torch.ones(2)}
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(CheckpointValueError, match=r"\\ud800.*rename it"):
+        torchferry.save(state, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointValueError, match=r"\\ud800.*rename it"):
+        torchferry.convert(tmp_path / "x.pt", tmp_path / "x.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 
 
 def test_damage_is_found_before_anything_appears(tmp_path: Path) -> None:

@@ -307,6 +307,8 @@ HOSTILE = {
     "bytes left": stored({"a": entry()}, b"\0" * 9),
     "shape of other bytes": stored({"a": entry(shape=[3])}),
     "overflowing shape": stored({"a": entry(shape=[1 << 62, 1 << 62, 4])}),
+    "shape beyond 64 bits": stored({"a": entry(shape=[1 << 63, 0], offsets=[0, 0])}, b""),
+    "shape that overflows to nothing": stored({"a": entry(shape=[1 << 62, 1 << 62, 0], offsets=[0, 0])}, b""),
     "negative shape": stored({"a": entry(shape=[-1, -2])}),
     "many dimensions": stored({"a": entry(shape=[1] * 100_000 + [2])}),
     "real numbers": stored({"a": entry(shape=[2.0])}),
@@ -315,9 +317,9 @@ HOSTILE = {
     "dtype of no text": stored({"a": entry(dtype=7)}),
     "three offsets": stored({"a": entry(offsets=[0, 4, 8])}),
     "no shape": stored({"a": {"dtype": "F32", "data_offsets": [0, 8]}}),
-    "another field": stored({"a": {**entry(), "more": 1}}),
     "a name twice": stored(b'{"a":' + json.dumps(entry()).encode() + b',"a":' + json.dumps(entry()).encode() + b"}"),
     "a field twice": stored(b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}'),
+    "metadata twice": stored(b'{"__metadata__":null,"__metadata__":{},"a":' + json.dumps(entry()).encode() + b"}"),
     "metadata of numbers": stored({"__metadata__": {"a": 1}, "a": entry()}),
     "nested deep": stored(b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
     "an array": stored(b"{" + b"[]," * 100_000 + b"}"),
@@ -334,6 +336,29 @@ def test_a_hostile_header_is_a_documented_error(tmp_path: Path, name: str) -> No
     for verb in (torchferry.load, torchferry.inspect, torchferry.verify):
         with pytest.raises(CheckpointFormatError):
             verb(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        stored({"__metadata__": None, "a": entry()}),
+        stored({"a": {**entry(), "more": {"than": [1, None, {"that": 1e5}]}}}),
+        stored(b" \t\r\n" + json.dumps({"a": entry()}).encode() + b"  "),
+        stored({"a": entry(), "b": entry(shape=[(1 << 62), 0], offsets=[8, 8])}),
+    ],
+    ids=["no metadata", "another field", "space before", "a large shape of nothing"],
+)
+def test_what_the_library_reads_is_read(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    assert [*load_file(tmp_path / "x.safetensors")] == [*torchferry.load(tmp_path / "x.safetensors")]
+    torchferry.verify(tmp_path / "x.safetensors")
+    torchferry.convert(tmp_path / "x.safetensors", tmp_path / "x.pt")
+
+
+def test_a_dtype_that_is_not_known_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(stored({"a": entry(dtype="F4", shape=[16])}))
+    with pytest.raises(CheckpointFormatError, match="'F4', which torchferry does not know"):
+        torchferry.load(tmp_path / "x.safetensors")
 
 
 def test_hostile_headers_take_no_64_mib_beside_their_size(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,11 +24,11 @@ from torchferry.formats.checksum import Checksums
 from torchferry.formats.graph import read_graph
 from torchferry.formats.keys import Keys, KeysArgument, as_keys
 from torchferry.formats.lazy import LazyTensors
-from torchferry.formats.picking import leaves, pick
+from torchferry.formats.picking import leaves, missing_keys, pick, values_of
 from torchferry.formats.places import TensorPlace, place_of
 from torchferry.formats.safetensors import INDEX_SUFFIX, SUFFIX, item_size, lay_out
 from torchferry.formats.safetensors_dtypes import dtype_name, torch_dtype
-from torchferry.formats.safetensors_stream import view_bytes
+from torchferry.formats.safetensors_stream import resolved, view_bytes
 from torchferry.formats.stand_ins import is_tensor_leaf
 from torchferry.formats.torch_stream import TorchStream, fills_crc32s
 from torchferry.locating import locate, open_object
@@ -267,14 +267,14 @@ async def _of_archive(source: RangeReader, archive: Archive, order: _Order) -> t
         for name, place in places.items()
     }
     loaded: dict[str, torch.Tensor] = {}
-    if strided := tuple(name for name, extent in extents.items() if extent is None and places[name].nbytes):
-        request = LoadRequest(strided, None, None, weights_only=True, verify=True)
-        loaded = await in_thread(_flat, await load_torch(source, request))
+    if strided := {name for name, extent in extents.items() if extent is None and places[name].nbytes}:
+        request = LoadRequest(strided.__contains__, None, None, weights_only=True, verify=True)
+        loaded, _ = await in_thread(values_of, await load_torch(source, request), source.stat.size, source.url)
     tensors = [
         _Tensor(order.name(name), place.dtype, place.shape, place.nbytes, extents[name], loaded.get(name))
         for name, place in places.items()
     ]
-    _refuse_doubles(tensors, source.url)
+    _refuse_doubles((tensor.name for tensor in tensors), source.url)
     whole = {
         record.name: record
         for name, place in places.items()
@@ -306,6 +306,7 @@ def _places(pickled: bytes, archive: Archive, request: LoadRequest) -> dict[str,
             f"safetensors holds plain tensors only, and {archive.url} also has {some}{more}: choose with keys=, or "
             "leave them out with exclude=."
         )
+    _refuse_doubles((content.name for content in graph.contents(part) if content.aspect == "value"), graph.url)
     for place in {id(place): place for place in places.values()}.values():
         record = archive.get(place.storage.record)
         if record is None or record.size != place.storage.nbytes:
@@ -337,22 +338,14 @@ def _refuse_shared(places: Mapping[str, TensorPlace], url: str) -> None:
             )
 
 
-def _refuse_doubles(tensors: Sequence[_Tensor], url: str) -> None:
+def _refuse_doubles(names: Iterable[str], url: str) -> None:
     seen: set[str] = set()
-    for tensor in tensors:
-        if tensor.name in seen:
-            raise CheckpointValueError(f"{url}: two tensors would be called {printable(tensor.name)!r}.")
-        seen.add(tensor.name)
-
-
-def _flat(value: Any, name: str = "") -> dict[str, torch.Tensor]:
-    if not isinstance(value, dict):
-        return {name: value}
-    return {
-        path: tensor
-        for key, item in value.items()
-        for path, tensor in _flat(item, f"{name}.{key}" if name else str(key)).items()
-    }
+    for name in names:
+        if name in seen:
+            raise CheckpointValueError(
+                f"{url}: two values would be called {printable(name)!r}. load() it, and save() it with other names."
+            )
+        seen.add(name)
 
 
 async def _to_safetensors(tensors: Sequence[_Tensor], checksums: Checksums, order: _Order) -> ObjectStat:
@@ -405,7 +398,7 @@ async def _file(head: bytes, tensors: Sequence[_Tensor], stream: ExtentStream) -
     for tensor in tensors:
         if tensor.loaded is not None:
             current().tell()
-            yield Chunk(view_bytes(await in_thread(tensor.loaded.contiguous)))
+            yield Chunk(view_bytes(await in_thread(_in_order, tensor.loaded)))
             continue
         left = tensor.nbytes
         while left:
@@ -417,6 +410,10 @@ async def _file(head: bytes, tensors: Sequence[_Tensor], stream: ExtentStream) -
         yield rest
 
 
+def _in_order(tensor: torch.Tensor) -> torch.Tensor:
+    return resolved(tensor).contiguous()
+
+
 # --- to torch
 
 
@@ -426,15 +423,25 @@ async def _to_torch(files: Sequence[File], url: str, order: _Order) -> ObjectSta
     if not await in_thread(fills_crc32s):
         # This torch computes CRC32s from the tensors' memory: they must be in it.
         loaded = await load_safetensors(files, order.request, url)
+        _refuse_doubles(map(order.name, loaded), url)
         return await _write_torch({order.name(name): tensor for name, tensor in loaded.items()}, None, order)
     keys, exclude = order.request.choice()
     chosen = [(file, entry) for file in files for entry in file.entries if _is_asked(entry.name, keys, exclude)]
     if keys is not None and keys.unmatched:
-        raise CheckpointValueError(f"{url} has no {', '.join(map(repr, keys.unmatched))}.")
+        raise missing_keys(url, keys.unmatched, (entry.name for file in files for entry in file.entries))
     described = [(order.name(entry.name), torch_dtype(entry.dtype, url), entry.shape) for _, entry in chosen]
+    _refuse_doubles((name for name, _, _ in described), url)
     lazy = await in_thread(LazyTensors, described)
     extents = [Extent(file.source, entry.start, entry.stop) for file, entry in chosen if entry.stop > entry.start]
     return await _write_torch(lazy.tensors, (lazy, extents), order)
+
+
+async def _all_of(stream: TorchStream, lazy: LazyTensors) -> AsyncGenerator[Chunk]:
+    async for chunk in stream:
+        yield chunk
+        del chunk
+    if lazy.left:  # before the object is published
+        raise RuntimeError(f"torch.save has not written {lazy.left} storages from their memory: please report it.")
 
 
 def _no_shards(order: _Order) -> UnsupportedOptionError:
@@ -464,9 +471,9 @@ async def _write_torch(
     try:
         read = ExtentStream(extents, claim)
         stream = TorchStream(obj, plan_for=writer.upload_plan, part_size=plan.part_size, lazy=lazy.reading(read))
-        async with read.running(), stream.running():
+        async with read.running(), stream.running(), aclosing(_all_of(stream, lazy)) as chunks:
             transfer.set_size(stream.size_hint)
-            stat = await writer.write(order.path, stream, plan=stream.plan, metadata=order.metadata)
+            stat = await writer.write(order.path, chunks, plan=stream.plan, metadata=order.metadata)
             transfer.set_size(stat.size)
             transfer.moved_at_least(stat.size)
             return stat

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 import torchferry
 import torchferry.distributed as ferry
 from torchferry.distributed import writer as writer_module
+from torchferry.distributed.metadata import nest
 from torchferry.distributed.place import Place
 from torchferry.distributed.sharing import Broadcast, Shared, cpu_group
 from torchferry.engine.types import MIB
@@ -540,6 +541,61 @@ def test_diff_takes_sharded_checkpoints_on_either_side(tmp_path: Path) -> None:
     assert torchferry.diff(tmp_path / "one.pt", tmp_path / "changed").changed == ("model.large",)
     assert not torchferry.diff(tmp_path / "t.safetensors", tmp_path / "tensors")
     assert torchferry.diff(tmp_path / "tensors", tmp_path / "one.pt").added[0] == "model.large"
+
+
+def test_what_is_sharded_and_joined_again_is_the_same_object(tmp_path: Path) -> None:
+    """Keys of any type, empty dicts, OrderedDicts and their ``_metadata``; stock readers find what they always do."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.rand(3, 2)).sum().backward()
+    optimizer.step()
+    odd = {None: 1, True: 2, 2.5: 3, (0, 1): torch.ones(2), "x": {}, 7: [torch.ones(1), {"y": {}}], "t": ()}
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "odd": odd, "none": {}}
+    torch.save(state, tmp_path / "one.pt")
+    ferry.shard(tmp_path / "one.pt", tmp_path / "c")
+    torchferry.convert(tmp_path / "c", tmp_path / "two.pt")
+    torchferry.copy(tmp_path / "c", tmp_path / "copy")
+    for found in (torchferry.load(tmp_path / "c"), torch.load(tmp_path / "two.pt"), torchferry.load(tmp_path / "copy")):
+        assert repr(found) == repr(torch.load(tmp_path / "one.pt"))
+        assert found["model"]._metadata == state["model"]._metadata
+    for other in ("c", "two.pt", "copy"):
+        assert not torchferry.diff(tmp_path / "one.pt", tmp_path / other)
+    ferry.save(state, tmp_path / "stock")  # as DCP flattens it
+    assert torchferry.diff(tmp_path / "c", tmp_path / "stock").values["optimizer.state.0"] == (
+        "a key of type int",
+        None,
+    )
+    assert [*torchferry.load(tmp_path / "c", keys="optimizer.state.0")["optimizer"]["state"]] == [0]
+    torchferry.convert(tmp_path / "c", tmp_path / "part.pt", keys="optimizer", strip_prefix="optimizer.")
+    torch.optim.Adam(model.parameters()).load_state_dict(part := torch.load(tmp_path / "part.pt"))
+    assert repr(part) == repr(optimizer.state_dict())
+    into = {"model": {name: torch.zeros_like(value) for name, value in model.state_dict().items()}}
+    dcp.load(into, checkpoint_id=tmp_path / "c")
+    assert torch.equal(into["model"]["0.weight"], model[0].weight)
+
+
+def test_a_key_that_a_sharded_checkpoint_cannot_keep_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": {torch.Size([1]): torch.ones(2)}}, tmp_path / "one.pt")
+    with pytest.raises(torchferry.CheckpointFormatError, match="'a' has a Size as a key"):
+        ferry.shard(tmp_path / "one.pt", tmp_path / "c")
+    assert [path.name for path in tmp_path.iterdir()] == ["one.pt"]
+
+
+def test_nesting_that_is_no_tree_is_damage() -> None:
+    inner = ["a"]
+    round_and_round: dict[str, object] = {}
+    round_and_round["self"] = round_and_round
+    for tree in ({"x": inner, "y": inner}, round_and_round, {"x": 1}):
+        with pytest.raises(torchferry.CheckpointCorruptError, match="no tree"):
+            nest(tree, {"a": 1}, lambda _: True, "memory://x")
+
+
+def test_diff_compares_tensors_in_other_values_of_sharded_checkpoints(tmp_path: Path) -> None:
+    for name, last in (("a", 1.0), ("b", 2.0)):
+        torch.save({"pair": (torch.tensor([0.0, last]), 3)}, tmp_path / f"{name}.pt")
+        ferry.shard(tmp_path / f"{name}.pt", tmp_path / name)
+        assert not torchferry.diff(tmp_path / name, tmp_path / f"{name}.pt")
+    assert torchferry.diff(tmp_path / "a", tmp_path / "b").changed == ("pair.0",)
 
 
 def test_a_sharded_checkpoint_is_converted_whole_or_in_part(tmp_path: Path) -> None:

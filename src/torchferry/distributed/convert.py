@@ -18,11 +18,11 @@ from torch.distributed.checkpoint.planner import WriteItemType
 
 from torchferry.distributed.assemble import Archive, Assembly, Data, Parts, Script, StandIns
 from torchferry.distributed.fetch import Files
-from torchferry.distributed.metadata import storage_info, write_metadata
+from torchferry.distributed.metadata import extras_of, nest, storage_info, tree_of, write_metadata
 from torchferry.distributed.place import METADATA, Place, new_save_name
 from torchferry.distributed.shards import Shards
 from torchferry.distributed.slices import Direct, Piece, cut
-from torchferry.distributed.whole import Contents, choose, find, load_whole
+from torchferry.distributed.whole import Contents, choose, find, is_asked_of, load_whole
 from torchferry.distributed.writer import remove_before, shards_before
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.loops import own_loop, run_on, synchronous
@@ -43,6 +43,7 @@ from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.safetensors import SUFFIX, lay_out
 from torchferry.formats.safetensors_dtypes import dtype_name
 from torchferry.formats.selection import check_graph
+from torchferry.formats.stand_ins import name_of
 from torchferry.formats.torch_hooks import torch_errors
 from torchferry.objects.opening import open_reader, read_archive
 from torchferry.objects.requests import LoadRequest
@@ -248,18 +249,26 @@ async def _torch_script(found: Contents, names: Sequence[str], order: Order) -> 
     tensors = _tensors(metadata, names)
     others = [name for name in names if name not in tensors]
     paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+    tree = extras_of(metadata).tree
     plain = await load_whole(found, order.request, names=others, nested=False)
 
     def make() -> Script:
         stand_ins = StandIns(tensors)
-        state: dict[str, Any] = {}
+        values = {name: stand_ins.tensors.get(name, plain.get(name)) for name in names}
+        state: dict[Any, Any] = {}
         taken: set[tuple[Any, ...]] = set()
-        for name in names:
+        if tree is not None:
+            state = nest(tree, values, is_asked_of(order.request), found.place.url)
+            moved = _take_prefixed(state, order.strip_prefix) if order.strip_prefix else {}
+            if doubled := moved.keys() & state.keys():
+                raise _doubled(found, str(min(doubled, key=str)))
+            state.update(moved)
+        for name in names if tree is None else ():
             path = _stripped(paths.get(name, (name,)), order.strip_prefix)
             if path in taken:
                 raise _doubled(found, ".".join(map(str, path)))
             taken.add(path)
-            set_element(state, path, stand_ins.tensors.get(name, plain.get(name)))
+            set_element(state, path, values[name])
         script = Script()
         script.add_archive(state, stand_ins)
         return script
@@ -287,6 +296,24 @@ def _stripped(path: Sequence[Any], prefix: str) -> tuple[Any, ...]:
         left = left.removeprefix(f"{first}.")
         del rest[0]
     return tuple(rest)
+
+
+def _take_prefixed(state: dict[Any, Any], prefix: str) -> dict[Any, Any]:
+    """Takes what has a name with the prefix out of nested dicts; returns it without the prefix."""
+    if not prefix:
+        moved = dict(state)
+        state.clear()
+        return moved
+    moved = {}
+    for key, item in [*state.items()]:
+        text = name_of(key)
+        if text.startswith(prefix) and text != prefix:
+            moved[text.removeprefix(prefix)] = state.pop(key)
+        elif isinstance(item, dict) and prefix.startswith(f"{text}."):
+            moved |= _take_prefixed(item, prefix.removeprefix(f"{text}."))
+            if not item:
+                del state[key]
+    return moved
 
 
 async def _make_safetensors(shards: Shards, names: Sequence[str], order: Order) -> ObjectStat:
@@ -402,7 +429,7 @@ async def shard_file(
     metadata = made.metadata
     infos = {index: storage_info(relative_path, made.written(index)) for index in made.items}
     before = await shards_before(place, METADATA)
-    content = write_metadata(metadata, infos, place.url, save, {relative_path: (stat.size, stat.etag)})
+    content = write_metadata(metadata, infos, place.url, save, {relative_path: (stat.size, stat.etag)}, made.tree)
     committed = await place.put(METADATA, content)
     await remove_before(place, METADATA, committed, before)
     return metadata, committed
@@ -415,11 +442,22 @@ class _Sharding:
         script: What is written.
         metadata: The checkpoint's.
         items: Offset, length and data of each, by its index.
+        tree: How they are nested.
+
+    Raises:
+        CheckpointFormatError: two values would have one name, or one is not stored as plain bytes.
     """
 
     def __init__(self, state: dict[str, Any], base: int, url: str) -> None:
         planner = DefaultSavePlanner()
-        planner.set_up_planner(state, None, is_coordinator=True)
+        try:
+            planner.set_up_planner(state, None, is_coordinator=True)
+        except ValueError as error:  # from whoever flattens it: two values of one name
+            raise CheckpointFormatError(
+                f"{url}: {printable(str(error))}: a sharded checkpoint has one value of a name. Load it, and "
+                "save it with other names."
+            ) from error
+        self.tree = tree_of(state, {path: name for name, path in planner.mappings.items()}, url)
         (plan,), self.metadata = planner.create_global_plan([planner.create_local_plan()])
         self.script = Script()
         self.items: dict[MetadataIndex, tuple[int, int, Data | None, bytes]] = {}

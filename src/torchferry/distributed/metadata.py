@@ -5,7 +5,8 @@ It is a pickle of ``torch.distributed.checkpoint.metadata.Metadata``. Its ``stor
 
 * to a ``_StorageInfo``: ``data_offset`` and ``crc32``, as in :class:`~torchferry.formats.item_stream.Written`;
 * to ``storage_meta``: ``torchferry``, a dict: ``version``, ``url`` (where it was saved, without secrets), and
-  ``shards``, which has size and ETag of each, by relative path.
+  ``shards``, which has size and ETag of each, by relative path; and, where one object was sharded, ``tree``: its dicts
+  and lists, with the names of items for their values. DCP's own paths have keys as strings, and no empty dicts.
 
 After the pickle comes its CRC32, which readers that unpickle it do not get to.
 """
@@ -15,7 +16,8 @@ from __future__ import annotations
 import io
 import math
 import pickle
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +38,7 @@ from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, Uns
 from torchferry.formats.graph import read_scanned_graph
 from torchferry.formats.item_stream import Written
 from torchferry.formats.opcodes import scan_pickle
+from torchferry.formats.stand_ins import name_of
 from torchferry.printable import printable
 
 __all__ = [
@@ -43,9 +46,11 @@ __all__ = [
     "chunk_of",
     "extras_of",
     "items_by_shard",
+    "nest",
     "read_metadata",
     "shards_of",
     "storage_info",
+    "tree_of",
     "write_metadata",
 ]
 
@@ -99,10 +104,12 @@ class Extras:
     Attributes:
         url: Where it was saved.
         shards: Size and ETag of each shard, by relative path.
+        tree: How the items are nested; None where only DCP's own paths tell it.
     """
 
     url: str | None = None
     shards: Mapping[str, tuple[int, str | None]] = field(default_factory=dict)
+    tree: dict[Any, Any] | None = None
 
 
 def storage_info(relative_path: str, written: Written, *, is_as_planned: bool = True) -> _StorageInfo:
@@ -118,14 +125,20 @@ def storage_info(relative_path: str, written: Written, *, is_as_planned: bool = 
 
 @collector_paused()
 def write_metadata(
-    metadata: Metadata, storage_data: dict[MetadataIndex, Any], url: str, save: str, shards: Mapping[str, Any]
+    metadata: Metadata,
+    storage_data: dict[MetadataIndex, Any],
+    url: str,
+    save: str,
+    shards: Mapping[str, Any],
+    tree: dict[Any, Any] | None = None,
 ) -> bytes:
     """Completes ``metadata``, and returns what is to be stored."""
     if "version" in Metadata.__dataclass_fields__:
         metadata.version = _DCP_VERSION
     metadata.storage_data = storage_data
     meta = StorageMeta(checkpoint_id=url, save_id=save)
-    vars(meta)["torchferry"] = {"version": _VERSION, "url": url, "shards": dict(shards)}
+    added = {"version": _VERSION, "url": url, "shards": dict(shards)}
+    vars(meta)["torchferry"] = added if tree is None else {**added, "tree": tree}
     metadata.storage_meta = meta
     pickled = pickle.dumps(metadata)
     return pickled + _CRC32 + isal_zlib.crc32(pickled).to_bytes(4, "little")
@@ -236,7 +249,92 @@ def extras_of(metadata: Metadata) -> Extras:
     shards = {
         str(path): (int(size), None if etag is None else str(etag)) for path, (size, etag) in added["shards"].items()
     }
-    return Extras(str(added.get("url")), shards)
+    tree = added.get("tree")
+    return Extras(str(added.get("url")), shards, tree if isinstance(tree, dict) else None)
+
+
+def tree_of(state: Mapping[Any, Any], names: Mapping[tuple[Any, ...], str], url: str) -> dict[Any, Any]:
+    """The dicts and lists of a state dict, with the names of items for their values.
+
+    Args:
+        state: The state dict.
+        names: Of the items, by DCP's paths.
+        url: For messages.
+
+    Raises:
+        CheckpointFormatError: a key, or what is in a ``_metadata``, is nothing that a ``.metadata`` may hold.
+    """
+
+    def part(value: Any, path: tuple[Any, ...]) -> Any:
+        if path in names:
+            return names[path]
+        if not isinstance(value, Mapping):
+            return [part(item, (*path, number)) for number, item in enumerate(value)]
+        tree = OrderedDict() if isinstance(value, OrderedDict) else {}
+        beside = getattr(value, "_metadata", None) if isinstance(value, OrderedDict) else None
+        for what in (*value, beside):
+            if not _is_simple(what):
+                raise CheckpointFormatError(
+                    f"{url}: {printable('.'.join(map(str, path)))!r} has a {type(what).__name__} as a key or in its "
+                    "_metadata, which a sharded checkpoint cannot keep: load it, and save it without."
+                )
+        for key, item in value.items():
+            tree[key] = part(item, (*path, str(key)))
+        if beside is not None:
+            vars(tree)["_metadata"] = beside
+        return tree
+
+    made: dict[Any, Any] = part(state, ())
+    return made
+
+
+def _is_simple(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return type(value) in {dict, OrderedDict} and all(_is_simple((key, item)) for key, item in value.items())
+    if type(value) in {tuple, list}:
+        return all(map(_is_simple, value))
+    return value is None or type(value) in {str, bool, int, float}
+
+
+def nest(tree: dict[Any, Any], values: Mapping[str, Any], is_asked: Callable[[str], bool], url: str) -> dict[Any, Any]:
+    """The values of items, nested as a tree says; of a list that not all is there of, a dict by index.
+
+    Args:
+        tree: What :func:`tree_of` has made, or somebody who is not to be trusted.
+        values: By the names of the items; others are left out.
+        is_asked: Whether an empty dict of a name is wanted.
+        url: For messages.
+
+    Raises:
+        CheckpointCorruptError: something is in it twice, or is no part of a tree.
+    """
+    seen: set[int] = set()
+
+    def part(tree: Any, name: str) -> Any:
+        if isinstance(tree, str):
+            return values.get(tree, seen)
+        if id(tree) in seen or not isinstance(tree, dict | list):
+            raise ValueError("what it says of nesting is no tree")
+        seen.add(id(tree))
+        before = f"{name}." if name else ""
+        named = [*(dict.items(tree) if isinstance(tree, dict) else enumerate(tree))]
+        there = {key: item for key, below in named if (item := part(below, before + name_of(key))) is not seen}
+        if not there and (named or (name and not is_asked(name))):
+            return seen if name else there
+        if isinstance(tree, list):
+            return [*there.values()] if len(there) == len(tree) else there
+        if not isinstance(tree, OrderedDict):
+            return there
+        ordered = OrderedDict(there)
+        if (beside := vars(tree).get("_metadata")) is not None:
+            vars(ordered)["_metadata"] = beside
+        return ordered
+
+    try:
+        made: dict[Any, Any] = part(tree, "")
+    except (RecursionError, ValueError) as error:
+        raise CheckpointCorruptError(f"{url} is damaged: {error}.") from error
+    return made
 
 
 def shards_of(metadata: Metadata) -> list[str]:

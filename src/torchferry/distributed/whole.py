@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torchferry.distributed.metadata import (
     chunk_of,
     extras_of,
     items_by_shard,
+    nest,
     read_metadata,
     shards_of,
     write_metadata,
@@ -53,18 +53,17 @@ from torchferry.formats.archive import (
     ZIP_FORMAT,
     Record,
     find_directory,
-    read_archive,
     sniff,
 )
 from torchferry.formats.checked import load_bytes
 from torchferry.formats.checksum import Checksums
 from torchferry.formats.filling import Found, IncompatibleKeys, Target
-from torchferry.formats.graph import MOST_PLAIN, read_graph
+from torchferry.formats.keys import Keys
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.picking import missing_keys
 from torchferry.formats.places import TensorInfo
 from torchferry.formats.torch_hooks import torch_errors
-from torchferry.manifest import Manifest, PlainValue
+from torchferry.manifest import Manifest
 from torchferry.objects.requests import LoadRequest
 from torchferry.objects.torch_files import fill_with
 from torchferry.printable import printable
@@ -78,8 +77,9 @@ __all__ = [
     "fill_whole",
     "find",
     "inspect_contents",
+    "is_asked_of",
     "load_whole",
-    "plain_values",
+    "read_values",
     "verify_contents",
 ]
 
@@ -167,6 +167,8 @@ async def load_whole(
             values[requests[index].storage_index.fqn] = loaded
     if not nested:
         return values
+    if (tree := extras_of(metadata).tree) is not None:
+        return await in_thread(nest, tree, {name: values[name] for name in names}, is_asked_of(request), url)
     state: dict[str, Any] = {}
     for name in names:
         try:
@@ -203,43 +205,36 @@ async def fill_whole(found: Contents, request: LoadRequest, target: Target) -> I
     return await in_thread(lambda: target.finish(loaded, into, there, {}, url, strict=request.strict))
 
 
-async def plain_values(found: Contents) -> dict[str, PlainValue]:
-    """The plain values beside the tensors, by name, as of a file of ``torch.save``: its small items are read."""
+async def read_values(found: Contents) -> dict[str, bytearray]:
+    """The items that are no tensors, by name, each as ``torch.save`` has written it."""
     metadata = found.metadata
     names = [name for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)]
     requests, targets = _requests(metadata, names, {})
     contents: dict[int, bytearray] = {}
     if requests:
         await StorageReader.at(found.place).read_items_within(found.place, metadata, requests, targets, contents)
-    return await in_thread(
-        _plain_values_in, {names[number]: data for number, data in contents.items()}, found.place.url
-    )
-
-
-def _plain_values_in(contents: Mapping[str, bytearray], url: str) -> dict[str, PlainValue]:
-    values: dict[str, PlainValue] = {}
-    for name, content in contents.items():
-        archive = read_archive(content, url)
-        pickled = None if archive is None else archive.get("data.pkl")  # None: in the legacy format
-        if pickled is not None:
-            found = read_graph(bytes(content[pickled.offset : pickled.end]), url).plain_values()
-            values.update((f"{name}.{key}" if key else name, value) for key, value in found.items())
-    return dict(islice(values.items(), MOST_PLAIN))
+    return {names[number]: data for number, data in contents.items()}
 
 
 def choose(metadata: Metadata, request: LoadRequest, url: str) -> list[str]:
     """The items that are asked for: by the names that :func:`inspect_contents` gives them."""
     keys, exclude = request.choice()
-
-    def is_asked(name: str) -> bool:
-        if exclude is not None and exclude.takes(name, is_leaf=True):
-            return False
-        return keys is None or keys.takes(name, is_leaf=True)
-
-    names = [name for name in metadata.state_dict_metadata if is_asked(name)]
+    names = [name for name in metadata.state_dict_metadata if _is_asked(name, keys, exclude)]
     if keys is not None and keys.unmatched:
         raise missing_keys(url, keys.unmatched, metadata.state_dict_metadata)
     return names
+
+
+def is_asked_of(request: LoadRequest) -> Callable[[str], bool]:
+    """Whether a request takes a name."""
+    keys, exclude = request.choice()
+    return partial(_is_asked, keys=keys, exclude=exclude)
+
+
+def _is_asked(name: str, keys: Keys | None, exclude: Keys | None) -> bool:
+    if exclude is not None and exclude.takes(name, is_leaf=True):
+        return False
+    return keys is None or keys.takes(name, is_leaf=True)
 
 
 def _device(map_location: Any, url: str) -> torch.device:
@@ -526,7 +521,8 @@ class ShardedCopy:
             infos[index].relative_path = new[info.relative_path]
         metadata = copy(self._found.metadata)
         before = await shards_before(self._target, METADATA)
-        data = write_metadata(metadata, infos, self._target.url, self._save, self._stats)
+        tree = extras_of(metadata).tree
+        data = write_metadata(metadata, infos, self._target.url, self._save, self._stats, tree)
         self._may_be_committed = True
         stat = await self._target.put(METADATA, data)
         await remove_before(self._target, METADATA, stat, before)

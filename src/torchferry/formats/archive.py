@@ -511,7 +511,7 @@ def sniff(head: bytes) -> str | None:
         (LEGACY_FORMAT, any(magic in head[:40] for magic in _LEGACY_MAGIC)),
         ("a tar archive", head[257:].startswith(b"ustar")),
         ("an HTML or XML page, such as a server's error message", text[:16].lower().startswith(_HTML)),
-        (SAFETENSORS_FORMAT, head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32),
+        (SAFETENSORS_FORMAT, head[8:].lstrip(b" \t\n\r")[:1] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32),
         ("a plain pickle, not written by torch.save", head[:1] == b"\x80" and head[1:2] <= b"\x05"),
         (INDEX_FORMAT, text[:1] == b"{" and (b'"weight_map"' in text or b'"metadata"' in text)),
         ("JSON", text[:1] in {b"{", b"["}),

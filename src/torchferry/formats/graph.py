@@ -16,18 +16,22 @@ import pickle
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # as torch imports them
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from types import GeneratorType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
 
-from torchferry.errors import CheckpointCorruptError
+from torchferry.errors import CheckpointCorruptError, CheckpointFormatError
 from torchferry.formats.calls import NUMPY_DTYPE, Hashed, check_call, is_checked, is_transparent_global
 from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
-from torchferry.formats.places import TensorInfo, TensorPlace, place_of, tensor_info
+from torchferry.formats.places import TensorInfo, tensor_info
 from torchferry.formats.stand_ins import (
     CONTAINERS,
     ORDERED_DICT,
+    PARAMETERS,
+    SPARSE,
     STORAGE_DTYPES,
     OrderedStandIn,
+    Pair,
     StandIn,
     StorageRef,
     children,
@@ -39,7 +43,7 @@ from torchferry.printable import printable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["MOST_PLAIN", "Graph", "read_graph", "read_scanned_graph"]
+__all__ = ["MOST_PLAIN", "Aspect", "Content", "Graph", "Kind", "read_graph", "read_scanned_graph"]
 
 _INT64_MAX = (1 << 63) - 1
 _MOST_GLOBALS = 10_000  # distinct ones in a pickle: the class that stands for one takes 1.2 kB
@@ -56,7 +60,30 @@ _WIDEST = 4  # bytes of a character, in text that is not ASCII
 _HASHED = (1 << 20, 16)  # values that calls may hash, and so many for each byte of the pickle
 _LONGEST_CODE = 20  # characters of the code of one of numpy's types
 
+_VISITS = (1 << 16, 1)  # values that are listed, and so many for each byte of the pickle
+_SETS = {"builtins.set", "builtins.frozenset"}  # as protocol 2 stores them: called with a list
+_PARAMETER_STATE = 3  # after the tensor, whether it requires a gradient, and its hooks
+_NAMED_BY_VALUE = (int, float, bytes, type(None))
+
 _WALKED = (*CONTAINERS, StorageRef)
+
+Aspect: TypeAlias = Literal["value", "kind", "attribute"]
+"""What is told of an object: its values; what its containers and keys are; what state dicts have beside their items."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a container, a key or a class is."""
+
+    name: str
+
+
+class Content(NamedTuple):
+    """One thing in an object: its name, a tensor (as a stand-in) or another value or a :class:`Kind`."""
+
+    name: str
+    value: Any
+    aspect: Aspect
 
 
 class _CheckedStandIn(StandIn):
@@ -195,20 +222,39 @@ class Graph:
                     raise ValueError("the list of its tensors would take more memory than its length allows")
                 yield tensor_info(path.key() if path else "", leaf)
 
-    def places(self) -> dict[str, TensorPlace]:
-        """How tensors lie in their storages, by the names of :meth:`tensors`.
+    def contents(self, part: Any) -> Iterator[Content]:
+        """All that is in a part of the object, in the order of the pickle: nothing is left out for its length.
 
-        Without those whose values are not simply what lies there: quantized, conjugated, of a subclass.
+        What is there several times comes under each of its names, and two things may have one name.
 
         Raises:
-            CheckpointCorruptError: as :meth:`tensors`.
+            CheckpointFormatError: containers hold each other so often, or themselves, that nobody can list it all.
+            CheckpointCorruptError: the object is not made as torch makes it.
         """
+        room, held = _VISITS[0] + _VISITS[1] * self.nbytes, 0
+        stack: list[tuple[int, Iterator[Content]]] = [(0, iter([Content("", part, "value")]))]
         with self.damage_told():
-            return {
-                path.key() if path else "": place
-                for path, leaf in _walk(self.root, into_tensors=False)
-                if (place := place_of(leaf)) is not None and place.is_plain
-            }
+            while stack:
+                content = next(stack[-1][1], None)
+                if content is None:
+                    held -= stack.pop()[0]
+                    continue
+                name, value, aspect = content
+                room -= 1 + len(name) // 64
+                if room < 0 or held > _LISTED[0]:
+                    raise CheckpointFormatError(
+                        f"{self.url}: its containers hold each other too often, or themselves, to look at all of it."
+                    )
+                if isinstance(value, type):
+                    yield Content(name, Kind(getattr(value, "path", value.__name__)), aspect)
+                elif is_tensor(value) or not isinstance(value, CONTAINERS):
+                    yield content
+                else:
+                    if kind := _kind_of(value):
+                        yield Content(name, Kind(kind), "kind" if aspect == "value" else aspect)
+                    size = _WIDEST * len(name)
+                    held += size
+                    stack.append((size, _contents_of(name, value, aspect)))
 
     def plain_values(self) -> dict[str, bool | int | float | str | None]:
         """The first 1000 plain values in dicts, short lists and tuples, by name: no bytes, and no long strings."""
@@ -231,6 +277,8 @@ class Graph:
         """Raises a CheckpointCorruptError for whatever stand-ins in odd places raise."""
         try:
             yield
+        except CheckpointFormatError:
+            raise
         except Exception as error:  # what stand-ins in odd places raise is anything
             raise CheckpointCorruptError(f"{self.url}: data.pkl is none that torch writes: {_cause(error)}.") from error
 
@@ -263,6 +311,80 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, int):
         return value.bit_length() <= _WIDEST_INTEGER
     return value is None or isinstance(value, float)
+
+
+def _kind_of(value: Any) -> str:
+    """What a container is; "" for a dict with items and for what wraps a tensor, which their items tell."""
+    if isinstance(value, StandIn):
+        return "" if value.path in PARAMETERS else value.path
+    if isinstance(value, dict):
+        return "" if value else "an empty dict"
+    return type(value).__name__
+
+
+def _contents_of(name: str, value: Any, aspect: Aspect) -> Iterator[Content]:
+    """What a container holds, with whole names."""
+    if isinstance(value, dict):
+        yield from _items_of(name, value, aspect)
+    elif isinstance(value, StandIn) and value.path not in _SETS:
+        for part, item in _parts_of(value):
+            if isinstance(item, Pair):
+                if type(item.key) is not str:
+                    yield _key_of(_joined(name, part), item.key, aspect)
+                item = item.value  # noqa: PLW2901 - as it stands in the container
+            if part or item is not None:
+                yield Content(_joined(name, part), item, aspect)
+    else:
+        if not isinstance(value, list | tuple):
+            value = sorted(chain(*value.args) if isinstance(value, StandIn) else value, key=_order_of)
+        for number, item in enumerate(value):
+            yield Content(_joined(name, str(number)), item, aspect)
+
+
+def _items_of(name: str, value: dict[Any, Any], aspect: Aspect) -> Iterator[Content]:
+    for key, item in dict.items(value):
+        whole = _joined(name, name_of(key))
+        if type(key) is not str:
+            yield _key_of(whole, key, aspect)
+        yield Content(whole, item, aspect)
+    attributes = value.attributes if isinstance(value, OrderedStandIn) else getattr(value, "__dict__", {})
+    for attribute, item in attributes.items():
+        yield Content(_joined(name, attribute), item, "attribute")
+
+
+def _parts_of(value: StandIn) -> Iterator[tuple[str, Any]]:
+    """As :func:`children`, of an object; with all that a sparse tensor is made of, and keys of any type."""
+    if value.path in PARAMETERS:
+        yield from (("", item) for item in (value.args[0], *value.args[_PARAMETER_STATE:], value.state))
+        return
+    if value.path == SPARSE:
+        layout, parts = value.args
+        yield from children(value)
+        yield "layout", layout
+        yield from ((str(number), item) for number, item in enumerate(parts[2:], 2))
+        return
+    pairs = [item for item in value.items if isinstance(item, Pair)]
+    yield from (
+        children(value) if not pairs else (("", value.state), *((str(n), arg) for n, arg in enumerate(value.args)))
+    )
+    yield from ((name_of(pair.key), pair) for pair in pairs)
+
+
+def _key_of(whole: str, key: Any, aspect: Aspect) -> Content:
+    """What tells a key that is no string from others of its name."""
+    beside: Aspect = "kind" if aspect == "value" else aspect
+    if isinstance(key, _NAMED_BY_VALUE):
+        return Content(whole, Kind(f"a key of type {type(key).__name__}"), beside)
+    return Content(f"{whole} (its key)", key, beside)
+
+
+def _joined(name: str, part: str) -> str:
+    return f"{name}.{part}" if name and part else name or part
+
+
+def _order_of(item: Any) -> tuple[str, Any]:
+    """Sorts plain values in a set, whose order is by chance."""
+    return (type(item).__name__, item) if isinstance(item, str | int | float | bytes) else ("", 0)
 
 
 def _cause(error: Exception) -> str:

@@ -335,7 +335,13 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor; views of it keep the tensor."""
+    """The memory of a contiguous CPU tensor; views of it keep the tensor.
+
+    Raises:
+        ValueError: what lies there is not its values: those are conjugated, or negated, when it is read.
+    """
+    if tensor.is_conj() or tensor.is_neg():
+        raise ValueError("the memory of a conjugated or negated view is not its values")
     if not tensor.nbytes:
         return memoryview(b"")
     memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())

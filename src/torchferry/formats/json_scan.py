@@ -83,6 +83,10 @@ class JsonScanner:
             raise self._error("a string") from error
         return value
 
+    def null(self) -> bool:
+        """Whether null comes next, which is read then."""
+        return self._takes("null")
+
     def skip(self) -> None:
         """Reads a value of any form, and forgets it."""
         depth = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import sys
@@ -27,6 +28,7 @@ class LazyTensors:
 
     Attributes:
         tensors: The tensors, by name.
+        left: How many storages have not been asked for yet.
     """
 
     def __init__(self, described: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
@@ -39,7 +41,11 @@ class LazyTensors:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._memory = mmap.mmap(-1, max(at, 1), flags=flags)
         self.tensors: dict[str, torch.Tensor] = {}
+        self._extent = (0, 0)  # of the memory
         self._addresses: list[tuple[int, int]] = []
+        if at:
+            start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+            self._extent = (start, start + at)
         for (name, dtype, shape), start in zip(described, ats, strict=True):
             nbytes = math.prod(shape) * dtype.itemsize
             if nbytes:
@@ -48,22 +54,22 @@ class LazyTensors:
                 self._addresses.append((flat.data_ptr(), nbytes))
             else:
                 self.tensors[name] = torch.empty(shape, dtype=dtype)
+        self.left = len(self._addresses)
 
     def reading(self, chunks: AsyncIterator[Chunk]) -> Callable[[int, int], Iterator[Chunk] | None]:
         """What gives the bytes of a storage, by its address and size: to be called in a thread, in their order.
 
-        It returns None for memory that is none of these tensors'.
+        It returns None for memory that is none of these tensors': what is never read from theirs is zeros.
         """
         waiting = iter(self._addresses)
-        expected = next(waiting, None)
+        first, end = self._extent
 
         def take(address: int, nbytes: int) -> Iterator[Chunk] | None:
-            nonlocal expected
-            if expected is None or address != expected[0]:
+            if not first <= address < end:
                 return None
-            if nbytes != expected[1]:
-                raise RuntimeError("torch.save writes a storage otherwise than in one piece: please report it.")
-            expected = next(waiting, None)
+            if (address, nbytes) != next(waiting, None):
+                raise RuntimeError("torch.save writes storages in another order, or in pieces: please report it.")
+            self.left -= 1
             return _taken(chunks, nbytes)
 
         return take

@@ -54,6 +54,8 @@ LONGEST_INDEX = 64 << 20
 
 _LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
 _METADATA = "__metadata__"
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_INT64_MAX = (1 << 63) - 1  # elements, those of strides included
 _MOST_DIMENSIONS = 1000  # as in the pickle of torch.save
 _INDEX_NAME = re.compile(r"\.safetensors\.index(\.[^./]+)?\.json")  # with a variant: model.safetensors.index.fp16.json
 _SHARD_NAME = re.compile(r"(.*?)(?:-(\d{8}T\d{6}Z-[0-9a-f]{8}))?-\d{5,}-of-\d{5,}\.safetensors", re.DOTALL)
@@ -182,10 +184,14 @@ def _parse(text: str, start: int, url: str) -> Header:
     scanner = JsonScanner(text)
     metadata: dict[str, str] = {}
     entries: dict[str, Entry] = {}
+    has_metadata = False
     for name in scanner.members():
-        if name in entries or (name == _METADATA and metadata):
+        if name in entries or (name == _METADATA and has_metadata):
             raise ValueError(f"it names {printable(name)!r} twice")
+        has_metadata |= name == _METADATA
         if name == _METADATA:
+            if scanner.null():  # as the library takes it
+                continue
             for key in scanner.members():
                 metadata[key] = scanner.string()
         else:
@@ -205,17 +211,22 @@ def _parse_entry(scanner: JsonScanner, name: str, start: int, url: str) -> Entry
             shape = scanner.integers(_MOST_DIMENSIONS)
         elif key == "data_offsets" and offsets is None:
             offsets = scanner.integers(2)
+        elif key in _FIELDS:
+            raise ValueError(f"tensor {printable(name)!r} has a field {printable(key)!r} twice")
         else:
-            raise ValueError(f"tensor {printable(name)!r} has a field {printable(key)!r}, or has it twice")
+            scanner.skip()  # as the library does
     if dtype is None or shape is None or offsets is None or len(offsets) != 2:  # noqa: PLR2004 - first and last
         raise ValueError(f"tensor {printable(name)!r} lacks its dtype, shape or data_offsets")
     if dtype not in _ITEM_SIZES:
         raise CheckpointFormatError(
-            f"{url}: tensor {printable(name)!r} has the dtype {printable(dtype)!r}, which is not known here."
+            f"{url}: tensor {printable(name)!r} has the dtype {printable(dtype)!r}, which torchferry does not know: "
+            "the safetensors library may."
         )
     first, last = offsets
     if min(shape, default=0) < 0 or math.prod(shape) * _ITEM_SIZES[dtype] != last - first:
         raise ValueError(f"tensor {printable(name)!r} has {last - first} bytes, which is not what its shape takes")
+    if math.prod(max(size, 1) for size in shape) > _INT64_MAX:
+        raise ValueError(f"tensor {printable(name)!r} has a shape that torch has not")
     return Entry(name, _KNOWN[dtype], shape, start + first, start + last)
 
 
@@ -242,14 +253,14 @@ def lay_out(
         order: The place of each in the file; by default the library's order.
 
     Raises:
-        CheckpointValueError: a name that safetensors has for something else.
+        CheckpointValueError: a name that safetensors has for something else, or that is no text.
     """
     described: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     entries: list[Entry] = []
     at = 0
     if _METADATA in tensors:
         raise CheckpointValueError(f"safetensors has no room for a tensor named {_METADATA!r}: rename it.")
-    by_library = {name: (-_ORDER[dtype], name.encode()) for name, (dtype, _) in tensors.items()}
+    by_library = {name: (-_ORDER[dtype], _encoded(name)) for name, (dtype, _) in tensors.items()}
     for name in sorted(tensors, key=by_library.__getitem__ if order is None else order.__getitem__):
         dtype, shape = tensors[name]
         size = math.prod(shape) * _ITEM_SIZES[dtype]
@@ -263,6 +274,15 @@ def lay_out(
     start = LENGTH_SIZE + len(text)
     placed = tuple(entry._replace(start=start + entry.start, stop=start + entry.stop) for entry in entries)
     return len(text).to_bytes(LENGTH_SIZE, "little") + text, Header(placed, dict(metadata), start)
+
+
+def _encoded(name: str) -> bytes:
+    try:
+        return name.encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointValueError(
+            f"safetensors stores names as UTF-8, which {printable(name)!r} cannot be: rename it."
+        ) from error
 
 
 def split(sizes: Mapping[str, int], most: int) -> list[list[str]]:

@@ -18,7 +18,7 @@ from torchferry.printable import printable
 if TYPE_CHECKING:
     from torchferry.engine.writer import UploadPlan
 
-__all__ = ["SafetensorsStream", "check_tensors", "view_bytes"]
+__all__ = ["SafetensorsStream", "check_tensors", "resolved", "view_bytes"]
 
 _SHOWN = 5  # names in a message
 _INSTEAD = "format='torch' (a URL that does not end in .safetensors) saves anything"
@@ -51,7 +51,7 @@ def check_tensors(obj: Any) -> dict[str, torch.Tensor]:
                 f"safetensors holds plain tensors only, and {printable(name)!r} is {kind}: leave it out; {_INSTEAD}."
             )
     _refuse_shared(state)
-    return {name: _resolved(tensor) for name, tensor in state.items()}
+    return {name: resolved(tensor) for name, tensor in state.items()}
 
 
 class SafetensorsStream(ItemStream):
@@ -101,7 +101,8 @@ def _is_lent(tensor: torch.Tensor) -> bool:
     return tensor.is_cpu and tensor.nbytes >= LENT_FROM and tensor.is_contiguous()
 
 
-def _resolved(tensor: torch.Tensor) -> torch.Tensor:
+def resolved(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose memory is its values: not those of a conjugated or negated view."""
     return tensor.detach().resolve_conj().resolve_neg()
 
 

@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from torchferry.engine.reader import RangeReader
     from torchferry.formats.archive import Archive, Record
     from torchferry.formats.graph import Graph
-    from torchferry.formats.places import TensorPlace
     from torchferry.objects.requests import LoadRequest
 
 __all__ = [
@@ -54,8 +53,8 @@ __all__ = [
     "fill_with",
     "format_error",
     "inspect_torch",
-    "inspect_with_places",
     "load_torch",
+    "read_graph_and_records",
     "read_pickle",
     "require_archive",
     "verify_torch",
@@ -72,15 +71,13 @@ async def inspect_torch(source: RangeReader) -> Manifest:
     return await in_thread(_manifest_of_archive, source, archive, pickled)
 
 
-async def inspect_with_places(source: RangeReader) -> tuple[Manifest, dict[str, TensorPlace]]:
-    """What is in a checkpoint, and how its tensors lie in their storages (:meth:`.Graph.places`)."""
+async def read_graph_and_records(source: RangeReader) -> tuple[Graph, Sequence[Record]]:
+    """What a checkpoint's pickle refers to, and the records that it has."""
     archive = await read_archive(source)
     if archive is None:
-        graph, records = await _read_legacy(source)
-        return await in_thread(_manifest_and_places, source, records, graph)
+        return await _read_legacy(source)
     pickled = await read_pickle(source, archive, verify=True)
-    graph = await in_thread(collector_paused()(read_graph), pickled, source.url)
-    return await in_thread(_manifest_and_places, source, archive.records, graph)
+    return await in_thread(collector_paused()(read_graph), pickled, source.url), archive.records
 
 
 async def _read_legacy(source: RangeReader) -> tuple[Graph, list[Record]]:
@@ -234,13 +231,6 @@ def fill_with(loaded: Any, url: str, request: LoadRequest, target: Target, nbyte
 @collector_paused()
 def _manifest_of_archive(source: RangeReader, archive: Archive, pickled: bytes) -> Manifest:
     return _manifest(source, archive.records, read_graph(pickled, source.url))
-
-
-@collector_paused()
-def _manifest_and_places(
-    source: RangeReader, records: Sequence[Record], graph: Graph
-) -> tuple[Manifest, dict[str, TensorPlace]]:
-    return _manifest(source, records, graph), graph.places()
 
 
 def _manifest(source: RangeReader, records: Sequence[Record], graph: Graph) -> Manifest:
