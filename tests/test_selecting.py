@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import torchferry
-from torchferry.errors import CheckpointCorruptError, CheckpointKeyError, UnsafeCheckpointError
+from torchferry.errors import CheckpointCorruptError, CheckpointKeyError, TorchferryError, UnsafeCheckpointError
 from torchferry.formats.graph import read_graph
 from torchferry.formats.repickle import repickle
 
@@ -163,10 +163,53 @@ def test_a_key_that_takes_nothing_names_one_that_would(tmp_path: Path) -> None:
         torchferry.load(tmp_path / "x.pt", keys=["model.*.nothing"])
 
 
-def test_keys_of_the_legacy_format_take_names_at_any_depth(tmp_path: Path) -> None:
-    torch.save(checkpoint(), tmp_path / "x.pt", _use_new_zipfile_serialization=False)
-    loaded = torchferry.load(tmp_path / "x.pt", keys=["model.encoder.0", "epoch"], exclude="*.bias")
-    assert sorted(names(loaded)) == ["epoch", "model.encoder.0.weight"]
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"keys": ["model.encoder.0", "epoch"], "exclude": "*.bias"},
+        {"keys": "sizes.1.0"},
+        {"keys": "sizes.*"},
+        {"exclude": "sizes.0"},
+        {"exclude": "model.decoder"},
+        {"keys": lambda name: name in {"sizes.0", "model.decoder.bias"}},
+    ],
+    ids=str,
+)
+def test_the_legacy_format_is_taken_apart_as_the_zip_format_is(tmp_path: Path, choice: dict[str, Any]) -> None:
+    original = checkpoint()
+    torch.save(original, tmp_path / "x.pt")
+    torch.save(original, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    ours = torchferry.load(tmp_path / "old.pt", **choice)
+    theirs = torchferry.load(tmp_path / "x.pt", **choice)
+    assert repr(ours) == repr(theirs)  # with the classes of dicts
+    if "model" in ours:
+        assert ours["model"]._metadata == theirs["model"]._metadata == original["model"]._metadata
+
+
+def _recurses(name: str) -> bool:
+    return _recurses(name)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("argument", ["keys", "exclude"])
+@pytest.mark.parametrize(("function", "error"), [(int, ValueError), (_recurses, RecursionError)])
+def test_an_error_of_the_users_function_is_no_damage(
+    tmp_path: Path, function: Any, error: type[Exception], argument: str, legacy: bool
+) -> None:
+    torch.save(checkpoint(), tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(error) as raised:
+        torchferry.load(tmp_path / "x.pt", **{argument: function})
+    assert not isinstance(raised.value, TorchferryError)
+
+
+def test_an_error_of_the_users_function_makes_restore_take_no_older_step(tmp_path: Path) -> None:
+    with torchferry.CheckpointManager(tmp_path, max_to_keep=3) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, {"model": {"layer.0": torch.ones(2)}})
+        manager.wait_until_finished()
+        with pytest.raises(ValueError, match="invalid literal"):
+            manager.restore(keys=int)
+        assert manager.all_steps() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("map_location", ["meta", None])
@@ -238,4 +281,14 @@ def test_a_hostile_pickle_of_very_many_names_is_refused(tmp_path: Path) -> None:
     torch.save({"x": inner, "y": 1}, tmp_path / "x.pt")
     with pytest.raises(CheckpointCorruptError, match="more names"):
         torchferry.load(tmp_path / "x.pt", keys="*.t")
+    assert torchferry.load(tmp_path / "x.pt", keys="y") == {"y": 1}
+
+
+def test_a_hostile_pickle_that_is_nested_very_deep_is_refused(tmp_path: Path) -> None:
+    value: Any = torch.ones(1)
+    for _ in range(450):  # torch.save takes them
+        value = [value]
+    torch.save({"x": value, "y": 1}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointCorruptError, match="nested"):
+        torchferry.load(tmp_path / "x.pt", keys="*.0.w")
     assert torchferry.load(tmp_path / "x.pt", keys="y") == {"y": 1}

@@ -22,7 +22,7 @@ from torchferry.formats.filling import Found, IncompatibleKeys, Target
 from torchferry.formats.graph import read_graph
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
-from torchferry.formats.picking import leaves, pick, values_of
+from torchferry.formats.picking import leaves, pick, take, values_of
 from torchferry.formats.places import place_of
 from torchferry.formats.repickle import NotPlainError
 from torchferry.formats.selection import (
@@ -32,7 +32,6 @@ from torchferry.formats.selection import (
     legacy,
     of_part,
     select,
-    take_from,
 )
 from torchferry.formats.stand_ins import is_tensor_leaf
 from torchferry.formats.torch_hooks import NO_MODES, torch_errors
@@ -111,7 +110,7 @@ async def load_torch(source: RangeReader, request: LoadRequest) -> Any:
     loaded = await _load_into_buffer(source, archive, selection, request, {})
     if selection.is_final:
         return loaded
-    return await in_thread(take_from, loaded, *request.choice(), source.stat.size, source.url)
+    return await in_thread(take, loaded, *request.choice(), source.stat.size, source.url)
 
 
 async def fill_torch(source: RangeReader, request: LoadRequest, target: Target) -> IncompatibleKeys:
