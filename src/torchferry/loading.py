@@ -80,7 +80,8 @@ async def load_async(
         into: A module or a state dict whose tensors are filled with those of the same name, instead of new ones. It may
             be nested as the checkpoint is, with modules in it: ``into={"model": model}``. Contiguous CPU tensors of
             1 MiB and more are read straight into their own memory: nothing is in memory twice. Tensors of the meta
-            device are replaced. If the load fails after it has begun to read, the tensors hold a mixture.
+            device are replaced. If the load fails after it has begun to read, the tensors hold a mixture. It fills
+            tensors only: for an optimizer, load its state with ``keys`` and call its ``load_state_dict``.
         strict: Whether names that the checkpoint or ``into`` lacks are an error; before anything is read.
         map_location: As in ``torch.load``.
         weights_only: As in ``torch.load``; its variable ``TORCH_FORCE_WEIGHTS_ONLY_LOAD`` is obeyed, too. With False,
@@ -97,7 +98,9 @@ async def load_async(
         safetensors, a dict of tensors. With ``into``, an :class:`~torchferry.IncompatibleKeys`: what did not match.
 
     Raises:
-        CheckpointFormatError: it is not a checkpoint; or no dict, where there are ``keys``.
+        TypeError: ``into`` holds something else than modules and tensors.
+        CheckpointFormatError: it is not a checkpoint; or no dict, where there are ``keys``; or two of its tensors have
+            one name, where there is ``into``.
         CheckpointCorruptError: it is damaged.
         CheckpointKeyError: a key takes nothing of it.
         CheckpointMismatchError: it does not fit ``into``.

@@ -184,8 +184,8 @@ async def fill_whole(found: Contents, request: LoadRequest, target: Target) -> I
         CheckpointMismatchError: it does not fit; before anything is read.
     """
     url, stored = found.place.url, found.metadata.state_dict_metadata
-    names = choose(found.metadata, request, url)
-    if target.needs_all:
+    names = await in_thread(choose, found.metadata, request, url)
+    if target.needs_all or not target.extra <= set(names):  # an extra state may be stored as its parts
         return await in_thread(fill_with, await load_whole(found, request), url, request, target)
     there = {
         # Nothing of it is one with another: each has an extent of its own.
@@ -193,7 +193,7 @@ async def fill_whole(found: Contents, request: LoadRequest, target: Target) -> I
         for number, name in enumerate(names)
         if isinstance(entry := stored[name], TensorStorageMetadata)
     }
-    others = [name for name in names if name not in there]
+    others = {name: "no tensor" for name in names if name not in there}
     target.check(there, others, url, strict=request.strict)
     into = {} if request.leaves_values_out else target.separate(there)
     rest = [name for name in names if name not in into and target.wants(name)]

@@ -9,11 +9,14 @@ from copy import copy
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, CheckpointKeyError
-from torchferry.formats.stand_ins import OrderedStandIn, children, is_leaf, name_of
+from torchferry.formats.stand_ins import OrderedStandIn, children, is_leaf, is_tensor_leaf, name_of
+from torchferry.printable import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from torchferry.formats.graph import Graph
     from torchferry.formats.keys import Keys
@@ -81,20 +84,22 @@ def missing_keys(url: str, missing: Sequence[str], names: Iterable[str]) -> Chec
     return CheckpointKeyError(f"{url} has no key {some}; its keys are {shown}{more}.{hint}")
 
 
-def leaves(graph: Graph, part: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def leaves(graph: Graph, part: Any, whole: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
     """:func:`values_of` a part of the object that a graph has read from its pickle."""
-    return values_of(part, graph.nbytes, graph.url)
+    return values_of(part, graph.nbytes, graph.url, whole)
 
 
-def values_of(part: Any, nbytes: int, url: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def values_of(part: Any, nbytes: int, url: str, whole: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
     """The values in the dicts, lists and tuples of an object by name, and the ``_metadata`` of state dicts.
 
     Args:
         part: The object, of stand-ins or as torch has loaded it.
         nbytes: Bytes that it was read from. It may have names of 8 MiB and 8 bytes for each of them.
         url: For messages.
+        whole: Names of values that are taken as they are, containers or not.
 
     Raises:
+        CheckpointFormatError: a tensor and another value have one name, as {"a.b": ..., "a": {"b": ...}} has.
         CheckpointCorruptError: it has more names, or longer ones: its containers hold each other very often, or
             themselves.
     """
@@ -108,11 +113,14 @@ def values_of(part: Any, nbytes: int, url: str) -> tuple[dict[str, Any], dict[st
         room -= 1 + len(name) // 64
         if room < 0 or len(name) > _LONGEST_NAME:
             raise CheckpointCorruptError(f"{url} is damaged: it has {_TOO_MANY}.")
-        if not isinstance(value, dict | list | tuple):
+        if name in whole or not isinstance(value, dict | list | tuple):
             held += _nbytes(name)
             if held > _HELD + nbytes * _HELD_EACH:
                 raise CheckpointCorruptError(f"{url} is damaged: its names are longer than its length allows.")
-            found[name] = value
+            if found.setdefault(name, value) is not value:
+                if _is_tensor(value) or _is_tensor(found[name]):
+                    raise _two_of_one_name(part, name, whole, url)
+                found[name] = value
             continue
         kept = value.attributes.get("_metadata") if isinstance(value, OrderedStandIn) else _metadata_of(value)
         if kept is not None:
@@ -120,6 +128,36 @@ def values_of(part: Any, nbytes: int, url: str) -> tuple[dict[str, Any], dict[st
         items = [(f"{name}.{key}" if name and key else name or key, item) for _, key, item in _items(value)]
         stack += reversed(items)
     return found, attributes
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or is_tensor_leaf(value)
+
+
+def _two_of_one_name(part: Any, name: str, whole: Collection[str], url: str) -> CheckpointFormatError:
+    """The error for two values of one name: it says where each is, in Python's way."""
+    places: list[str] = []
+    stack: list[tuple[str, str, Any]] = [("", name, part)]  # what leads to a value, and the rest of the name
+    while stack and len(places) < 2:  # noqa: PLR2004 - as many as have been found
+        place, rest, value = stack.pop()
+        if isinstance(value, dict | list | tuple) and not (name in whole and not rest):
+            items = [
+                (f"{place}[{_SHORT.repr(key)}]", _after(rest, key_name), item) for key, key_name, item in _items(value)
+            ]
+            stack += reversed([(there, left, item) for there, left, item in items if left is not None])
+        elif not rest:
+            places.append(place)
+    return CheckpointFormatError(
+        f"{url} has two values that are called {printable(name)!r}: {' and '.join(map(printable, places))}. Neither "
+        "into= nor a conversion could tell them apart: load it without into=, and rename one."
+    )
+
+
+def _after(name: str, part: str) -> str | None:
+    """What remains of a name after its first part; None where it begins in another way."""
+    if not part or name == part:
+        return name[len(part) :]
+    return name[len(part) + 1 :] if name.startswith(f"{part}.") else None
 
 
 def _metadata_of(loaded: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Any:
