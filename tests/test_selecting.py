@@ -292,3 +292,43 @@ def test_a_hostile_pickle_that_is_nested_very_deep_is_refused(tmp_path: Path) ->
     with pytest.raises(CheckpointCorruptError, match="nested"):
         torchferry.load(tmp_path / "x.pt", keys="*.0.w")
     assert torchferry.load(tmp_path / "x.pt", keys="y") == {"y": 1}
+
+
+def test_the_empty_key_takes_nothing_else_and_one_key_may_be_given_in_two_ways(tmp_path: Path) -> None:
+    torch.save({".y": 1, "model": {"a": 2}}, tmp_path / "x.pt")
+    for key in ("", "."):
+        with pytest.raises(CheckpointKeyError, match="no key"):
+            torchferry.load(tmp_path / "x.pt", keys=key)
+    assert torchferry.load(tmp_path / "x.pt", keys=["model", "model."]) == {"model": {"a": 2}}
+    assert torchferry.load(tmp_path / "x.pt", keys={"model", ".y"}) == {".y": 1, "model": {"a": 2}}
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        *({"keys": "l.1"}, {"exclude": "l.0"}, {"keys": "l"}, {"keys": "l.*"}, {"exclude": "m.1.b"}),
+        *({"keys": ["m.0", "m.1.b"]}, {"keys": "m.1"}, {"keys": lambda name: name == "m.1.a"}, {"exclude": "t"}),
+    ],
+    ids=str,
+)
+def test_of_a_list_in_a_sharded_checkpoint_remains_a_dict_by_index(tmp_path: Path, choice: dict[str, Any]) -> None:
+    inner = [torch.ones(1), {"a": torch.ones(2), "b": torch.zeros(3)}]
+    torch.save({"l": [torch.ones(1), torch.ones(2)], "m": inner, "t": torch.ones(1)}, tmp_path / "x.pt")
+    torchferry.convert(tmp_path / "x.pt", f"{tmp_path / 'x'}/")
+    assert repr(torchferry.load(tmp_path / "x", **choice)) == repr(torchferry.load(tmp_path / "x.pt", **choice))
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors", "sharded"])
+def test_a_function_for_keys_may_call_torchferry(tmp_path: Path, kind: str) -> None:
+    torchferry.save({"a": torch.ones(1), "b": torch.ones(2)}, tmp_path / "x.pt")
+    url = {"torch": "x.pt", "safetensors": "x.safetensors", "sharded": "x/"}[kind]
+    if kind != "torch":
+        torchferry.convert(tmp_path / "x.pt", f"{tmp_path}/{url}")
+
+    def is_short(name: str) -> bool:
+        return {tensor.key: tensor.nbytes for tensor in torchferry.inspect(tmp_path / "x.pt").tensors}[name] == 4
+
+    assert list(torchferry.load(f"{tmp_path}/{url}", keys=is_short)) == ["a"]
+    if kind == "sharded":
+        torchferry.convert(f"{tmp_path}/{url}", tmp_path / "y.pt", keys=is_short)
+        assert list(torchferry.load(tmp_path / "y.pt")) == ["a"]

@@ -25,7 +25,7 @@ from torchferry.objects.safetensors_opening import File, open_file, open_files
 from torchferry.objects.torch_files import fill_torch, inspect_torch, load_torch, verify_torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
     from fsspec import AbstractFileSystem
@@ -51,7 +51,7 @@ async def load_async(
     *,
     keys: KeysArgument | None = None,
     exclude: KeysArgument | None = None,
-    into: torch.nn.Module | Mapping[str, Any] | None = None,
+    into: torch.nn.Module | Mapping[Any, Any] | Sequence[Any] | None = None,
     strict: bool = True,
     map_location: Any = None,
     weights_only: bool = True,
