@@ -251,6 +251,19 @@ def test_nothing_is_changed_where_the_check_finds_what_does_not_fit(
     assert state["a"].eq(0).all()
 
 
+@pytest.mark.filterwarnings("ignore")  # deprecated, but in files
+def test_a_quantized_tensor_fills_a_quantized_one_only(tmp_path: Path) -> None:
+    quantized = torch.quantize_per_tensor(torch.ones(4), 0.5, 1, torch.qint8)
+    torch.save({"a": torch.ones(1 << 19), "b": quantized}, tmp_path / "x.pt")
+    state = {"a": torch.zeros(1 << 19), "b": torch.zeros(4)}
+    with pytest.raises(CheckpointMismatchError, match="b is a quantized tensor there and a dense tensor here"):
+        torchferry.load(tmp_path / "x.pt", into=state)
+    assert state["a"].eq(0).all()
+    state["b"] = torch.quantize_per_tensor(torch.zeros(4), 0.5, 1, torch.qint8)
+    torchferry.load(tmp_path / "x.pt", into=state)
+    assert state["b"].dequantize().eq(1).all()
+
+
 def test_nothing_is_changed_by_a_sharded_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
     torchferry.save({"a": torch.ones(2), "b": 3}, tmp_path / "x.pt")
     torchferry.convert(tmp_path / "x.pt", f"{tmp_path / 'x'}/")

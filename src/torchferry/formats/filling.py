@@ -19,6 +19,7 @@ from torchferry.printable import printable
 __all__ = [
     "DENSE_TENSOR",
     "META_TENSOR",
+    "QUANTIZED_TENSOR",
     "SPARSE_TENSOR",
     "Found",
     "IncompatibleKeys",
@@ -36,6 +37,8 @@ _MISMATCH = "Error(s) in loading state_dict"  # how torch's message of what does
 DENSE_TENSOR = "a dense tensor"
 SPARSE_TENSOR = "a sparse tensor"
 META_TENSOR = "a meta tensor"
+QUANTIZED_TENSOR = "a quantized tensor"
+_TENSORS = frozenset({DENSE_TENSOR, SPARSE_TENSOR, META_TENSOR, QUANTIZED_TENSOR})
 
 
 class IncompatibleKeys(NamedTuple):
@@ -193,12 +196,15 @@ class Target:
         """Why a value of this kind cannot become that of a tensor; "" where nothing is known to hinder it."""
         tensor = self.tensors[name]
         ours = what_it_is(tensor)
-        takes = {DENSE_TENSOR, SPARSE_TENSOR, META_TENSOR} if tensor.is_meta else {ours}  # a meta tensor is replaced
+        takes = _TENSORS if tensor.is_meta else {ours}  # a meta tensor is replaced
+        if ours == QUANTIZED_TENSOR:
+            takes = {DENSE_TENSOR, QUANTIZED_TENSOR}
         if kind is not None and kind not in takes:
             return f"is {kind} there and {ours} here"
         if tensor.is_meta and name not in self._places and name not in self._owned:
             return "is a meta tensor here, in a container that does not let it be replaced"
-        if ours == DENSE_TENSOR and any(
+        is_written = ours == DENSE_TENSOR and tensor.numel()
+        if is_written and any(
             size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
         ):
             return "is expanded here: several of its elements are one in memory"
@@ -384,8 +390,8 @@ def what_it_is(value: Any) -> str:
     """What a value is, as far as that decides what it can be copied into."""
     if not isinstance(value, torch.Tensor):
         return f"of type {printable(type(value).__name__)}"
-    if value.is_meta:
-        return META_TENSOR
+    if value.is_meta or value.is_quantized:
+        return META_TENSOR if value.is_meta else QUANTIZED_TENSOR
     return DENSE_TENSOR if value.layout == torch.strided else SPARSE_TENSOR
 
 

@@ -23,6 +23,7 @@ from torchferry.formats.checksum import Checksums
 from torchferry.formats.filling import (
     DENSE_TENSOR,
     META_TENSOR,
+    QUANTIZED_TENSOR,
     SPARSE_TENSOR,
     Found,
     IncompatibleKeys,
@@ -226,14 +227,15 @@ def _found(leaf: Any, archive: Archive, is_native: bool) -> Found:
 def _found_by_torch(leaf: Any) -> Found:
     """A tensor that torch alone can make, and what is known of it before."""
     if isinstance(leaf, StandIn) and leaf.path in SUBCLASSES and len(leaf.args) > 2:  # noqa: PLR2004 - function, class, arguments
-        function, kind, arguments = leaf.args[:3]
-        is_known = all(isinstance(each, type) for each in (function, kind)) and kind.path == "torch.Tensor"
-        if is_known and function.path in TENSORS:  # a tensor with attributes
+        function, made, arguments = leaf.args[:3]
+        is_plain = all(isinstance(each, type) for each in (function, made)) and made.path == "torch.Tensor"
+        if is_plain and function.path in TENSORS:  # a tensor with attributes
             leaf = function(*arguments)
     if not is_tensor(leaf):
         return Found(None, None, None, kind=None)
     info = tensor_info("", leaf)
-    return Found(info.dtype, info.shape, None, kind=META_TENSOR if leaf.path == META else DENSE_TENSOR)
+    kind = META_TENSOR if leaf.path == META else QUANTIZED_TENSOR if leaf.path.endswith("_qtensor") else DENSE_TENSOR
+    return Found(info.dtype, info.shape, None, kind=kind)
 
 
 def _kind(leaf: Any) -> str | None:
