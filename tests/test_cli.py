@@ -94,6 +94,15 @@ def test_inspect_shows_a_tree_to_a_depth_and_chooses_by_name_and_sorts(
     assert lines == [f"model.layer.{i}.bias" for i in (29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 2)]
 
 
+def test_inspect_takes_names_as_keys_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"model": {"a": torch.ones(1), "b": torch.ones(1)}, "step": 3}, tmp_path / "x.pt")
+    for name in ("model", "model.", "m?del", "mod*"):
+        assert main(["inspect", str(tmp_path / "x.pt"), name]) == 0
+        output = capsys.readouterr().out
+        assert "model.a" in output, name
+        assert "step" not in output, name
+
+
 def test_inspect_prints_json_for_programs(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", checkpoint, "--json"]) == 0
     manifest = json.loads(capsys.readouterr().out)

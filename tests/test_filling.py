@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import torchferry
-from torchferry.errors import CheckpointCorruptError, CheckpointMismatchError
+from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, CheckpointMismatchError
 
 if TYPE_CHECKING:
     from conftest import CountingStore  # type: ignore[attr-defined]
@@ -140,11 +140,11 @@ def test_parts_of_a_checkpoint_fill_modules_and_optimizers_state(tmp_path: Path)
     assert equal(module, original)
     with pytest.raises(CheckpointMismatchError, match=r"into=\{'model': ...\} with keys='model'"):
         torchferry.load(tmp_path / "x.pt", into=module)
-    state = {"optimizer": optimizer.state_dict()}
+    state = {"optimizer": {"state": optimizer.state_dict()["state"]}}
     first = state["optimizer"]["state"][0]["exp_avg"]
     expected = first.clone()
     first.zero_()
-    assert torchferry.load(tmp_path / "x.pt", into=state, keys="optimizer") == ([], [])
+    assert torchferry.load(tmp_path / "x.pt", into=state, keys="optimizer.state") == ([], [])
     assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], expected)
 
 
@@ -224,3 +224,186 @@ def test_what_cannot_be_copied_into_a_tensor_does_not_fit(value: Any, legacy: bo
     for into in ({"a": torch.zeros(4)}, nn.ParameterDict({"a": torch.zeros(4)})):
         with pytest.raises(CheckpointMismatchError, match=r"x\.pt does not fit into=.*\ba\b"):
             torchferry.load(tmp_path / "x.pt", into=into, strict=False)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    ("value", "into"),
+    [
+        (3, torch.zeros(4)),
+        (torch.eye(4).to_sparse(), torch.zeros(4, 4)),
+        (torch.zeros(4, 4), torch.eye(4).to_sparse()),
+        (torch.empty(4, device="meta"), torch.zeros(4)),
+        (torch.ones(4), torch.zeros(1).expand(4)),
+        (torch.ones(5), torch.zeros(4)),
+    ],
+    ids=lambda value: str(value).replace("\n", ""),
+)
+def test_nothing_is_changed_where_the_check_finds_what_does_not_fit(
+    value: Any, into: torch.Tensor, legacy: bool, tmp_path: Path
+) -> None:
+    first = torch.ones(1 << 19)
+    torch.save({"a": first, "b": value}, tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
+    state = {"a": torch.zeros(1 << 19), "b": into}
+    for strict in (True, False):
+        with pytest.raises(CheckpointMismatchError, match=r"\bb is "):
+            torchferry.load(tmp_path / "x.pt", into=state, strict=strict)
+    assert state["a"].eq(0).all()
+
+
+@pytest.mark.filterwarnings("ignore")  # deprecated, but in files
+def test_a_quantized_tensor_fills_a_quantized_one_only(tmp_path: Path) -> None:
+    quantized = torch.quantize_per_tensor(torch.ones(4), 0.5, 1, torch.qint8)
+    torch.save({"a": torch.ones(1 << 19), "b": quantized}, tmp_path / "x.pt")
+    state = {"a": torch.zeros(1 << 19), "b": torch.zeros(4)}
+    with pytest.raises(CheckpointMismatchError, match="b is a quantized tensor there and a dense tensor here"):
+        torchferry.load(tmp_path / "x.pt", into=state)
+    assert state["a"].eq(0).all()
+    state["b"] = torch.quantize_per_tensor(torch.zeros(4), 0.5, 1, torch.qint8)
+    torchferry.load(tmp_path / "x.pt", into=state)
+    assert state["b"].dequantize().eq(1).all()
+
+
+def test_nothing_is_changed_by_a_sharded_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
+    torchferry.save({"a": torch.ones(2), "b": 3}, tmp_path / "x.pt")
+    torchferry.convert(tmp_path / "x.pt", f"{tmp_path / 'x'}/")
+    state = {"a": torch.zeros(2), "b": torch.zeros(1)}
+    with pytest.raises(CheckpointMismatchError, match="b is no tensor there"):
+        torchferry.load(tmp_path / "x", into=state)
+    assert state["a"].eq(0).all()
+
+
+def test_a_tensor_with_an_attribute_is_not_broadcast(tmp_path: Path) -> None:
+    tensor = torch.full((1,), 3.0)
+    tensor.note = "x"  # type: ignore[attr-defined]
+    torch.save({"a": torch.ones(1 << 19), "w": tensor}, tmp_path / "x.pt")
+    state = {"a": torch.zeros(1 << 19), "w": torch.zeros(5)}
+    with pytest.raises(CheckpointMismatchError, match="w is 1 there and 5 here"):
+        torchferry.load(tmp_path / "x.pt", into=state)
+    assert state["a"].eq(0).all()
+    state["w"] = torch.zeros(1)
+    torchferry.load(tmp_path / "x.pt", into=state)
+    assert state["w"].item() == 3
+
+
+@pytest.mark.parametrize(
+    ("stored", "reason"),
+    [
+        ({"m": {"old_weight": torch.ones(2, 2), "bias": torch.ones(2)}}, "lacks 'ema'"),
+        ({"m": {"old_weight": torch.ones(2, 2), "bias": torch.ones(2)}, "ema": torch.ones(1)}, "ema is 1 there"),
+        (
+            {"m": {"old_weight": torch.ones(2, 2), "bias": torch.ones(2)}, "ema": torch.ones(3), "x": torch.ones(1)},
+            "also has 'x'",
+        ),
+    ],
+)
+def test_what_is_beside_a_module_that_has_a_say_is_checked(stored: Any, reason: str, tmp_path: Path) -> None:
+    torch.save(stored, tmp_path / "x.pt")
+    with pytest.raises(CheckpointMismatchError, match=reason):
+        torchferry.load(tmp_path / "x.pt", into={"m": Renames(2, 2), "ema": torch.zeros(3)})
+
+
+def test_what_a_module_that_has_a_say_refuses_is_a_mismatch(tmp_path: Path) -> None:
+    torch.save({"old_weight": torch.ones(2, 2), "bias": torch.ones(3)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointMismatchError, match=r"size mismatch for bias.*may have been changed"):
+        torchferry.load(tmp_path / "x.pt", into=Renames(2, 2))
+
+
+def test_what_cannot_be_filled_is_a_type_error_before_anything_is_read() -> None:
+    module = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(module.parameters())
+    for other, name in ((optimizer, "opt"), ("x", "opt"), (None, "opt"), ({"lr": 0.5}, r"opt\.lr")):
+        with pytest.raises(TypeError, match=rf"'{name}' is of type .*load it with keys="):
+            torchferry.load("memory://nowhere", into={"m": module, "opt": other})
+    with pytest.raises(TypeError, match=r"two tensors that are called 'a\.b'"):
+        torchferry.load("memory://nowhere", into={"a.b": torch.zeros(1), "a": {"b": torch.zeros(1)}})
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_num_batches_tracked_may_be_missing_where_torch_says_so(version: int, device: str, tmp_path: Path) -> None:
+    state = nn.BatchNorm1d(2).state_dict()
+    del state["num_batches_tracked"]
+    state._metadata[""]["version"] = version  # type: ignore[attr-defined]
+    torch.save(state, tmp_path / "x.pt")
+    with torch.device(device):
+        module = nn.BatchNorm1d(2)
+    if version == 1:
+        assert torchferry.load(tmp_path / "x.pt", into=module) == ([], [])
+        assert module.num_batches_tracked is not None
+        assert module.num_batches_tracked.device.type == "cpu"
+    else:
+        with pytest.raises(CheckpointMismatchError, match="lacks 'num_batches_tracked'"):
+            torchferry.load(tmp_path / "x.pt", into=module)
+        assert torchferry.load(tmp_path / "x.pt", into=module, strict=False).missing_keys == ["num_batches_tracked"]
+    with pytest.raises(CheckpointMismatchError, match="lacks 'num_batches_tracked'"):  # a name in a dict is a name
+        torchferry.load(tmp_path / "x.pt", into={**nn.BatchNorm1d(2).state_dict()})
+
+
+class Keeps(nn.Module):
+    """A module with an extra state."""
+
+    def __init__(self, extra: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.extra = extra
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+@pytest.mark.parametrize("kind", ["torch", "legacy", "sharded"])
+@pytest.mark.parametrize("extra", [{"step": 3}, {}, [1, 2], None, torch.arange(5)], ids=str)
+@pytest.mark.parametrize("before", [{"step": 0}, torch.zeros(0)], ids=str)
+def test_an_extra_state_is_any_value(extra: Any, before: Any, kind: str, tmp_path: Path) -> None:
+    torch.save({"m": Keeps(extra).state_dict()}, tmp_path / "x.pt", _use_new_zipfile_serialization=kind != "legacy")
+    url = tmp_path / "x.pt"
+    if kind == "sharded":
+        if extra == {}:
+            pytest.skip("DCP stores no empty dict")
+        torchferry.convert(url, f"{tmp_path / 'x'}/")
+        url = tmp_path / "x"
+    module = Keeps(before)
+    assert torchferry.load(url, into={"m": module}) == ([], [])
+    assert torch.equal(module.extra, extra) if isinstance(extra, torch.Tensor) else module.extra == extra
+
+
+def test_post_hooks_and_lazy_parameters_load_as_in_torch(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(2, 2)}, tmp_path / "x.pt")
+    module = nn.Linear(2, 2)
+    module.register_load_state_dict_post_hook(lambda _, keys: keys.missing_keys.clear())
+    assert torchferry.load(tmp_path / "x.pt", into=module) == ([], [])
+    assert module.weight.eq(1).all()
+    torch.save(nn.Linear(4, 3).state_dict(), tmp_path / "y.pt")
+    lazy = nn.LazyLinear(3)
+    assert torchferry.load(tmp_path / "y.pt", into=lazy) == ([], [])
+    assert lazy.weight.shape == (3, 4)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    ("values", "places"),
+    [
+        ({"a.b": 1, "a": {"b": torch.ones(2)}}, r"'a\.b': \['a\.b'\] and \['a'\]\['b'\]"),
+        ({1: torch.ones(2), "1": torch.zeros(2)}, r"'1': \[1\] and \['1'\]"),
+        ({"t": {(0, 1): torch.ones(2), (0, 2): torch.ones(2)}}, r"'t\.tuple': .*\(0, 1\).* and .*\(0, 2\)"),
+    ],
+)
+def test_two_values_of_one_name_are_an_error_that_names_both(
+    values: Any, places: str, legacy: bool, tmp_path: Path
+) -> None:
+    stored = {"w": torch.ones(2), **values}
+    torch.save(stored, tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointFormatError, match=places):
+        torchferry.load(tmp_path / "x.pt", into={"w": torch.zeros(2)}, strict=False)
+    if not legacy:
+        with pytest.raises(CheckpointFormatError, match=places):
+            torchferry.convert(tmp_path / "x.pt", tmp_path / "y.safetensors")
+    assert repr(torchferry.load(tmp_path / "x.pt")) == repr(stored)
+    assert repr(torchferry.load(tmp_path / "x.pt", keys="*")) == repr(stored)
+    state = {"w": torch.zeros(2)}
+    torchferry.load(tmp_path / "x.pt", into=state, keys="w")
+    assert state["w"].eq(1).all()

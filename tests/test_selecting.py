@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import torchferry
-from torchferry.errors import CheckpointCorruptError, CheckpointKeyError, UnsafeCheckpointError
+from torchferry.errors import CheckpointCorruptError, CheckpointKeyError, TorchferryError, UnsafeCheckpointError
 from torchferry.formats.graph import read_graph
 from torchferry.formats.repickle import repickle
 
@@ -163,10 +163,53 @@ def test_a_key_that_takes_nothing_names_one_that_would(tmp_path: Path) -> None:
         torchferry.load(tmp_path / "x.pt", keys=["model.*.nothing"])
 
 
-def test_keys_of_the_legacy_format_take_names_at_any_depth(tmp_path: Path) -> None:
-    torch.save(checkpoint(), tmp_path / "x.pt", _use_new_zipfile_serialization=False)
-    loaded = torchferry.load(tmp_path / "x.pt", keys=["model.encoder.0", "epoch"], exclude="*.bias")
-    assert sorted(names(loaded)) == ["epoch", "model.encoder.0.weight"]
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"keys": ["model.encoder.0", "epoch"], "exclude": "*.bias"},
+        {"keys": "sizes.1.0"},
+        {"keys": "sizes.*"},
+        {"exclude": "sizes.0"},
+        {"exclude": "model.decoder"},
+        {"keys": lambda name: name in {"sizes.0", "model.decoder.bias"}},
+    ],
+    ids=str,
+)
+def test_the_legacy_format_is_taken_apart_as_the_zip_format_is(tmp_path: Path, choice: dict[str, Any]) -> None:
+    original = checkpoint()
+    torch.save(original, tmp_path / "x.pt")
+    torch.save(original, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    ours = torchferry.load(tmp_path / "old.pt", **choice)
+    theirs = torchferry.load(tmp_path / "x.pt", **choice)
+    assert repr(ours) == repr(theirs)  # with the classes of dicts
+    if "model" in ours:
+        assert ours["model"]._metadata == theirs["model"]._metadata == original["model"]._metadata
+
+
+def _recurses(name: str) -> bool:
+    return _recurses(name)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("argument", ["keys", "exclude"])
+@pytest.mark.parametrize(("function", "error"), [(int, ValueError), (_recurses, RecursionError)])
+def test_an_error_of_the_users_function_is_no_damage(
+    tmp_path: Path, function: Any, error: type[Exception], argument: str, legacy: bool
+) -> None:
+    torch.save(checkpoint(), tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(error) as raised:
+        torchferry.load(tmp_path / "x.pt", **{argument: function})
+    assert not isinstance(raised.value, TorchferryError)
+
+
+def test_an_error_of_the_users_function_makes_restore_take_no_older_step(tmp_path: Path) -> None:
+    with torchferry.CheckpointManager(tmp_path, max_to_keep=3) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, {"model": {"layer.0": torch.ones(2)}})
+        manager.wait_until_finished()
+        with pytest.raises(ValueError, match="invalid literal"):
+            manager.restore(keys=int)
+        assert manager.all_steps() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("map_location", ["meta", None])
@@ -239,3 +282,53 @@ def test_a_hostile_pickle_of_very_many_names_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointCorruptError, match="more names"):
         torchferry.load(tmp_path / "x.pt", keys="*.t")
     assert torchferry.load(tmp_path / "x.pt", keys="y") == {"y": 1}
+
+
+def test_a_hostile_pickle_that_is_nested_very_deep_is_refused(tmp_path: Path) -> None:
+    value: Any = torch.ones(1)
+    for _ in range(450):  # torch.save takes them
+        value = [value]
+    torch.save({"x": value, "y": 1}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointCorruptError, match="nested"):
+        torchferry.load(tmp_path / "x.pt", keys="*.0.w")
+    assert torchferry.load(tmp_path / "x.pt", keys="y") == {"y": 1}
+
+
+def test_the_empty_key_takes_nothing_else_and_one_key_may_be_given_in_two_ways(tmp_path: Path) -> None:
+    torch.save({".y": 1, "model": {"a": 2}}, tmp_path / "x.pt")
+    for key in ("", "."):
+        with pytest.raises(CheckpointKeyError, match="no key"):
+            torchferry.load(tmp_path / "x.pt", keys=key)
+    assert torchferry.load(tmp_path / "x.pt", keys=["model", "model."]) == {"model": {"a": 2}}
+    assert torchferry.load(tmp_path / "x.pt", keys={"model", ".y"}) == {".y": 1, "model": {"a": 2}}
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        *({"keys": "l.1"}, {"exclude": "l.0"}, {"keys": "l"}, {"keys": "l.*"}, {"exclude": "m.1.b"}),
+        *({"keys": ["m.0", "m.1.b"]}, {"keys": "m.1"}, {"keys": lambda name: name == "m.1.a"}, {"exclude": "t"}),
+    ],
+    ids=str,
+)
+def test_of_a_list_in_a_sharded_checkpoint_remains_a_dict_by_index(tmp_path: Path, choice: dict[str, Any]) -> None:
+    inner = [torch.ones(1), {"a": torch.ones(2), "b": torch.zeros(3)}]
+    torch.save({"l": [torch.ones(1), torch.ones(2)], "m": inner, "t": torch.ones(1)}, tmp_path / "x.pt")
+    torchferry.convert(tmp_path / "x.pt", f"{tmp_path / 'x'}/")
+    assert repr(torchferry.load(tmp_path / "x", **choice)) == repr(torchferry.load(tmp_path / "x.pt", **choice))
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors", "sharded"])
+def test_a_function_for_keys_may_call_torchferry(tmp_path: Path, kind: str) -> None:
+    torchferry.save({"a": torch.ones(1), "b": torch.ones(2)}, tmp_path / "x.pt")
+    url = {"torch": "x.pt", "safetensors": "x.safetensors", "sharded": "x/"}[kind]
+    if kind != "torch":
+        torchferry.convert(tmp_path / "x.pt", f"{tmp_path}/{url}")
+
+    def is_short(name: str) -> bool:
+        return {tensor.key: tensor.nbytes for tensor in torchferry.inspect(tmp_path / "x.pt").tensors}[name] == 4
+
+    assert list(torchferry.load(f"{tmp_path}/{url}", keys=is_short)) == ["a"]
+    if kind == "sharded":
+        torchferry.convert(f"{tmp_path}/{url}", tmp_path / "y.pt", keys=is_short)
+        assert list(torchferry.load(tmp_path / "y.pt")) == ["a"]

@@ -186,7 +186,11 @@ class CheckpointKeyError(TorchferryError, KeyError):
 
 
 class CheckpointMismatchError(TorchferryError, RuntimeError):
-    """A checkpoint does not fit what it is to be loaded into; the message names what differs. Nothing was changed."""
+    """A checkpoint does not fit what it is to be loaded into; the message names what differs.
+
+    Nothing was changed, but where only torch could tell while it loaded: of a module that decides itself what it takes,
+    and of values that torch alone can make.
+    """
 
 
 class CheckpointValueError(TorchferryError, ValueError):

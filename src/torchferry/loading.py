@@ -25,7 +25,7 @@ from torchferry.objects.safetensors_opening import File, open_file, open_files
 from torchferry.objects.torch_files import fill_torch, inspect_torch, load_torch, verify_torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
     from fsspec import AbstractFileSystem
@@ -51,7 +51,7 @@ async def load_async(
     *,
     keys: KeysArgument | None = None,
     exclude: KeysArgument | None = None,
-    into: torch.nn.Module | Mapping[str, Any] | None = None,
+    into: torch.nn.Module | Mapping[Any, Any] | Sequence[Any] | None = None,
     strict: bool = True,
     map_location: Any = None,
     weights_only: bool = True,
@@ -80,7 +80,8 @@ async def load_async(
         into: A module or a state dict whose tensors are filled with those of the same name, instead of new ones. It may
             be nested as the checkpoint is, with modules in it: ``into={"model": model}``. Contiguous CPU tensors of
             1 MiB and more are read straight into their own memory: nothing is in memory twice. Tensors of the meta
-            device are replaced. If the load fails after it has begun to read, the tensors hold a mixture.
+            device are replaced. If the load fails after it has begun to read, the tensors hold a mixture. It fills
+            tensors only: for an optimizer, load its state with ``keys`` and call its ``load_state_dict``.
         strict: Whether names that the checkpoint or ``into`` lacks are an error; before anything is read.
         map_location: As in ``torch.load``.
         weights_only: As in ``torch.load``; its variable ``TORCH_FORCE_WEIGHTS_ONLY_LOAD`` is obeyed, too. With False,
@@ -97,7 +98,9 @@ async def load_async(
         safetensors, a dict of tensors. With ``into``, an :class:`~torchferry.IncompatibleKeys`: what did not match.
 
     Raises:
-        CheckpointFormatError: it is not a checkpoint; or no dict, where there are ``keys``.
+        TypeError: ``into`` holds something else than modules and tensors.
+        CheckpointFormatError: it is not a checkpoint; or no dict, where there are ``keys``; or two of its tensors have
+            one name, where there is ``into``.
         CheckpointCorruptError: it is damaged.
         CheckpointKeyError: a key takes nothing of it.
         CheckpointMismatchError: it does not fit ``into``.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -83,23 +82,18 @@ def _chosen(manifest: Manifest, names: Sequence[str]) -> tuple[list[TensorInfo],
     """
     if not names:
         return list(manifest.tensors), dict(manifest.values)
-    unmatched = dict.fromkeys(names)
+    from torchferry.formats.keys import Keys
 
-    def matches(key: str) -> bool:
-        taking = [name for name in names if key == name or key.startswith(f"{name}.") or fnmatch.fnmatchcase(key, name)]
-        for name in taking:
-            unmatched.pop(name, None)
-        return bool(taking)
-
-    tensors = [tensor for tensor in manifest.tensors if matches(tensor.key)]
-    values = {name: value for name, value in manifest.values.items() if matches(name)}
-    if unmatched:
+    keys = Keys(tuple(names))
+    tensors = [tensor for tensor in manifest.tensors if keys.takes(tensor.key, is_leaf=True)]
+    values = {name: value for name, value in manifest.values.items() if keys.takes(name, is_leaf=True)}
+    if unmatched := keys.unmatched:
         from torchferry.formats.picking import missing_keys
 
         every = [*(tensor.key for tensor in manifest.tensors), *manifest.values]
         deepest = max(name.count(".") for name in unmatched)
         parts = dict.fromkeys(".".join(key.split(".")[: deepest + 1]) for key in every)
-        raise missing_keys(manifest.url, list(unmatched), parts)
+        raise missing_keys(manifest.url, unmatched, parts)
     return tensors, values
 
 

@@ -202,7 +202,7 @@ async def make_object(found: Contents, order: Order) -> ObjectStat:
         CheckpointValueError: safetensors cannot hold it, or two tensors would have one name.
     """
     with current().reading_side():
-        names = choose(found.metadata, order.request, found.place.url)
+        names = await in_thread(choose, found.metadata, order.request, found.place.url)
         shards = await Shards.open(found, names)
     async with current().telling():
         if order.as_safetensors:

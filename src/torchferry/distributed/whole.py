@@ -7,7 +7,7 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.distributed.checkpoint._traverse import set_element
@@ -83,6 +83,7 @@ __all__ = [
     "verify_contents",
 ]
 
+_Path: TypeAlias = "tuple[str | int, ...]"
 _QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 _ALIGNMENT = 64  # of tensors in the load buffer
 _SMALL = 256 << 10  # a stock item up to this size is looked into when it is there
@@ -143,7 +144,8 @@ async def load_whole(
     """
     metadata, url, map_location = found.metadata, found.place.url, request.map_location
     paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
-    names = choose(metadata, request, url) if names is None else names
+    if names is None:
+        names = await in_thread(choose, metadata, request, url)  # it may ask a function of the user's
     filled = into or {}
     device = _device(map_location, url)
     tensors = await in_thread(_allocate, metadata, [name for name in names if name not in filled], device, url)
@@ -175,7 +177,32 @@ async def load_whole(
             set_element(state, paths.get(name, (name,)), values[name])
         except (TypeError, IndexError, KeyError, AttributeError) as error:
             raise CheckpointCorruptError(f"{url}: the metadata gives {printable(name)} no place.") from error
+    left_out = metadata.state_dict_metadata.keys() - set(names)
+    try:
+        _use_dicts_for_parts([paths.get(name, ()) for name in names], [paths.get(name, ()) for name in left_out], state)
+    except (TypeError, IndexError, KeyError, AttributeError) as error:
+        raise CheckpointCorruptError(f"{url}: the metadata gives some of its values no place.") from error
     return state
+
+
+def _use_dicts_for_parts(taken: Sequence[_Path], left_out: Sequence[_Path], state: Any) -> None:
+    """Makes dicts of the lists that were not taken as a whole, by index, as a load of a file does."""
+    indices: dict[_Path, dict[int, None]] = {}
+    for path in taken:
+        for place, index in _lists_of(path):
+            indices.setdefault(place, {})[index] = None
+    parts = {place for path in left_out for place, _ in _lists_of(path)} & indices.keys()
+    for place in sorted(parts, key=len, reverse=True):  # the inner ones first
+        *outer, last = place
+        holder = state
+        for part in outer:
+            holder = holder[part]
+        holder[last] = {index: holder[last][index] for index in indices[place]}
+
+
+def _lists_of(path: _Path) -> Iterator[tuple[_Path, int]]:
+    """The lists that a path leads through, each with the index there."""
+    return ((path[:at], part) for at, part in enumerate(path) if at and type(part) is int)
 
 
 async def fill_whole(found: Contents, request: LoadRequest, target: Target) -> IncompatibleKeys:
@@ -187,8 +214,8 @@ async def fill_whole(found: Contents, request: LoadRequest, target: Target) -> I
         CheckpointMismatchError: it does not fit; before anything is read.
     """
     url, stored = found.place.url, found.metadata.state_dict_metadata
-    names = choose(found.metadata, request, url)
-    if target.needs_all:
+    names = await in_thread(choose, found.metadata, request, url)
+    if target.needs_all or not target.extra <= set(names):  # an extra state may be stored as its parts
         return await in_thread(fill_with, await load_whole(found, request), url, request, target)
     there = {
         # Nothing of it is one with another: each has an extent of its own.
@@ -196,7 +223,7 @@ async def fill_whole(found: Contents, request: LoadRequest, target: Target) -> I
         for number, name in enumerate(names)
         if isinstance(entry := stored[name], TensorStorageMetadata)
     }
-    others = [name for name in names if name not in there]
+    others = {name: "no tensor" for name in names if name not in there}
     target.check(there, others, url, strict=request.strict)
     into = {} if request.leaves_values_out else target.separate(there)
     rest = [name for name in names if name not in into and target.wants(name)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import fnmatch
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import TypeAlias
 
 __all__ = ["Keys", "KeysArgument", "as_keys"]
 
-KeysArgument: TypeAlias = "str | Sequence[str] | Callable[[str], bool]"
+KeysArgument: TypeAlias = "str | Collection[str] | Callable[[str], bool]"
 """What ``keys=`` and ``exclude=`` take."""
 
 _GLOB = re.compile(r"[*?\[]")
@@ -50,7 +50,9 @@ class Keys:
     def __init__(self, given: tuple[str, ...] | Callable[[str], bool]) -> None:
         self.function = given if callable(given) else None
         self.names: tuple[str, ...] = () if callable(given) else given
-        self._exact = {name.removesuffix("."): name for name in self.names}
+        self._exact: dict[str, list[str]] = {}
+        for name in self.names:
+            self._exact.setdefault(name.removesuffix("."), []).append(name)
         self._lengths = sorted({len(name) for name in self._exact})
         self._sorted = sorted(self._exact)
         globs = [name for name in self.names if _GLOB.search(name)]
@@ -85,12 +87,12 @@ class Keys:
         return at < len(self._sorted) and self._sorted[at].startswith(before)
 
     def _exact_of(self, name: str) -> list[str]:
-        found = []
+        found: list[str] = []
         for length in self._lengths:
             if length >= len(name):
-                if length == len(name) and name in self._exact:
-                    found.append(self._exact[name])
+                if length == len(name):
+                    found += self._exact.get(name, ())
                 break
-            if name[length] == "." and (key := self._exact.get(name[:length])) is not None:
-                found.append(key)
+            if length and name[length] == ".":  # nothing lies below the empty name
+                found += self._exact.get(name[:length], ())
         return found

@@ -5,14 +5,18 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections import OrderedDict
+from copy import copy
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, CheckpointKeyError
-from torchferry.formats.stand_ins import OrderedStandIn, children, is_leaf, name_of
+from torchferry.formats.stand_ins import OrderedStandIn, children, is_leaf, is_tensor_leaf, name_of
+from torchferry.printable import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from torchferry.formats.graph import Graph
     from torchferry.formats.keys import Keys
@@ -24,6 +28,7 @@ _LONGEST_NAME = 1 << 18  # characters
 _HELD = 8 << 20  # bytes of names that are held at once
 _HELD_EACH = 8  # more for each byte of the pickle
 _WIDEST = 4  # bytes of a character, in text that is not ASCII
+_DEEPEST = 400  # containers in one another: the stack has room for them, and for a function of the user's
 _SHOWN_KEYS = 50  # in the message about one that is not there
 _SHORT = reprlib.Repr()  # of a key, which may be a tuple of many others
 _SHORT.maxlevel = 2
@@ -45,17 +50,26 @@ def pick(graph: Graph, keys: Keys | None, exclude: Keys | None) -> Any:
         CheckpointKeyError: a key takes nothing.
         CheckpointCorruptError: the object is not made as torch makes it.
     """
-    if is_leaf(graph.root):
-        raise CheckpointFormatError(
-            f"{graph.url} holds no dict, so it has no keys to choose from: load it without keys=."
-        )
-    picker = _Picker(keys, exclude, _VISITS[0] + _VISITS[1] * graph.nbytes)
     try:
-        part = picker.pick("", graph.root)
-    except (RecursionError, ValueError) as error:
+        return _part_of(graph.root, keys, exclude, graph.nbytes, graph.url)
+    except _LimitError as error:
         raise CheckpointCorruptError(f"{graph.url}: data.pkl is none that torch writes: {error}.") from error
+
+
+def take(loaded: Any, keys: Keys | None, exclude: Keys | None, nbytes: int, url: str) -> Any:
+    """:func:`pick` of an object that torch has loaded, from so many bytes."""
+    try:
+        return _part_of(loaded, keys, exclude, nbytes, url)
+    except _LimitError as error:
+        raise CheckpointCorruptError(f"{url} is damaged: {error}.") from error
+
+
+def _part_of(root: Any, keys: Keys | None, exclude: Keys | None, nbytes: int, url: str) -> Any:
+    if _is_leaf(root):
+        raise CheckpointFormatError(f"{url} holds no dict, so it has no keys to choose from: load it without keys=.")
+    part = _Picker(keys, exclude, _VISITS[0] + _VISITS[1] * nbytes).pick("", root)
     if keys is not None and keys.unmatched:
-        raise missing_keys(graph.url, keys.unmatched, (name for name, _ in children(graph.root) if name))
+        raise missing_keys(url, keys.unmatched, (name for name, _ in children(root) if name))
     return {} if part is _NOTHING else part
 
 
@@ -70,20 +84,22 @@ def missing_keys(url: str, missing: Sequence[str], names: Iterable[str]) -> Chec
     return CheckpointKeyError(f"{url} has no key {some}; its keys are {shown}{more}.{hint}")
 
 
-def leaves(graph: Graph, part: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def leaves(graph: Graph, part: Any, whole: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
     """:func:`values_of` a part of the object that a graph has read from its pickle."""
-    return values_of(part, graph.nbytes, graph.url)
+    return values_of(part, graph.nbytes, graph.url, whole)
 
 
-def values_of(part: Any, nbytes: int, url: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def values_of(part: Any, nbytes: int, url: str, whole: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
     """The values in the dicts, lists and tuples of an object by name, and the ``_metadata`` of state dicts.
 
     Args:
         part: The object, of stand-ins or as torch has loaded it.
         nbytes: Bytes that it was read from. It may have names of 8 MiB and 8 bytes for each of them.
         url: For messages.
+        whole: Names of values that are taken as they are, containers or not.
 
     Raises:
+        CheckpointFormatError: a tensor and another value have one name, as {"a.b": ..., "a": {"b": ...}} has.
         CheckpointCorruptError: it has more names, or longer ones: its containers hold each other very often, or
             themselves.
     """
@@ -97,11 +113,14 @@ def values_of(part: Any, nbytes: int, url: str) -> tuple[dict[str, Any], dict[st
         room -= 1 + len(name) // 64
         if room < 0 or len(name) > _LONGEST_NAME:
             raise CheckpointCorruptError(f"{url} is damaged: it has {_TOO_MANY}.")
-        if not isinstance(value, dict | list | tuple):
+        if name in whole or not isinstance(value, dict | list | tuple):
             held += _nbytes(name)
             if held > _HELD + nbytes * _HELD_EACH:
                 raise CheckpointCorruptError(f"{url} is damaged: its names are longer than its length allows.")
-            found[name] = value
+            if found.setdefault(name, value) is not value:
+                if _is_tensor(value) or _is_tensor(found[name]):
+                    raise _two_of_one_name(part, name, whole, url)
+                found[name] = value
             continue
         kept = value.attributes.get("_metadata") if isinstance(value, OrderedStandIn) else _metadata_of(value)
         if kept is not None:
@@ -111,59 +130,42 @@ def values_of(part: Any, nbytes: int, url: str) -> tuple[dict[str, Any], dict[st
     return found, attributes
 
 
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or is_tensor_leaf(value)
+
+
+def _two_of_one_name(part: Any, name: str, whole: Collection[str], url: str) -> CheckpointFormatError:
+    """The error for two values of one name: it says where each is, in Python's way."""
+    places: list[str] = []
+    stack: list[tuple[str, str, Any]] = [("", name, part)]  # what leads to a value, and the rest of the name
+    while stack and len(places) < 2:  # noqa: PLR2004 - as many as have been found
+        place, rest, value = stack.pop()
+        if isinstance(value, dict | list | tuple) and not (name in whole and not rest):
+            items = [
+                (f"{place}[{_SHORT.repr(key)}]", _after(rest, key_name), item) for key, key_name, item in _items(value)
+            ]
+            stack += reversed([(there, left, item) for there, left, item in items if left is not None])
+        elif not rest:
+            places.append(place)
+    return CheckpointFormatError(
+        f"{url} has two values that are called {printable(name)!r}: {' and '.join(map(printable, places))}. Neither "
+        "into= nor a conversion could tell them apart: load it without into=, and rename one."
+    )
+
+
+def _after(name: str, part: str) -> str | None:
+    """What remains of a name after its first part; None where it begins in another way."""
+    if not part or name == part:
+        return name[len(part) :]
+    return name[len(part) + 1 :] if name.startswith(f"{part}.") else None
+
+
 def _metadata_of(loaded: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Any:
     return getattr(loaded, "_metadata", None) if isinstance(loaded, OrderedDict) else None
 
 
-def take(loaded: dict[Any, Any], keys: Keys | None, exclude: Keys | None, nbytes: int, url: str) -> dict[Any, Any]:
-    """The part of a dict that torch has loaded, by the keys of the dicts in it.
-
-    Args:
-        loaded: The dict.
-        keys: What is taken; None for everything.
-        exclude: What is left out of that.
-        nbytes: Bytes that it was read from, which bound how many names it may have.
-        url: For messages.
-
-    Raises:
-        CheckpointKeyError: a key takes nothing.
-        CheckpointCorruptError: its dicts are nested too deep, or hold each other very often, or themselves.
-    """
-    taker = _Taker(exclude, _VISITS[0] + _VISITS[1] * nbytes)
-    try:
-        part = taker.take("", loaded, keys)
-    except (RecursionError, ValueError) as error:
-        raise CheckpointCorruptError(f"{url} is damaged: {error}.") from error
-    if keys is not None and keys.unmatched:
-        raise missing_keys(url, keys.unmatched, map(name_of, loaded))
-    return part
-
-
-class _Taker:
-    def __init__(self, exclude: Keys | None, room: int) -> None:
-        self._exclude = exclude
-        self._room = room
-
-    def take(self, name: str, value: dict[Any, Any], keys: Keys | None) -> dict[Any, Any]:
-        part = {}
-        for key, item in value.items():
-            path = f"{name}.{name_of(key)}" if name else name_of(key)
-            self._room -= 1 + len(path) // 64
-            if self._room < 0 or len(path) > _LONGEST_NAME:
-                raise ValueError(f"it has {_TOO_MANY}")
-            is_leaf = not isinstance(item, dict)
-            if self._exclude is not None and self._exclude.takes(path, is_leaf=is_leaf):
-                continue
-            taken = keys is None or keys.takes(path, is_leaf=is_leaf)
-            if taken and (is_leaf or self._exclude is None):
-                part[key] = item
-            elif (
-                not is_leaf
-                and (keys is None or taken or keys.reaches_into(path))
-                and (inner := self.take(path, item, None if taken else keys))
-            ):
-                part[key] = inner
-        return part
+class _LimitError(Exception):
+    """An object is larger than its length allows. No ValueError: a function of the user's may raise that."""
 
 
 class _Picker:
@@ -178,8 +180,8 @@ class _Picker:
         """The part of a value; ``_NOTHING`` if nothing of it is taken."""
         self._room -= 1 + len(name) // 64  # a long name takes as long as several short ones
         if self._room < 0 or len(name) > _LONGEST_NAME:
-            raise ValueError(f"it has {_TOO_MANY}")
-        leaf = is_leaf(value)
+            raise _LimitError(f"it has {_TOO_MANY}")
+        leaf = _is_leaf(value)
         if name and self._exclude is not None and self._exclude.takes(name, is_leaf=leaf):
             return _NOTHING
         # All keys are asked, so that each that takes something is known.
@@ -195,7 +197,9 @@ class _Picker:
         self._held += _nbytes(name)
         try:
             if self._held > _HELD:
-                raise ValueError("its names are longer than its length allows")
+                raise _LimitError("its names are longer than its length allows")
+            if len(self._path) > _DEEPEST:
+                raise _LimitError(f"it is nested more than {_DEEPEST} deep")
             return self._pick_items(name, value, taken=taken)
         finally:
             self._held -= _nbytes(name)
@@ -217,13 +221,32 @@ class _Picker:
                 picked.update(found)
         if is_whole:
             return value
-        if isinstance(value, OrderedStandIn) and picked:
-            part_of = OrderedStandIn.__new__(type(value))
-            dict.update(part_of, picked)
-            if value.attributes:
-                part_of.attributes = value.attributes
-            return part_of
-        return picked or _NOTHING
+        if not picked:
+            return _NOTHING
+        return _like(value, picked) if isinstance(value, dict) else picked
+
+
+def _like(whole: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
+    """A dict of the same kind, with the same attributes, such as ``_metadata``."""
+    if isinstance(whole, OrderedStandIn):
+        part_of = OrderedStandIn.__new__(type(whole))
+        dict.update(part_of, items)
+        if whole.attributes:
+            part_of.attributes = whole.attributes
+        return part_of
+    if type(whole) is dict:
+        return items
+    kind = OrderedDict if isinstance(whole, OrderedDict) else dict  # its class may refuse to be changed
+    part = copy(whole)
+    kind.clear(part)
+    for key, item in items.items():
+        kind.__setitem__(part, key, item)
+    return part
+
+
+def _is_leaf(value: Any) -> bool:
+    """:func:`is_leaf`, also of what torch has loaded: a tuple of a class, such as ``torch.Size``, has no names."""
+    return is_leaf(value) or (isinstance(value, tuple) and type(value) is not tuple)
 
 
 def _nbytes(name: str) -> int:

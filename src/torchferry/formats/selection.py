@@ -20,7 +20,7 @@ from torchferry.errors import (
 )
 from torchferry.formats.calls import is_transparent_global
 from torchferry.formats.layout import Layout, whole
-from torchferry.formats.picking import pick, take
+from torchferry.formats.picking import pick
 from torchferry.formats.repickle import NotPlainError, repickle
 from torchferry.formats.stand_ins import StandIn
 from torchferry.formats.subset import subset
@@ -39,13 +39,11 @@ __all__ = [
     "Selection",
     "check_allowed",
     "check_graph",
-    "check_root",
     "everything",
     "is_meta",
     "legacy",
     "of_part",
     "select",
-    "take_from",
     "unsafe_message",
 ]
 
@@ -64,7 +62,7 @@ class Selection:
         extents: The byte ranges.
         records: The records that lie in them.
         layout: Where they go in memory.
-        is_final: Whether what torch makes of that memory is what was asked for; otherwise :func:`take_from` takes it.
+        is_final: Whether what torch makes of that memory is what was asked for; otherwise :func:`.take` takes it.
     """
 
     extents: Sequence[tuple[int, int]]
@@ -180,35 +178,6 @@ def everything(archive: Archive, size: int, *, is_final: bool = True) -> Selecti
 def legacy(size: int, *, is_final: bool) -> Selection:
     """All of an object of ``size`` bytes in the legacy format."""
     return Selection([(0, size)], (), whole(size), is_final)
-
-
-def check_root(loaded: Any, url: str) -> None:
-    """Checks that what was loaded has keys to choose from.
-
-    Raises:
-        CheckpointFormatError: it has none.
-    """
-    if not isinstance(loaded, dict):
-        raise CheckpointFormatError(f"{url} holds no dict, so it has no keys to choose from: load it without keys=.")
-
-
-def take_from(loaded: Any, keys: Keys | None, exclude: Keys | None, nbytes: int, url: str) -> Any:
-    """What is asked for of an object that was loaded as a whole: by the keys of its dicts.
-
-    Args:
-        loaded: The object.
-        keys: What is asked for; None for everything.
-        exclude: What is left out of that.
-        nbytes: Bytes that it was read from.
-        url: For messages.
-
-    Raises:
-        CheckpointFormatError: it is no dict.
-        CheckpointKeyError: a key takes nothing.
-        CheckpointCorruptError: its dicts hold each other more often than its length allows.
-    """
-    check_root(loaded, url)
-    return take(loaded, keys, exclude, nbytes, url)
 
 
 def _control_records(archive: Archive) -> list[Record]:

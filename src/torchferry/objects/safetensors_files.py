@@ -88,17 +88,13 @@ async def fill_safetensors(files: Sequence[File], request: LoadRequest, url: str
         for file, entries in chosen
         for name, dtype, shape, start, stop in entries
     }
-    target.check(found, (), url, strict=request.strict)
+    target.check(found, {}, url, strict=request.strict)
     loads: list[_Load] = []
     filled: list[str] = []
     for file, entries in chosen:
         direct = target.direct({entry.name: found[entry.name] for entry in entries})
         filled += direct
-        rest = [
-            entry
-            for entry in entries
-            if entry.name not in direct and (target.needs_all or entry.name in target.tensors)
-        ]
+        rest = [entry for entry in entries if entry.name not in direct and target.wants(entry.name)]
         loads.append(await in_thread(_Load, file, rest, dict(direct.values())))
     await fetch([load.job() for load in loads])
     return await in_thread(

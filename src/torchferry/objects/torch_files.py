@@ -12,18 +12,29 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.collector import collector_paused
 from torchferry.engine.transfer import current
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, NotEnoughMemoryError, mask
 from torchferry.formats.archive import LEGACY_FORMAT, SNIFF_SIZE, sniff
 from torchferry.formats.checksum import Checksums
-from torchferry.formats.filling import Found, IncompatibleKeys, Target
+from torchferry.formats.filling import (
+    DENSE_TENSOR,
+    META_TENSOR,
+    QUANTIZED_TENSOR,
+    SPARSE_TENSOR,
+    Found,
+    IncompatibleKeys,
+    Target,
+    what_it_is,
+)
 from torchferry.formats.graph import read_graph
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.opcodes import UnusualPickleError, scan_pickle
-from torchferry.formats.picking import leaves, pick, values_of
-from torchferry.formats.places import place_of
+from torchferry.formats.picking import leaves, pick, take, values_of
+from torchferry.formats.places import place_of, tensor_info
 from torchferry.formats.repickle import NotPlainError
 from torchferry.formats.selection import (
     Selection,
@@ -32,9 +43,8 @@ from torchferry.formats.selection import (
     legacy,
     of_part,
     select,
-    take_from,
 )
-from torchferry.formats.stand_ins import is_tensor_leaf
+from torchferry.formats.stand_ins import META, SPARSE, SUBCLASSES, TENSORS, StandIn, is_tensor, is_tensor_leaf
 from torchferry.formats.torch_hooks import NO_MODES, torch_errors
 from torchferry.manifest import Manifest
 from torchferry.objects.opening import read_archive, read_legacy_format, read_twice
@@ -108,7 +118,7 @@ async def load_torch(source: RangeReader, request: LoadRequest) -> Any:
     loaded = await _load_into_buffer(source, archive, selection, request, {})
     if selection.is_final:
         return loaded
-    return await in_thread(take_from, loaded, *request.choice(), source.stat.size, source.url)
+    return await in_thread(take, loaded, *request.choice(), source.stat.size, source.url)
 
 
 async def fill_torch(source: RangeReader, request: LoadRequest, target: Target) -> IncompatibleKeys:
@@ -160,16 +170,16 @@ class _Filling:
 def _plan_filling(pickled: bytes, archive: Archive, request: LoadRequest, target: Target, is_native: bool) -> _Filling:
     graph = read_graph(pickled, archive.url)
     part = pick(graph, *request.choice()) if request.is_part else graph.root
-    there, metadata = leaves(graph, part)
+    there, metadata = leaves(graph, part, target.extra)
     with graph.damage_told():
         tensors = {name: leaf for name, leaf in there.items() if is_tensor_leaf(leaf)}
         leaves_by_id = {id(leaf): leaf for leaf in tensors.values()}  # one tensor may have very many names
         known = {identity: _found(leaf, archive, is_native) for identity, leaf in leaves_by_id.items()}
         found = {name: known[id(leaf)] for name, leaf in tensors.items()}
-    others = [name for name in there if name not in found]
-    target.check(found, others, archive.url, strict=request.strict)
+        others = {name: _kind(leaf) for name, leaf in there.items() if name not in found}
+    target.check(found, others, archive.url, strict=request.strict, metadata=metadata)
     direct = target.direct(found)
-    wanted = {name: leaf for name, leaf in there.items() if target.needs_all or target.wants(name)}
+    wanted = {name: leaf for name, leaf in there.items() if target.wants(name)}
 
     def select_rest() -> Selection:
         filled = {*direct, *target.same_as(direct, found)}
@@ -201,7 +211,7 @@ def _plan_filling(pickled: bytes, archive: Archive, request: LoadRequest, target
 def _found(leaf: Any, archive: Archive, is_native: bool) -> Found:
     place = place_of(leaf)
     if place is None:
-        return Found(None, None, None)
+        return _found_by_torch(leaf)
     record = archive.get(place.storage.record)
     # A record's CRC32 is that of all of it.
     is_direct = (
@@ -211,6 +221,26 @@ def _found(leaf: Any, archive: Archive, is_native: bool) -> Found:
     return Found(place.dtype, place.shape, extent)
 
 
+def _found_by_torch(leaf: Any) -> Found:
+    """A tensor that torch alone can make, and what is known of it before."""
+    if isinstance(leaf, StandIn) and leaf.path in SUBCLASSES and len(leaf.args) > 2:  # noqa: PLR2004 - function, class, arguments
+        function, made, arguments = leaf.args[:3]
+        is_plain = all(isinstance(each, type) for each in (function, made)) and made.path == "torch.Tensor"
+        if is_plain and function.path in TENSORS:  # a tensor with attributes
+            leaf = function(*arguments)
+    if not is_tensor(leaf):
+        return Found(None, None, None, kind=None)
+    info = tensor_info("", leaf)
+    kind = META_TENSOR if leaf.path == META else QUANTIZED_TENSOR if leaf.path.endswith("_qtensor") else DENSE_TENSOR
+    return Found(info.dtype, info.shape, None, kind=kind)
+
+
+def _kind(leaf: Any) -> str | None:
+    if isinstance(leaf, StandIn):
+        return SPARSE_TENSOR if leaf.path == SPARSE else None
+    return what_it_is(leaf)
+
+
 async def _fill_from_whole(source: RangeReader, request: LoadRequest, target: Target) -> IncompatibleKeys:
     loaded = await load_torch(source, request)
     return await in_thread(fill_with, loaded, source.url, request, target, source.stat.size)
@@ -218,13 +248,14 @@ async def _fill_from_whole(source: RangeReader, request: LoadRequest, target: Ta
 
 def fill_with(loaded: Any, url: str, request: LoadRequest, target: Target, nbytes: int = 1 << 24) -> IncompatibleKeys:
     """Fills tensors that exist with those of the same name in what was loaded, from so many bytes."""
-    values, metadata = values_of(loaded, nbytes, url)
+    values, metadata = values_of(loaded, nbytes, url, target.extra)
     found = {
-        name: Found(value.dtype, tuple(value.shape), None)
+        name: Found(value.dtype, tuple(value.shape), None, kind=what_it_is(value))
         for name, value in values.items()
-        if hasattr(value, "dtype") and hasattr(value, "shape")
+        if isinstance(value, torch.Tensor)
     }
-    target.check(found, values, url, strict=request.strict)
+    others = {name: what_it_is(value) for name, value in values.items() if name not in found}
+    target.check(found, others, url, strict=request.strict, metadata=metadata)
     return target.finish(values, (), found, metadata, url, strict=request.strict)
 
 
