@@ -309,7 +309,6 @@ def test_the_empty_key_takes_nothing_else_and_one_key_may_be_given_in_two_ways(t
         *({"keys": "l.1"}, {"exclude": "l.0"}, {"keys": "l"}, {"keys": "l.*"}, {"exclude": "m.1.b"}),
         *({"keys": ["m.0", "m.1.b"]}, {"keys": "m.1"}, {"keys": lambda name: name == "m.1.a"}, {"exclude": "t"}),
     ],
-    ids=str,
 )
 def test_of_a_list_in_a_sharded_checkpoint_remains_a_dict_by_index(tmp_path: Path, choice: dict[str, Any]) -> None:
     inner = [torch.ones(1), {"a": torch.ones(2), "b": torch.zeros(3)}]
