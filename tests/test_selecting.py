@@ -173,7 +173,6 @@ def test_a_key_that_takes_nothing_names_one_that_would(tmp_path: Path) -> None:
         {"exclude": "model.decoder"},
         {"keys": lambda name: name in {"sizes.0", "model.decoder.bias"}},
     ],
-    ids=str,
 )
 def test_the_legacy_format_is_taken_apart_as_the_zip_format_is(tmp_path: Path, choice: dict[str, Any]) -> None:
     original = checkpoint()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from torchferry.arguments import require_choice, require_nbytes
@@ -426,7 +426,11 @@ async def _to_torch(files: Sequence[File], url: str, order: _Order) -> ObjectSta
         _refuse_doubles(map(order.name, loaded), url)
         return await _write_torch({order.name(name): tensor for name, tensor in loaded.items()}, None, order)
     keys, exclude = order.request.choice()
-    chosen = [(file, entry) for file in files for entry in file.entries if _is_asked(entry.name, keys, exclude)]
+    entries = [(file, entry) for file in files for entry in file.entries]
+    asked = await in_thread(
+        lambda: [_is_asked(entry.name, keys, exclude) for _, entry in entries]
+    )  # functions of users
+    chosen = list(compress(entries, asked))
     if keys is not None and keys.unmatched:
         raise missing_keys(url, keys.unmatched, (entry.name for file in files for entry in file.entries))
     described = [(order.name(entry.name), torch_dtype(entry.dtype, url), entry.shape) for _, entry in chosen]

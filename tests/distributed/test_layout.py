@@ -424,6 +424,79 @@ def test_an_object_becomes_a_checkpoint_that_any_ranks_load(tmp_path: Path) -> N
     assert len(list((tmp_path / "c").rglob("*.distcp"))) == 1
 
 
+class Holder:
+    """An object that is no container of torch's, and holds a tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize("verb", ["shard", "convert"])
+def test_tensors_within_other_objects_are_stored_with_their_values_by(verb: str, tmp_path: Path) -> None:
+    """In the middle of the file: its ends are read anyway."""
+    pad = {name: torch.rand(1 << 20) for name in "xy"}
+    inner: dict[str, Any] = {
+        "tuple": (torch.arange(500.0), 7),
+        "deep": [({"a": [torch.arange(9)]},), torch.ones(3)],
+        "storage": torch.arange(5).untyped_storage(),
+    }
+    if verb == "shard":
+        inner["object"] = Holder(torch.arange(4.0))
+    torch.save({"x": pad["x"], **inner, "shared": inner["tuple"][0][:7], "y": pad["y"]}, tmp_path / "one.pt")
+
+    def make() -> None:
+        if verb == "shard":
+            ferry.shard(tmp_path / "one.pt", tmp_path / "c", weights_only=False)
+        else:
+            torchferry.convert(tmp_path / "one.pt", f"{tmp_path}/c/")
+
+    make()
+    torchferry.verify(tmp_path / "c")
+    loaded = torchferry.load(tmp_path / "c", weights_only=False)
+    for name, tensor in pad.items():
+        assert torch.equal(loaded[name], tensor)
+    assert torch.equal(loaded["tuple"][0], inner["tuple"][0])
+    assert torch.equal(loaded["shared"], inner["tuple"][0][:7])
+    assert torch.equal(loaded["deep"][0][0]["a"][0], torch.arange(9))
+    assert torch.equal(loaded["deep"][1], torch.ones(3))
+    assert bytes(loaded["storage"]) == bytes(inner["storage"])
+    if verb == "shard":
+        assert torch.equal(loaded["object"].tensor, torch.arange(4.0))
+    data = bytearray((tmp_path / "one.pt").read_bytes())
+    data[data.index(bytes(memory_of(inner["tuple"][0]))) + 900] ^= 4
+    (tmp_path / "one.pt").write_bytes(data)
+    with pytest.raises(torchferry.CheckpointCorruptError, match="damaged"):
+        make()
+
+
+def made_anew(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor + 1
+
+
+class Computed:
+    """Unpickled, it is a tensor that lies in no storage of the file."""
+
+    def __reduce__(self) -> Any:
+        return made_anew, (torch.ones(3),)
+
+
+def test_a_tensor_that_is_computed_as_it_is_unpickled_is_not_sharded(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(3), "computed": Computed()}, tmp_path / "one.pt")
+    with pytest.raises(torchferry.CheckpointFormatError, match="computed is not stored as plain bytes"):
+        ferry.shard(tmp_path / "one.pt", tmp_path / "c", weights_only=False)
+    assert not (tmp_path / "c").exists()
+
+
+def test_an_object_of_many_storages_becomes_a_checkpoint(tmp_path: Path) -> None:
+    """Its directory is longer than what is read of its end, so that records before it are not read with that."""
+    state = {"pad": torch.rand(1 << 18), **{f"k{number}": torch.full((4,), float(number)) for number in range(400)}}
+    path = tmp_path / f"{'x' * 200}.pt"  # torch repeats it in the name of each record
+    torch.save(state, path)
+    ferry.shard(path, tmp_path / "c")
+    loaded = torchferry.load(tmp_path / "c")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
 @pytest.mark.parametrize("writer", ["ours", "stock"])
 def test_a_checkpoint_is_copied_whole_or_not_at_all(tmp_path: Path, writer: str) -> None:
     if writer == "ours":

@@ -36,6 +36,7 @@ from torchferry.errors import (
     CheckpointValueError,
     mask,
 )
+from torchferry.formats.archive import Record
 from torchferry.formats.checksum import Checksums
 from torchferry.formats.graph import read_graph
 from torchferry.formats.item_stream import Written, is_plain
@@ -46,8 +47,10 @@ from torchferry.formats.selection import check_graph
 from torchferry.formats.stand_ins import name_of
 from torchferry.formats.torch_hooks import torch_errors
 from torchferry.objects.opening import open_reader, read_archive
+from torchferry.objects.reading import Job, fetch_checked
 from torchferry.objects.requests import LoadRequest
 from torchferry.objects.safetensors_opening import publish
+from torchferry.objects.torch_files import read_pickle
 from torchferry.printable import printable
 from torchferry.storage.base import Backend
 from torchferry.storage.registry import open_backend_async
@@ -134,7 +137,8 @@ async def shard_async(
 ) -> Metadata:
     """Makes a sharded checkpoint of an object that ``torch.save`` wrote, for any number of ranks to load.
 
-    It has one shard: ranks read the ranges that they need. Memory and checks are as in :func:`consolidate`.
+    It has one shard: ranks read the ranges that they need. Memory and checks are as in :func:`consolidate`; tensors
+    that are not in dicts and lists alone, but in a tuple or another object, are held in memory beside.
 
     Args:
         source: The URL or path of a checkpoint that ``torch.save`` wrote: a dict.
@@ -389,16 +393,30 @@ async def shard_file(
     """
     with current().reading_side():
         archive = await read_archive(file)
-        pickled = None if archive is None else archive.get("data.pkl")
-        if archive is None or pickled is None or archive.is_torchscript:
+        if archive is None or archive.is_torchscript:
             raise CheckpointFormatError(f"{file.url} is not a zip file of torch.save: load it, and save it sharded.")
-        data = await file.read(pickled.offset, pickled.end)
+        data = await read_pickle(file, archive, verify=True)
         buffer = await in_thread(partial(LoadBuffer, archive.whole(file.stat.size), sparse=True))
 
+        def divide() -> tuple[list[Record], list[Record]]:
+            graph = read_graph(data, file.url)
+            check_graph(graph, archive, weights_only=weights_only)
+            beside = {storage.record for storage in graph.storages_beside_tensors().values()}
+            needed, later = [], []
+            for record in archive.records:
+                if not record.name.startswith("data/") or record.name in beside:
+                    needed.append(record)
+                elif record.size:
+                    later.append(record)
+            return needed, later
+
+        # Tensors are read when their turn comes. All else that torch looks into has to be there before.
+        needed, records = await in_thread(divide)
+        read = await in_thread(partial(Checksums, needed, file.url, twice=file.is_remote))
+        extents = [(record.offset, record.end) for record in needed]
+        await fetch_checked(Job(file, extents, read.add, buffer), read)
+
         def unpickle() -> Any:
-            check_graph(read_graph(data, file.url), archive, weights_only=weights_only)
-            for start, kept in file.kept:
-                buffer.write(start, kept)
             buffer.finish()
             with torch_errors(file.url, map_location=None, weights_only=weights_only, checked=True):
                 return buffer.load(map_location="cpu", weights_only=weights_only)
@@ -407,11 +425,10 @@ async def shard_file(
         if not isinstance(state, dict):
             raise CheckpointFormatError(f"{file.url} is a {type(state).__name__}: only a dict can be sharded.")
         base = buffer.address
-        records = [record for record in archive.records if record.name.startswith("data/") and record.size]
-        checksums = await in_thread(Checksums, [] if not archive.has_crc32s else records, file.url)
+        checksums = await in_thread(Checksums, records, file.url)
         save = new_save_name()
         relative_path = f"{save}/__0_0.distcp"
-        made = await in_thread(_Sharding, state, base, file.url)
+        made = await in_thread(_Sharding, state, range(base, base + file.stat.size), file.url)
         files = Files(reader, [(source, file.stat)])
     # Storages that tensors share are read more than once: then their CRC32s cannot be checked as they pass.
     checked = checksums if made.each_once(records) else None
@@ -448,7 +465,7 @@ class _Sharding:
         CheckpointFormatError: two values would have one name, or one is not stored as plain bytes.
     """
 
-    def __init__(self, state: dict[str, Any], base: int, url: str) -> None:
+    def __init__(self, state: dict[str, Any], memory: range, url: str) -> None:
         planner = DefaultSavePlanner()
         try:
             planner.set_up_planner(state, None, is_coordinator=True)
@@ -473,16 +490,18 @@ class _Sharding:
                 self.items[item.index] = (start, len(content), None, content)
                 continue
             tensor = value.detach()
-            if not is_plain(tensor) or tensor.is_conj() or tensor.is_neg():
+            # One that lies elsewhere was computed as it was unpickled: the file does not hold its bytes.
+            is_stored = not tensor.nbytes or tensor.data_ptr() in memory
+            if not is_plain(tensor) or tensor.is_conj() or tensor.is_neg() or not is_stored:
                 raise CheckpointFormatError(
                     f"{url}: {item.index.fqn} is not stored as plain bytes: load it, and save it."
                 )
             key = f"{item.index.fqn}"
             stand_ins = StandIns({key: (tensor.dtype, tensor.shape)})
             found = self.script.add_archive(stand_ins.tensors[key], stand_ins)
-            self._sources[key] = (tensor.data_ptr() - base, tensor.stride(), tensor.dtype)
+            first = tensor.data_ptr() - memory.start
+            self._sources[key] = (first, tensor.stride(), tensor.dtype)
             if tensor.nbytes:
-                first = tensor.data_ptr() - base
                 self._extents.append((first, first + tensor.nbytes if tensor.is_contiguous() else -1))
             self.items[item.index] = (start, self.script.size - start, found[0] if found else None, b"")
 

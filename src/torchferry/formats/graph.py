@@ -36,6 +36,7 @@ from torchferry.formats.stand_ins import (
     StorageRef,
     children,
     is_tensor,
+    is_tensor_leaf,
     name_of,
 )
 from torchferry.printable import printable
@@ -204,6 +205,28 @@ class Graph:
         """
         with self.damage_told():
             return {leaf.key: leaf for _, leaf in _walk(value, into_tensors=True) if isinstance(leaf, StorageRef)}
+
+    def storages_beside_tensors(self) -> dict[str, StorageRef]:
+        """The storages that the object refers to elsewhere than in tensors that dicts and lists alone lead to, by key.
+
+        Whoever takes such tensors out, and pickles the rest, looks into no others.
+
+        Raises:
+            CheckpointCorruptError: the object is not made as torch makes it.
+        """
+        beside: list[Any] = []
+        stack = [self.root]
+        seen: set[int] = set()
+        while stack:
+            value = stack.pop()
+            if isinstance(value, dict | list):
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    stack += dict.values(value) if isinstance(value, dict) else value
+                    beside += dict.keys(value) if isinstance(value, dict) else ()
+            elif not (isinstance(value, StandIn) and is_tensor_leaf(value)):
+                beside.append(value)
+        return self.storages_of(beside)
 
     def tensors(self) -> Iterator[TensorInfo]:
         """The tensors of the object, in the order of the pickle.
