@@ -138,7 +138,9 @@ def test_two_values_of_one_name_are_refused(tmp_path: Path, state: Any, target: 
         torchferry.convert(tmp_path / "x.pt", tmp_path / "sharded", format="sharded")
         assert [*torchferry.load(tmp_path / "sharded")] == [*state]  # there they have other names
         return
-    with pytest.raises(TorchferryError, match=r"'?(a\.b|1|tuple)'?.* names"):
+    with pytest.raises(
+        TorchferryError, match=r"'?(a\.b|1|tuple)'?.* names|two values that are called '(a\.b|1|tuple)'"
+    ):
         torchferry.convert(tmp_path / "x.pt", f"{tmp_path}/{target}")
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 

@@ -73,7 +73,7 @@ def run(given: Sequence[str]) -> int:  # noqa: C901, PLR0911 - one for each way 
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         if isinstance(error, click.Abort) and not sys.stdin.isatty():
-            print("torchferry: not answered: --yes removes without asking.", file=sys.stderr)
+            print("torchferry: not confirmed: --yes removes without asking.", file=sys.stderr)
             return 1
         print("torchferry: interrupted", file=sys.stderr)
         return _INTERRUPTED

@@ -310,28 +310,30 @@ def nest(tree: dict[Any, Any], values: Mapping[str, Any], is_asked: Callable[[st
     """
     seen: set[int] = set()
 
-    def part(tree: Any, name: str) -> Any:
+    def part(tree: Any, name: str) -> tuple[Any, bool]:  # ``seen`` for nothing; whether all of it is there
         if isinstance(tree, str):
-            return values.get(tree, seen)
+            return values.get(tree, seen), tree in values
         if id(tree) in seen or not isinstance(tree, dict | list):
             raise ValueError("what it says of nesting is no tree")
         seen.add(id(tree))
         before = f"{name}." if name else ""
         named = [*(dict.items(tree) if isinstance(tree, dict) else enumerate(tree))]
-        there = {key: item for key, below in named if (item := part(below, before + name_of(key))) is not seen}
+        parts = {key: part(below, before + name_of(key)) for key, below in named}
+        there = {key: item for key, (item, _) in parts.items() if item is not seen}
+        is_whole = all(whole for _, whole in parts.values())
         if not there and (named or (name and not is_asked(name))):
-            return seen if name else there
+            return seen if name else there, False
         if isinstance(tree, list):
-            return [*there.values()] if len(there) == len(tree) else there
+            return [*there.values()] if is_whole else there, is_whole
         if not isinstance(tree, OrderedDict):
-            return there
+            return there, is_whole
         ordered = OrderedDict(there)
         if (beside := vars(tree).get("_metadata")) is not None:
             vars(ordered)["_metadata"] = beside
-        return ordered
+        return ordered, is_whole
 
     try:
-        made: dict[Any, Any] = part(tree, "")
+        made: dict[Any, Any] = part(tree, "")[0]
     except (RecursionError, ValueError) as error:
         raise CheckpointCorruptError(f"{url} is damaged: {error}.") from error
     return made
