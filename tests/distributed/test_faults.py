@@ -10,9 +10,11 @@ import pytest
 import torch
 from s3fs import S3FileSystem
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 
 import torchferry
 import torchferry.distributed as ferry
+from torchferry.distributed import writer
 from torchferry.storage.registry import open_backend
 from torchferry.testing.faultproxy import Fault
 
@@ -190,6 +192,24 @@ def test_an_error_of_the_rank_that_reads_for_all_reaches_all(ranks: Any, tmp_pat
         shard.write_bytes(data)
     answers = ranks.try_to("load_alike", 2, timeout=TIMEOUT, **place)
     assert [answer.kind for answer in answers] == ["CheckpointCorruptError"] * 2
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_long_save_whose_shards_somebody_removed_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Cleaned(ferry.StorageWriter):
+        def finish(self, metadata: Any, results: Any) -> None:
+            torchferry.clean(tmp_path, older_than=0)
+            super().finish(metadata, results)
+
+    ferry.save({"a": torch.ones(3)}, tmp_path, no_dist=True)
+    monkeypatch.setattr(writer, "new_save_name", lambda: "save-20240101T000000Z-0123abcd")  # it began long ago
+    with pytest.raises(CheckpointException, match="was removed while the save was under way"):
+        dcp.save({"a": torch.zeros(3)}, storage_writer=Cleaned(tmp_path), no_dist=True)
+    assert torch.equal(torchferry.load(tmp_path)["a"], torch.ones(3))
+    ferry.save({"a": torch.zeros(3)}, tmp_path, no_dist=True)  # one of whose shards all are there
+    assert torch.equal(torchferry.load(tmp_path)["a"], torch.zeros(3))
 
 
 def test_two_saves_at_once_to_one_url_leave_one_of_them(
