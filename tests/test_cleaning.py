@@ -246,6 +246,18 @@ def test_clean_removes_the_shards_of_a_killed_save_that_no_index_names_and_nobod
         assert len(torchferry.load(index)) == 2
 
 
+def test_clean_leaves_alone_what_is_no_shard_in_a_directory_named_as_of_a_save(tmp_path: Path) -> None:
+    """And a checkpoint of somebody's that is called so, whose shards are named as ours."""
+    died, theirs = (tmp_path / f"save-20240101T000000Z-0123abc{number}" for number in (1, 2))
+    kept = [died / "notes.txt", died / "model.pt", died / "__0_0.distcp.txt", died / "sub/__0_0.distcp"]
+    kept += [theirs / "__0_0.distcp", theirs / ".metadata"]
+    for path in (died / "__0_0.distcp", *kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    assert len(torchferry.clean(tmp_path, older_than=0).removed) == 1
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
+
+
 @pytest.mark.parametrize("older_than", [float("nan"), "1h", -5])
 def test_an_age_that_is_no_number_of_seconds_is_refused(tmp_path: Path, older_than: Any) -> None:
     with pytest.raises(torchferry.UnsupportedOptionError, match="older_than= is a number of seconds"):

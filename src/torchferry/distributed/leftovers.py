@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from torchferry.storage.base import Backend, Leftover, ListedObject
 
 logger = logging.getLogger("torchferry.distributed")
+
+_SHARD_NAME = re.compile(r"__\d+_\d+\.distcp")
 
 __all__ = ["StaleSave", "remove_stale_save", "stale_saves"]
 
@@ -45,8 +48,9 @@ class StaleSave:
 async def stale_saves(backend: Backend, prefix: str, staged: Iterable[Leftover] | None = None) -> list[StaleSave]:
     """Finds the saves below ``prefix``, of any number of checkpoints, that no ``.metadata`` beside them names.
 
-    Only directories that :class:`~torchferry.distributed.StorageWriter` has made are looked at. Call it on the
-    backend's loop. A save that is under way is among them: :attr:`StaleSave.age` tells.
+    Only what :class:`~torchferry.distributed.StorageWriter` has written is looked at: shards by their names, in
+    directories by theirs that are no checkpoints themselves. Call it on the backend's loop. A save that is under way is
+    among them: :attr:`StaleSave.age` tells.
 
     Args:
         backend: Of the store.
@@ -76,7 +80,7 @@ async def stale_saves(backend: Backend, prefix: str, staged: Iterable[Leftover] 
         if named is None:
             continue
         for save, shards in saves.items():
-            if save in named:
+            if save in named or f"{directory}/{save}" in metadata:  # or a checkpoint that somebody has called so
                 continue
             begun = save_name_of(f"{save}/")
             assert begun is not None  # noqa: S101 - as found above
@@ -105,7 +109,7 @@ async def _list(backend: Backend, prefix: str) -> tuple[dict[str, dict[str, list
             metadata.setdefault(directory, []).append(name)
             continue
         above, _, save = directory.rpartition("/")
-        if save_name_of(f"{save}/") is not None:
+        if save_name_of(f"{save}/") is not None and _SHARD_NAME.fullmatch(name):
             found.setdefault(above, {}).setdefault(save, []).append(listed)
     return found, metadata
 
