@@ -17,7 +17,13 @@ from torchferry.arguments import require_seconds
 from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import Transfer
-from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, CheckpointNotFoundError, mask
+from torchferry.errors import (
+    CheckpointChangedError,
+    CheckpointCorruptError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    mask,
+)
 from torchferry.formats.safetensors import INDEX_SUFFIX, parse_shard_name, stem_of
 from torchferry.objects.safetensors_opening import named_by
 from torchferry.storage.base import Backend, Leftover, ListedObject
@@ -210,12 +216,15 @@ async def _unnamed_shards(backend: Backend, below: str) -> list[Leftover]:
 
 
 async def _named(backend: Backend, indexes: Collection[str]) -> set[str] | None:
-    """The paths that these name, whichever are indexes; None where one is damaged: then nothing is known."""
+    """The paths that these name, whichever are indexes; None where one cannot be read: then nothing is known."""
     named: set[str] = set()
     for index in indexes:
         try:
-            named |= await named_by(backend, index)
-        except CheckpointCorruptError as error:
+            try:
+                named |= await named_by(backend, index)
+            except CheckpointChangedError:  # a save has published its own meanwhile
+                named |= await named_by(backend, index)
+        except (CheckpointCorruptError, CheckpointChangedError) as error:
             logger.warning("What saves have left beside it is left alone: %s", error)
             return None
         except (CheckpointNotFoundError, CheckpointFormatError):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from torchferry.distributed.place import METADATA, Place, save_name_of
 from torchferry.engine.cancellation import in_thread
-from torchferry.errors import CheckpointFormatError, CheckpointNotFoundError, UnsafeCheckpointError
+from torchferry.errors import (
+    CheckpointChangedError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    UnsafeCheckpointError,
+)
 
 if TYPE_CHECKING:
     from torchferry.storage.base import Backend, Leftover, ListedObject
@@ -76,7 +81,8 @@ async def stale_saves(backend: Backend, prefix: str, staged: Iterable[Leftover] 
                 async for each in backend.list(f"{directory}/")
                 if (name := each.path.removeprefix(f"{directory}/")).endswith(METADATA) and "/" not in name
             ]
-        named = await _named(place, metadata.get(directory, ()))
+        # Metadata may have come since the listing.
+        named = await _named(place, {METADATA, *metadata.get(directory, ())})
         if named is None:
             continue
         for save, shards in saves.items():
@@ -114,19 +120,27 @@ async def _list(backend: Backend, prefix: str) -> tuple[dict[str, dict[str, list
     return found, metadata
 
 
-async def _named(place: Place, names: Sequence[str]) -> set[str] | None:
+async def _named(place: Place, names: Collection[str]) -> set[str] | None:
     """The saves that metadata names; None where some cannot be read: then none is known to be stale."""
     named: set[str] = set()
     for name in names:
         try:
-            data, _ = await place.get(name)
-            named |= await in_thread(_names, data, place.url_of(name))
+            named |= await _saves_in(place, name)
         except CheckpointNotFoundError:
             continue  # gone meanwhile
-        except (CheckpointFormatError, UnsafeCheckpointError) as error:
+        except (CheckpointFormatError, UnsafeCheckpointError, CheckpointChangedError) as error:
             logger.warning("What saves have left in %s is left alone: %s", place.url, error)
             return None
     return named
+
+
+async def _saves_in(place: Place, name: str) -> set[str]:
+    """The saves that an object of metadata names."""
+    try:
+        data, _ = await place.get(name)
+    except CheckpointChangedError:  # a save has committed meanwhile
+        data, _ = await place.get(name)
+    return await in_thread(_names, data, place.url_of(name))
 
 
 def _names(data: bytes, url: str) -> set[str]:
