@@ -160,6 +160,43 @@ async def test_clean_of_a_directory_removes_old_temporary_files_that_nobody_has_
         assert len(report.kept) == 1, "a save has it locked"
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("c/save-20240101T000000Z-0123abcd/__0_0.distcp", "c/save-20240101T000000Z-0123abcd/__1_0.distcp"),
+        tuple(f"m-20240101T000000Z-0123abcd-0000{number}-of-00002.safetensors" for number in (1, 2)),
+    ],
+)
+async def test_clean_never_touches_the_shards_of_a_save_that_is_under_way(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
+    """Its first shard was finished hours ago, and the last is being staged."""
+    first, last = (tmp_path / name for name in names)
+    first.parent.mkdir(parents=True, exist_ok=True)
+    first.write_bytes(b"x")
+    hours_ago = time.time() - 7000
+    os.utime(first, (hours_ago, hours_ago))
+    async with save_under_way(str(last)):
+        report = await torchferry.clean_async(tmp_path)
+        assert (len(report.removed), len(report.younger)) == (0, 2)
+        report = await torchferry.clean_async(tmp_path, older_than=0)
+        assert (len(report.removed), len(report.kept)) == (0, 2), "a save has it locked"
+        assert first.exists()
+    assert len((await torchferry.clean_async(tmp_path)).removed) == 1
+    assert not first.exists()
+
+
+def test_clean_never_touches_what_is_staged_beside_a_shard_that_was_finished_just_now(tmp_path: Path) -> None:
+    save = tmp_path / "save-20240101T000000Z-0123abcd"
+    save.mkdir()
+    staged = save / ".torchferry-0123456789abcdef.tmp"
+    for path in (staged, save / "__0_0.distcp"):
+        path.write_bytes(b"x")
+    os.utime(staged, (0, 0))
+    assert len(torchferry.clean(tmp_path).younger) == 2
+    assert len(torchferry.clean(tmp_path, older_than=0).removed) == 2
+
+
 def test_clean_works_on_any_fsspec_filesystem() -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe("/clean/run/.torchferry-0123456789abcdef.tmp", b"x")
@@ -207,6 +244,18 @@ def test_clean_removes_the_shards_of_a_killed_save_that_no_index_names_and_nobod
     assert before - {path.name for path in tmp_path.iterdir()} == left
     for index in (kept, tmp_path / "m.safetensors.index.json", tmp_path / "n"):
         assert len(torchferry.load(index)) == 2
+
+
+def test_clean_leaves_alone_what_is_no_shard_in_a_directory_named_as_of_a_save(tmp_path: Path) -> None:
+    """And a checkpoint of somebody's that is called so, whose shards are named as ours."""
+    died, theirs = (tmp_path / f"save-20240101T000000Z-0123abc{number}" for number in (1, 2))
+    kept = [died / "notes.txt", died / "model.pt", died / "__0_0.distcp.txt", died / "sub/__0_0.distcp"]
+    kept += [theirs / "__0_0.distcp", theirs / ".metadata"]
+    for path in (died / "__0_0.distcp", *kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    assert len(torchferry.clean(tmp_path, older_than=0).removed) == 1
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
 
 
 @pytest.mark.parametrize("older_than", [float("nan"), "1h", -5])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,7 +17,13 @@ from torchferry.arguments import require_seconds
 from torchferry.engine.loops import own_loop, run_on, synchronous
 from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import Transfer
-from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, CheckpointNotFoundError, mask
+from torchferry.errors import (
+    CheckpointChangedError,
+    CheckpointCorruptError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    mask,
+)
 from torchferry.formats.safetensors import INDEX_SUFFIX, parse_shard_name, stem_of
 from torchferry.objects.safetensors_opening import named_by
 from torchferry.storage.base import Backend, Leftover, ListedObject
@@ -33,6 +39,7 @@ logger = logging.getLogger("torchferry")
 OLDER_THAN = 3600.0
 _AT_ONCE = 16
 _SHARD = "shard of an unfinished save"
+_UNKNOWN = datetime.max.replace(tzinfo=UTC)  # when what the store gives no time was changed: maybe just now
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +74,8 @@ async def clean_async(
     are left alone, whatever they are: so are shards with Hugging Face's plain names, which may be anybody's.
 
     A save that is under way is not touched: what it stages changes every few seconds, and a local file is locked
-    by its process besides. Ages are by the store's times and this machine's clock.
+    by its process besides. Several shards are as young as the last that is staged or finished of them. Ages are by the
+    store's times and this machine's clock.
 
     Args:
         url: A bucket, a prefix, an object or a directory, as an fsspec URL or a local path. Of files: a directory.
@@ -107,9 +115,17 @@ async def _clean(backend: Backend, path: str, latest: datetime | None, dry_run: 
     younger: list[Leftover] = []
     kept: list[Leftover] = []
     slots = anyio.Semaphore(_AT_ONCE)
+    staged = [
+        leftover
+        async for leftover in backend.leftovers(below if backend.has_directories else path)
+        if leftover.path == path or leftover.path.startswith(below)
+    ]
+    # Listed after what is staged, so that a shard which is finished meanwhile is seen, and before anything is removed.
+    shards = [each async for each in _shards(backend, below, staged)]
+    changes = _last_changes(staged, [shard for shard, _ in shards])
 
-    def is_younger(modified: datetime | None) -> bool:
-        return latest is not None and (modified is None or modified > latest)
+    def is_younger(leftover: Leftover) -> bool:
+        return latest is not None and changes.get(_save_of(leftover.path), leftover.modified or _UNKNOWN) > latest
 
     async def discard(leftover: Leftover) -> None:
         try:
@@ -118,24 +134,49 @@ async def _clean(backend: Backend, path: str, latest: datetime | None, dry_run: 
             slots.release()
 
     async with task_group() as tasks:
-        async for leftover in backend.leftovers(below if backend.has_directories else path):
-            if leftover.path == path or leftover.path.startswith(below):
-                if is_younger(leftover.modified):
-                    younger.append(leftover)
-                else:
-                    await slots.acquire()
-                    tasks.start_soon(discard, leftover)
-    async for leftover, remove in _shards(backend, below):
-        if is_younger(leftover.modified):
-            younger.append(leftover)
-            continue
-        if not dry_run:
-            await remove()
-        removed.append(leftover)
+        for leftover in staged:
+            if is_younger(leftover):
+                younger.append(leftover)
+            else:
+                await slots.acquire()
+                tasks.start_soon(discard, leftover)
+    under_way = {_save_of(leftover.path) for leftover in kept}
+    for shard, remove in shards:
+        save = _save_of(shard.path)
+        if is_younger(shard):
+            younger.append(shard)
+        elif not under_way.isdisjoint({save, (save[0], "")}):
+            kept.append(shard)
+        else:
+            if not dry_run:
+                await remove()
+            removed.append(shard)
     return CleanReport(tuple(removed), tuple(younger), tuple(kept))
 
 
-async def _shards(backend: Backend, below: str) -> AsyncIterator[tuple[Leftover, Callable[[], Awaitable[None]]]]:
+def _save_of(path: str) -> tuple[str, str]:
+    """The folder of what a save has left, and what tells the save from others there: "" where no name does.
+
+    Without a name it may be of any save in the folder: a temporary file's name says nothing of its target.
+    """
+    folder, _, name = path.rpartition("/")
+    stem, save = parse_shard_name(name) or ("", None)
+    return folder, "" if save is None else f"{stem}-{save}"
+
+
+def _last_changes(staged: Sequence[Leftover], shards: Sequence[Leftover]) -> dict[tuple[str, str], datetime]:
+    """When each save that has left shards last staged or finished something."""
+    newest: dict[tuple[str, str], datetime] = {}
+    for leftover in (*staged, *shards):
+        save, modified = _save_of(leftover.path), leftover.modified or _UNKNOWN
+        newest[save] = max(modified, newest.get(save, modified))
+    saves = {_save_of(shard.path) for shard in shards}
+    return {save: max(newest[save], newest.get((save[0], ""), newest[save])) for save in saves}
+
+
+async def _shards(
+    backend: Backend, below: str, staged: Sequence[Leftover]
+) -> AsyncIterator[tuple[Leftover, Callable[[], Awaitable[None]]]]:
     """The shards of unfinished saves below a prefix, and what removes each."""
     with suppress(CheckpointNotFoundError):  # no directory
         for leftover in await _unnamed_shards(backend, below):
@@ -143,7 +184,7 @@ async def _shards(backend: Backend, below: str) -> AsyncIterator[tuple[Leftover,
     with suppress(CheckpointNotFoundError, ImportError):  # a torch without torch.distributed
         from torchferry.distributed.leftovers import remove_stale_save, stale_saves
 
-        for stale in await stale_saves(backend, below):
+        for stale in await stale_saves(backend, below, staged):
             leftover = Leftover(stale.paths[0], stale.url, "shards of an unfinished save", modified=stale.modified)
             yield leftover, partial(remove_stale_save, backend, stale)
 
@@ -175,12 +216,15 @@ async def _unnamed_shards(backend: Backend, below: str) -> list[Leftover]:
 
 
 async def _named(backend: Backend, indexes: Collection[str]) -> set[str] | None:
-    """The paths that these name, whichever are indexes; None where one is damaged: then nothing is known."""
+    """The paths that these name, whichever are indexes; None where one cannot be read: then nothing is known."""
     named: set[str] = set()
     for index in indexes:
         try:
-            named |= await named_by(backend, index)
-        except CheckpointCorruptError as error:
+            try:
+                named |= await named_by(backend, index)
+            except CheckpointChangedError:  # a save has published its own meanwhile
+                named |= await named_by(backend, index)
+        except (CheckpointCorruptError, CheckpointChangedError) as error:
             logger.warning("What saves have left beside it is left alone: %s", error)
             return None
         except (CheckpointNotFoundError, CheckpointFormatError):

@@ -10,9 +10,13 @@ import pytest
 import torch
 from s3fs import S3FileSystem
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 
 import torchferry
 import torchferry.distributed as ferry
+from torchferry.distributed import writer
+from torchferry.engine.types import ObjectStat
+from torchferry.storage.local import LocalBackend
 from torchferry.storage.registry import open_backend
 from torchferry.testing.faultproxy import Fault
 
@@ -190,6 +194,64 @@ def test_an_error_of_the_rank_that_reads_for_all_reaches_all(ranks: Any, tmp_pat
         shard.write_bytes(data)
     answers = ranks.try_to("load_alike", 2, timeout=TIMEOUT, **place)
     assert [answer.kind for answer in answers] == ["CheckpointCorruptError"] * 2
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_long_save_whose_shards_somebody_removed_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Cleaned(ferry.StorageWriter):
+        def finish(self, metadata: Any, results: Any) -> None:
+            torchferry.clean(tmp_path, older_than=0)
+            super().finish(metadata, results)
+
+    ferry.save({"a": torch.ones(3)}, tmp_path, no_dist=True)
+    monkeypatch.setattr(writer, "new_save_name", lambda: "save-20240101T000000Z-0123abcd")  # it began long ago
+    with pytest.raises(CheckpointException, match="was removed while the save was under way"):
+        dcp.save({"a": torch.zeros(3)}, storage_writer=Cleaned(tmp_path), no_dist=True)
+    assert torch.equal(torchferry.load(tmp_path)["a"], torch.ones(3))
+    ferry.save({"a": torch.zeros(3)}, tmp_path, no_dist=True)  # one of whose shards all are there
+    assert torch.equal(torchferry.load(tmp_path)["a"], torch.zeros(3))
+
+
+@pytest.mark.parametrize(("sharded", "times"), [(True, 1), (True, 2), (False, 1), (False, 2)])
+def test_clean_goes_on_when_a_save_commits_while_it_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, sharded: bool, times: int
+) -> None:
+    """It reads again what names the shards; where that changes once more, what lies beside it is left alone."""
+
+    def save(name: str) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        if sharded:
+            ferry.save({"a": torch.ones(3)}, tmp_path / name, no_dist=True)
+        else:
+            torchferry.save({"a": torch.ones(3)}, tmp_path / name / "m.safetensors", max_shard_size=4)
+
+    published = ".metadata" if sharded else "m.safetensors.index.json"
+    commits: list[str] = []
+    stat = LocalBackend.stat
+
+    async def stat_and_commit(self: LocalBackend, path: str) -> ObjectStat:
+        found = await stat(self, path)
+        if path.endswith(f"/busy/{published}") and len(commits) < times:
+            commits.append(path)
+            new = Path(path).with_name("new")
+            new.write_bytes(Path(path).read_bytes())
+            new.replace(path)
+        return found
+
+    for name in ("busy", "dead"):
+        save(name)
+        save(name)  # the second of two has the time in its shards' names
+        if name == "dead":
+            (tmp_path / name / published).unlink()
+    left = {path for path in (tmp_path / "dead").rglob("*") if path.is_file()}
+    monkeypatch.setattr(LocalBackend, "stat", stat_and_commit)
+    assert torchferry.clean(tmp_path, older_than=0).removed
+    assert len(commits) == times
+    assert left > {path for path in (tmp_path / "dead").rglob("*") if path.is_file()}
+    assert ("left alone" in caplog.text) is (times == 2)
+    assert torchferry.load(tmp_path / "busy" / ("" if sharded else published))["a"].tolist() == [1, 1, 1]
 
 
 def test_two_saves_at_once_to_one_url_leave_one_of_them(

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from torchferry.distributed.place import METADATA, Place, save_name_of
 from torchferry.engine.cancellation import in_thread
-from torchferry.errors import CheckpointFormatError, CheckpointNotFoundError, UnsafeCheckpointError
+from torchferry.errors import (
+    CheckpointChangedError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    UnsafeCheckpointError,
+)
 
 if TYPE_CHECKING:
-    from torchferry.storage.base import Backend
+    from torchferry.storage.base import Backend, Leftover, ListedObject
 
 logger = logging.getLogger("torchferry.distributed")
+
+_SHARD_NAME = re.compile(r"__\d+_\d+\.distcp")
 
 __all__ = ["StaleSave", "remove_stale_save", "stale_saves"]
 
@@ -28,7 +36,7 @@ class StaleSave:
         url: The directory that they are in.
         paths: Of the shards, as the backend's verbs take them.
         nbytes: Of all.
-        modified: When the last of them was written, or the save began, with a time zone.
+        modified: When the save last wrote or staged something there, or began, with a time zone.
     """
 
     url: str
@@ -42,25 +50,28 @@ class StaleSave:
         return (datetime.now(UTC) - self.modified).total_seconds()
 
 
-async def stale_saves(backend: Backend, prefix: str) -> list[StaleSave]:
+async def stale_saves(backend: Backend, prefix: str, staged: Iterable[Leftover] | None = None) -> list[StaleSave]:
     """Finds the saves below ``prefix``, of any number of checkpoints, that no ``.metadata`` beside them names.
 
-    Only directories that :class:`~torchferry.distributed.StorageWriter` has made are looked at. Call it on the
-    backend's loop. A save that is under way is among them: :attr:`StaleSave.age` tells.
+    Only what :class:`~torchferry.distributed.StorageWriter` has written is looked at: shards by their names, in
+    directories by theirs that are no checkpoints themselves. Call it on the backend's loop. A save that is under way is
+    among them: :attr:`StaleSave.age` tells.
+
+    Args:
+        backend: Of the store.
+        prefix: What the paths begin with.
+        staged: What ``backend.leftovers(prefix)`` has found already; by default it is asked.
 
     Raises:
         StorageError: the store cannot be listed or read.
     """
-    found: dict[str, dict[str, list[tuple[str, int, datetime | None]]]] = {}
-    metadata: dict[str, list[str]] = {}
-    async for listed in backend.list(prefix):
-        directory, _, name = listed.path.rpartition("/")
-        if name.endswith(METADATA):
-            metadata.setdefault(directory, []).append(name)
-            continue
-        above, _, save = directory.rpartition("/")
-        if save_name_of(f"{save}/") is not None:
-            found.setdefault(above, {}).setdefault(save, []).append((listed.path, listed.size, listed.modified))
+    if staged is None:  # asked before the shards are listed: one that is finished in between is seen
+        staged = [leftover async for leftover in backend.leftovers(prefix)]
+    times_staged: dict[str, list[datetime]] = {}
+    for leftover in staged:
+        folder = leftover.path.rpartition("/")[0]
+        times_staged.setdefault(folder, []).append(leftover.modified or datetime.now(UTC))
+    found, metadata = await _list(backend, prefix)
     stale: list[StaleSave] = []
     for directory, saves in found.items():
         place = Place(backend, directory, backend.url(directory))
@@ -70,17 +81,19 @@ async def stale_saves(backend: Backend, prefix: str) -> list[StaleSave]:
                 async for each in backend.list(f"{directory}/")
                 if (name := each.path.removeprefix(f"{directory}/")).endswith(METADATA) and "/" not in name
             ]
-        named = await _named(place, metadata.get(directory, ()))
+        # Metadata may have come since the listing.
+        named = await _named(place, {METADATA, *metadata.get(directory, ())})
         if named is None:
             continue
         for save, shards in saves.items():
-            if save in named:
+            if save in named or f"{directory}/{save}" in metadata:  # or a checkpoint that somebody has called so
                 continue
             begun = save_name_of(f"{save}/")
             assert begun is not None  # noqa: S101 - as found above
-            times = [begun[1], *(modified for _, _, modified in shards if modified is not None)]
-            paths = tuple(path for path, _, _ in shards)
-            nbytes = sum(size for _, size, _ in shards)
+            times = [begun[1], *(shard.modified for shard in shards if shard.modified is not None)]
+            times += times_staged.get(f"{directory}/{save}", ())
+            paths = tuple(shard.path for shard in shards)
+            nbytes = sum(shard.size for shard in shards)
             stale.append(StaleSave(backend.url(f"{directory}/{save}"), paths, nbytes, max(times)))
     return stale
 
@@ -92,19 +105,42 @@ async def remove_stale_save(backend: Backend, stale: StaleSave) -> None:
     await place.delete([path.removeprefix(f"{directory}/") for path in stale.paths])
 
 
-async def _named(place: Place, names: Sequence[str]) -> set[str] | None:
+async def _list(backend: Backend, prefix: str) -> tuple[dict[str, dict[str, list[ListedObject]]], dict[str, list[str]]]:
+    """Lists the shards below a prefix by directory and save, and the names of metadata by directory."""
+    found: dict[str, dict[str, list[ListedObject]]] = {}
+    metadata: dict[str, list[str]] = {}
+    async for listed in backend.list(prefix):
+        directory, _, name = listed.path.rpartition("/")
+        if name.endswith(METADATA):
+            metadata.setdefault(directory, []).append(name)
+            continue
+        above, _, save = directory.rpartition("/")
+        if save_name_of(f"{save}/") is not None and _SHARD_NAME.fullmatch(name):
+            found.setdefault(above, {}).setdefault(save, []).append(listed)
+    return found, metadata
+
+
+async def _named(place: Place, names: Collection[str]) -> set[str] | None:
     """The saves that metadata names; None where some cannot be read: then none is known to be stale."""
     named: set[str] = set()
     for name in names:
         try:
-            data, _ = await place.get(name)
-            named |= await in_thread(_names, data, place.url_of(name))
+            named |= await _saves_in(place, name)
         except CheckpointNotFoundError:
             continue  # gone meanwhile
-        except (CheckpointFormatError, UnsafeCheckpointError) as error:
+        except (CheckpointFormatError, UnsafeCheckpointError, CheckpointChangedError) as error:
             logger.warning("What saves have left in %s is left alone: %s", place.url, error)
             return None
     return named
+
+
+async def _saves_in(place: Place, name: str) -> set[str]:
+    """The saves that an object of metadata names."""
+    try:
+        data, _ = await place.get(name)
+    except CheckpointChangedError:  # a save has committed meanwhile
+        data, _ = await place.get(name)
+    return await in_thread(_names, data, place.url_of(name))
 
 
 def _names(data: bytes, url: str) -> set[str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
@@ -20,22 +22,33 @@ from torch.futures import Future
 
 from torchferry.distributed.errors import with_portable_errors
 from torchferry.distributed.metadata import read_metadata, shards_of, storage_info, write_metadata
-from torchferry.distributed.place import METADATA, Place, new_save_name, require_one
+from torchferry.distributed.place import METADATA, Place, new_save_name, require_one, save_name_of
 from torchferry.distributed.staging import Stager
 from torchferry.engine.loops import own_loop, run, run_on
+from torchferry.engine.tasks import task_group
 from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import ObjectStat
-from torchferry.errors import CheckpointNotFoundError, CheckpointValueError, RankFailedError, TorchferryError, mask
+from torchferry.errors import (
+    CheckpointNotFoundError,
+    CheckpointValueError,
+    RankFailedError,
+    StorageError,
+    StoragePermissionError,
+    TorchferryError,
+    mask,
+)
 from torchferry.formats.item_stream import Item, ItemStream
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from fsspec.callbacks import Callback
 
-__all__ = ["StorageWriter", "remove_before", "shards_before"]
+__all__ = ["StorageWriter", "remove_before", "require_shards", "shards_before"]
 
 logger = logging.getLogger("torchferry.distributed")
 
+_LONG = 60.0  # seconds that a save takes, after which its shards are looked at before the commit
+_LOOKS = 16  # under way at once
 _BYTES = 4096  # about how many bytes an item has that is no tensor
 
 
@@ -277,6 +290,7 @@ class StorageWriter(Stager, DcpStorageWriter):
         with Transfer("save", mask(place.url_of(name)), give_up_after=self._give_up_after).running(None):
             before = await shards_before(place, name)
             data = write_metadata(metadata, storage_data, place.url, save, shards)
+            await require_shards(place, shards)
             self.may_be_committed = True
             stat = await place.put(name, data)
             self._written.clear()
@@ -326,6 +340,37 @@ def _held_by(planner: SavePlanner, item: WriteItem) -> Iterable[torch.Tensor]:
         return ()
     with torch.no_grad():  # else its version is one of its own
         return whole, whole.to_local()
+
+
+async def require_shards(place: Place, relative_paths: Collection[str]) -> None:
+    """Looks that the shards of a save that took long are there, before it is committed.
+
+    Somebody may have cleaned meanwhile, and taken those of the ranks that were done long ago for a dead save's: a store
+    does not show everything that is under way, and a rank may compute for long before it stages anything.
+
+    Raises:
+        StorageError: one is gone.
+    """
+    begun = [found[1] for path in relative_paths if (found := save_name_of(path)) is not None]
+    if not begun or (datetime.now(UTC) - min(begun)).total_seconds() < _LONG:
+        return
+    limiter = anyio.CapacityLimiter(_LOOKS)
+
+    async def look(path: str) -> None:
+        async with limiter:
+            try:
+                await run_on(place.backend.loop, place.backend.stat, place.at(path))
+            except CheckpointNotFoundError as error:
+                raise StorageError(
+                    f"{place.url_of(path)} was removed while the save was under way, maybe by clean with an "
+                    "older_than= that is less than the save takes. Nothing was committed."
+                ) from error
+            except StoragePermissionError:  # who may only write cannot look
+                return
+
+    async with task_group() as tasks:
+        for path in relative_paths:
+            tasks.start_soon(look, path)
 
 
 async def shards_before(place: Place, name: str) -> list[str]:
