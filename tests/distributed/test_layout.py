@@ -486,6 +486,17 @@ def test_a_tensor_that_is_computed_as_it_is_unpickled_is_not_sharded(tmp_path: P
     assert not (tmp_path / "c").exists()
 
 
+def test_what_shard_has_made_of_an_empty_tensor_is_verified_and_copied(tmp_path: Path) -> None:
+    state = {"empty": torch.empty(0, 3), "view": torch.ones(5)[2:2], "full": torch.ones(3)}
+    torch.save(state, tmp_path / "one.pt")
+    ferry.shard(tmp_path / "one.pt", tmp_path / "c")
+    torchferry.verify(tmp_path / "c")
+    torchferry.copy(tmp_path / "c", tmp_path / "d")
+    for name in "cd":
+        loaded = torchferry.load(tmp_path / name)
+        assert {key: value.shape for key, value in loaded.items()} == {key: value.shape for key, value in state.items()}
+
+
 def test_an_object_of_many_storages_becomes_a_checkpoint(tmp_path: Path) -> None:
     """Its directory is longer than what is read of its end, so that records before it are not read with that."""
     state = {"pad": torch.rand(1 << 18), **{f"k{number}": torch.full((4,), float(number)) for number in range(400)}}
