@@ -28,12 +28,13 @@ from torchferry.distributed import writer as writer_module
 from torchferry.distributed.metadata import nest
 from torchferry.distributed.place import Place
 from torchferry.distributed.sharing import Broadcast, Shared, cpu_group
-from torchferry.engine.types import MIB
+from torchferry.engine.types import MIB, Chunk, ObjectStat
 from torchferry.formats.item_stream import memory_of
+from torchferry.storage.local import LocalBackend
 from torchferry.testing.forkserver import python
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 
 TENSORS = {
     "large": torch.randn(700, 1000),
@@ -485,6 +486,39 @@ def test_a_tensor_that_is_computed_as_it_is_unpickled_is_not_sharded(tmp_path: P
     with pytest.raises(torchferry.CheckpointFormatError, match="computed is not stored as plain bytes"):
         ferry.shard(tmp_path / "one.pt", tmp_path / "c", weights_only=False)
     assert not (tmp_path / "c").exists()
+
+
+def test_what_shard_has_made_of_an_empty_tensor_is_verified_and_copied(tmp_path: Path) -> None:
+    state = {"empty": torch.empty(0, 3), "view": torch.ones(5)[2:2], "full": torch.ones(3)}
+    torch.save(state, tmp_path / "one.pt")
+    ferry.shard(tmp_path / "one.pt", tmp_path / "c")
+    torchferry.verify(tmp_path / "c")
+    torchferry.copy(tmp_path / "c", tmp_path / "d")
+    for name in "cd":
+        loaded = torchferry.load(tmp_path / name)
+        assert {key: value.shape for key, value in loaded.items()} == {key: value.shape for key, value in state.items()}
+
+
+def test_small_tensors_are_written_many_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {f"k{number}": torch.full((4,), float(number)) for number in range(100)}
+    torch.save(state, tmp_path / "one.pt")
+    write, sizes = LocalBackend.write, []
+
+    async def noted(chunks: AsyncIterable[Chunk]) -> AsyncIterator[Chunk]:
+        async for chunk in chunks:
+            sizes.append(len(chunk))
+            yield chunk
+
+    async def write_noted(self: LocalBackend, path: str, chunks: AsyncIterable[Chunk], **options: Any) -> ObjectStat:
+        return await write(self, path, noted(chunks), **options)
+
+    monkeypatch.setattr(LocalBackend, "write", write_noted)
+    ferry.shard(tmp_path / "one.pt", tmp_path / "c")
+    (shard,) = (tmp_path / "c").rglob("*.distcp")
+    assert sum(sizes) >= shard.stat().st_size
+    assert len(sizes) < len(state) / 10
+    torchferry.verify(tmp_path / "c")
+    assert all(torch.equal(value, state[name]) for name, value in torchferry.load(tmp_path / "c").items())
 
 
 def test_an_object_of_many_storages_becomes_a_checkpoint(tmp_path: Path) -> None:

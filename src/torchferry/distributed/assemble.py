@@ -18,7 +18,7 @@ from torchferry.distributed.fetch import Files, fetch
 from torchferry.distributed.slices import Direct, Piece
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.memory import BLOCK_SIZE, Claim, address_of
-from torchferry.engine.types import Chunk
+from torchferry.engine.types import Buffer, Chunk
 from torchferry.formats.checksum import Checksums, Crc32Filler
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.torch_hooks import torch_save
@@ -28,6 +28,7 @@ from torchferry.objects.streaming import ReadAhead
 __all__ = ["Archive", "Assembly", "Data", "Parts", "Script", "StandIns"]
 
 _ALIGNMENT = 64  # of tensors in a block
+_JOINED = 64 << 10  # bytes of a chunk that is put together from shorter ones
 
 Parts = Callable[[str, Sequence[int], torch.Tensor], Iterable[tuple[int, Direct | Piece]]]
 """Where the bytes of a part of a tensor are: by its key, the part's offsets, and the memory for it."""
@@ -221,7 +222,7 @@ class Assembly(ReadAhead[_Job]):
                 data.crc32 = isal_zlib.crc32_combine(data.crc32, crc32, nbytes)
                 chunks.append(Chunk(view, crc32))
         job.memory = memoryview(b"")  # the chunks hold it now
-        return chunks
+        return list(_joined(chunks))
 
     def _wanted_by(self, job: _Job) -> list[tuple[int, Direct | Piece]]:
         wanted: list[tuple[int, Direct | Piece]] = []
@@ -243,6 +244,23 @@ def _compute(job: _Job) -> None:
             data, _, lengths, at = entry
             nbytes = torch.Size(lengths).numel() * data.dtype.itemsize
             job.crc32s.append(isal_zlib.crc32(job.memory[at : at + nbytes]))
+
+
+def _joined(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """The same bytes in fewer chunks: torch writes an archive in dozens of pieces, and a store takes each by itself."""
+    short: list[Buffer] = []
+    size = 0
+    for chunk in chunks:
+        if short and size + len(chunk) > _JOINED:
+            yield Chunk(b"".join(short))
+            short, size = [], 0
+        if len(chunk) > _JOINED:
+            yield chunk
+        else:
+            short.append(chunk.data)
+            size += len(chunk)
+    if short:
+        yield Chunk(b"".join(short))
 
 
 def _jobs(script: Script, block_size: int) -> Iterator[_Job]:

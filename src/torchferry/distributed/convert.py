@@ -45,7 +45,7 @@ from torchferry.formats.safetensors import SUFFIX, lay_out
 from torchferry.formats.safetensors_dtypes import dtype_name
 from torchferry.formats.selection import check_graph
 from torchferry.formats.stand_ins import name_of
-from torchferry.formats.torch_hooks import torch_errors
+from torchferry.formats.torch_hooks import torch_errors, torch_save
 from torchferry.objects.opening import open_reader, read_archive
 from torchferry.objects.reading import Job, fetch_checked
 from torchferry.objects.requests import LoadRequest
@@ -484,10 +484,7 @@ class _Sharding:
             value = planner.resolve_data(item)
             start = self.script.size
             if isinstance(value, io.BytesIO):
-                content = value.getvalue()
-                self.script.entries.append(Archive(fill=False))
-                self.script.add(content)
-                self.items[item.index] = (start, len(content), None, content)
+                self._add_known(item.index, value.getvalue())
                 continue
             tensor = value.detach()
             # One that lies elsewhere was computed as it was unpickled: the file does not hold its bytes.
@@ -496,14 +493,24 @@ class _Sharding:
                 raise CheckpointFormatError(
                     f"{url}: {item.index.fqn} is not stored as plain bytes: load it, and save it."
                 )
+            if not tensor.nbytes:
+                file = io.BytesIO()
+                torch_save(torch.empty(tensor.shape, dtype=tensor.dtype), file)
+                self._add_known(item.index, file.getvalue())
+                continue
             key = f"{item.index.fqn}"
             stand_ins = StandIns({key: (tensor.dtype, tensor.shape)})
             found = self.script.add_archive(stand_ins.tensors[key], stand_ins)
             first = tensor.data_ptr() - memory.start
             self._sources[key] = (first, tensor.stride(), tensor.dtype)
-            if tensor.nbytes:
-                self._extents.append((first, first + tensor.nbytes if tensor.is_contiguous() else -1))
-            self.items[item.index] = (start, self.script.size - start, found[0] if found else None, b"")
+            self._extents.append((first, first + tensor.nbytes if tensor.is_contiguous() else -1))
+            self.items[item.index] = (start, self.script.size - start, found[0], b"")
+
+    def _add_known(self, index: MetadataIndex, content: bytes) -> None:
+        """Adds an item whose bytes are all known: the CRC32 of such a one is that of all of them."""
+        self.items[index] = (self.script.size, len(content), None, content)
+        self.script.entries.append(Archive(fill=False))
+        self.script.add(content)
 
     def parts(self, key: str, offsets: Sequence[int], target: torch.Tensor) -> list[tuple[int, Direct | Piece]]:
         """Where a part of a tensor is in the source."""
@@ -519,5 +526,5 @@ class _Sharding:
         """Where an item is, when it has been written."""
         offset, length, data, content = self.items[index]
         if data is None:
-            return Written(offset, length, None, isal_zlib.crc32(content) if content else 0)
+            return Written(offset, length, None, isal_zlib.crc32(content))
         return Written(offset, length, data.offset - offset, data.crc32)
