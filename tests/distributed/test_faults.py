@@ -176,6 +176,21 @@ def test_a_flipped_bit_is_found_though_each_rank_reads_a_part(ranks: Any, tmp_pa
     assert "rows at" in answers[0].text
 
 
+@pytest.mark.parametrize("times", [1, None])
+def test_a_bit_that_flips_on_its_way_is_read_again_once_though_each_rank_reads_a_part(
+    ranks: Any, s3_url: str, s3_storage_options: dict[str, Any], faulty_s3: Any, times: int | None
+) -> None:
+    ranks.run("save_tensors", 2, url=s3_url, options=s3_storage_options)
+    fault = Fault(method="GET", target=r"\.distcp", times=times, corrupt_download_byte=3_000)
+    options = faulty_s3(fault).storage_options
+    answers = ranks.try_to("load_rows", 3, timeout=TIMEOUT, url=s3_url, options=options)
+    if times is None:
+        assert [answer.kind for answer in answers] == ["CheckpointCorruptError"] * 3
+        return
+    assert [values for values, _ in answers] == [[1.0]] * 3
+    assert any("rows does not match its CRC32. Reading it again." in text for _, said in answers for text in said)
+
+
 def test_an_error_of_the_rank_that_reads_for_all_reaches_all(ranks: Any, tmp_path: Path) -> None:
     """And a rank that dies before it sends leaves none waiting."""
     place: dict[str, Any] = {"url": str(tmp_path / "c"), "options": {}}
