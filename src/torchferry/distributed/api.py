@@ -114,7 +114,7 @@ def save(
         The checkpoint's metadata, on every rank.
 
     Raises:
-        RankFailedError: a rank failed, with an error that is not torchferry's own. Nothing was committed.
+        RankFailedError: a rank died, or failed with an error that is not torchferry's own. Nothing was committed.
         StorageError: the store refused or failed on some rank; the message names it. On every rank.
     """
     writer = StorageWriter(
@@ -151,8 +151,8 @@ def save_with(
                     process_group=process_group,
                     no_dist=alone,
                 )
-        except CheckpointException as error:
-            if is_uncommitted(error):
+        except BaseException as error:
+            if writer.is_uncommitted or (isinstance(error, CheckpointException) and is_uncommitted(error)):
                 writer.discard()
             raise
     return metadata
@@ -264,8 +264,8 @@ def _on_all_ranks(what: str, prepare: Callable[[], T], group: dist.ProcessGroup 
     except BaseException as error:  # noqa: BLE001 - raised on every rank
         failure = portable(error)
     told: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(told, failure, group=group)
     with ranks_as_errors(what, len(told)):
+        dist.all_gather_object(told, failure, group=group)
         if failures := {rank: _wrap_exception(error) for rank, error in enumerate(told) if error is not None}:
             raise CheckpointException("prepare", failures)
     return prepared
@@ -321,7 +321,7 @@ def load(
         CheckpointCorruptError: it is damaged.
         CheckpointChangedError: a shard is not the one that was saved.
         UnsafeCheckpointError: it needs globals that ``weights_only=True`` does not allow.
-        RankFailedError: a rank failed, with an error that is not torchferry's own.
+        RankFailedError: a rank died, or failed with an error that is not torchferry's own.
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
     planner = planner or SafeLoadPlanner(weights_only=weights_only)
