@@ -206,7 +206,7 @@ class InterpreterEndedError(TorchferryError, RuntimeError):
 
 
 class RankFailedError(TorchferryError, RuntimeError):
-    """A rank of a distributed save or load failed, and so all did; ``failures`` has each rank's error."""
+    """A rank of a distributed save or load failed or died, and so all failed; ``failures`` has each rank's error."""
 
 
 class UnsafeCheckpointError(TorchferryError, pickle.UnpicklingError):

@@ -138,13 +138,16 @@ def test_a_rank_that_is_killed_leaves_the_old_checkpoint_or_the_new_one(
     ranks.run("save_tensors", 2, **place)
     answers = ranks.try_to("save_and_die", 2, timeout=TIMEOUT, when=when, victim=victim, **place)
     assert answers[victim].kind == "killed"
-    assert answers[1 - victim].kind != "killed"
+    assert answers[1 - victim].kind == "RankFailedError"
     assert ranks.run("load_tensors", 2, **place) == [after, after]
     left = stale(s3_url, s3_storage_options)
     ranks.run("save_tensors", 2, fill=3.0, **place)
     assert torchferry.load(s3_url, storage_options=s3_storage_options)["rows"].unique().tolist() == [3.0]
-    if when != "before its shard":
+    if victim == 0:
         assert left
+    else:  # the rank that would have committed is alive, and has removed its own
+        shards = [path.rpartition("/")[2] for save in left for path in save.paths]
+        assert shards == (["__1_0.distcp"] if when == "after its shard" else [])
     assert all(save.age < 300 for save in left)
 
 
@@ -180,6 +183,21 @@ def test_a_flipped_bit_is_found_though_each_rank_reads_a_part(ranks: Any, tmp_pa
     assert "rows at" in answers[0].text
 
 
+@pytest.mark.parametrize("times", [1, None])
+def test_a_bit_that_flips_on_its_way_is_read_again_once_though_each_rank_reads_a_part(
+    ranks: Any, s3_url: str, s3_storage_options: dict[str, Any], faulty_s3: Any, times: int | None
+) -> None:
+    ranks.run("save_tensors", 2, url=s3_url, options=s3_storage_options)
+    fault = Fault(method="GET", target=r"\.distcp", times=times, corrupt_download_byte=3_000)
+    options = faulty_s3(fault).storage_options
+    answers = ranks.try_to("load_rows", 3, timeout=TIMEOUT, url=s3_url, options=options)
+    if times is None:
+        assert [answer.kind for answer in answers] == ["CheckpointCorruptError"] * 3
+        return
+    assert [values for values, _ in answers] == [[1.0]] * 3
+    assert any("rows does not match its CRC32. Reading it again." in text for _, said in answers for text in said)
+
+
 def test_an_error_of_the_rank_that_reads_for_all_reaches_all(ranks: Any, tmp_path: Path) -> None:
     """And a rank that dies before it sends leaves none waiting."""
     place: dict[str, Any] = {"url": str(tmp_path / "c"), "options": {}}
@@ -187,7 +205,7 @@ def test_an_error_of_the_rank_that_reads_for_all_reaches_all(ranks: Any, tmp_pat
     place["url"] = str(tmp_path / "c/ours")
     answers = ranks.try_to("load_alike_and_die", 2, timeout=TIMEOUT, **place)
     assert answers[1].kind == "killed"
-    assert answers[0].kind != "killed"
+    assert answers[0].kind == "RankFailedError"
     for shard in (tmp_path / "c").rglob("*.distcp"):
         data = bytearray(shard.read_bytes())
         data[len(data) // 2] ^= 1

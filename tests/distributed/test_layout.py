@@ -17,6 +17,7 @@ from fsspec.callbacks import Callback
 from s3fs import S3FileSystem
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
+from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as OldTensorProperties
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
@@ -227,6 +228,23 @@ def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:
         with pytest.raises(torchferry.UnsafeCheckpointError, match="exec"):
             load(tmp_path / "c")
     assert not (tmp_path / "ran").exists()
+
+
+def test_metadata_that_torch_wrote_up_to_2_1_is_read(tmp_path: Path) -> None:
+    dcp.save({"a": torch.arange(1000.0)}, checkpoint_id=tmp_path, no_dist=True)
+    path = tmp_path / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.state_dict_metadata["a"].properties = OldTensorProperties(dtype=torch.float32)
+    for name in ("storage_meta", "version"):
+        vars(metadata).pop(name, None)
+    path.write_bytes(pickle.dumps(metadata))
+    assert OldTensorProperties.__module__.encode() in path.read_bytes()
+    loaded = {"a": torch.zeros(1000)}
+    ferry.load(loaded, tmp_path)
+    assert torch.equal(loaded["a"], torch.arange(1000.0))
+    assert torch.equal(torchferry.load(tmp_path)["a"], loaded["a"])
+    assert torchferry.inspect(tmp_path).tensors[0].shape == (1000,)
+    torchferry.verify(tmp_path)
 
 
 def test_metadata_that_names_files_outside_is_refused(tmp_path: Path) -> None:

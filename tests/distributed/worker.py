@@ -225,11 +225,13 @@ def load_alike_and_die(url: str, options: dict[str, Any], world: int) -> None:
     load_alike(url, options, world)
 
 
-def load_rows(url: str, options: dict[str, Any], world: int, nbytes: int = 3 << 20) -> None:
-    """Loads one tensor that is split by rows."""
+def load_rows(url: str, options: dict[str, Any], world: int, nbytes: int = 3 << 20) -> tuple[list[float], list[str]]:
+    """Loads one tensor that is split by rows; returns its values, and the warnings of this rank's reports."""
+    reports: list[torchferry.TransferReport] = []
     state = {"rows": _sharded(world, nbytes, 0.0)["rows"]}
     planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
-    ferry.load(state, url, storage_options=options, planner=planner)
+    ferry.load(state, url, storage_options=options, planner=planner, report=reports.append)
+    return state["rows"].to_local().unique().tolist(), [text for report in reports for text in report.warnings]
 
 
 def manage(url: str, options: dict[str, Any], world: int, background: bool) -> tuple[list[int], float, int | None]:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.stateful import Stateful
 
-from torchferry.distributed.checks import check_parts
+from torchferry.distributed.checks import ReadPart, damage_of, find_damaged
 from torchferry.distributed.errors import is_uncommitted, portable, ranks_as_errors
 from torchferry.distributed.planner import SafeLoadPlanner
 from torchferry.distributed.reader import StorageReader
@@ -114,7 +114,7 @@ def save(
         The checkpoint's metadata, on every rank.
 
     Raises:
-        RankFailedError: a rank failed, with an error that is not torchferry's own. Nothing was committed.
+        RankFailedError: a rank died, or failed with an error that is not torchferry's own. Nothing was committed.
         StorageError: the store refused or failed on some rank; the message names it. On every rank.
     """
     writer = StorageWriter(
@@ -151,8 +151,8 @@ def save_with(
                     process_group=process_group,
                     no_dist=alone,
                 )
-        except CheckpointException as error:
-            if is_uncommitted(error):
+        except BaseException as error:
+            if writer.is_uncommitted or (isinstance(error, CheckpointException) and is_uncommitted(error)):
                 writer.discard()
             raise
     return metadata
@@ -264,8 +264,8 @@ def _on_all_ranks(what: str, prepare: Callable[[], T], group: dist.ProcessGroup 
     except BaseException as error:  # noqa: BLE001 - raised on every rank
         failure = portable(error)
     told: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(told, failure, group=group)
     with ranks_as_errors(what, len(told)):
+        dist.all_gather_object(told, failure, group=group)
         if failures := {rank: _wrap_exception(error) for rank, error in enumerate(told) if error is not None}:
             raise CheckpointException("prepare", failures)
     return prepared
@@ -308,7 +308,8 @@ def load(
             say in what a ``planner`` of yours does.
         give_up_after: Seconds without progress after which failed requests are not repeated any more; 120 by default.
         callback: Told the number of bytes that this rank needs, and of those that have arrived.
-        report: Called with the :class:`~torchferry.TransferReport` of what this rank read.
+        report: Called with the :class:`~torchferry.TransferReport` of what this rank read; again with that of what it
+            read again, as the ranks' parts of an item together did not match its CRC32.
         broadcast: Items that all ranks ask for alike, as under DDP, are read by one of them, which sends them to the
             others through the process group (gloo: from host memory). For stores that are slower than the network.
         planner: Passed on to DCP.
@@ -320,9 +321,10 @@ def load(
         CheckpointCorruptError: it is damaged.
         CheckpointChangedError: a shard is not the one that was saved.
         UnsafeCheckpointError: it needs globals that ``weights_only=True`` does not allow.
-        RankFailedError: a rank failed, with an error that is not torchferry's own.
+        RankFailedError: a rank died, or failed with an error that is not torchferry's own.
         StorageError: see :class:`~torchferry.storage.base.Backend`.
     """
+    planner = planner or SafeLoadPlanner(weights_only=weights_only)
     reader = StorageReader(
         url,
         storage_options=storage_options,
@@ -344,12 +346,12 @@ def load(
             dcp_load(
                 values,
                 storage_reader=reader,
-                planner=planner or SafeLoadPlanner(weights_only=weights_only),
+                planner=planner,
                 process_group=process_group,
                 no_dist=alone,
             )
         if verify:
-            _check_together(reader, process_group, alone)
+            _check_together(reader, planner, process_group, alone)
     _on_all_ranks(what, lambda: _hand_over(values, state_dict), process_group, alone)
 
 
@@ -373,26 +375,34 @@ def _read_and_tell(reader: StorageReader, group: dist.ProcessGroup | None, alone
         reader.use(told[0], is_checked=True)
 
 
-def _check_together(reader: StorageReader, group: dist.ProcessGroup | None, alone: bool) -> None:
-    """Checks what no rank has read as a whole: rank 0 puts the CRC32s of all ranks' parts together."""
-    gathered: list[Any] = [reader.read_parts]
-    if not alone:
-        root = dist.get_global_rank(group, 0) if group else 0
-        is_root = dist.get_rank(group) == 0
-        gathered = [None] * dist.get_world_size(group)
-        dist.gather_object(reader.read_parts, gathered if is_root else None, dst=root, group=group)
+def _check_together(reader: StorageReader, planner: LoadPlanner, group: dist.ProcessGroup | None, alone: bool) -> None:
+    """Checks what no rank has read as a whole; what does not match is read again, once, as all that ranks read."""
+    if damaged := _damaged(reader, group, alone):
+        items = {part.item for part in damaged}
+        _on_all_ranks(f"load {reader.checkpoint_id}", lambda: reader.read_again(items, planner), group, alone)
+        if damaged := _damaged(reader, group, alone):
+            raise damage_of(damaged[0])
+
+
+def _damaged(reader: StorageReader, group: dist.ProcessGroup | None, alone: bool) -> list[ReadPart]:
+    """A part of each item that is damaged, on every rank: rank 0 puts the CRC32s of all ranks' parts together."""
+    if alone:
+        return find_damaged(reader.read_parts)
+    root = dist.get_global_rank(group, 0) if group else 0
+    is_root = dist.get_rank(group) == 0
+    gathered: list[Any] = [[]] * dist.get_world_size(group)
+    dist.gather_object(reader.read_parts, gathered if is_root else None, dst=root, group=group)
     outcome: list[Any] = [None]
-    if alone or is_root:
+    if is_root:
         try:
-            check_parts(part for parts in gathered for part in parts)
-        except BaseException as error:
-            if alone:
-                raise
+            outcome[0] = find_damaged(part for parts in gathered for part in parts)
+        except BaseException as error:  # noqa: BLE001 - raised on every rank
             outcome[0] = portable(error)
-    if not alone:
-        dist.broadcast_object_list(outcome, src=root, group=group)
-    if outcome[0] is not None:
+    dist.broadcast_object_list(outcome, src=root, group=group)
+    if isinstance(outcome[0], BaseException):
         raise outcome[0]
+    damaged: list[ReadPart] = outcome[0]
+    return damaged
 
 
 def _is_alone(no_dist: bool) -> bool:

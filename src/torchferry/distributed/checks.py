@@ -13,7 +13,7 @@ from torchferry.formats.archive import Record
 from torchferry.formats.checksum import Checksums
 from torchferry.printable import printable
 
-__all__ = ["PartChecksums", "ReadPart", "WantedPart", "check_parts"]
+__all__ = ["PartChecksums", "ReadPart", "WantedPart", "damage_of", "find_damaged"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +22,12 @@ class WantedPart:
 
     Attributes:
         name: Of the item, for messages.
+        item: Relative path of the shard, and the item's offset in it.
         whole: Offset, size and CRC32 of what was stored together.
     """
 
     name: str
+    item: tuple[str, int]
     whole: tuple[int, int, int]
 
 
@@ -35,6 +37,7 @@ class ReadPart(NamedTuple):
     Attributes:
         url: Of the shard.
         name: Of the item.
+        item: Relative path of the shard, and the item's offset in it.
         whole: Offset, size and CRC32 of what was stored together.
         start: Of the run, in the shard.
         size: In bytes.
@@ -43,6 +46,7 @@ class ReadPart(NamedTuple):
 
     url: str
     name: str
+    item: tuple[str, int]
     whole: tuple[int, int, int]
     start: int
     size: int
@@ -71,40 +75,39 @@ class PartChecksums(Checksums):
         if part is None:
             super()._check(record, crc32)
         else:
-            self.read.append(ReadPart(self._url, part.name, part.whole, record.offset, record.size, crc32))
+            self.read.append(ReadPart(self._url, part.name, part.item, part.whole, record.offset, record.size, crc32))
 
 
-def check_parts(parts: Iterable[ReadPart]) -> int:
+def find_damaged(parts: Iterable[ReadPart]) -> list[ReadPart]:
     """Puts the parts of all ranks together, and checks each item of which they are all.
 
     Returns:
-        How many items could not be checked, because nobody has read some of their bytes.
-
-    Raises:
-        CheckpointCorruptError: one does not match its CRC32.
+        Of each item that does not match its CRC32, a part. An item of which nobody has read some bytes is not checked.
     """
-    by_item: dict[tuple[str, tuple[int, int, int]], dict[tuple[int, int], ReadPart]] = {}
+    by_item: dict[tuple[str, int], list[ReadPart]] = {}
     for part in parts:
-        others = by_item.setdefault((part.url, part.whole), {})
-        twin = others.setdefault((part.start, part.size), part)  # of another rank that has read the same
-        if twin.crc32 != part.crc32:
-            raise _damaged(part)
-    unchecked = 0
-    for (_, (offset, size, crc32)), runs in by_item.items():
-        total, at = 0, offset
-        for (start, length), part in sorted(runs.items()):
-            if start != at:
-                break
-            total = isal_zlib.crc32_combine(total, part.crc32, length)
-            at += length
-        if at != offset + size:
-            unchecked += 1
-        elif total != crc32:
-            raise _damaged(next(iter(runs.values())))
-    return unchecked
+        by_item.setdefault(part.item, []).append(part)
+    return [of_item[0] for of_item in by_item.values() if _is_damaged(of_item)]
 
 
-def _damaged(part: ReadPart) -> CheckpointCorruptError:
+def _is_damaged(parts: Sequence[ReadPart]) -> bool:
+    runs: dict[tuple[int, int], ReadPart] = {}
+    for part in parts:
+        twin = runs.setdefault((part.start, part.size), part)  # of another rank that has read the same
+        if (twin.crc32, parts[0].whole) != (part.crc32, part.whole):
+            return True
+    offset, size, crc32 = parts[0].whole
+    total, at = 0, offset
+    for (start, length), part in sorted(runs.items()):
+        if start != at:
+            return False
+        total = isal_zlib.crc32_combine(total, part.crc32, length)
+        at += length
+    return at == offset + size and total != crc32
+
+
+def damage_of(part: ReadPart) -> CheckpointCorruptError:
+    """The error that says that the item of a part is damaged."""
     offset, size, crc32 = part.whole
     return CheckpointCorruptError(
         f"{part.url} is damaged: {printable(part.name)} ({size} bytes at {offset}), which ranks have read in parts, "

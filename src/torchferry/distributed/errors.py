@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import traceback
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from torchferry.errors import RankFailedError, TorchferryError, mask
@@ -59,10 +61,11 @@ def is_uncommitted(error: CheckpointException) -> bool:
 
 @contextmanager
 def ranks_as_errors(what: str, world_size: int) -> Generator[None]:
-    """Raises DCP's ``CheckpointException``, which is no Exception, as a torchferry error.
+    """Raises DCP's ``CheckpointException``, which is no Exception, and what collectives raise, as torchferry errors.
 
     Of the class of the first rank's error, where that is torchferry's own: a missing checkpoint is a
-    ``CheckpointNotFoundError`` on every rank. Its ``failures`` are all ranks' errors.
+    ``CheckpointNotFoundError`` on every rank. Its ``failures`` are all ranks' errors. Where a rank died, or does not
+    come, it is a ``RankFailedError`` without any: nobody knows why.
 
     Args:
         what: "save s3://bucket/x", for messages.
@@ -73,6 +76,18 @@ def ranks_as_errors(what: str, world_size: int) -> Generator[None]:
     except CheckpointException as error:
         failures = {rank: failure for rank, (failure, _) in error.failures.items()}
         raise _summary(what, failures, world_size) from next(iter(failures.values()), error)
+    except RuntimeError as error:
+        if isinstance(error, TorchferryError) or not _is_of_a_collective(error):
+            raise
+        lost: Any = RankFailedError(f"Cannot {what}: one of {world_size} ranks died, or did not come: {error}")
+        lost.failures = {}
+        raise lost from error
+
+
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    """Whether a function of ``torch.distributed`` has raised it: what gloo raises has no class of its own."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__") == dist.distributed_c10d.__name__
 
 
 def _summary(what: str, failures: Mapping[int, BaseException], world_size: int) -> BaseException:

@@ -91,6 +91,11 @@ _ALLOWED = frozenset(
         )
     }
     | {
+        # Where torch had them up to 2.1.
+        ("torch.distributed._shard.sharded_tensor.metadata", name)
+        for name in ("MEM_FORMAT_ENCODING", "TensorProperties")
+    }
+    | {
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
     }

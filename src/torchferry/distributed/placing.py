@@ -201,7 +201,8 @@ class Plan:
             and crc32 is not None
         ):
             name = f"{request.storage_index.fqn} at {tuple(chunk.offsets)}"
-            self._runs[want.number][start, nbytes] = WantedPart(name, (where.record[0], size, crc32))
+            item = info.relative_path, info.offset
+            self._runs[want.number][start, nbytes] = WantedPart(name, item, (where.record[0], size, crc32))
 
     def _first_target(self, place: tuple[int, int], target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """What an item is read into, so that each of its targets gets all bits of it; None where it is read already."""
@@ -218,7 +219,8 @@ class Plan:
         """Plans to read what tells whether a guess is right, and to compute the CRC32 of the storage."""
         first, size = want.info.offset + guess.stored.record_offset, guess.stored.record_size
         self._guessed[want.number, first] = want, guess
-        self._runs[want.number][first, size] = WantedPart(want.request.storage_index.fqn, (first, size, 0))
+        item = want.info.relative_path, want.info.offset
+        self._runs[want.number][first, size] = WantedPart(want.request.storage_index.fqn, item, (first, size, 0))
         for start, memory in ((want.info.offset, guess.head), (first + size, guess.tail)):
             sink = partial(copy_bytes, memoryview(memory))
             self.parts.append((want.number, Piece(start, start + len(memory), sink)))

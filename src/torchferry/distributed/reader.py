@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,7 @@ class StorageReader(DcpStorageReader):
         self._group = process_group
         self._opened: Place | None = None
         self._metadata: Metadata | None = None
+        self._plan: LoadPlan | None = None
         self.read_parts: list[ReadPart] = []
         self._told: Metadata | None = None  # of the .metadata that another rank has read
 
@@ -163,6 +164,7 @@ class StorageReader(DcpStorageReader):
         """Reads this rank's items into the tensors that ``planner`` names."""
         done: Future[None] = Future()
         done.set_result(None)
+        self._plan = plan
         shared = plan.storage_data
         contents: dict[int, bytearray] = {}
         if isinstance(shared, Shared) and shared.items:
@@ -170,7 +172,7 @@ class StorageReader(DcpStorageReader):
             if targets is None:
                 return done
         else:
-            targets = _targets(plan, planner)
+            targets = _targets(plan.items, planner)
             self._read(plan.items, targets, range(len(targets)), contents)
         for index, (item, target) in enumerate(zip(plan.items, targets, strict=True)):
             if target is None:
@@ -207,7 +209,7 @@ class StorageReader(DcpStorageReader):
         group = cpu_group(self._group)
         everything: Sequence[int] = range(len(plan.items))
         try:
-            targets = _targets(plan, planner)
+            targets = _targets(plan.items, planner)
             lengths = {
                 number: storage_data[plan.items[number].storage_index].length
                 for number in shared.items
@@ -251,6 +253,40 @@ class StorageReader(DcpStorageReader):
         with Transfer("load", mask(place.url_of(name)), give_up_after=self._give_up_after).running(None):
             data, _ = await place.get(name)
         return data
+
+    def read_again(self, damaged: Collection[tuple[str, int]], planner: LoadPlanner) -> None:
+        """Reads what this rank has of some items again, also what another rank has read for it.
+
+        Args:
+            damaged: The items, as in :class:`ReadPart`.
+            planner: As in :meth:`read_data`.
+        """
+        assert self._plan is not None  # noqa: S101 - it has been read before
+        assert self._metadata is not None  # noqa: S101 - DCP has set up the reader
+        infos = [self._metadata.storage_data[item.storage_index] for item in self._plan.items]
+        items = [
+            item
+            for item, info in zip(self._plan.items, infos, strict=True)
+            if item.type != LoadItemType.BYTE_IO and (info.relative_path, info.offset) in damaged
+        ]
+        if not items:
+            return
+        targets = _targets(items, planner)
+        self.read_parts = [part for part in self.read_parts if part.item not in damaged]
+        run(self._read_again, self._metadata, items, targets)
+        for item, target in zip(items, targets, strict=True):
+            assert target is not None  # noqa: S101 - it is a tensor's
+            planner.commit_tensor(item, target)
+
+    async def _read_again(
+        self, metadata: Metadata, requests: Sequence[ReadItem], targets: Sequence[torch.Tensor | None]
+    ) -> None:
+        place = await self._place()
+        transfer = Transfer("load", place.url, give_up_after=self._give_up_after)
+        with transfer.running(self._report):
+            for name in dict.fromkeys(request.storage_index.fqn for request in requests):
+                transfer.warn(f"{place.url}: {printable(name)} does not match its CRC32. Reading it again.")
+            await self.read_items_within(place, metadata, requests, targets, {})
 
     async def read_items(
         self,
@@ -438,9 +474,9 @@ class StorageReader(DcpStorageReader):
         return await in_thread(_find_tensors, ends, stats)
 
 
-def _targets(plan: LoadPlan, planner: LoadPlanner) -> list[torch.Tensor | None]:
+def _targets(items: Sequence[ReadItem], planner: LoadPlanner) -> list[torch.Tensor | None]:
     """The tensor that each item goes to; None for bytes."""
-    return [None if item.type == LoadItemType.BYTE_IO else planner.resolve_tensor(item).detach() for item in plan.items]
+    return [None if item.type == LoadItemType.BYTE_IO else planner.resolve_tensor(item).detach() for item in items]
 
 
 def _place_of(want: Wanted) -> tuple[int, Any, MetadataIndex]:

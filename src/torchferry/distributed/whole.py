@@ -33,7 +33,7 @@ from torchferry.distributed.metadata import (
 from torchferry.distributed.place import METADATA, Place, new_save_name
 from torchferry.distributed.reader import StorageReader
 from torchferry.distributed.slices import Piece
-from torchferry.distributed.writer import remove_before, shards_before
+from torchferry.distributed.writer import remove_before, require_shards, shards_before
 from torchferry.engine.cancellation import in_thread
 from torchferry.engine.collector import collector_paused
 from torchferry.engine.memory import BLOCK_SIZE
@@ -550,6 +550,7 @@ class ShardedCopy:
         before = await shards_before(self._target, METADATA)
         tree = extras_of(metadata).tree
         data = write_metadata(metadata, infos, self._target.url, self._save, self._stats, tree)
+        await require_shards(self._target, self._stats)
         self._may_be_committed = True
         stat = await self._target.put(METADATA, data)
         await remove_before(self._target, METADATA, stat, before)

@@ -131,6 +131,7 @@ class StorageWriter(Stager, DcpStorageWriter):
         self._report = report
         self._opened: Place | None = None
         self._rank: int | None = None
+        self._is_coordinator = False
         self._use_collectives = True
         self._written: list[str] = []  # shards of this rank that no metadata names, as far as it knows
         self.may_be_committed = False
@@ -160,7 +161,8 @@ class StorageWriter(Stager, DcpStorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Notes what this rank is."""
-        del is_coordinator, args
+        del args
+        self._is_coordinator = is_coordinator
         self._rank = kwargs.get("rank")
         self._use_collectives = kwargs.get("use_collectives", True)
         self._written.clear()
@@ -197,6 +199,11 @@ class StorageWriter(Stager, DcpStorageWriter):
         run(self._commit, metadata, results)
 
     # --- for torchferry.distributed
+
+    @property
+    def is_uncommitted(self) -> bool:
+        """Whether nothing can be committed: this rank would do it, and has not begun to."""
+        return self._is_coordinator and not self.may_be_committed
 
     def discard(self) -> None:
         """Removes what this rank has written for a save that failed before anything was committed."""
