@@ -8,6 +8,7 @@ import json
 import pickle
 import subprocess
 import warnings
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -515,6 +516,15 @@ def test_what_shard_has_made_of_an_empty_tensor_is_verified_and_copied(tmp_path:
     for name in "cd":
         loaded = torchferry.load(tmp_path / name)
         assert {key: value.shape for key, value in loaded.items()} == {key: value.shape for key, value in state.items()}
+
+
+def test_an_object_of_another_byte_order_is_not_sharded(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(4.0)}, tmp_path / "one.pt")
+    with zipfile.ZipFile(tmp_path / "one.pt") as mine, zipfile.ZipFile(tmp_path / "other.pt", "w") as other:
+        for name in mine.namelist():
+            other.writestr(name, b"big" if name.endswith("/byteorder") else mine.read(name))
+    with pytest.raises(torchferry.CheckpointFormatError, match="byte order"):
+        ferry.shard(tmp_path / "other.pt", tmp_path / "c")
 
 
 def test_small_tensors_are_written_many_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -395,6 +396,9 @@ async def shard_file(
         archive = await read_archive(file)
         if archive is None or archive.is_torchscript:
             raise CheckpointFormatError(f"{file.url} is not a zip file of torch.save: load it, and save it sharded.")
+        order = archive.get("byteorder")
+        if order is not None and await file.read(order.offset, order.end) not in {b"", sys.byteorder.encode()}:
+            raise CheckpointFormatError(f"{file.url} was saved in another byte order: load it, and save it sharded.")
         data = await read_pickle(file, archive, verify=True)
         buffer = await in_thread(partial(LoadBuffer, archive.whole(file.stat.size), sparse=True))
 
@@ -413,8 +417,7 @@ async def shard_file(
         # Tensors are read when their turn comes. All else that torch looks into has to be there before.
         needed, records = await in_thread(divide)
         read = await in_thread(partial(Checksums, needed, file.url, twice=file.is_remote))
-        extents = [(record.offset, record.end) for record in needed]
-        await fetch_checked(Job(file, extents, read.add, buffer), read)
+        await fetch_checked(Job(file, [(record.offset, record.end) for record in needed], read.add, buffer), read)
 
         def unpickle() -> Any:
             buffer.finish()
