@@ -248,6 +248,34 @@ def test_metadata_that_torch_wrote_up_to_2_1_is_read(tmp_path: Path) -> None:
     torchferry.verify(tmp_path)
 
 
+def test_what_an_extension_transformed_is_refused_by_all_that_read_it_and_copied_with_a_warning(
+    tmp_path: Path,
+) -> None:
+    url = tmp_path / "c"
+    dcp.save({"a": torch.arange(300_000.0), "b": [1, 2]}, checkpoint_id=url, no_dist=True)
+    metadata = pickle.loads((url / ".metadata").read_bytes())
+    for info in metadata.storage_data.values():
+        info.transform_descriptors = ["stream.z/1"]
+    (url / ".metadata").write_bytes(pickle.dumps(metadata))
+    (shard,) = url.glob("*.distcp")
+    shard.write_bytes(bytes(byte ^ 1 for byte in shard.read_bytes()))
+    for read in (
+        torchferry.load,
+        torchferry.verify,
+        lambda url: ferry.load({"a": torch.zeros(300_000)}, url),
+        lambda url: ferry.consolidate(url, tmp_path / "one.pt"),
+        lambda url: torchferry.convert(url, tmp_path / "one.safetensors", exclude="b"),
+        lambda url: torchferry.diff(url, url),
+    ):
+        with pytest.raises(torchferry.CheckpointFormatError, match="transformed by an extension"):
+            read(url)
+    reports: list[torchferry.TransferReport] = []
+    torchferry.copy(f"{url}/", f"{tmp_path}/d/", report=reports.append)
+    (copied,) = (tmp_path / "d").rglob("*.distcp")
+    assert copied.read_bytes() == shard.read_bytes()
+    assert "an extension transformed" in reports[0].warnings[0]
+
+
 def test_metadata_that_names_files_outside_is_refused(tmp_path: Path) -> None:
     ferry.save({"a": torch.ones(3)}, tmp_path / "c")
     path = tmp_path / "c/.metadata"

@@ -45,9 +45,11 @@ __all__ = [
     "Extras",
     "chunk_of",
     "extras_of",
+    "is_transformed",
     "items_by_shard",
     "nest",
     "read_metadata",
+    "require_plain",
     "shards_of",
     "storage_info",
     "tree_of",
@@ -355,6 +357,20 @@ def items_by_shard(metadata: Metadata) -> dict[str, list[tuple[MetadataIndex, An
     for index, info in metadata.storage_data.items():
         found.setdefault(info.relative_path, []).append((index, info))
     return found
+
+
+def is_transformed(info: Any) -> bool:
+    """Whether an item is stored as an extension of DCP's made it: compressed, say."""
+    return bool(getattr(info, "transform_descriptors", None))
+
+
+def require_plain(index: MetadataIndex, info: Any, url: str) -> None:
+    """Raises a ``CheckpointFormatError`` where an item is transformed: nothing here can read or check it."""
+    if is_transformed(info):
+        raise CheckpointFormatError(
+            f"{url}: {printable(index.fqn)} was transformed by an extension "
+            f"({printable(str(info.transform_descriptors))}): only the stock reader reads it."
+        )
 
 
 def chunk_of(metadata: Metadata, index: MetadataIndex) -> tuple[torch.dtype, ChunkStorageMetadata]:

@@ -20,7 +20,7 @@ from torchferry.distributed.archives import Guess, StoredTensor, find_tensor
 from torchferry.distributed.checks import ReadPart
 from torchferry.distributed.errors import with_portable_errors
 from torchferry.distributed.fetch import Files, fetch
-from torchferry.distributed.metadata import chunk_of, extras_of, read_metadata
+from torchferry.distributed.metadata import chunk_of, extras_of, read_metadata, require_plain
 from torchferry.distributed.place import METADATA, Place, require_one
 from torchferry.distributed.placing import Plan, Wanted
 from torchferry.distributed.sharing import Broadcast, Shared, cpu_group, said_by_all, share
@@ -33,7 +33,6 @@ from torchferry.engine.types import Buffer, ObjectStat
 from torchferry.errors import (
     CheckpointChangedError,
     CheckpointCorruptError,
-    CheckpointFormatError,
     mask,
 )
 from torchferry.printable import printable
@@ -456,6 +455,7 @@ class StorageReader(DcpStorageReader):
         parts: list[tuple[int, Piece]] = []
         for number, info, index in items:
             place = (number, info.offset)
+            require_plain(index, info, stats[number].url)
             if hasattr(info, "crc32") or place in ends:
                 continue
             dtype, chunk = chunk_of(metadata, index)
@@ -488,11 +488,7 @@ def _info(metadata: Metadata, index: MetadataIndex, url: str) -> Any:
         info = metadata.storage_data[index]
     except KeyError:
         raise CheckpointCorruptError(f"{url}: the metadata does not say where {printable(index.fqn)} is.") from None
-    if getattr(info, "transform_descriptors", None):
-        raise CheckpointFormatError(
-            f"{url}: {printable(index.fqn)} was transformed by an extension ({info.transform_descriptors}): only the "
-            "stock reader loads it."
-        )
+    require_plain(index, info, url)
     return info
 
 

@@ -24,9 +24,11 @@ from torchferry.distributed.fetch import Files, fetch
 from torchferry.distributed.metadata import (
     chunk_of,
     extras_of,
+    is_transformed,
     items_by_shard,
     nest,
     read_metadata,
+    require_plain,
     shards_of,
     write_metadata,
 )
@@ -370,6 +372,7 @@ async def verify_contents(found: Contents) -> None:
     Raises:
         CheckpointCorruptError: one does not match, or a shard is too short.
         CheckpointChangedError: a shard is not the one that was saved.
+        CheckpointFormatError: an item was transformed by an extension.
     """
     reader = StorageReader.at(found.place)
     paths = shards_of(found.metadata)
@@ -412,6 +415,7 @@ async def checksums_of(
     for index, info in items:
         if only_tensors and not _has_bytes(metadata, index):
             continue
+        require_plain(index, info, file.url)
         if info.offset < 0 or info.offset + info.length > file.stat.size:
             raise CheckpointCorruptError(
                 f"{file.url} has {file.stat.size} bytes: too short for {printable(index.fqn)}, {info.length} bytes at "
@@ -467,7 +471,7 @@ def _records_in(ends: Sequence[tuple[MetadataIndex, Any, bytearray, bytearray]],
     """All records of items."""
     for index, info, head, tail in ends:
         looks = sniff(bytes(head[:SNIFF_SIZE]))
-        if looks == LEGACY_FORMAT or getattr(info, "transform_descriptors", None):
+        if looks == LEGACY_FORMAT:
             continue  # no CRC32s
         if looks != ZIP_FORMAT or find_directory(bytes(tail), info.length, url) is None:
             raise CheckpointCorruptError(
@@ -531,7 +535,13 @@ class ShardedCopy:
             file = RangeReader(found.place.backend, found.place.at(path), stat)
             checksums = Checksums((), file.url)
             if verify:
-                checksums = await checksums_of(found, items[path], file, twice=file.is_remote)
+                plain = [(index, info) for index, info in items[path] if not is_transformed(info)]
+                if len(plain) < len(items[path]):
+                    current().warn(
+                        f"{file.url} has items that an extension transformed: their length was checked, and what was "
+                        "read was stored."
+                    )
+                checksums = await checksums_of(found, plain, file, twice=file.is_remote)
             shards.append((path, place.at(f"{save}/__{number}_0.distcp"), file, checksums))
         return cls(found, place, save, shards)
 
