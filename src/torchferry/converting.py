@@ -7,7 +7,7 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from itertools import compress, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from torchferry.arguments import require_choice, require_nbytes
@@ -22,9 +22,9 @@ from torchferry.errors import CheckpointFormatError, CheckpointValueError, Unsup
 from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, Record, sniff
 from torchferry.formats.checksum import Checksums
 from torchferry.formats.graph import read_graph
-from torchferry.formats.keys import Keys, KeysArgument, as_keys
+from torchferry.formats.keys import KeysArgument, as_keys
 from torchferry.formats.lazy import LazyTensors
-from torchferry.formats.picking import leaves, missing_keys, pick, values_of
+from torchferry.formats.picking import leaves, pick, values_of
 from torchferry.formats.places import TensorPlace, place_of
 from torchferry.formats.safetensors import INDEX_SUFFIX, SUFFIX, item_size, lay_out
 from torchferry.formats.safetensors_dtypes import dtype_name, torch_dtype
@@ -33,7 +33,7 @@ from torchferry.formats.stand_ins import is_tensor_leaf
 from torchferry.formats.torch_stream import TorchStream, fills_crc32s
 from torchferry.locating import locate, open_object
 from torchferry.objects.requests import LoadRequest
-from torchferry.objects.safetensors_files import load_safetensors
+from torchferry.objects.safetensors_files import choose, load_safetensors
 from torchferry.objects.safetensors_opening import File, open_file, open_files, publish
 from torchferry.objects.streaming import Extent, ExtentStream
 from torchferry.objects.torch_files import load_torch, read_pickle, require_archive
@@ -425,14 +425,8 @@ async def _to_torch(files: Sequence[File], url: str, order: _Order) -> ObjectSta
         loaded = await load_safetensors(files, order.request, url)
         _refuse_doubles(map(order.name, loaded), url)
         return await _write_torch({order.name(name): tensor for name, tensor in loaded.items()}, None, order)
-    keys, exclude = order.request.choice()
-    entries = [(file, entry) for file in files for entry in file.entries]
-    asked = await in_thread(
-        lambda: [_is_asked(entry.name, keys, exclude) for _, entry in entries]
-    )  # functions of users
-    chosen = list(compress(entries, asked))
-    if keys is not None and keys.unmatched:
-        raise missing_keys(url, keys.unmatched, (entry.name for file in files for entry in file.entries))
+    by_file = await in_thread(choose, files, order.request, url)
+    chosen = [(file, entry) for file, entries in by_file for entry in entries]
     described = [(order.name(entry.name), torch_dtype(entry.dtype, url), entry.shape) for _, entry in chosen]
     _refuse_doubles((name for name, _, _ in described), url)
     lazy = await in_thread(LazyTensors, described)
@@ -450,12 +444,6 @@ async def _all_of(stream: TorchStream, lazy: LazyTensors) -> AsyncGenerator[Chun
 
 def _no_shards(order: _Order) -> UnsupportedOptionError:
     return UnsupportedOptionError(f"{mask(order.path)}: max_shard_size= is for safetensors.")
-
-
-def _is_asked(name: str, keys: Keys | None, exclude: Keys | None) -> bool:
-    if exclude is not None and exclude.takes(name, is_leaf=True):
-        return False
-    return keys is None or keys.takes(name, is_leaf=True)
 
 
 async def _write_torch(

@@ -60,7 +60,7 @@ from torchferry.formats.archive import (
 from torchferry.formats.checked import load_bytes
 from torchferry.formats.checksum import Checksums
 from torchferry.formats.filling import Found, IncompatibleKeys, Target
-from torchferry.formats.keys import Keys
+from torchferry.formats.keys import is_asked
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.picking import missing_keys
 from torchferry.formats.places import TensorInfo
@@ -248,7 +248,7 @@ async def read_values(found: Contents) -> dict[str, bytearray]:
 def choose(metadata: Metadata, request: LoadRequest, url: str) -> list[str]:
     """The items that are asked for: by the names that :func:`inspect_contents` gives them."""
     keys, exclude = request.choice()
-    names = [name for name in metadata.state_dict_metadata if _is_asked(name, keys, exclude)]
+    names = [name for name in metadata.state_dict_metadata if is_asked(name, keys, exclude)]
     if keys is not None and keys.unmatched:
         raise missing_keys(url, keys.unmatched, metadata.state_dict_metadata)
     return names
@@ -257,13 +257,7 @@ def choose(metadata: Metadata, request: LoadRequest, url: str) -> list[str]:
 def is_asked_of(request: LoadRequest) -> Callable[[str], bool]:
     """Whether a request takes a name."""
     keys, exclude = request.choice()
-    return partial(_is_asked, keys=keys, exclude=exclude)
-
-
-def _is_asked(name: str, keys: Keys | None, exclude: Keys | None) -> bool:
-    if exclude is not None and exclude.takes(name, is_leaf=True):
-        return False
-    return keys is None or keys.takes(name, is_leaf=True)
+    return partial(is_asked, keys=keys, exclude=exclude)
 
 
 def _device(map_location: Any, url: str) -> torch.device:

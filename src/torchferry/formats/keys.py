@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable
 from typing import TypeAlias
 
-__all__ = ["Keys", "KeysArgument", "as_keys"]
+__all__ = ["Keys", "KeysArgument", "as_keys", "is_asked"]
 
 KeysArgument: TypeAlias = "str | Collection[str] | Callable[[str], bool]"
 """What ``keys=`` and ``exclude=`` take."""
@@ -96,3 +96,10 @@ class Keys:
             if length and name[length] == ".":  # nothing lies below the empty name
                 found += self._exact.get(name[:length], ())
         return found
+
+
+def is_asked(name: str, keys: Keys | None, exclude: Keys | None) -> bool:
+    """Whether a value of this name, in which nothing else has one, is asked for: by ``keys``, and not excluded."""
+    if exclude is not None and exclude.takes(name, is_leaf=True):
+        return False
+    return keys is None or keys.takes(name, is_leaf=True)

@@ -17,6 +17,7 @@ from torchferry.errors import (
 )
 from torchferry.formats.archive import Record
 from torchferry.formats.filling import Found, IncompatibleKeys, Target
+from torchferry.formats.keys import is_asked
 from torchferry.formats.layout import Layout, Run
 from torchferry.formats.load_buffer import LoadBuffer
 from torchferry.formats.picking import missing_keys
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from torchferry.objects.requests import LoadRequest
 
-__all__ = ["fill_safetensors", "inspect_safetensors", "load_safetensors"]
+__all__ = ["choose", "fill_safetensors", "inspect_safetensors", "load_safetensors"]
 
 _ALIGNMENT = 4096
 _FITS_ANY = 1 << 62
@@ -67,7 +68,7 @@ def inspect_safetensors(files: Sequence[File], source: RangeReader) -> Manifest:
 
 async def load_safetensors(files: Sequence[File], request: LoadRequest, url: str) -> dict[str, torch.Tensor]:
     """The tensors, or those that are asked for, by name."""
-    chosen = await in_thread(_choose, files, request, url)
+    chosen = await in_thread(choose, files, request, url)
     if is_meta(request.map_location):
         return {
             entry.name: torch.empty(entry.shape, dtype=torch_dtype(entry.dtype, url), device="meta")
@@ -82,7 +83,7 @@ async def load_safetensors(files: Sequence[File], request: LoadRequest, url: str
 
 async def fill_safetensors(files: Sequence[File], request: LoadRequest, url: str, target: Target) -> IncompatibleKeys:
     """Fills tensors that exist with those of the same name."""
-    chosen = await in_thread(_choose, files, request, url)
+    chosen = await in_thread(choose, files, request, url)
     found = {
         name: Found(torch_dtype(dtype, url), shape, (start, stop), file.name)
         for file, entries in chosen
@@ -102,15 +103,14 @@ async def fill_safetensors(files: Sequence[File], request: LoadRequest, url: str
     )
 
 
-def _choose(files: Sequence[File], request: LoadRequest, url: str) -> list[tuple[File, list[Entry]]]:
+def choose(files: Sequence[File], request: LoadRequest, url: str) -> list[tuple[File, list[Entry]]]:
+    """The tensors of each file that are asked for: to be called in a thread, as it may ask a function of the user's.
+
+    Raises:
+        CheckpointKeyError: a key takes nothing.
+    """
     keys, exclude = request.choice()
-
-    def is_asked(entry: Entry) -> bool:
-        if exclude is not None and exclude.takes(entry.name, is_leaf=True):
-            return False
-        return keys is None or keys.takes(entry.name, is_leaf=True)
-
-    chosen = [(file, [entry for entry in file.entries if is_asked(entry)]) for file in files]
+    chosen = [(file, [entry for entry in file.entries if is_asked(entry.name, keys, exclude)]) for file in files]
     if keys is not None and keys.unmatched:
         raise missing_keys(url, keys.unmatched, (entry.name for file in files for entry in file.entries))
     return chosen
