@@ -258,7 +258,7 @@ async def test_a_cancelled_upload_does_not_wait_for_an_abort_that_hangs(monkeypa
             await may_end.wait()
             ended.set()
 
-    monkeypatch.setattr(writer, "_ABORT_PATIENCE", 0.01)
+    monkeypatch.setattr(writer, "ABORT_PATIENCE", 0.01)
     task = asyncio.create_task(upload(Slow(), stream(DATA, 77), plan(100, 3)))
     await waiting.wait()
     task.cancel()

@@ -14,6 +14,7 @@ from torchferry.engine.memory import BLOCK_SIZE, EVERYTHING_ELSE
 from torchferry.engine.reader import RangeReader
 from torchferry.engine.transfer import Transfer, TransferReport, current
 from torchferry.engine.types import ObjectStat
+from torchferry.engine.writer import ABORT_PATIENCE
 from torchferry.errors import CheckpointCorruptError, CheckpointFormatError, UnsupportedURLError, mask
 from torchferry.formats.archive import INDEX_FORMAT, SAFETENSORS_FORMAT, SNIFF_SIZE, sniff
 from torchferry.formats.checksum import Checksums
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from torchferry.distributed.whole import Contents
 
 __all__ = ["copy", "copy_async"]
-
-_ABORT_PATIENCE = 0.7  # seconds that a cancel waits for shards to be deleted
 
 
 async def copy_async(
@@ -174,7 +173,7 @@ async def _copy_sharded(found: Contents, verify: bool, order: _Order) -> ObjectS
             sharded.copied(number, await _copy_object(file, checksums, path, replace(order, metadata={})))
         return await sharded.commit()
     except BaseException:
-        await run_shielded(sharded.take_back, patience=_ABORT_PATIENCE)
+        await run_shielded(sharded.take_back, patience=ABORT_PATIENCE)
         raise
 
 

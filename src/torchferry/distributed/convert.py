@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from torchferry.distributed.assemble import Archive, Assembly, Data, Parts, Script, StandIns
 from torchferry.distributed.fetch import Files
 from torchferry.distributed.metadata import extras_of, nest, storage_info, tree_of, write_metadata
-from torchferry.distributed.place import METADATA, Place, new_save_name
+from torchferry.distributed.place import METADATA, Place, new_save_name, shard_path
 from torchferry.distributed.shards import Shards
 from torchferry.distributed.slices import Direct, Piece, cut
 from torchferry.distributed.whole import Contents, choose, find, is_asked_of, load_whole
@@ -430,7 +430,7 @@ async def shard_file(
         base = buffer.address
         checksums = await in_thread(Checksums, records, file.url)
         save = new_save_name()
-        relative_path = f"{save}/__0_0.distcp"
+        relative_path = shard_path(save, 0)
         made = await in_thread(_Sharding, state, range(base, base + file.stat.size), file.url)
         files = Files(reader, [(source, file.stat)])
     # Storages that tensors share are read more than once: then their CRC32s cannot be checked as they pass.

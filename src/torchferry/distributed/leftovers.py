@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from torchferry.distributed.place import METADATA, Place, save_name_of
+from torchferry.distributed.place import METADATA, Place, is_shard_name, save_name_of
 from torchferry.engine.cancellation import in_thread
 from torchferry.errors import (
     CheckpointChangedError,
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from torchferry.storage.base import Backend, Leftover, ListedObject
 
 logger = logging.getLogger("torchferry.distributed")
-
-_SHARD_NAME = re.compile(r"__\d+_\d+\.distcp")
 
 __all__ = ["StaleSave", "remove_stale_save", "stale_saves"]
 
@@ -115,7 +112,7 @@ async def _list(backend: Backend, prefix: str) -> tuple[dict[str, dict[str, list
             metadata.setdefault(directory, []).append(name)
             continue
         above, _, save = directory.rpartition("/")
-        if save_name_of(f"{save}/") is not None and _SHARD_NAME.fullmatch(name):
+        if save_name_of(f"{save}/") is not None and is_shard_name(name):
             found.setdefault(above, {}).setdefault(save, []).append(listed)
     return found, metadata
 

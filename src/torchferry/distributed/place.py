@@ -28,12 +28,24 @@ from torchferry.storage.registry import open_backend
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["METADATA", "Place", "bytes_of", "delete_several", "inside", "new_save_name", "require_one", "save_name_of"]
+__all__ = [
+    "METADATA",
+    "Place",
+    "bytes_of",
+    "delete_several",
+    "inside",
+    "is_shard_name",
+    "new_save_name",
+    "require_one",
+    "save_name_of",
+    "shard_path",
+]
 
 METADATA = ".metadata"
 """The object whose appearance makes a checkpoint: it names all shards."""
 
 _SAVE_NAME = re.compile(r"save-(\d{8}T\d{6}Z)-[0-9a-f]{8}")
+_SHARD_NAME = re.compile(r"__\d+_\d+\.distcp")
 _DELETES = 16  # under way at once
 
 
@@ -152,6 +164,16 @@ async def bytes_of(data: Buffer) -> AsyncIterator[Chunk]:
 def new_save_name() -> str:
     """The name of a save, in which its shards lie: nobody else's, and it tells when the save began."""
     return f"save-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+
+
+def shard_path(save: str, number: int) -> str:
+    """Where a shard of a save lies, below the checkpoint's directory: that of a rank, or of so many in a copy."""
+    return f"{save}/__{number}_0.distcp"
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether a file may be a shard, by its name."""
+    return _SHARD_NAME.fullmatch(name) is not None
 
 
 def save_name_of(relative_path: str) -> tuple[str, datetime] | None:

@@ -32,7 +32,7 @@ from torchferry.distributed.metadata import (
     shards_of,
     write_metadata,
 )
-from torchferry.distributed.place import METADATA, Place, new_save_name
+from torchferry.distributed.place import METADATA, Place, new_save_name, shard_path
 from torchferry.distributed.reader import StorageReader
 from torchferry.distributed.slices import Piece
 from torchferry.distributed.writer import remove_before, require_shards, shards_before
@@ -536,16 +536,16 @@ class ShardedCopy:
                         "read was stored."
                     )
                 checksums = await checksums_of(found, plain, file, twice=file.is_remote)
-            shards.append((path, place.at(f"{save}/__{number}_0.distcp"), file, checksums))
+            shards.append((path, place.at(shard_path(save, number)), file, checksums))
         return cls(found, place, save, shards)
 
     def copied(self, number: int, stat: ObjectStat) -> None:
         """Notes that a shard is there."""
-        self._stats[f"{self._save}/__{number}_0.distcp"] = (stat.size, stat.etag)
+        self._stats[shard_path(self._save, number)] = (stat.size, stat.etag)
 
     async def commit(self) -> ObjectStat:
         """Puts the copy's ``.metadata``; removes the shards of what was there before."""
-        new = {path: f"{self._save}/__{number}_0.distcp" for number, (path, *_) in enumerate(self.shards)}
+        new = {path: shard_path(self._save, number) for number, (path, *_) in enumerate(self.shards)}
         infos: dict[MetadataIndex, Any] = {}
         for index, info in self._found.metadata.storage_data.items():
             infos[index] = copy(info)
@@ -564,4 +564,4 @@ class ShardedCopy:
         """Removes the shards of a copy that failed; not if its metadata was sent, which may be there."""
         if not self._may_be_committed:
             with suppress(StorageError):  # the copy's own error goes on
-                await self._target.delete(f"{self._save}/__{number}_0.distcp" for number in range(len(self.shards)))
+                await self._target.delete(shard_path(self._save, number) for number in range(len(self.shards)))

@@ -22,7 +22,7 @@ from torch.futures import Future
 
 from torchferry.distributed.errors import with_portable_errors
 from torchferry.distributed.metadata import read_metadata, shards_of, storage_info, write_metadata
-from torchferry.distributed.place import METADATA, Place, new_save_name, require_one, save_name_of
+from torchferry.distributed.place import METADATA, Place, new_save_name, require_one, save_name_of, shard_path
 from torchferry.distributed.staging import Stager
 from torchferry.engine.loops import own_loop, run, run_on
 from torchferry.engine.tasks import task_group
@@ -66,7 +66,7 @@ class _Shard:
 
     @property
     def relative_path(self) -> str:
-        return f"{self.save}/__{self.rank}_0.distcp"
+        return shard_path(self.save, self.rank)
 
 
 @dataclass(frozen=True)

@@ -27,17 +27,19 @@ from torchferry.engine.transfer import current
 from torchferry.engine.types import MIB, Buffer, Chunk, ObjectStat
 from torchferry.errors import mask
 
-__all__ = ["Body", "Limits", "Upload", "UploadPlan", "abort", "upload"]
+__all__ = ["ABORT_PATIENCE", "Body", "Limits", "Upload", "UploadPlan", "abort", "upload"]
 
 PartT = TypeVar("PartT")
 
 logger = logging.getLogger("torchferry.engine")
 
+ABORT_PATIENCE = 0.7
+"""Seconds that a cancelled save waits until what it has staged is removed, before that goes on by itself."""
+
 _PART_SIZE = 16 * MIB  # where nobody chose another,
 _LARGE_PART_SIZE = 32 * MIB  # or where that still fills all connections: each request takes 3 ms of processor time
 _IN_FLIGHT = 32  # parts under way at once: at 90 MB/s a connection, as S3 gives, 2.9 GB/s
 _START_PATIENCE = 0.3  # seconds that a cancel waits to learn the id of an upload that is being created
-_ABORT_PATIENCE = 0.7  # seconds that a cancelled upload waits for its abort, before that goes on by itself
 _ABORT_SECONDS = 30.0  # the longest that an abort may take
 
 
@@ -250,7 +252,7 @@ async def abort(target: Upload[PartT], reason: BaseException) -> None:
     """Aborts an upload; where that fails, a note and the log say so. After a cancel, a slow abort goes on by itself."""
     aborting = asyncio.ensure_future(_abort_and_say(target, reason))
     keep_running(aborting)
-    patience = _ABORT_SECONDS if isinstance(reason, Exception) else _ABORT_PATIENCE
+    patience = _ABORT_SECONDS if isinstance(reason, Exception) else ABORT_PATIENCE
     await wait_shielded(asyncio.ensure_future(asyncio.wait([aborting], timeout=patience)))
 
 

@@ -12,6 +12,7 @@ from torchferry.engine.loops import run_on
 from torchferry.engine.reader import RangeReader
 from torchferry.engine.tasks import task_group
 from torchferry.engine.types import Chunk, ObjectStat
+from torchferry.engine.writer import ABORT_PATIENCE
 from torchferry.errors import (
     CheckpointCorruptError,
     CheckpointFormatError,
@@ -52,7 +53,6 @@ __all__ = [
 ]
 
 _HEAD = 64  # bytes, in which an index shows that it is JSON
-_ABORT_PATIENCE = 0.7  # seconds that a cancel waits for files to be deleted
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +248,7 @@ async def publish_shards(
         stat = await publish_it([path[len(folder) :] for path in paths])
     except BaseException:
         # A cancel waits for it a moment; then it goes on by itself.
-        await run_shielded(_take_back, backend, index, written, patience=lambda: _ABORT_PATIENCE)
+        await run_shielded(_take_back, backend, index, written, patience=ABORT_PATIENCE)
         raise
     await _delete_all(backend, _own(index, before) - {*paths})
     return stat
