@@ -28,15 +28,17 @@ __all__ = [
 _ELSEWHERE = {"ShardedCheckpoint": "sharded", "task_checkpoints": "attempts"}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        value = getattr(import_module(f"torchferry.flyte.{_ELSEWHERE.get(name, 'checkpoint')}"), name)
-    except ModuleNotFoundError as error:
-        if error.name != "flytekit":
-            raise
-        message = "flytekit is not installed: pip install 'torchferry[flyte]'"
-        raise ModuleNotFoundError(message, name="flytekit") from None
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # as in torchferry itself
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            value = getattr(import_module(f"torchferry.flyte.{_ELSEWHERE.get(name, 'checkpoint')}"), name)
+        except ModuleNotFoundError as error:
+            if error.name != "flytekit":
+                raise
+            message = "flytekit is not installed: pip install 'torchferry[flyte]'"
+            raise ModuleNotFoundError(message, name="flytekit") from None
+        globals()[name] = value
+        return value

@@ -34,14 +34,18 @@ _MODULE_OF = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    except ModuleNotFoundError as error:
-        if error.name != "flyte":
-            raise
-        raise ModuleNotFoundError("Flyte 2 is not installed: pip install 'torchferry[flyte2]'", name="flyte") from None
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # as in torchferry itself
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        except ModuleNotFoundError as error:
+            if error.name != "flyte":
+                raise
+            raise ModuleNotFoundError(
+                "Flyte 2 is not installed: pip install 'torchferry[flyte2]'", name="flyte"
+            ) from None
+        globals()[name] = value
+        return value
